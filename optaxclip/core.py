@@ -1,0 +1,162 @@
+"""Where the four parts meet.
+
+Every clip in this library answers four questions, and each answer is a part of its own:
+
+    scope      which numbers share one norm?          tree, leaf, groups, units
+    norm       how long is a block?                   l2, l1, linf, rms, lp(p)
+    threshold  how long may it be?                    a number, a schedule, or a transformation of norms into bounds
+    action     what is done about one that is longer? rescale, normalize, zero, smooth(p), band(low)
+
+Data goes one way, once: the updates are cut into blocks and measured in one read, the threshold makes bounds of the
+norms, the action makes factors of both, and each leaf is multiplied by the factor of its block.
+
+    updates --cut, measure--> norms --threshold--> bounds --action--> factors --multiply--> updates
+
+Norms, bounds and factors have one shape (a scalar, a vector, or a list of small arrays), so no part needs to know which
+scope it serves.  The one multiply is what XLA fuses into the optimizer that follows; a division, a select or a `cond` on
+the tree would keep a copy of all gradients.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip.actions import Action, rescale
+from optaxclip.apply import Nonfinite, factors_of, multiply
+from optaxclip.leaves import Exclude, Leaves, map_blocks, measured_leaves
+from optaxclip.mesh import AxisNames, find_span
+from optaxclip.norms import Measured, Norm, accumulator, as_norm, l2, measure
+from optaxclip.record import Metrics, Step, fresh_metrics, recorded
+from optaxclip.scopes import Cut, Scope, tree
+from optaxclip.thresholds.combine import Threshold, as_threshold, hold_where_not_finite
+
+class ClipState(NamedTuple):
+    """State of every clip.
+
+    Attributes:
+      threshold: the state of the threshold.
+      metrics: what the clip did, see `Metrics`; read it with `optaxclip.metrics`.
+    """
+
+    threshold: optax.OptState
+    metrics: Metrics
+
+
+def clip_by(
+    threshold: Threshold,
+    *,
+    scope: Scope = tree,
+    norm: Norm | float = l2,
+    action: Action = rescale,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips each block of the updates to its bound: g ← g · action(‖g‖, bound).
+
+    Args:
+      threshold: the bound: a number from 0 to inf, an array or tracer, a schedule (a function of the step), or a
+        threshold, which is an optax transformation of norms into bounds.
+      scope: which numbers share one norm: `tree`, `leaf`, `groups(label)`, `units(axes)`.
+      norm: how long a block is: `l2`, `l1`, `linf`, `rms`, or a number p for the p-norm.
+      action: what is done: `rescale`, `normalize`, `zero`, `smooth(p)`, `band(low)`, or a function
+        `(norms, bounds) -> factors`.
+      exclude: leaves to leave alone, neither measured nor changed: a regular expression searched in the path, or a
+        predicate of the path.
+      nonfinite: what becomes of a block with NaN or inf in it: "propagate" makes all of it NaN, "zero" makes all of it
+        exact zeros. No statistic of a threshold moves either way.
+      axis_names: inside `shard_map(check_vma=False)`, `pmap` or `vmap(axis_name=...)`, the mesh axes over which the
+        gradients are spread: a name or tuple of names, a function of the path, or a tree of these. () if they are
+        already the same on every device. Not needed under plain `jit`, nor where `shard_map` keeps types.
+
+    Returns:
+      A `GradientTransformationExtraArgs` with a `ClipState`. `update(updates, None)` starts from a fresh state where the
+      threshold keeps none.
+
+    Raises:
+      ValueError: for a threshold that is negative, NaN, a boolean or a string; for an unknown `nonfinite`; at the
+        update, if the tree's blocks are not those of `init`, or if the parameters are needed and not passed.
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> tx = optaxclip.clip_by(1.0, scope=optaxclip.leaf, action=optaxclip.smooth(1.0))
+    >>> grads = {"a": jnp.array([3.0]), "b": jnp.array([1.0])}
+    >>> tx.update(grads, tx.init(grads))[0]
+    {'a': Array([0.75], dtype=float32), 'b': Array([0.5], dtype=float32)}
+    """
+    threshold = as_threshold(threshold, "clip_by", "threshold")
+    norm = as_norm(norm)
+    if nonfinite not in ("propagate", "zero"):
+        raise ValueError(f"clip_by: nonfinite must be 'propagate' or 'zero', got {nonfinite!r}.")
+
+    def cut(leaves: Leaves) -> Cut:
+        return scope.cut(leaves.paths, [x.shape for x in leaves.arrays])
+
+    def measured(leaves: Leaves) -> Measured:
+        return measure(norm, leaves.arrays, cut(leaves), find_span(leaves.arrays, leaves.paths, axis_names))
+
+    def init_fn(params):
+        leaves = measured_leaves(params, exclude)
+        blocks, dtype = cut(leaves), accumulator(leaves.arrays)
+        norms = jax.tree.map(lambda n: jnp.zeros(n.shape, dtype), blocks.count([1] * len(leaves.arrays)))
+        return ClipState(threshold.init(norms), fresh_metrics(norms, blocks.names))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        leaves = measured_leaves(updates, exclude)
+        state = _fresh_if_none(state, init_fn, updates)
+        blocks = cut(leaves)
+        _check_names(blocks.names, state.metrics.blocks)
+        found = measured(leaves)
+        norms = jax.tree.map(lambda n: n.astype(state.metrics.grad_norm.dtype), found.norms)
+
+        def param_norms():
+            return measured(_params_of(leaves, params, exclude)).norms
+
+        bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
+        factors = map_blocks(functools.partial(factors_of, action, nonfinite), 4, found.lengths, found.units, bounds)
+        clipped = multiply(leaves.arrays, blocks.spread(factors[0]), blocks.spread(factors[1]), nonfinite)
+        metrics = recorded(state.metrics, Step(norms, bounds, *factors[2:]))
+        return leaves.rebuild(clipped), ClipState(hold_where_not_finite(norms, new, state.threshold), metrics)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _fresh_if_none(state, init_fn, updates) -> ClipState:
+    """The state, or a fresh one for None, if no history is lost by that."""
+    if state is not None:
+        return state
+    state = init_fn(updates)
+    if jax.tree.leaves(state.threshold):
+        raise ValueError(
+            "The threshold of this clip has a history, and update was called with the state None. Write"
+            " state = tx.init(params) once, and updates, state = tx.update(grads, state, params) at every step."
+        )
+    return state
+
+
+def _check_names(names, known) -> None:
+    """Raises unless the blocks of the updates are those that `init` saw."""
+    new, missing = sorted(set(names) - set(known)), sorted(set(known) - set(names))
+    if new or missing:
+        raise ValueError(
+            f"The blocks of the updates are not those of tx.init(params): new are {new}, missing are {missing}."
+            " Initialise with the tree that is updated."
+        )
+
+
+def _params_of(leaves: Leaves, params, exclude: Exclude) -> Leaves:
+    """The parameters that belong to the measured updates, found by path."""
+    if params is None:
+        raise ValueError(
+            "The threshold of this clip needs the parameters: write tx.update(grads, state, params),"
+            " not tx.update(grads, state)."
+        )
+    own = measured_leaves(params, exclude)
+    by_path = dict(zip(own.paths, own.arrays, strict=True))
+    for path, x in zip(leaves.paths, leaves.arrays, strict=True):
+        if path not in by_path or by_path[path].shape != x.shape:
+            seen = f"has shape {by_path[path].shape}" if path in by_path else "is missing"
+            raise ValueError(f"The update {path!r} has shape {x.shape}, but among the parameters it {seen}.")
+    return Leaves(leaves.paths, [by_path[path] for path in leaves.paths], own.rebuild)

@@ -1,0 +1,81 @@
+"""The numbers of a tree that a clip measures, and what they are called.
+
+Only leaves that hold real or complex floating-point numbers are gradients.  Integers, booleans, `float0`, PRNG keys and
+whatever the user excludes pass through a clip untouched and unmeasured.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Exclude = str | Callable[[str], bool] | None
+
+
+class Leaves(NamedTuple):
+    """The measured leaves of a tree, in order, and the way back to the tree.
+
+    Attributes:
+      paths: one string a leaf, such as `blocks/0/attn/kernel`.
+      arrays: the leaves themselves.
+      rebuild: takes new arrays, one a measured leaf, and returns the whole tree.
+    """
+
+    paths: tuple[str, ...]
+    arrays: list[jax.Array]
+    rebuild: Callable[[list[jax.Array]], Any]
+
+
+def path_string(key_path) -> str:
+    """A key path as `blocks/0/attn/kernel`: the same for dicts, lists, attributes and Flax's variables.
+
+    Flax nnx hands `init` its variables, whose paths end in `value`, and `update` plain arrays, whose paths do not; the
+    trailing `value` is dropped so that both name one leaf.
+
+    >>> import jax
+    >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"blocks": [{"kernel": 1.0}]})
+    >>> path_string(path)
+    'blocks/0/kernel'
+    """
+    parts = jax.tree_util.keystr(key_path, simple=True, separator="/").split("/")
+    while len(parts) > 1 and parts[-1] in ("value", "raw_value"):
+        parts.pop()
+    return "/".join(parts)
+
+
+def is_measured(leaf) -> bool:
+    """Whether a leaf holds floating-point numbers, real or complex, of any width."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def matcher(exclude: Exclude) -> Callable[[str], bool]:
+    """A regular expression (searched), a predicate, or None, as a predicate of paths."""
+    if exclude is None:
+        return lambda path: False
+    if isinstance(exclude, str):
+        return lambda path: re.search(exclude, path) is not None
+    return exclude
+
+
+def measured_leaves(tree, exclude: Exclude = None) -> Leaves:
+    """Picks the leaves to measure out of a tree."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, excluded = [leaf for _, leaf in flat], matcher(exclude)
+    named = {i: path_string(path) for i, (path, leaf) in enumerate(flat) if is_measured(leaf)}
+    picked = {i: path for i, path in named.items() if not excluded(path)}
+
+    def rebuild(arrays):
+        new = dict(zip(picked, arrays, strict=True))
+        return treedef.unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return Leaves(tuple(picked.values()), [jnp.asarray(leaves[i]) for i in picked], rebuild)
+
+
+def map_blocks(f: Callable[..., tuple], outputs: int, *trees) -> tuple:
+    """Maps `f` over block values (arrays, or lists of them) that go together, and returns one tree for each output."""
+    treedef = jax.tree.structure(trees[0])
+    done = [f(*block) for block in zip(*map(treedef.flatten_up_to, trees), strict=True)]
+    return tuple(treedef.unflatten([block[i] for block in done]) for i in range(outputs))

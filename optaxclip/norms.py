@@ -1,0 +1,187 @@
+"""How long a block is: measured in one read of the gradients, in any dtype, at any magnitude, across devices.
+
+A norm is a contribution a number (`lift`), a way to pool contributions (`pool`) and what turns the pool into a length
+(`finish`).  Contributions are pooled leaf by leaf first, in float32 at least, and only the small results meet.
+
+Squares of float32 numbers overflow above 1.8e19 and vanish below 1e-22.  So the pool is checked and, where it left the
+range in which it is exact, the blocks concerned are measured again, scaled by a power of two.  The check and the second
+look share one loop body: it runs once in the common case, costs no second copy of the norm in the compiled program, and
+leaves nothing behind.  A `cond` around a second norm would double the compile time of a tree of many leaves.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optaxclip.leaves import map_blocks
+from optaxclip.mesh import Span
+
+
+class Pool(NamedTuple):
+    """How contributions meet: inside a leaf, between the leaves of a group, and across devices."""
+
+    reduce: Callable[..., jax.Array]
+    segment: Callable[..., jax.Array]
+    across: Callable[..., Any]
+
+
+SUM = Pool(jnp.sum, jax.ops.segment_sum, lax.psum)
+# An empty leaf has no largest element: it counts as 0. (A segment without leaves does not occur.)
+MAX = Pool(lambda x, **kw: jnp.max(x, initial=0, **kw), jax.ops.segment_max, lax.pmax)
+
+
+class Norm(NamedTuple):
+    """A way to measure a block.
+
+    Attributes:
+      lift: maps numbers to their contributions.
+      pool: how contributions meet, `SUM` or `MAX`.
+      finish: maps the pooled contributions and the number of elements to a length.
+      power: contributions grow as |x|^power; it tells in which range the pool is exact.
+    """
+
+    lift: Callable[[jax.Array], jax.Array]
+    pool: Pool
+    finish: Callable[[jax.Array, Any], jax.Array]
+    power: float
+
+
+def _square(x):
+    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
+
+
+def _root(x, p: float):
+    """x^(1/p) for x >= 0, with derivative 0 at 0 (so that a clip is the identity near a zero gradient)."""
+    some = jnp.where(x == 0, 1, x)  # `x == 0`, not `x > 0`: a NaN must come out as NaN
+    return jnp.where(x == 0, 0, jnp.sqrt(some) if p == 2 else some ** (1 / p))
+
+
+#: Euclidean length, √Σ|x|².
+l2 = Norm(_square, SUM, lambda pooled, count: _root(pooled, 2), 2.0)
+#: Sum of moduli, Σ|x|.
+l1 = Norm(jnp.abs, SUM, lambda pooled, count: pooled, 1.0)
+#: Largest modulus, max|x|.
+linf = Norm(jnp.abs, MAX, lambda pooled, count: pooled, 1.0)
+#: Root mean square, √(Σ|x|² / N).
+rms = Norm(_square, SUM, lambda pooled, count: _root(pooled / jnp.maximum(count, 1), 2), 2.0)
+
+
+def lp(p: float) -> Norm:
+    """The p-norm, (Σ|x|ᵖ)^(1/p), for p from 1 to inf.
+
+    Raises:
+      ValueError: if p is not a number of at least 1.
+    """
+    if isinstance(p, bool) or not isinstance(p, int | float) or not p >= 1:
+        raise ValueError(f"lp: p must be a number from 1 to inf, got {p!r}.")
+    known = {1.0: l1, 2.0: l2, math.inf: linf}
+    return known.get(float(p)) or Norm(lambda x: jnp.abs(x) ** p, SUM, lambda pooled, count: _root(pooled, p), float(p))
+
+
+def as_norm(norm: Norm | float) -> Norm:
+    """A norm, or the p-norm of a number p."""
+    return norm if isinstance(norm, Norm) else lp(norm)
+
+
+def accumulator(arrays) -> np.dtype:
+    """The dtype in which norms are taken: float64 if any leaf is that wide, else float32."""
+    wide = any(jnp.finfo(x.dtype).bits == 64 for x in arrays)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """A leaf in at least float32 (or complex64), where it is measured and scaled."""
+    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+
+
+class Measured(NamedTuple):
+    """The lengths of all blocks.
+
+    Attributes:
+      norms: the lengths, one shape with bounds and factors; the largest float where a length is beyond it.
+      units: the unit of `lengths`: 1, or a power of two below 1 for blocks longer than 2¹⁰⁰.
+      lengths: `norms * units`, exact where `norms` cannot be.
+    """
+
+    norms: Any
+    units: Any
+    lengths: Any
+
+
+def measure(norm: Norm, arrays: list[jax.Array], cut, span: Span) -> Measured:
+    """Measures every block of a tree.
+
+    Args:
+      norm: the norm.
+      arrays: the measured leaves.
+      cut: how the leaves are cut into blocks, see `optaxclip.scopes.Cut`.
+      span: over which devices each leaf is spread.
+    """
+    dtype = accumulator(arrays)
+    counts = cut.count([span.size(i) for i in range(len(arrays))])
+
+    def part(x, scale, axes):
+        x = widen(x)
+        lifted = norm.lift(x * scale.astype(x.real.dtype))
+        return norm.pool.reduce(lifted, axis=axes, keepdims=axes is not None).astype(dtype)
+
+    def pooled(arrays, scales):
+        return cut.gather(list(map(part, arrays, cut.spread(scales), cut.axes)), norm.pool, span)
+
+    def finish(pool, count, scale):
+        length = norm.finish(pool, count)
+        unit = jnp.where((scale < 1) & (length > 2.0**20), scale, 1)
+        length = jnp.where(unit < 1, length, length / scale)
+        largest = jnp.where(jnp.isfinite(length), jnp.finfo(dtype).max, length)
+        return jnp.minimum(length / unit, largest), unit, length
+
+    pools, scales = _in_range(norm, pooled, counts, arrays, cut.local, span)
+    return Measured(*map_blocks(finish, 3, pools, counts, scales))
+
+
+def _in_range(norm: Norm, pooled, counts, arrays, local: bool, span: Span):
+    """The pooled contributions of every block, and the scale at which they are exact."""
+    dtype = accumulator(arrays)
+    info = jnp.finfo(dtype)
+    ones = jax.tree.map(lambda n: jnp.ones(n.shape, dtype), counts)
+    if norm.pool is MAX or (norm.power <= 2 and all(jnp.finfo(x.dtype).maxexp <= 16 for x in arrays)):
+        return pooled(arrays, ones), ones
+    lowest = jax.tree.map(lambda n: (n * (info.tiny / info.eps / 2)).astype(dtype), counts)
+    # Each step moves the exact range by a bit less than its width; so many looks span all of the dtype.
+    step = dtype.type(2.0 ** int(1.25 * info.maxexp / max(norm.power, 2)))
+    looks = max(2, math.ceil(norm.power))
+
+    def rescaled(scale, pool, low):
+        return jnp.where(pool < low, scale * step, jnp.where(pool < jnp.inf, scale, scale / step))
+
+    def unsettled(carry):
+        look, pool, _ = carry
+        bad = jax.tree.map(lambda p, low: jnp.any(~((p >= low) & (p < jnp.inf))), pool, lowest)
+        again = span.any(jax.tree.reduce(jnp.logical_or, bad)) if local else jnp.any(jnp.array(jax.tree.leaves(bad)))
+        return (look == 0) | ((look < looks) & again)
+
+    @jax.custom_jvp  # a while loop has no reverse mode: the derivative is that of the pool, at the scale that was found
+    def search(arrays):
+        def look_again(carry):
+            look, pool, scale = carry
+            scale = jax.tree.map(rescaled, scale, pool, lowest)
+            return look + 1, pooled(arrays, scale), scale
+
+        start = 0, jax.tree.map(lambda low: jnp.maximum(low, 1), lowest), ones
+        if local:  # the types of units differ from leaf to leaf: the first look, outside the loop, sets them
+            first = pooled(arrays, ones)
+            start = 1, first, jax.tree.map(lambda p: jnp.where(p == 0, dtype.type(1), dtype.type(1)), first)
+        return lax.while_loop(unsettled, look_again, start)[1:]
+
+    @search.defjvp
+    def search_jvp(primals, tangents):
+        pool, scale = search(*primals)
+        _, pool_dot = jax.jvp(lambda arrays: pooled(arrays, scale), primals, tangents)
+        return (pool, scale), (pool_dot, jax.tree.map(jnp.zeros_like, scale))
+
+    return search(arrays)

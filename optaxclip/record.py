@@ -1,0 +1,142 @@
+"""What a clip did: the record that it keeps in its state, and how to read it out of any optimizer's state."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Metrics(NamedTuple):
+    """What the last update did, and how often.
+
+    Each field but the last two has the shape of the norms: a scalar for `tree`, one entry a block for `leaf` and
+    `groups`.  For `units`, whose blocks may be as many as a layer is wide, they are scalars: the extremes over all units
+    (largest norm, smallest bound, smallest factor), the share of units clipped, and the steps on which any was.
+
+    Attributes:
+      grad_norm: the norm before the clip, float32 (float64 for float64 leaves).
+      clip_bound: the bound that it was held against.
+      clip_factor: what the block was multiplied by.
+      clipped_share: 1 if the norm was over the bound, else 0; for units and elements, the share of them.
+      clipped_steps: int32, the steps on which the norm was over the bound.
+      nonfinite_steps: int32, the steps on which the norm was NaN or infinite.
+      total_steps: int32 scalar, all steps.
+      blocks: the names of the blocks, as the keys of a dict of Nones: they ride along in every state and checkpoint
+        without an array, or a node type of our own that a serializer would have to know.
+    """
+
+    grad_norm: Any
+    clip_bound: Any
+    clip_factor: Any
+    clipped_share: Any
+    clipped_steps: Any
+    nonfinite_steps: Any
+    total_steps: Any
+    blocks: dict[str, None]
+
+
+class Step(NamedTuple):
+    """What one update did: one entry a block, a scalar, a vector, or a list of arrays."""
+
+    norms: Any
+    bounds: Any
+    factors: Any
+    clipped: Any
+
+
+def fresh_metrics(norms: Any, names: tuple[str, ...]) -> Metrics:
+    """The record before the first update. Each field has a buffer of its own, so that states can be donated."""
+    like = jnp.zeros((), jax.tree.leaves(norms)[0].dtype if jax.tree.leaves(norms) else None)
+    like = norms if isinstance(norms, jax.Array) else like
+    ints = [jnp.zeros(like.shape, jnp.int32) for _ in range(2)]
+    floats = [jnp.full(like.shape, fill, like.dtype) for fill in (0, jnp.inf, 1, 0)]
+    return Metrics(*floats, *ints, jnp.zeros((), jnp.int32), dict.fromkeys(sorted(names)))
+
+
+def recorded(old: Metrics, step: Step) -> Metrics:
+    """The record after one more update."""
+    if not isinstance(step.norms, jax.Array):
+        step = _extremes(step)
+    bad = ~jnp.isfinite(step.norms)
+    over = step.clipped > 0
+    floats = (step.norms, step.bounds, step.factors, step.clipped)
+    return Metrics(
+        *(x.astype(o.dtype) for x, o in zip(floats, old, strict=False)),
+        jnp.where(over & ~bad, optax.safe_increment(old.clipped_steps), old.clipped_steps),
+        jnp.where(bad, optax.safe_increment(old.nonfinite_steps), old.nonfinite_steps),
+        optax.safe_increment(old.total_steps),
+        old.blocks,
+    )
+
+
+def _extremes(step: Step) -> Step:
+    """Lists of units as scalars. The largest norm is NaN if any is."""
+    units = sum(n.size for n in step.norms)
+    if not units:
+        return Step(jnp.zeros(()), jnp.full((), jnp.inf), jnp.ones(()), jnp.zeros(()))
+    norms, bounds, factors, over = ([x for x in part if x.size] for part in step)
+    return Step(
+        jnp.max(jnp.stack([jnp.max(x) for x in norms])),
+        jnp.min(jnp.stack([jnp.min(x) for x in bounds])),
+        jnp.min(jnp.stack([jnp.min(x) for x in factors])),
+        jnp.sum(jnp.stack([jnp.sum(x) for x in over])) / units,
+    )
+
+
+def _plain(x):
+    """An array out of the variable that Flax's `nnx.Optimizer` wraps it in; other arrays as they are."""
+    return x[...] if hasattr(type(x), "get_metadata") or hasattr(x, "raw_value") else x
+
+
+def _of_one(m: Metrics, prefix: str) -> dict[str, jax.Array]:
+    names = sorted(m.blocks)
+    m = Metrics(*(_plain(x) for x in m[:-1]), m.blocks)
+    fields = {
+        "grad_norm": (m.grad_norm, jnp.max),
+        "bound": (m.clip_bound, jnp.min),
+        "factor": (m.clip_factor, jnp.min),
+        "clipped": (m.clipped_share, jnp.mean),
+        "clipped_fraction": (m.clipped_steps / jnp.maximum(m.total_steps, 1), jnp.mean),
+        "nonfinite_steps": (m.nonfinite_steps, jnp.max),
+    }
+    out = {prefix + "steps": m.total_steps}
+    for key, (value, reduce) in fields.items():
+        out[prefix + key] = reduce(value, axis=-1) if names else value
+        out |= {f"{prefix}{key}/{name}": value[..., i] for i, name in enumerate(names)}
+    return out
+
+
+def metrics(opt_state: Any, prefix: str = "clip/") -> dict[str, jax.Array]:
+    """What the clips in an optimizer's state did, as a flat dict of scalars that any logger takes.
+
+    Finds every clip, however deep: in `optax.chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams`,
+    `apply_if_finite`, a Flax `nnx.Optimizer` (pass `optimizer.opt_state`) or a linen `TrainState`.  Safe under `jit`;
+    reading it forces nothing to the host until you look, so log every few steps, not every one.
+
+    Args:
+      opt_state: the state of an optimizer, or anything that holds one.
+      prefix: what all keys start with.
+
+    Returns:
+      A dict with the keys `grad_norm` (before the clip), `bound`, `factor`, `clipped` (1 if clipped at this step, else
+      0; with many blocks, the share of them), `clipped_fraction` (of all steps), `nonfinite_steps` and `steps`.  With
+      several named blocks these are the largest norm, the smallest bound, the smallest factor, the mean shares and the
+      largest count, and each but `steps` occurs again as `grad_norm/<block>` and so on.  With several clips, the keys
+      start with `clip/0/`, `clip/1/`, in the order of the state.
+
+    >>> import jax.numpy as jnp, optax, optaxclip
+    >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+    >>> grads = {"w": jnp.array([3.0, 4.0])}
+    >>> _, state = tx.update(grads, tx.init(grads))
+    >>> seen = optaxclip.metrics(state)
+    >>> float(seen["clip/grad_norm"]), float(seen["clip/bound"]), float(seen["clip/clipped"])
+    (5.0, 1.0, 1.0)
+    """
+    def ours(x):
+        return isinstance(x, Metrics)
+
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=ours) if ours(x)]
+    if len(found) == 1:
+        return _of_one(found[0], prefix)
+    return {key: value for i, m in enumerate(found) for key, value in _of_one(m, f"{prefix}{i}/").items()}

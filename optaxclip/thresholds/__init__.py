@@ -1,0 +1,1 @@
+"""How long a block may be: thresholds are optax transformations of norms into bounds."""
