@@ -1,12 +1,13 @@
 """From norms and bounds to clipped leaves: the factor of each block, and the one multiply of each leaf."""
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from optaxclip.actions import Action
 from optaxclip.norms import widen
+from optaxclip.scopes import Cut
 
 Nonfinite = Literal["propagate", "zero"]
 
@@ -14,31 +15,42 @@ _FAR = 2.0**100
 _STEP = 2.0**60
 
 
-def factors_of(action: Action, nonfinite: Nonfinite, lengths, units, bounds):
-    """What blocks are multiplied by: `(coarse, fine, factor, clipped)`, the factor being coarse times fine.
+class Factors(NamedTuple):
+    """What blocks are multiplied by: `1 / step`, then `fine / veto`.
 
-    A factor below 1e-38 is no float32 any more.  So a block that is 2¹⁰⁰ times its bound is first multiplied by a coarse
-    2⁻⁶⁰; there every action is in its far regime, where its factor is proportional to the bound.
+    The divisions are left to `Cut.spread`, at the last moment: a division is what keeps XLA's CPU compiler from copying
+    the whole chain, for all blocks, into the loop of each of many leaves, which would cost 5 times the compile time.
 
-    Args:
-      action: the action.
-      nonfinite: the policy for blocks that are not finite.
-      lengths: the norms, in `units`.
-      units: the units of the lengths, 1 for all but enormous blocks.
-      bounds: the bounds, in units of 1; a negative bound counts as 0.
+    Attributes:
+      step: 1, or 2⁶⁰ for a block so far over its bound that one factor (below 1e-38) would be no float32 any more.
+      fine: what the action says, in that unit.
+      veto: 1; for a block that is not finite what turns any factor into NaN or 0, by policy.
+      factor: all of it in one number, for the record.
+      clipped: 1 where the block is longer than its bound, else 0.
+    """
+
+    step: Any
+    fine: Any
+    veto: Any
+    factor: Any
+    clipped: Any
+
+
+def factors_of(action: Action, nonfinite: Nonfinite, lengths, units, bounds) -> Factors:
+    """The factors of blocks, given their lengths (in `units`, see `Measured`) and bounds; a negative bound counts as 0.
+
+    A block that is 2¹⁰⁰ times its bound is in the far regime of every action: its factor is proportional to the bound.
     """
     bounds = jnp.maximum(bounds.astype(lengths.dtype), 0) * units
     finite = jnp.isfinite(lengths)
     lengths = jnp.where(finite, lengths, 0)
     step = jnp.where(lengths > _FAR * bounds, _STEP, 1).astype(lengths.dtype)
-    # Both end in a division by something that XLA cannot see through. It is what keeps XLA's CPU compiler from copying
-    # the whole chain, for all blocks, into the loop of each of many leaves, which costs 5 times the compile time.
-    coarse = 1 / step
-    fine = action(lengths, bounds * step) / jnp.where(finite, 1, jnp.nan if nonfinite == "propagate" else jnp.inf)
-    return coarse, fine, coarse * fine, (lengths > bounds).astype(lengths.dtype)
+    fine = action(lengths, bounds * step)
+    veto = jnp.where(finite, 1, jnp.nan if nonfinite == "propagate" else jnp.inf).astype(lengths.dtype)
+    return Factors(step, fine, veto, fine / step / veto, (lengths > bounds).astype(lengths.dtype))
 
 
-def multiply(arrays: list[jax.Array], coarse: list, fine: list, nonfinite: Nonfinite) -> list[jax.Array]:
+def multiply(arrays: list[jax.Array], factors: Factors, cut: Cut, nonfinite: Nonfinite) -> list[jax.Array]:
     """Each leaf times its factors, in at least float32, rounded once to its own dtype."""
 
     def scaled(x, coarse, fine):
@@ -49,7 +61,8 @@ def multiply(arrays: list[jax.Array], coarse: list, fine: list, nonfinite: Nonfi
             out = jnp.where(fine == 0, jnp.zeros_like(out), out)
         return x.at[...].set(out) if x.weak_type else out
 
-    return list(map(scaled, arrays, coarse, fine))
+    ones = jax.tree.map(jnp.ones_like, factors.step)
+    return list(map(scaled, arrays, cut.spread(ones, factors.step), cut.spread(factors.fine, factors.veto)))
 
 
 def _times(x, factor):

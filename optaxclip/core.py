@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip.actions import Action, rescale
-from optaxclip.apply import Nonfinite, factors_of, multiply
+from optaxclip.apply import Factors, Nonfinite, factors_of, multiply
 from optaxclip.leaves import Exclude, Leaves, map_blocks, measured_leaves
 from optaxclip.mesh import AxisNames, find_span
 from optaxclip.norms import Measured, Norm, accumulator, as_norm, l2, measure
@@ -115,9 +115,10 @@ def clip_by(
             return measured(_params_of(leaves, params, exclude)).norms
 
         bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
-        factors = map_blocks(functools.partial(factors_of, action, nonfinite), 4, found.lengths, found.units, bounds)
-        clipped = multiply(leaves.arrays, blocks.spread(factors[0]), blocks.spread(factors[1]), nonfinite)
-        metrics = recorded(state.metrics, Step(norms, bounds, *factors[2:]))
+        factor_rule = functools.partial(factors_of, action, nonfinite)
+        factors = Factors(*map_blocks(factor_rule, 5, found.lengths, found.units, bounds))
+        clipped = multiply(leaves.arrays, factors, blocks, nonfinite)
+        metrics = recorded(state.metrics, Step(norms, bounds, factors.factor, factors.clipped))
         return leaves.rebuild(clipped), ClipState(hold_where_not_finite(norms, new, state.threshold), metrics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -9,6 +9,7 @@ look share one loop body: it runs once in the common case, costs no second copy 
 leaves nothing behind.  A `cond` around a second norm would double the compile time of a tree of many leaves.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -131,57 +132,74 @@ def measure(norm: Norm, arrays: list[jax.Array], cut, span: Span) -> Measured:
         return norm.pool.reduce(lifted, axis=axes, keepdims=axes is not None).astype(dtype)
 
     def pooled(arrays, scales):
-        return cut.gather(list(map(part, arrays, cut.spread(scales), cut.axes)), norm.pool, span)
+        return cut.gather(list(map(part, arrays, scales, cut.axes)), norm.pool, span)
 
     def finish(pool, count, scale):
         length = norm.finish(pool, count)
-        unit = jnp.where((scale < 1) & (length > 2.0**20), scale, 1)
+        unit = jnp.where((scale < 1) & (length > 2.0**20), scale, 1).astype(dtype)
         length = jnp.where(unit < 1, length, length / scale)
         largest = jnp.where(jnp.isfinite(length), jnp.finfo(dtype).max, length)
         return jnp.minimum(length / unit, largest), unit, length
 
-    pools, scales = _in_range(norm, pooled, counts, arrays, cut.local, span)
+    pools, scales = _in_range(norm, pooled, counts, arrays, cut, span)
     return Measured(*map_blocks(finish, 3, pools, counts, scales))
 
 
-def _in_range(norm: Norm, pooled, counts, arrays, local: bool, span: Span):
+def _scales(norm: Norm, arrays, dtype) -> list[float]:
+    """The scales at which to look, one after another: 1; larger, for what vanishes; smaller, for what overflows.
+
+    Each step moves the range in which the pool is exact by a bit less than its width.
+    """
+    if norm.pool is MAX or (norm.power <= 2 and all(jnp.finfo(x.dtype).maxexp <= 16 for x in arrays)):
+        return [1.0]
+    step = int(1.25 * jnp.finfo(dtype).maxexp / max(norm.power, 2))
+    looks = range(1, max(2, math.ceil(norm.power)))
+    return [2.0 ** (step * i) for i in (0, *looks, *(-i for i in looks))]
+
+
+def _in_range(norm: Norm, pooled, counts, arrays, cut, span: Span):
     """The pooled contributions of every block, and the scale at which they are exact."""
     dtype = accumulator(arrays)
-    info = jnp.finfo(dtype)
+    tiny, eps = jnp.finfo(dtype).tiny, jnp.finfo(dtype).eps
+    scales = np.array(_scales(norm, arrays, dtype), dtype)
     ones = jax.tree.map(lambda n: jnp.ones(n.shape, dtype), counts)
-    if norm.pool is MAX or (norm.power <= 2 and all(jnp.finfo(x.dtype).maxexp <= 16 for x in arrays)):
-        return pooled(arrays, ones), ones
-    lowest = jax.tree.map(lambda n: (n * (info.tiny / info.eps / 2)).astype(dtype), counts)
-    # Each step moves the exact range by a bit less than its width; so many looks span all of the dtype.
-    step = dtype.type(2.0 ** int(1.25 * info.maxexp / max(norm.power, 2)))
-    looks = max(2, math.ceil(norm.power))
+    if len(scales) == 1:
+        return pooled(arrays, [scales[0]] * len(arrays)), ones
+    lowest = jax.tree.map(lambda n: (n * (tiny / eps / 2)).astype(dtype), counts)
 
-    def rescaled(scale, pool, low):
-        return jnp.where(pool < low, scale * step, jnp.where(pool < jnp.inf, scale, scale / step))
+    def settled(pool, scale, low):
+        """In range; or still nothing at the largest scale, where nothing is left to find."""
+        return ((pool >= low) | (scale == scales.max())) & (pool < jnp.inf)
 
     def unsettled(carry):
-        look, pool, _ = carry
-        bad = jax.tree.map(lambda p, low: jnp.any(~((p >= low) & (p < jnp.inf))), pool, lowest)
-        again = span.any(jax.tree.reduce(jnp.logical_or, bad)) if local else jnp.any(jnp.array(jax.tree.leaves(bad)))
-        return (look == 0) | ((look < looks) & again)
+        look, pools, at = carry
+        done = [jnp.all(block) for block in jax.tree.leaves(jax.tree.map(settled, pools, at, lowest))]
+        left = ~jnp.all(jnp.array(done))
+        return (look == 0) | ((look < len(scales)) & (span.any(left) if cut.local else left))
+
+    def look_again(arrays, carry):
+        look, pools, at = carry
+        scale = jnp.asarray(scales)[look]
+
+        def better(new, old, old_scale, low):
+            keep = settled(old, old_scale, low) & (look > 0)
+            return jnp.where(keep, old, new), jnp.where(keep, old_scale, scale)
+
+        return look + 1, *map_blocks(better, 2, pooled(arrays, [scale] * len(arrays)), pools, at, lowest)
 
     @jax.custom_jvp  # a while loop has no reverse mode: the derivative is that of the pool, at the scale that was found
     def search(arrays):
-        def look_again(carry):
-            look, pool, scale = carry
-            scale = jax.tree.map(rescaled, scale, pool, lowest)
-            return look + 1, pooled(arrays, scale), scale
-
-        start = 0, jax.tree.map(lambda low: jnp.maximum(low, 1), lowest), ones
-        if local:  # the types of units differ from leaf to leaf: the first look, outside the loop, sets them
-            first = pooled(arrays, ones)
-            start = 1, first, jax.tree.map(lambda p: jnp.where(p == 0, dtype.type(1), dtype.type(1)), first)
-        return lax.while_loop(unsettled, look_again, start)[1:]
+        start = (0, ones, ones)
+        if cut.local:  # the types of units (sharding, axes) differ from leaf to leaf: a look outside the loop sets them
+            first = pooled(arrays, [scales[0]] * len(arrays))
+            start = (1, first, jax.tree.map(lambda p: jnp.where(p == 0, dtype.type(1), dtype.type(1)), first))
+        return lax.while_loop(unsettled, functools.partial(look_again, arrays), start)[1:]
 
     @search.defjvp
     def search_jvp(primals, tangents):
         pool, scale = search(*primals)
-        _, pool_dot = jax.jvp(lambda arrays: pooled(arrays, scale), primals, tangents)
+        leaf_scales = cut.spread(scale, ones)
+        _, pool_dot = jax.jvp(lambda arrays: pooled(arrays, leaf_scales), primals, tangents)
         return (pool, scale), (pool_dot, jax.tree.map(jnp.zeros_like, scale))
 
     return search(arrays)
