@@ -56,10 +56,10 @@ def multiply(arrays: list[jax.Array], factors: Factors, cut: Cut, nonfinite: Non
     def scaled(x, coarse, fine):
         wide = widen(x)
         dtype = wide.real.dtype
-        out = _times(_times(wide, coarse.astype(dtype)), fine.astype(dtype)).astype(x.dtype)
+        out = _times(_times(wide, coarse.astype(dtype)), fine.astype(dtype))
         if nonfinite == "zero":  # 0 times inf is NaN: only this policy pays for a select
             out = jnp.where(fine == 0, jnp.zeros_like(out), out)
-        return x.at[...].set(out) if x.weak_type else out
+        return as_dtype_of(x, out)
 
     ones = jax.tree.map(jnp.ones_like, factors.step)
     return list(map(scaled, arrays, cut.spread(ones, factors.step), cut.spread(factors.fine, factors.veto)))
@@ -68,3 +68,9 @@ def multiply(arrays: list[jax.Array], factors: Factors, cut: Cut, nonfinite: Non
 def _times(x, factor):
     """`x * factor` for a real factor. JAX would make it complex, and lose the sign of a zero."""
     return jax.lax.complex(x.real * factor, x.imag * factor) if jnp.iscomplexobj(x) else x * factor
+
+
+def as_dtype_of(x: jax.Array, out: jax.Array) -> jax.Array:
+    """`out` in the dtype of `x`, weak type included."""
+    out = out.astype(x.dtype)
+    return x.at[...].set(out) if x.weak_type else out

@@ -26,7 +26,7 @@ import optax
 
 from optaxclip.actions import Action, rescale
 from optaxclip.apply import Factors, Nonfinite, factors_of, multiply
-from optaxclip.leaves import Exclude, Leaves, map_blocks, measured_leaves
+from optaxclip.leaves import Exclude, Leaves, bundled, map_blocks, measured_leaves
 from optaxclip.mesh import AxisNames, find_span
 from optaxclip.norms import Measured, Norm, accumulator, as_norm, l2, measure
 from optaxclip.record import Metrics, Step, fresh_metrics, recorded
@@ -95,7 +95,11 @@ def clip_by(
         return scope.cut(leaves.paths, [x.shape for x in leaves.arrays])
 
     def measured(leaves: Leaves) -> Measured:
-        return measure(norm, leaves.arrays, cut(leaves), find_span(leaves.arrays, leaves.paths, axis_names))
+        span = find_span(leaves.arrays, leaves.paths, axis_names)
+        if scope is tree and jax.device_count() == 1 and not span.axes:
+            leaves = bundled(leaves)
+            span = span._replace(leaves=(frozenset(),) * len(leaves.arrays))
+        return measure(norm, leaves.arrays, cut(leaves), span)
 
     def init_fn(params):
         leaves = measured_leaves(params, exclude)
