@@ -61,7 +61,7 @@ class Span(NamedTuple):
 
 def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """`x`, cast to the type that a collective over `axes` takes."""
-    missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+    missing = tuple(axis for axis in axes if axis in _manual_axes() and axis not in varying_axes(x))
     return lax.pcast(x, missing, to="varying") if missing and _types_are_kept() else x
 
 
