@@ -1,12 +1,21 @@
-"""Runs every example in docstrings, README and docs as a test."""
+"""Runs every example in docstrings, README and docs as a test, under JAX's defaults, as a user would."""
 
 from sybil import Sybil
 from sybil.parsers.doctest import DocTestParser
 from sybil.parsers.markdown import PythonCodeBlockParser
 
-from tests import conftest as _strict  # noqa: F401 - the same JAX settings, whatever is collected first
+from tests import conftest as strict
+
+
+def _as_users(namespace):
+    strict.set_promotion("standard", "allow")
+
+
+def _as_tests(namespace):
+    strict.set_promotion("strict", "raise")
+
 
 pytest_collect_file = (
-    Sybil(parsers=[DocTestParser()], patterns=["*.py"], path="optaxclip")
-    + Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"])
+    Sybil(parsers=[DocTestParser()], patterns=["*.py"], path="optaxclip", setup=_as_users, teardown=_as_tests)
+    + Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"], setup=_as_users, teardown=_as_tests)
 ).pytest()

@@ -33,6 +33,7 @@ from optaxclip.record import Metrics, Step, fresh_metrics, recorded
 from optaxclip.scopes import Cut, Scope, tree
 from optaxclip.thresholds.combine import Threshold, as_threshold, hold_where_not_finite
 
+
 class ClipState(NamedTuple):
     """State of every clip.
 

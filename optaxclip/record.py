@@ -133,6 +133,7 @@ def metrics(opt_state: Any, prefix: str = "clip/") -> dict[str, jax.Array]:
     >>> float(seen["clip/grad_norm"]), float(seen["clip/bound"]), float(seen["clip/clipped"])
     (5.0, 1.0, 1.0)
     """
+
     def ours(x):
         return isinstance(x, Metrics)
 

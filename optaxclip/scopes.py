@@ -166,7 +166,9 @@ def unit_axes(path: str, shape: tuple[int, ...], axes=None, batch_axes: int = 0)
     else:
         chosen = (axes,) if isinstance(axes, int) else tuple(axes)
     if any(not -rank <= axis < rank for axis in chosen):
-        raise ValueError(f"units: axes={axes!r} do not fit the leaf {path!r} of shape {shape}, batch_axes={batch_axes}.")
+        raise ValueError(
+            f"units: axes={axes!r} do not fit the leaf {path!r} of shape {shape}, batch_axes={batch_axes}."
+        )
     return tuple(sorted({axis % rank + batch_axes for axis in chosen}))
 
 
@@ -210,10 +212,11 @@ def units(axes=None, *, batch_axes: int | Callable[[str], int] = 0) -> Scope:
 
         def count(shares):
             sizes = [math.prod(shape[a] for a in span) for shape, span in zip(shapes, spans, strict=True)]
-            kept = [tuple(1 if a in span else n for a, n in enumerate(s)) for s, span in zip(shapes, spans, strict=True)]
+            kept = [
+                tuple(1 if a in span else n for a, n in enumerate(s)) for s, span in zip(shapes, spans, strict=True)
+            ]
             return [np.full(k, float(size * n)) for k, size, n in zip(kept, sizes, shares, strict=True)]
 
         return Cut((), spans, True, count, lambda parts, pool, span: span.pool_each(parts, pool.across), _quotients)
 
     return Scope(cut)
-

@@ -113,7 +113,9 @@ def test_the_derivative_goes_through_shard_map():
         return sum(jnp.sum(jnp.sin(u)) for u in jax.tree.leaves(tx.update(grads, None)[0]))
 
     def sharded(grads):
-        u = jax.shard_map(lambda g: tx.update(g, None)[0], mesh=mesh_of(4, 2), in_specs=(SPECS,), out_specs=SPECS)(grads)
+        u = jax.shard_map(lambda g: tx.update(g, None)[0], mesh=mesh_of(4, 2), in_specs=(SPECS,), out_specs=SPECS)(
+            grads
+        )
         return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(u))
 
     chex.assert_trees_all_close(jax.jit(jax.grad(sharded))(GRADS), jax.grad(loss)(GRADS), atol=1e-6)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip.actions import rescale
+from optaxclip.apply import Nonfinite
 from optaxclip.core import clip_by
-from optaxclip.mesh import Span
+from optaxclip.leaves import Exclude
+from optaxclip.mesh import AxisNames, Span
 from optaxclip.norms import Norm, as_norm, l2, measure
 from optaxclip.scopes import units
 from optaxclip.thresholds.combine import checked
@@ -23,7 +25,9 @@ def adaptive_grad_clip(
     *,
     batch_axes: int | Callable[[str], int] = 0,
     norm: Norm | float = l2,
-    **options: Any,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each unit to a share of its parameters' norm: gᵢ ← gᵢ · min(1, clipping · max(‖wᵢ‖, eps) / ‖gᵢ‖).
 
@@ -36,8 +40,9 @@ def adaptive_grad_clip(
         axis or a tuple, `...` for whole leaves, or a function of the path. Vectors are one unit, whatever it says.
       batch_axes: how many leading axes number stacked layers (`nn.scan`), or a function of the path.
       norm: another norm than the Euclidean one.
-      **options: `exclude`, `nonfinite` and `axis_names` of `optaxclip.clip_by`. The paper excludes the last, linear,
-        layer: `exclude="^head/"`.
+      exclude: leaves to leave alone, as in `optaxclip.clip_by`. The paper excludes the last, linear, layer:
+        `exclude="^head/"`.
+      nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for an argument that is negative, NaN, a boolean or a string; at the update, if `params` is missing, if
@@ -57,9 +62,10 @@ def adaptive_grad_clip(
     >>> tx.update(grads, tx.init(params), params)[0][0]
     Array([0.1, 0. ], dtype=float32)
     """
+    shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
     call = "adaptive_grad_clip"
     threshold = param_relative(checked(clipping, call, "clipping"), checked(eps, call, "eps"))
-    return clip_by(threshold, scope=units(axis, batch_axes=batch_axes), norm=norm, **options)
+    return clip_by(threshold, scope=units(axis, batch_axes=batch_axes), norm=norm, **shared)
 
 
 def unitwise_norm(x: jax.typing.ArrayLike, axis: int | tuple[int, ...] | None = None) -> jax.Array:

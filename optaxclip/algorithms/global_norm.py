@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip.actions import Action, band, rescale
+from optaxclip.apply import Nonfinite
 from optaxclip.core import clip_by
+from optaxclip.leaves import Exclude
+from optaxclip.mesh import AxisNames
 from optaxclip.norms import Norm, l2, rms
 from optaxclip.scopes import groups, leaf, module_of
 from optaxclip.thresholds.combine import Threshold, as_threshold, checked
@@ -29,7 +32,9 @@ def clip_by_global_norm(
     norm: Norm | float = l2,
     eps: jax.typing.ArrayLike = 0.0,
     min_norm: jax.typing.ArrayLike = 0.0,
-    **options: Any,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the updates by their global norm: g ← g · min(1, max_norm / ‖g‖), one norm over all leaves.
 
@@ -39,7 +44,7 @@ def clip_by_global_norm(
       eps: added to the norm before it is compared and divided by. 0, as in Optax; 1e-6 is PyTorch's
         `clip_grad_norm_`, whose factor is min(1, max_norm / (‖g‖ + 1e-6)).
       min_norm: updates shorter than this (but not zero) are lengthened to it: against vanishing gradients.
-      **options: `exclude`, `nonfinite` and `axis_names` of `optaxclip.clip_by`.
+      exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string.
@@ -57,9 +62,10 @@ def clip_by_global_norm(
     >>> tx.update(grads, tx.init(grads))[0]
     {'w': Array([0.6, 0.8], dtype=float32)}
     """
+    shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
     call = "clip_by_global_norm"
     threshold = as_threshold(max_norm, call, "max_norm")
-    return clip_by(threshold, norm=norm, action=_action(call, eps, min_norm), **options)
+    return clip_by(threshold, norm=norm, action=_action(call, eps, min_norm), **shared)
 
 
 def clip_by_leaf_norm(
@@ -68,7 +74,9 @@ def clip_by_leaf_norm(
     norm: Norm | float = l2,
     eps: jax.typing.ArrayLike = 0.0,
     min_norm: jax.typing.ArrayLike = 0.0,
-    **options: Any,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each leaf by its own norm: gᵢ ← gᵢ · min(1, max_norm / ‖gᵢ‖). Keras calls it `clipnorm`.
 
@@ -76,7 +84,7 @@ def clip_by_leaf_norm(
 
     Args:
       max_norm: the bound, the same for every leaf, or an array with one number a leaf (paths sorted).
-      norm, eps, min_norm, **options: as in `clip_by_global_norm`.
+      norm, eps, min_norm, exclude, nonfinite, axis_names: as in `clip_by_global_norm`.
 
     Raises:
       ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string.
@@ -87,9 +95,10 @@ def clip_by_leaf_norm(
     >>> tx.update(grads, tx.init(grads))[0]
     {'b': Array([0.5], dtype=float32), 'w': Array([0.6, 0.8], dtype=float32)}
     """
+    shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
     call = "clip_by_leaf_norm"
     threshold = as_threshold(max_norm, call, "max_norm")
-    return clip_by(threshold, scope=leaf, norm=norm, action=_action(call, eps, min_norm), **options)
+    return clip_by(threshold, scope=leaf, norm=norm, action=_action(call, eps, min_norm), **shared)
 
 
 def clip_by_group_norm(
@@ -99,7 +108,9 @@ def clip_by_group_norm(
     norm: Norm | float = l2,
     eps: jax.typing.ArrayLike = 0.0,
     min_norm: jax.typing.ArrayLike = 0.0,
-    **options: Any,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each group of leaves by the norm of the group; by default each layer: a module's kernel and bias together.
 
@@ -107,7 +118,7 @@ def clip_by_group_norm(
       max_norm: the bound of every group, or a mapping of the name of each group to its own bound.
       label: the group of a leaf, as a function of its path (`blocks/0/attn/kernel`), or a mapping of regular expressions
         to names; see `optaxclip.groups`.
-      norm, eps, min_norm, **options: as in `clip_by_global_norm`.
+      norm, eps, min_norm, exclude, nonfinite, axis_names: as in `clip_by_global_norm`.
 
     Raises:
       ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string; where a tree is first seen, if
@@ -120,13 +131,14 @@ def clip_by_group_norm(
     >>> tx.update(grads, tx.init(grads))[0]["hidden"]
     {'b': Array([0.8], dtype=float32), 'w': Array([0.6], dtype=float32)}
     """
+    shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
     call = "clip_by_group_norm"
     if isinstance(max_norm, Mapping):
         scope, bound = _exactly(groups(label), tuple(sorted(max_norm))), _stacked(max_norm, call)
     else:
         scope, bound = groups(label), max_norm
     threshold = as_threshold(bound, call, "max_norm")
-    return clip_by(threshold, scope=scope, norm=norm, action=_action(call, eps, min_norm), **options)
+    return clip_by(threshold, scope=scope, norm=norm, action=_action(call, eps, min_norm), **shared)
 
 
 def _stacked(max_norm: Mapping[str, Any], call: str) -> jax.Array:
@@ -141,20 +153,28 @@ def _exactly(scope, names: tuple[str, ...]):
     def cut(paths, shapes):
         found = scope.cut(paths, shapes)
         if found.names != names:
-            raise ValueError(f"clip_by_group_norm: max_norm names the groups {names}, but the leaves form {found.names}.")
+            raise ValueError(
+                f"clip_by_group_norm: max_norm names the groups {names}, but the leaves form {found.names}."
+            )
         return found
 
     return scope._replace(cut=cut)
 
 
-def clip_by_block_rms(threshold: Threshold, **options: Any) -> optax.GradientTransformationExtraArgs:
+def clip_by_block_rms(
+    threshold: Threshold,
+    *,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
     """Clips each leaf by its root mean square: u ← u / max(1, RMS(u) / threshold). Adafactor's update clipping.
 
     Place it after what preconditions the update and before the learning rate, as Adafactor does (threshold 1.0).
 
     Args:
       threshold: the bound: a number, array, tracer, schedule or threshold.
-      **options: `exclude`, `nonfinite` and `axis_names` of `optaxclip.clip_by`.
+      exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for a bound that is negative, NaN, a boolean or a string.
@@ -168,4 +188,5 @@ def clip_by_block_rms(threshold: Threshold, **options: Any) -> optax.GradientTra
     >>> tx.update(updates, tx.init(updates))[0]
     Array([1., 1.], dtype=float32)
     """
-    return clip_by(as_threshold(threshold, "clip_by_block_rms", "threshold"), scope=leaf, norm=rms, **options)
+    shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
+    return clip_by(as_threshold(threshold, "clip_by_block_rms", "threshold"), scope=leaf, norm=rms, **shared)

@@ -28,7 +28,9 @@ def _check_batched(leaves, call: str) -> None:
     sizes = {x.shape[:1] for x in leaves.arrays}
     if len(sizes) > 1 or () in sizes:
         shapes = dict(zip(leaves.paths, (x.shape for x in leaves.arrays), strict=True))
-        raise ValueError(f"{call}: every leaf needs a leading axis that numbers the same examples, got shapes {shapes}.")
+        raise ValueError(
+            f"{call}: every leaf needs a leading axis that numbers the same examples, got shapes {shapes}."
+        )
 
 
 def _weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:

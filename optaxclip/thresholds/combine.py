@@ -91,7 +91,9 @@ def hold_where_not_finite(norms: Any, new: Any, old: Any) -> Any:
     return jax.tree.map(pick, new, old)
 
 
-def per_block(init: Any, step: Callable[[jax.Array, Any], tuple[jax.Array, Any]]) -> optax.GradientTransformationExtraArgs:
+def per_block(
+    init: Any, step: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+) -> optax.GradientTransformationExtraArgs:
     """A threshold from a rule for one block: `step(norm, state) -> (bound, state)`.
 
     The rule is written for a scalar norm and mapped over all blocks at once, as one vector operation.  The bound that it

@@ -83,7 +83,9 @@ def until(steps: int, threshold: Threshold, then: Threshold = jnp.inf) -> optax.
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def param_relative(ratio: jax.typing.ArrayLike, floor: jax.typing.ArrayLike = 1e-3) -> optax.GradientTransformationExtraArgs:
+def param_relative(
+    ratio: jax.typing.ArrayLike, floor: jax.typing.ArrayLike = 1e-3
+) -> optax.GradientTransformationExtraArgs:
     """A share of the parameters' own norm: ratio · max(‖w‖, floor), block by block.
 
     Args:
