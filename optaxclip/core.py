@@ -13,12 +13,12 @@ norms, the action makes factors of both, and each leaf is multiplied by the fact
     updates --cut, measure--> norms --threshold--> bounds --action--> factors --multiply--> updates
 
 Norms, bounds and factors have one shape (a scalar, a vector, or a list of small arrays), so no part needs to know which
-scope it serves.  The one multiply is what XLA fuses into the optimizer that follows; a division, a select or a `cond` on
-the tree would keep a copy of all gradients.
+scope it serves.  The one multiply is what XLA fuses into the optimizer that follows; a division, a select or a `cond`
+on the tree would keep a copy of all gradients.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,8 @@ def clip_by(
         already the same on every device. Not needed under plain `jit`, nor where `shard_map` keeps types.
 
     Returns:
-      A `GradientTransformationExtraArgs` with a `ClipState`. `update(updates, None)` starts from a fresh state where the
-      threshold keeps none.
+      A `GradientTransformationExtraArgs` with a `ClipState`. `update(updates, None)` starts from a fresh state where
+      the threshold keeps none.
 
     Raises:
       ValueError: for a threshold that is negative, NaN, a boolean or a string; for an unknown `nonfinite`; at the
@@ -116,10 +116,10 @@ def clip_by(
         found = measured(leaves)
         norms = jax.tree.map(lambda n: n.astype(state.metrics.grad_norm.dtype), found.norms)
 
-        def param_norms():
+        def param_norms() -> Any:
             return measured(_params_of(leaves, params, exclude)).norms
 
-        bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
+        bounds, new = threshold.update(norms, state.threshold, cast(Any, param_norms), **extra_args)
         factor_rule = functools.partial(factors_of, action, nonfinite)
         factors = Factors(*map_blocks(factor_rule, 5, found.lengths, found.units, bounds))
         clipped = multiply(leaves.arrays, factors, blocks, nonfinite)

@@ -77,8 +77,8 @@ def measured_leaves(tree, exclude: Exclude = None) -> Leaves:
 def bundled(leaves: Leaves, largest: int = 4096, most: int = 256) -> Leaves:
     """The same numbers in fewer arrays: small leaves of one dtype joined, at most `most` in one.
 
-    XLA's CPU compiler takes its time for every leaf, however small.  Joining them copies little, but must not be done to
-    leaves that are spread over devices: XLA would gather each of them.
+    XLA's CPU compiler takes its time for every leaf, however small.  Joining them copies little, but must not be done
+    to leaves that are spread over devices: XLA would gather each of them.
     """
     chunks: dict[Any, list] = {}
     for i, x in enumerate(leaves.arrays):

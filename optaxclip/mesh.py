@@ -2,8 +2,8 @@
 
 Under plain `jit` there is nothing to do: XLA sees whole arrays.  Inside `shard_map` (and `pmap`) each device sees its
 own part, and a norm must be pooled over the devices that hold the other parts - but not over those that hold copies.
-`shard_map` keeps the difference in the type of every array (the mesh axes over which it varies), so it need not be said;
-with `check_vma=False` and in `pmap` the types are silent, and it must be: never a silent local norm.
+`shard_map` keeps the difference in the type of every array (the mesh axes over which it varies), so it need not be
+said; with `check_vma=False` and in `pmap` the types are silent, and it must be: never a silent local norm.
 """
 
 import math
@@ -94,8 +94,8 @@ def _named(axis_names: AxisNames, paths: Sequence[str]) -> list:
     names = jax.tree.leaves(axis_names, is_leaf=is_names)
     if len(names) != len(paths) or not all(map(is_names, names)):
         raise ValueError(
-            f"axis_names= must be one axis name or tuple of names, a function of the path, or a tree with one such entry"
-            f" for each of the {len(paths)} measured leaves; got {axis_names!r}."
+            f"axis_names= must be one axis name or tuple of names, a function of the path, or a tree with one such"
+            f" entry for each of the {len(paths)} measured leaves; got {axis_names!r}."
         )
     return names
 
@@ -113,10 +113,10 @@ def find_span(arrays: Sequence[jax.Array], paths: Sequence[str], axis_names: Axi
         said = typed
     else:
         raise ValueError(
-            f"A clip inside shard_map(check_vma=False) or pmap, over the mesh axes {_manual_axes()}, cannot know over which"
-            " of them the gradients are spread. Pass axis_names= to the clip: the names of the axes that share one norm,"
-            f" such as axis_names={_manual_axes()!r}; axis_names=() if the gradients are already the same on every"
-            " device (after pmean, for example); or keep check_vma=True, where nothing need be said."
+            f"A clip inside shard_map(check_vma=False) or pmap, over the mesh axes {_manual_axes()}, cannot know over"
+            " which of them the gradients are spread. Pass axis_names= to the clip: the axes that share one norm, such"
+            f" as axis_names={_manual_axes()!r}; axis_names=() if the gradients are already the same on every device"
+            " (after pmean, for example); or keep check_vma=True, where nothing need be said."
         )
     # Axes that only the types name are agreed over too: a value that the caller calls replicated becomes so by type.
     return Span(tuple(said), tuple(sorted(frozenset().union(*said, *typed))), axis_names is not None)

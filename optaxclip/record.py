@@ -11,8 +11,8 @@ class Metrics(NamedTuple):
     """What the last update did, and how often.
 
     Each field but the last two has the shape of the norms: a scalar for `tree`, one entry a block for `leaf` and
-    `groups`.  For `units`, whose blocks may be as many as a layer is wide, they are scalars: the extremes over all units
-    (largest norm, smallest bound, smallest factor), the share of units clipped, and the steps on which any was.
+    `groups`.  For `units`, whose blocks may be as many as a layer is wide, they are scalars: the extremes over all
+    units (largest norm, smallest bound, smallest factor), the share of units clipped, and the steps on which any was.
 
     Attributes:
       grad_norm: the norm before the clip, float32 (float64 for float64 leaves).
@@ -47,11 +47,19 @@ class Step(NamedTuple):
 
 def fresh_metrics(norms: Any, names: tuple[str, ...]) -> Metrics:
     """The record before the first update. Each field has a buffer of its own, so that states can be donated."""
-    like = jnp.zeros((), jax.tree.leaves(norms)[0].dtype if jax.tree.leaves(norms) else None)
-    like = norms if isinstance(norms, jax.Array) else like
-    ints = [jnp.zeros(like.shape, jnp.int32) for _ in range(2)]
-    floats = [jnp.full(like.shape, fill, like.dtype) for fill in (0, jnp.inf, 1, 0)]
-    return Metrics(*floats, *ints, jnp.zeros((), jnp.int32), dict.fromkeys(sorted(names)))
+    leaves = jax.tree.leaves(norms)
+    shape = norms.shape if isinstance(norms, jax.Array) else ()
+    dtype = leaves[0].dtype if leaves else jnp.float32
+    return Metrics(
+        grad_norm=jnp.zeros(shape, dtype),
+        clip_bound=jnp.full(shape, jnp.inf, dtype),
+        clip_factor=jnp.ones(shape, dtype),
+        clipped_share=jnp.zeros(shape, dtype),
+        clipped_steps=jnp.zeros(shape, jnp.int32),
+        nonfinite_steps=jnp.zeros(shape, jnp.int32),
+        total_steps=jnp.zeros((), jnp.int32),
+        blocks=dict.fromkeys(sorted(names)),
+    )
 
 
 def recorded(old: Metrics, step: Step) -> Metrics:
@@ -59,15 +67,21 @@ def recorded(old: Metrics, step: Step) -> Metrics:
     if not isinstance(step.norms, jax.Array):
         step = _extremes(step)
     bad = ~jnp.isfinite(step.norms)
-    over = step.clipped > 0
-    floats = (step.norms, step.bounds, step.factors, step.clipped)
     return Metrics(
-        *(x.astype(o.dtype) for x, o in zip(floats, old, strict=False)),
-        jnp.where(over & ~bad, optax.safe_increment(old.clipped_steps), old.clipped_steps),
-        jnp.where(bad, optax.safe_increment(old.nonfinite_steps), old.nonfinite_steps),
-        optax.safe_increment(old.total_steps),
-        old.blocks,
+        grad_norm=step.norms.astype(old.grad_norm.dtype),
+        clip_bound=step.bounds.astype(old.clip_bound.dtype),
+        clip_factor=step.factors.astype(old.clip_factor.dtype),
+        clipped_share=step.clipped.astype(old.clipped_share.dtype),
+        clipped_steps=_counted(old.clipped_steps, (step.clipped > 0) & ~bad),
+        nonfinite_steps=_counted(old.nonfinite_steps, bad),
+        total_steps=_counted(old.total_steps, True),
+        blocks=old.blocks,
     )
+
+
+def _counted(count: jax.Array, one_more) -> jax.Array:
+    """One more where `one_more`, up to the largest int32."""
+    return jnp.where(one_more, optax.safe_increment(count), count)
 
 
 def _extremes(step: Step) -> Step:
@@ -91,7 +105,7 @@ def _plain(x):
 
 def _of_one(m: Metrics, prefix: str) -> dict[str, jax.Array]:
     names = sorted(m.blocks)
-    m = Metrics(*(_plain(x) for x in m[:-1]), m.blocks)
+    m = m._replace(**{field: _plain(getattr(m, field)) for field in m._fields if field != "blocks"})
     fields = {
         "grad_norm": (m.grad_norm, jnp.max),
         "bound": (m.clip_bound, jnp.min),

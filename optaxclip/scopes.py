@@ -18,7 +18,6 @@ import numpy as np
 from optaxclip.mesh import Span
 from optaxclip.norms import SUM, Pool
 
-
 _HOP = 16
 
 
@@ -31,7 +30,7 @@ class Cut(NamedTuple):
       local: whether blocks lie inside a leaf, so that devices may hold different ones.
       count: how many elements each block has, given the number of devices that share each leaf.
       gather: pools contributions, one array a leaf, into one value a block.
-      spread: the reverse: the quotient of two values a block, handed to each leaf in a shape that broadcasts against it.
+      spread: the reverse: the quotient of two values a block, in a shape that broadcasts against each leaf.
     """
 
     names: tuple[str, ...]
@@ -53,7 +52,7 @@ class Scope(NamedTuple):
 
 
 def _blocks(shapes, names: tuple[str, ...] = (), labels: Sequence[str] | None = None) -> Cut:
-    """Blocks of whole leaves: leaf i belongs to the block called `labels[i]`; without labels to the only one, a scalar."""
+    """Blocks of whole leaves: leaf i is part of the block `labels[i]`; without labels of the only one, a scalar."""
     ids = np.array([names.index(label) for label in labels] if labels is not None else [0] * len(shapes), int)
     order = np.argsort(ids, kind="stable")
     alone = len(names) == len(ids)

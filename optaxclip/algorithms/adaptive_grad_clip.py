@@ -45,8 +45,8 @@ def adaptive_grad_clip(
       nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
-      ValueError: for an argument that is negative, NaN, a boolean or a string; at the update, if `params` is missing, if
-        axes do not fit a leaf, or if its rank has no convention.
+      ValueError: for an argument that is negative, NaN, a boolean or a string; at the update, if `params` is missing,
+        if axes do not fit a leaf, or if its rank has no convention.
 
     Deviations from `optax.adaptive_grad_clip`: norms in float32 at least, and results in the gradient's dtype (Optax
     promotes to the parameters'); no `div_eps` of 1e-6, which clips tiny gradients too much; an `axis` for kernels does

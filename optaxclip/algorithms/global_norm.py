@@ -116,8 +116,8 @@ def clip_by_group_norm(
 
     Args:
       max_norm: the bound of every group, or a mapping of the name of each group to its own bound.
-      label: the group of a leaf, as a function of its path (`blocks/0/attn/kernel`), or a mapping of regular expressions
-        to names; see `optaxclip.groups`.
+      label: the group of a leaf, as a function of its path (`blocks/0/attn/kernel`), or a mapping of regular
+        expressions to names; see `optaxclip.groups`.
       norm, eps, min_norm, exclude, nonfinite, axis_names: as in `clip_by_global_norm`.
 
     Raises:

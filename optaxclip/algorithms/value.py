@@ -1,7 +1,8 @@
 """Clipping by value: each element between two limits. It changes the direction of the gradient."""
 
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,14 @@ def _outside(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
     return jnp.sum((size > upper) | (size < lower), dtype=upper.dtype)
 
 
-def _clip_elements(limits: optax.GradientTransformationExtraArgs, exclude: Exclude, axis_names: AxisNames | None):
-    """Clips elements; `limits` is a threshold whose update returns a pair, the lower and the upper limit."""
+class _Limits(NamedTuple):
+    """Like a threshold, but `update(norm, state, params, **extra_args)` returns a pair of limits, and the state."""
+
+    init: Callable[..., Any]
+    update: Callable[..., tuple[tuple[jax.Array, jax.Array], Any]]
+
+
+def _clip_elements(limits: _Limits, exclude: Exclude, axis_names: AxisNames | None):
 
     def init_fn(params):
         norm = jnp.zeros((), accumulator(measured_leaves(params, exclude).arrays))
@@ -83,10 +90,10 @@ def clip(
 
     def update_fn(norm, state, params=None, **extra_args):
         bound, state = threshold.update(norm, state, params, **extra_args)
-        bound = jnp.maximum(bound, 0)
+        bound = jnp.maximum(jnp.asarray(bound), 0)
         return (-bound, bound), state
 
-    return _clip_elements(optax.GradientTransformationExtraArgs(threshold.init, update_fn), exclude, axis_names)
+    return _clip_elements(_Limits(threshold.init, update_fn), exclude, axis_names)
 
 
 def _limit(value: Any, argument: str):
@@ -128,9 +135,9 @@ def clip_by_value(
 
     def update_fn(norm, state, params=None, **extra_args):
         low, high = (jnp.asarray(limit(state.clip_step)).astype(norm.dtype) for limit in limits)
-        return (low, high), ScheduleState(optax.safe_increment(state.clip_step), ())
+        return (low, high), ScheduleState(jnp.asarray(optax.safe_increment(state.clip_step)), ())
 
-    signed = optax.GradientTransformationExtraArgs(lambda norm: ScheduleState(jnp.zeros((), jnp.int32), ()), update_fn)
+    signed = _Limits(lambda norm: ScheduleState(jnp.zeros((), jnp.int32), ()), update_fn)
     tx = _clip_elements(signed, exclude, axis_names)
 
     def only_real(updates, state, params=None, **extra_args):

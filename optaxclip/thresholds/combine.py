@@ -23,13 +23,18 @@ Threshold = optax.GradientTransformation | optax.Schedule | jax.typing.ArrayLike
 Feed = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+def new_threshold(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+    """A threshold from `init(norms) -> state` and `update(norms, state, params, **extra_args) -> (bounds, state)`."""
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def stateless(bound_of: Callable[[Any, Any], Any]) -> optax.GradientTransformationExtraArgs:
     """A threshold without history: `bound_of(norms, params)` are the bounds."""
 
     def update_fn(norms, state, params=None, **extra_args):
         return bound_of(norms, params), state
 
-    return optax.GradientTransformationExtraArgs(lambda norms: optax.EmptyState(), update_fn)
+    return new_threshold(lambda norms: optax.EmptyState(), update_fn)
 
 
 def checked(value: Any, call: str, argument: str) -> Any:
@@ -40,9 +45,11 @@ def checked(value: Any, call: str, argument: str) -> Any:
     """
     if isinstance(value, np.generic | np.ndarray) and np.ndim(value) == 0:
         value = value.item()
-    is_array = isinstance(value, jax.Array | np.ndarray) and not jnp.issubdtype(value.dtype, jnp.complexfloating)
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (is_number or is_array) or (is_number and not value >= 0) or (is_array and value.dtype == bool):
+    if isinstance(value, jax.Array | np.ndarray):
+        fine = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+    else:
+        fine = isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) >= 0
+    if not fine:
         raise ValueError(
             f"{call}: {argument} must be a number from 0 to inf, an array, a schedule (a function of the step) or a"
             f" threshold (an optax transformation of norms into bounds); got {value!r}."
@@ -96,8 +103,8 @@ def per_block(
 ) -> optax.GradientTransformationExtraArgs:
     """A threshold from a rule for one block: `step(norm, state) -> (bound, state)`.
 
-    The rule is written for a scalar norm and mapped over all blocks at once, as one vector operation.  The bound that it
-    returns holds for the norm that it is given (to decide first and learn after, wrap it in `lag`).
+    The rule is written for a scalar norm and mapped over all blocks at once, as one vector operation.  The bound that
+    it returns holds for the norm that it is given (to decide first and learn after, wrap it in `lag`).
 
     Args:
       init: the state of one block before its first norm, any pytree of numbers.
@@ -132,7 +139,7 @@ def per_block(
         bounds, new = map_blocks(over_all, 2, norms, state)
         return bounds, jax.tree.map(hold_where_not_finite, norms, new, state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return new_threshold(init_fn, update_fn)
 
 
 def raw(norms: jax.Array, bounds: jax.Array) -> jax.Array:
@@ -141,7 +148,7 @@ def raw(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 
 
 def clipped(norms: jax.Array, bounds: jax.Array) -> jax.Array:
-    """Feed: the norm after the clip. A spike counts as its bound; a lasting change of scale is followed step by step."""
+    """Feed: the norm after the clip. A spike counts as its bound; a lasting change of scale is followed slowly."""
     return jnp.minimum(norms, bounds)
 
 
@@ -184,7 +191,7 @@ def lag(threshold: Threshold, *, feed: Feed = raw) -> optax.GradientTransformati
         bounds, inner_state = inner.update(fed, state.inner, params, **extra_args)
         return state.clip_bound, hold_where_not_finite(fed, LagState(inner_state, bounds), state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return new_threshold(init_fn, update_fn)
 
 
 def _combined(a: Threshold, b: Threshold, pick, call: str, argument: str):
@@ -195,7 +202,7 @@ def _combined(a: Threshold, b: Threshold, pick, call: str, argument: str):
         (x, one), (y, two) = (t.update(norms, s, params, **extra_args) for t, s in zip(both, state, strict=True))
         return jax.tree.map(pick, x, y), (one, two)
 
-    return optax.GradientTransformationExtraArgs(lambda norms: tuple(t.init(norms) for t in both), update_fn)
+    return new_threshold(lambda norms: tuple(t.init(norms) for t in both), update_fn)
 
 
 def at_most(threshold: Threshold, cap: Threshold) -> optax.GradientTransformationExtraArgs:

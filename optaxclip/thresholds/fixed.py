@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip.thresholds.combine import Threshold, as_threshold, bound_like, checked, stateless
+from optaxclip.thresholds.combine import Threshold, as_threshold, bound_like, checked, new_threshold, stateless
 
 
 def constant(bound: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs:
@@ -46,9 +46,9 @@ def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs
     def update_fn(norms, state, params=None, **extra_args):
         bound = checked(schedule(state.clip_step), "scheduled", "the value of the schedule")
         bounds = jax.tree.map(lambda n: bound_like(bound, n), norms)
-        return bounds, ScheduleState(optax.safe_increment(state.clip_step), ())
+        return bounds, ScheduleState(jnp.asarray(optax.safe_increment(state.clip_step)), ())
 
-    return optax.GradientTransformationExtraArgs(lambda norms: ScheduleState(jnp.zeros((), jnp.int32), ()), update_fn)
+    return new_threshold(lambda norms: ScheduleState(jnp.zeros((), jnp.int32), ()), update_fn)
 
 
 def until(steps: int, threshold: Threshold, then: Threshold = jnp.inf) -> optax.GradientTransformationExtraArgs:
@@ -78,9 +78,9 @@ def until(steps: int, threshold: Threshold, then: Threshold = jnp.inf) -> optax.
         done = [t.update(norms, s, params, **extra_args) for t, s in zip(both, state.inner, strict=True)]
         (first, one), (second, two) = done
         bounds = jax.tree.map(lambda a, b: jnp.where(state.clip_step < steps, a, b), first, second)
-        return bounds, ScheduleState(optax.safe_increment(state.clip_step), (one, two))
+        return bounds, ScheduleState(jnp.asarray(optax.safe_increment(state.clip_step)), (one, two))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return new_threshold(init_fn, update_fn)
 
 
 def param_relative(
