@@ -125,82 +125,100 @@ def measure(norm: Norm, arrays: list[jax.Array], cut, span: Span) -> Measured:
     dtype = accumulator(arrays)
     counts = cut.count([span.size(i) for i in range(len(arrays))])
 
-    def part(x, scale, axes):
-        # The barriers keep XLA from widening or scaling a leaf once for all its uses, which would keep a copy of it.
-        if scale is None:
-            x = widen(lax.optimization_barrier(x) if widen(x) is not x else x)
-        else:
-            x, scale = lax.optimization_barrier((x, scale))
-            x = widen(x) * scale.astype(widen(x).real.dtype)
-        return norm.pool.reduce(norm.lift(x), axis=axes, keepdims=axes is not None).astype(dtype)
-
-    def pooled(arrays, scales):
-        """The pool of each block, the leaves scaled (None: as they are, the form that XLA reduces without a copy)."""
-        return cut.gather(list(map(part, arrays, scales or [None] * len(arrays), cut.axes)), norm.pool, span)
-
-    def finish(pool, count, scale):
-        length = norm.finish(pool, count)
-        unit = jnp.where((scale < 1) & (length > 2.0**20), scale, 1).astype(dtype)
-        length = jnp.where(unit < 1, length, length / scale)
-        largest = jnp.where(jnp.isfinite(length), jnp.finfo(dtype).max, length)
-        return jnp.minimum(length / unit, largest), unit, length
-
-    pools, scales = _in_range(norm, pooled, counts, arrays, cut, span)
-    return Measured(*map_blocks(finish, 3, pools, counts, scales))
-
-
-def _scales(norm: Norm, arrays, dtype) -> list[float]:
-    """The scales at which to look, one after another: 1; larger, for what vanishes; smaller, for what overflows.
-
-    Each step moves the range in which the pool is exact by a bit less than its width.
-    """
-    if norm.pool is MAX or (norm.power <= 2 and all(jnp.finfo(x.dtype).maxexp <= 16 for x in arrays)):
-        return [1.0]
-    step = int(1.25 * jnp.finfo(dtype).maxexp / max(norm.power, 2))
-    looks = range(1, max(2, math.ceil(norm.power)))
-    return [2.0 ** (step * i) for i in (0, *looks, *(-i for i in looks))]
-
-
-def _in_range(norm: Norm, pooled, counts, arrays, cut, span: Span):
-    """The pooled contributions of every block, and the scale at which they are exact."""
-    dtype = accumulator(arrays)
-    tiny, eps = jnp.finfo(dtype).tiny, jnp.finfo(dtype).eps
-    lowest = jax.tree.map(lambda n: (n * (tiny / eps / 2)).astype(dtype), counts)
-    scales = np.array(_scales(norm, arrays, dtype), dtype)
-
-    def settled(pool, scale, low):
-        """In range; or still nothing at the largest scale, where nothing is left to find."""
-        return ((pool >= low) | (scale == scales.max())) & (pool < jnp.inf)
-
-    def unsettled(carry):
-        look, pools, at = carry
-        done = [jnp.all(block) for block in jax.tree.leaves(jax.tree.map(settled, pools, at, lowest))]
-        left = ~jnp.all(jnp.array(done))
-        return (look < len(scales)) & (span.any(left) if cut.local else left)
-
-    def look_again(arrays, carry):
-        look, pools, at = carry
-        scale = jnp.asarray(scales)[look]
-
-        def better(new, old, old_scale, low):
-            keep = settled(old, old_scale, low)
-            return jnp.where(keep, old, new), jnp.where(keep, old_scale, scale)
-
-        return look + 1, *map_blocks(better, 2, pooled(arrays, [scale] * len(arrays)), pools, at, lowest)
+    def pooled(arrays, scales=None):
+        parts = map(functools.partial(_part, norm), arrays, scales or [None] * len(arrays), cut.axes)
+        return cut.gather([part.astype(dtype) for part in parts], norm.pool, span)
 
     @jax.custom_jvp  # a while loop has no reverse mode: the derivative is that of the pool, at the scale that was found
     def search(arrays):
-        pools = pooled(arrays, None)
+        pools = pooled(arrays)
         ones = jax.tree.map(lambda p: jnp.where(p == 0, dtype.type(1), dtype.type(1)), pools)  # of the type of p
-        if len(scales) == 1:
-            return pools, ones
-        return lax.while_loop(unsettled, functools.partial(look_again, arrays), (1, pools, ones))[1:]
+        looks = _looks(norm, arrays, counts, cut, span)
+        return _look_again(lambda scale: pooled(arrays, [scale] * len(arrays)), pools, ones, looks)
 
     @search.defjvp
     def search_jvp(primals, tangents):
-        pools, at = search(*primals)
-        leaf_scales = cut.spread(at, jax.tree.map(jnp.ones_like, at))
+        pools, scales = search(*primals)
+        leaf_scales = cut.spread(scales, jax.tree.map(jnp.ones_like, scales))
         _, pools_dot = jax.jvp(lambda arrays: pooled(arrays, leaf_scales), primals, tangents)
-        return (pools, at), (pools_dot, jax.tree.map(jnp.zeros_like, at))
+        return (pools, scales), (pools_dot, jax.tree.map(jnp.zeros_like, scales))
 
-    return search(arrays)
+    pools, scales = search(arrays)
+    return Measured(*map_blocks(functools.partial(_length, norm), 3, pools, counts, scales))
+
+
+def _part(norm: Norm, x: jax.Array, scale, axes) -> jax.Array:
+    """The pooled contributions of one leaf, scaled; None: as it is, the form that XLA reduces without a copy.
+
+    The barriers keep XLA from widening or scaling a leaf once for all its uses, which would keep a copy of it.
+    """
+    if scale is None:
+        x = widen(lax.optimization_barrier(x) if widen(x) is not x else x)
+    else:
+        x, scale = lax.optimization_barrier((x, scale))
+        x = widen(x) * scale.astype(widen(x).real.dtype)
+    return norm.pool.reduce(norm.lift(x), axis=axes, keepdims=axes is not None)
+
+
+def _length(norm: Norm, pool, count, scale):
+    """The fields of `Measured` for one block, or one array of them."""
+    length = norm.finish(pool, count)
+    unit = jnp.where((scale < 1) & (length > 2.0**20), scale, 1).astype(pool.dtype)
+    length = jnp.where(unit < 1, length, length / scale)
+    largest = jnp.where(jnp.isfinite(length), jnp.finfo(pool.dtype).max, length)
+    return jnp.minimum(length / unit, largest), unit, length
+
+
+class _Looks(NamedTuple):
+    """When to look again, and how.
+
+    Attributes:
+      scales: the scales, one a look: 1; larger ones, for what vanishes; smaller ones, for what overflows.
+      lowest: below this, a pool at scale 1 may have lost numbers that vanished.
+      agreed: makes one decision of those of all devices.
+    """
+
+    scales: np.ndarray
+    lowest: Any
+    agreed: Callable[[jax.Array], jax.Array]
+
+    def settled(self, pool, scale, lowest):
+        """In range; or still nothing at the largest scale, where nothing is left to find."""
+        return ((pool >= lowest) | (scale == self.scales.max())) & (pool < jnp.inf)
+
+
+def _looks(norm: Norm, arrays, counts, cut, span: Span) -> _Looks:
+    """The looks that a tree may need; one where its dtypes are narrow, or the norm is a maximum.
+
+    Each step moves the range in which a pool is exact by a bit less than its width.
+    """
+    info = jnp.finfo(accumulator(arrays))
+    lowest = jax.tree.map(lambda n: (n * (info.tiny / info.eps / 2)).astype(info.dtype), counts)
+    narrow = norm.power <= 2 and all(jnp.finfo(x.dtype).maxexp <= 16 for x in arrays)
+    steps = range(1, 1 if norm.pool is MAX or narrow else max(2, math.ceil(norm.power)))
+    width = int(1.25 * info.maxexp / max(norm.power, 2))
+    scales = np.array([2.0 ** (width * i) for i in (0, *steps, *(-i for i in steps))], info.dtype)
+    return _Looks(scales, lowest, span.any if cut.local else lambda left: left)
+
+
+def _look_again(pooled, pools, scales, looks: _Looks):
+    """The pools, and the scales at which they are exact: looks again, at other scales, while a block is not settled."""
+
+    def unsettled(carry):
+        look, *found = carry
+        done = [jnp.all(block) for block in jax.tree.leaves(jax.tree.map(looks.settled, *found, looks.lowest))]
+        return (look < len(looks.scales)) & looks.agreed(~jnp.all(jnp.array(done)))
+
+    def again(carry):
+        look, pools, scales = carry
+        scale = jnp.asarray(looks.scales)[look]
+
+        def better(old, old_scale, lowest, new):
+            keep = looks.settled(old, old_scale, lowest)
+            return jnp.where(keep, old, new), jnp.where(keep, old_scale, scale)
+
+        return look + 1, *map_blocks(better, 2, pools, scales, looks.lowest, pooled(scale))
+
+    if len(looks.scales) == 1:
+        return pools, scales
+    return lax.while_loop(unsettled, again, (1, pools, scales))[1:]
