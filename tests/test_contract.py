@@ -1,0 +1,328 @@
+"""The table of what "correct" means: each row a law, obeyed by every case, in every dtype."""
+
+import contextlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optaxclip
+from tests.cases import ADAPTIVE, CASES, HARD
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+each_hard_case = pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
+each_adaptive = pytest.mark.parametrize("make", ADAPTIVE.values(), ids=ADAPTIVE)
+DTYPES = ["float32", "bfloat16", "float16", "float64", "complex64", "mixed"]
+
+
+def tree(dtype, scale=1.0, seed=0):
+    """A small tree of one dtype, or of all of them."""
+    rng = np.random.default_rng(seed)
+    own = ["float32", "bfloat16", "float16"] if dtype == "mixed" else [dtype] * 3
+    shapes = {"bias": (3,), "gain": (), "kernel": (4, 3)}
+
+    def leaf(shape, dtype):
+        x = rng.normal(size=shape) * scale
+        x = x + 1j * rng.normal(size=shape) * scale if dtype.startswith("complex") else x
+        return jnp.asarray(x, dtype)
+
+    return {name: leaf(shape, dtype) for (name, shape), dtype in zip(shapes.items(), own, strict=True)}
+
+
+def wide(dtype):
+    """The context in which a dtype exists."""
+    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
+
+
+def update(tx, grads, params=None):
+    params = jax.tree.map(jnp.ones_like, grads) if params is None else params
+    return jax.jit(tx.update)(grads, tx.init(params), params)
+
+
+def exact(x):
+    """In NumPy, in twice the precision."""
+    x = np.asarray(x)
+    return x.astype(np.complex128) if np.iscomplexobj(x) else x.astype(np.float64)
+
+
+def length(blocks, norm):
+    """The norm of a list of arrays, in NumPy."""
+    x = np.concatenate([np.abs(exact(b)).ravel() for b in blocks])
+    return np.sqrt(np.mean(x**2)) if norm == "rms" else np.linalg.norm(x, norm)
+
+
+def blocks(case, grads):
+    """The blocks of a tree, as lists of arrays."""
+    leaves = {name: exact(x) for name, x in grads.items()}
+    if case.block == "tree":
+        return [list(leaves.values())]
+    if case.block == "leaf":
+        return [[x] for x in leaves.values()]
+    if case.block == "unit":
+        return [[x] for name, leaf in leaves.items() for x in (leaf.T if name == "kernel" else [leaf])]
+    return [[x] for leaf in leaves.values() for x in leaf.ravel()]
+
+
+def params_of_norm_one(case, grads):
+    """Parameters whose every block has norm 1, so that a relative bound is an absolute one."""
+    ones = jax.tree.map(jnp.ones_like, grads)
+    size = {name: x.shape[0] if case.block == "unit" and name == "kernel" else max(x.size, 1) for name, x in ones.items()}
+    return {name: x * jnp.asarray(size[name] ** -0.5, x.dtype) for name, x in ones.items()}
+
+
+@each_hard_case
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_within_the_bound_nothing_changes_and_over_it_the_block_gets_that_long(case, dtype):
+    with wide(dtype):
+        grads = tree(dtype)
+        params = params_of_norm_one(case, grads)
+        longest = max(length(block, case.norm) for block in blocks(case, grads))
+        untouched, _ = update(case.make(longest * 1.1), grads, params)
+        chex.assert_trees_all_equal(untouched, grads)
+        chex.assert_trees_all_equal_dtypes(untouched, grads)
+        bound = longest / 3
+        clipped, _ = update(case.make(bound), grads, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(clipped, grads)
+        eps = max(float(jnp.finfo(x.dtype).eps) for x in grads.values())
+        for before, after in zip(blocks(case, grads), blocks(case, clipped), strict=True):
+            norm = length(before, case.norm)
+            rounded = 1 + (40 if case.relative else 4) * eps  # the parameters' norm is rounded, too
+            assert length(after, case.norm) <= max(bound, 0) * rounded
+            for x, y in zip(before, after, strict=True):
+                np.testing.assert_allclose(y, x * min(1, bound / norm), rtol=40 * eps, atol=eps * bound * 1e-2)
+
+
+@each_case
+def test_an_infinite_bound_changes_nothing(case):
+    grads = tree("float32") | {"huge": jnp.full(2, 3e38), "tiny": jnp.full(2, 1e-37)}
+    updates, _ = update(case.make(jnp.inf), grads)
+    chex.assert_trees_all_equal(updates, grads)
+
+
+@each_case
+def test_a_bound_of_zero_and_gradients_of_zero_give_zeros(case):
+    zeros = jax.tree.map(jnp.zeros_like, tree("mixed"))
+    for bound in (0.0, 1.0):
+        updates, _ = update(case.make(bound), zeros)
+        chex.assert_trees_all_equal(updates, zeros)
+    updates, _ = update(case.make(0.0), tree("mixed"))
+    chex.assert_trees_all_equal(jax.tree.map(jnp.abs, updates), zeros)
+
+
+@each_case
+@pytest.mark.parametrize("bound", [-1.0, float("nan"), "1.0", True, None, np.float32(-1)], ids=repr)
+def test_a_bound_that_is_none_is_refused(case, bound):
+    if case.name in ("scheduled", "per_block", "until", "at_least"):
+        pytest.skip("checked where the part is built: test_parts")
+    with pytest.raises(ValueError, match=r"must be a number from 0 to inf"):
+        case.make(bound)
+
+
+@each_case
+def test_a_negative_tracer_acts_as_zero(case):
+    grads = tree("float32")
+    params = jax.tree.map(jnp.ones_like, grads)
+
+    @jax.jit
+    def step(bound):
+        tx = case.make(bound)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    chex.assert_trees_all_equal(jax.tree.map(jnp.abs, step(-1.0)), jax.tree.map(jnp.zeros_like, grads))
+
+
+@each_case
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_block_that_is_not_finite_follows_the_policy(case, bad):
+    if case.block == "element":
+        pytest.skip("elements are clipped one by one: test_parts")
+    grads = tree("float32") | {"bias": jnp.array([1.0, bad, 2.0])}
+    loud, state = update(case.make(1.0), grads)
+    assert np.isnan(loud["bias"]).all() and (case.block != "tree" or np.isnan(loud["kernel"]).all())
+    assert optaxclip.metrics(state)["clip/nonfinite_steps"] == 1
+    quiet, state = update(case.make(1.0, nonfinite="zero"), grads)
+    assert np.all(quiet["bias"] == 0) and np.all(np.isfinite(quiet["kernel"]))
+    assert (case.block == "tree") == (not np.any(quiet["kernel"]))
+    assert optaxclip.metrics(state)["clip/nonfinite_steps"] == 1
+
+
+@each_adaptive
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_no_statistic_learns_from_what_is_not_finite(make, bad):
+    tx, grads = make(), tree("float32")
+    step = jax.jit(tx.update)
+    _, state = step(grads, tx.init(grads))
+    poisoned = state
+    for _ in range(3):
+        _, poisoned = step(jax.tree.map(lambda g: g * bad, grads), poisoned)
+    chex.assert_trees_all_equal(poisoned.threshold, state.threshold)
+    updates, _ = step(grads, poisoned)
+    chex.assert_tree_all_finite(updates)
+
+
+@each_hard_case
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30, 1e37])
+def test_any_magnitude_is_measured_right(case, scale):
+    grads = tree("float32", scale)
+    ones = params_of_norm_one(case, grads)
+    bound = 0.1 * scale
+    clipped, _ = update(case.make(bound), grads, ones)
+    small, _ = update(case.make(0.1), jax.tree.map(lambda g: (g / scale).astype(g.dtype), grads), ones)
+    chex.assert_trees_all_close(jax.tree.map(lambda u: u / scale, clipped), small, rtol=2e-5, atol=1e-9)
+
+
+def test_norms_beyond_the_largest_float_and_factors_below_the_smallest():
+    for size in (1, 4, 100):
+        clipped, state = update(optaxclip.clip_by_global_norm(1.0), {"w": jnp.full(size, 3e38)})
+        np.testing.assert_allclose(clipped["w"], size**-0.5, rtol=1e-6)
+        assert np.isfinite(state.metrics.grad_norm)
+    mixed, _ = update(optaxclip.clip_by_global_norm(1.0), {"big": jnp.array([1e30]), "small": jnp.array([1e-30])})
+    assert mixed["big"] == 1.0 and mixed["small"] == 0.0
+
+
+def test_narrow_dtypes_where_optax_is_wrong():
+    half = {"w": jnp.full(4, 300, jnp.float16)}
+    np.testing.assert_allclose(update(optaxclip.clip_by_global_norm(1.0), half)[0]["w"], 0.5, rtol=1e-3)
+    chex.assert_trees_all_equal(update(optaxclip.clip_by_global_norm(1e6), half)[0], half)
+    many = [jnp.full(4, 0.01, jnp.bfloat16)] * 600
+    norm = update(optaxclip.clip_by(jnp.inf), many)[1].metrics.grad_norm
+    np.testing.assert_allclose(norm, float(jnp.bfloat16(0.01)) * 2400**0.5, rtol=1e-5)
+    eighth = {"w": jnp.full(400, 2, jnp.float8_e4m3fn)}
+    np.testing.assert_allclose(update(optaxclip.clip_by(jnp.inf), eighth)[1].metrics.grad_norm, 40.0)
+
+
+def test_a_clip_of_ninety_thousand_numbers_is_exact_to_rounding():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=90_000), jnp.bfloat16)
+    _, state = update(optaxclip.clip_by(jnp.inf), {"w": x})
+    np.testing.assert_allclose(state.metrics.grad_norm, np.linalg.norm(np.float64(x)), rtol=1e-6)
+
+
+@each_case
+def test_what_is_not_a_gradient_passes_through(case):
+    others = {
+        "count": jnp.arange(3),
+        "flags": jnp.array([True, False]),
+        "zero_bits": np.zeros(2, jax.dtypes.float0),
+        "key": jax.random.key(0),
+        "none": None,
+        "masked": optax.MaskedNode(),
+        "empty": {},
+    }
+    grads = {"kernel": jnp.full((4, 3), 2.0), "nothing": jnp.zeros((0, 3)), **others}
+    tx = case.make(1.0)
+    updates, state = tx.update(grads, tx.init(grads), jax.tree.map(lambda x: x, grads))
+    for name in ("count", "flags", "key"):
+        assert updates[name] is grads[name]
+    assert updates["zero_bits"].dtype == jax.dtypes.float0 and updates["none"] is None
+    assert jax.tree.structure(updates) == jax.tree.structure(grads)
+    assert np.all(np.isfinite(updates["kernel"])) and updates["nothing"].shape == (0, 3)
+    empty, _ = tx.update({}, tx.init({}), {})
+    assert empty == {}
+
+
+def test_weak_types_are_kept():
+    for case in CASES:
+        x = {"kernel": jnp.asarray(3.0)}
+        tx = case.make(1.0)
+        updates, _ = tx.update(x, tx.init(x), x)
+        assert updates["kernel"].weak_type, case.name
+
+
+@each_case
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
+def test_the_state_keeps_its_structure_in_scan_cond_and_donation(case, dtype):
+    tx, grads = case.make(1.0), tree(dtype)
+    params = jax.tree.map(jnp.ones_like, grads)
+
+    def step(state, i):
+        updates, new = tx.update(grads, state, params)
+        new = jax.lax.cond(i % 2 == 0, lambda: new, lambda: state)
+        return new, optaxclip.metrics(new)["clip/steps"]
+
+    run = jax.jit(lambda state: jax.lax.scan(step, state, jnp.arange(4)), donate_argnums=0)
+    state, steps = run(tx.init(params))
+    assert steps.tolist() == [1, 1, 2, 2]
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
+
+
+@each_case
+def test_compiles_once_for_all_bounds_and_steps(case):
+    grads = tree("float32")
+    params = jax.tree.map(jnp.ones_like, grads)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(bound, state, grads):
+        return case.make(bound).update(grads, state, params)
+
+    state = case.make(1.0).init(params)
+    for bound in (1.0, 2.0, 0.0):
+        _, state = step(bound, state, grads)
+
+
+@each_case
+def test_derivatives_are_finite_and_right(case):
+    tx = case.make(1.0)
+    grads = {"kernel": tree("float32")["kernel"]}
+    params = jax.tree.map(jnp.ones_like, grads)
+
+    def through(x):
+        updates, _ = tx.update({"kernel": x}, tx.init(params), params)
+        return jnp.sum(jnp.sin(updates["kernel"]))
+
+    at_zero = jax.jit(jax.grad(through))(jnp.zeros((4, 3)))
+    assert np.all(np.isfinite(at_zero)) and (not case.hard or np.allclose(at_zero, 1))
+    chex.assert_tree_all_finite(jax.grad(lambda x: through(x * 1e30))(grads["kernel"]))
+    jax.test_util.check_grads(jax.jit(through), (grads["kernel"] * 0.7,), order=1, rtol=0.05, atol=0.02, eps=1e-2)
+
+
+@each_case
+def test_vmap_over_the_bound_and_the_gradients(case):
+    grads = jnp.stack([jnp.full((4, 3), 2.0), jnp.full((4, 3), 1e-3), jnp.full((4, 3), 1e25)])
+    params = jnp.ones((4, 3))
+
+    def one(bound, g):
+        tx = case.make(bound)
+        return tx.update(g, tx.init(params), params)[0]
+
+    bounds = jnp.array([0.5, 1.0, 2.0])
+    want = jnp.stack([one(b, g) for b, g in zip(bounds, grads, strict=True)])
+    chex.assert_trees_all_close(jax.vmap(one)(bounds, grads), want, rtol=1e-6)
+
+
+@each_case
+def test_update_without_a_state(case):
+    grads = tree("float32")
+    params = jax.tree.map(jnp.ones_like, grads)
+    tx = case.make(1.0)
+    if case.history:
+        with pytest.raises(ValueError, match=r"state = tx.init\(params\)"):
+            tx.update(grads, None, params)
+    else:
+        chex.assert_trees_all_equal(tx.update(grads, None, params)[0], tx.update(grads, tx.init(params), params)[0])
+
+
+@each_case
+def test_missing_parameters_are_asked_for(case):
+    grads = tree("float32")
+    tx = case.make(1.0)
+    if case.relative:
+        with pytest.raises(ValueError, match=r"write tx.update\(grads, state, params\)"):
+            tx.update(grads, tx.init(grads))
+    else:
+        tx.update(grads, tx.init(grads))
+
+
+def test_a_tree_that_init_did_not_see_is_named():
+    tx = optaxclip.clip_by_leaf_norm(1.0)
+    with pytest.raises(ValueError, match=r"new are \['b'\], missing are \['a'\]"):
+        tx.update({"b": jnp.ones(2)}, tx.init({"a": jnp.ones(2)}))
+
+
+@pytest.mark.parametrize("options", [{"nonfinite": "skip"}, {"norm": 0.5}, {"norm": "l2"}])
+def test_parts_that_do_not_exist_are_refused(options):
+    with pytest.raises(ValueError, match="must be"):
+        optaxclip.clip_by(1.0, **options)
