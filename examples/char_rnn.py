@@ -2,11 +2,11 @@
 
     uv run --extra examples examples/char_rnn.py
 
-The text is the source of Python's own standard library, a megabyte of it, read from this machine.  The network is a plain
-tanh recurrent network, the optimizer SGD with momentum: the setting of the paper that introduced clipping.  It is chosen
-because it shows the effect: Adam divides by the size of the gradient, and gated cells (LSTM, GRU) tame it, so both hide
-most of what a clip does.  Without a clip one would take a smaller learning rate; so every method runs at each of a grid
-of rates, and is compared at the same rate and at its own best.
+The text is the source of Python's own standard library, a megabyte of it, read from this machine.  The network is a
+plain tanh recurrent network, the optimizer SGD with momentum: the setting of the paper that introduced clipping.  It is
+chosen because it shows the effect: Adam divides by the size of the gradient, and gated cells (LSTM, GRU) tame it, so both
+hide most of what a clip does.  Without a clip one would take a smaller learning rate; so every method runs at each of a
+grid of rates, and is compared at the same rate and at its own best.
 """
 
 import argparse
@@ -122,13 +122,16 @@ def row(title, history, losses, rates, column):
     """One line of the table: a method at one learning rate."""
     loss, clipped = losses[:, column], history["clipped_fraction"][:, column, -1]
     diverged = int(np.sum(loss > np.log(128)))  # worse than guessing among all characters
-    return f"{title:<17} {rates[column]:>5} {np.median(loss):>8.2f} {loss.max():>8.2f} {np.mean(clipped):>8.0%} {diverged:>5}/{len(loss)}"
+    cells = f"{title:<17} {rates[column]:>5} {np.median(loss):>8.2f} {loss.max():>8.2f} {np.mean(clipped):>8.0%}"
+    return f"{cells} {diverged:>5}/{len(loss)}"
 
 
 def report(results, rates):
     """The table: all at the same rate, then each at its best (by the median over seeds)."""
     head = f"{'':<17} {'rate':>5} {'median':>8} {'worst':>8} {'clipped':>8} {'diverged':>7}"
-    print(f"\nEvaluation loss (nats a character; {np.log(128):.2f} is guessing)\n\nAll at the same learning rate\n{head}")
+    print(
+        f"\nEvaluation loss (nats a character; {np.log(128):.2f} is guessing)\n\nAll at the same learning rate\n{head}"
+    )
     for name, (history, losses) in results.items():
         print(row(name, history, losses, rates, rates.index(max(rates))))
     print(f"\nEach at its best learning rate of {', '.join(map(str, rates))}\n{head}")
@@ -151,7 +154,7 @@ def draw(results, path):
         share = f"clipped: {clipped.mean():.0%} of steps"
         bottom.plot(steps[clipped], seen["grad_norm"][clipped], "x", color="black", markersize=3, label=share)
         bottom.set_xlabel("step")
-        bottom.legend(loc="upper right", fontsize=8, framealpha=0.9)
+        bottom.legend(loc="upper left", fontsize=8, framealpha=0.9)
     axes[0, 0].set_ylabel("training loss (cut at 12)")
     axes[1, 0].set_ylabel("gradient norm")
     fig.savefig(path, dpi=110)

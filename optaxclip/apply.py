@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip.actions import Action
-from optaxclip.norms import widen
+from optaxclip.norms import times, widen
 from optaxclip.scopes import Cut
 
 Nonfinite = Literal["propagate", "zero"]
@@ -54,20 +54,13 @@ def multiply(arrays: list[jax.Array], factors: Factors, cut: Cut, nonfinite: Non
     """Each leaf times its factors, in at least float32, rounded once to its own dtype."""
 
     def scaled(x, coarse, fine):
-        wide = widen(x)
-        dtype = wide.real.dtype
-        out = _times(_times(wide, coarse.astype(dtype)), fine.astype(dtype))
+        out = times(times(widen(x), coarse), fine)
         if nonfinite == "zero":  # 0 times inf is NaN: only this policy pays for a select
             out = jnp.where(fine == 0, jnp.zeros_like(out), out)
         return as_dtype_of(x, out)
 
     ones = jax.tree.map(jnp.ones_like, factors.step)
     return list(map(scaled, arrays, cut.spread(ones, factors.step), cut.spread(factors.fine, factors.veto)))
-
-
-def _times(x, factor):
-    """`x * factor` for a real factor. JAX would make it complex, and lose the sign of a zero."""
-    return jax.lax.complex(x.real * factor, x.imag * factor) if jnp.iscomplexobj(x) else x * factor
 
 
 def as_dtype_of(x: jax.Array, out: jax.Array) -> jax.Array:

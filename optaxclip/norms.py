@@ -99,6 +99,12 @@ def widen(x: jax.Array) -> jax.Array:
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
+def times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """`x` times a real factor. JAX would make it complex for a complex `x`, and lose the sign of zeros."""
+    factor = factor.astype(x.real.dtype)
+    return lax.complex(x.real * factor, x.imag * factor) if jnp.iscomplexobj(x) else x * factor
+
+
 class Measured(NamedTuple):
     """The lengths of all blocks.
 
@@ -123,7 +129,7 @@ def measure(norm: Norm, arrays: list[jax.Array], cut, span: Span) -> Measured:
       span: over which devices each leaf is spread.
     """
     dtype = accumulator(arrays)
-    counts = cut.count([span.size(i) for i in range(len(arrays))])
+    counts = jax.tree.map(lambda n: n.astype(dtype), cut.count([span.size(i) for i in range(len(arrays))]))
 
     def pooled(arrays, scales=None):
         parts = map(functools.partial(_part, norm), arrays, scales or [None] * len(arrays), cut.axes)
@@ -156,7 +162,7 @@ def _part(norm: Norm, x: jax.Array, scale, axes) -> jax.Array:
         x = widen(lax.optimization_barrier(x) if widen(x) is not x else x)
     else:
         x, scale = lax.optimization_barrier((x, scale))
-        x = widen(x) * scale.astype(widen(x).real.dtype)
+        x = times(widen(x), scale)
     return norm.pool.reduce(norm.lift(x), axis=axes, keepdims=axes is not None)
 
 

@@ -80,7 +80,7 @@ def _blocks(shapes, names: tuple[str, ...] = (), labels: Sequence[str] | None = 
 
     def count(shares):
         sizes = np.array([math.prod(s) * n for s, n in zip(shapes, shares, strict=True)], np.float64)
-        return np.sum(sizes) if labels is None else np.bincount(ids, sizes, len(names))
+        return np.sum(sizes) if labels is None else np.bincount(ids, sizes, len(names)).astype(float)
 
     return Cut(names, [None] * len(shapes), False, count, gather, spread)
 

@@ -12,7 +12,7 @@ from optaxclip.apply import as_dtype_of
 from optaxclip.core import ClipState
 from optaxclip.leaves import Exclude, measured_leaves
 from optaxclip.mesh import AxisNames, find_span
-from optaxclip.norms import SUM, accumulator, linf, measure, widen
+from optaxclip.norms import SUM, accumulator, linf, measure, times, widen
 from optaxclip.record import Step, fresh_metrics, recorded
 from optaxclip.scopes import tree
 from optaxclip.thresholds.combine import Threshold, as_threshold, hold_where_not_finite
@@ -26,7 +26,7 @@ def _between(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
     if not jnp.iscomplexobj(x):
         return as_dtype_of(x, jnp.clip(wide, lower, upper))
     over = jnp.abs(wide) > upper
-    return jnp.where(over, wide * (upper / jnp.where(over, jnp.abs(wide), 1)), wide)
+    return jnp.where(over, times(wide, upper / jnp.where(over, jnp.abs(wide), 1)), wide)
 
 
 def _outside(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
