@@ -4,9 +4,9 @@
 
 The text is the source of Python's own standard library, a megabyte of it, read from this machine.  The network is a
 plain tanh recurrent network, the optimizer SGD with momentum: the setting of the paper that introduced clipping.  It is
-chosen because it shows the effect: Adam divides by the size of the gradient, and gated cells (LSTM, GRU) tame it, so both
-hide most of what a clip does.  Without a clip one would take a smaller learning rate; so every method runs at each of a
-grid of rates, and is compared at the same rate and at its own best.
+chosen because it shows the effect: Adam divides by the size of the gradient, and gated cells (LSTM, GRU) tame it, so
+both hide most of what a clip does.  Without a clip one would take a smaller learning rate; so every method runs at each
+of a grid of rates, and is compared at the same rate and at its own best.
 """
 
 import argparse
