@@ -29,7 +29,7 @@ from optaxclip.apply import Factors, Nonfinite, factors_of, multiply
 from optaxclip.leaves import Exclude, Leaves, bundled, map_blocks, measured_leaves
 from optaxclip.mesh import AxisNames, find_span
 from optaxclip.norms import Measured, Norm, accumulator, as_norm, l2, measure
-from optaxclip.record import Metrics, Step, fresh_metrics, recorded
+from optaxclip.record import Metrics, Step, fresh_metrics, named_blocks, recorded
 from optaxclip.scopes import Cut, Scope, tree
 from optaxclip.thresholds.combine import Threshold, as_threshold, hold_where_not_finite
 
@@ -92,37 +92,42 @@ def clip_by(
     if nonfinite not in ("propagate", "zero"):
         raise ValueError(f"clip_by: nonfinite must be 'propagate' or 'zero', got {nonfinite!r}.")
 
-    def cut(leaves: Leaves) -> Cut:
-        return scope.cut(leaves.paths, [x.shape for x in leaves.arrays])
+    def cut(paths, arrays) -> Cut:
+        return scope.cut(paths, [x.shape for x in arrays])
 
-    def measured(leaves: Leaves) -> Measured:
-        span = find_span(leaves.arrays, leaves.paths, axis_names)
+    # Compiled, so that a clip that is called without jit does not compile its loop anew at every call.
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def measured(paths: tuple[str, ...], arrays: list[jax.Array]) -> Measured:
+        span = find_span(arrays, paths, axis_names)
         if scope is tree and jax.device_count() == 1 and not span.axes:
-            leaves = bundled(leaves)
-            span = span._replace(leaves=(frozenset(),) * len(leaves.arrays))
-        return measure(norm, leaves.arrays, cut(leaves), span)
+            arrays = bundled(arrays)
+            paths, span = ("",) * len(arrays), span._replace(leaves=(frozenset(),) * len(arrays))
+        return measure(norm, arrays, cut(paths, arrays), span)
+
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def multiplied(paths: tuple[str, ...], arrays: list[jax.Array], factors: Factors) -> list[jax.Array]:
+        return multiply(arrays, factors, cut(paths, arrays), nonfinite)
 
     def init_fn(params):
         leaves = measured_leaves(params, exclude)
-        blocks, dtype = cut(leaves), accumulator(leaves.arrays)
+        blocks, dtype = cut(leaves.paths, leaves.arrays), accumulator(leaves.arrays)
         norms = jax.tree.map(lambda n: jnp.zeros(n.shape, dtype), blocks.count([1] * len(leaves.arrays)))
-        return ClipState(threshold.init(norms), fresh_metrics(norms, blocks.names))
+        return ClipState(threshold.init(norms), fresh_metrics(norms, named_blocks(params, blocks.names)))
 
     def update_fn(updates, state, params=None, **extra_args):
         leaves = measured_leaves(updates, exclude)
         state = _fresh_if_none(state, init_fn, updates)
-        blocks = cut(leaves)
-        _check_names(blocks.names, state.metrics.blocks)
-        found = measured(leaves)
+        _check_names(cut(leaves.paths, leaves.arrays).names, state.metrics.blocks)
+        found = measured(leaves.paths, leaves.arrays)
         norms = jax.tree.map(lambda n: n.astype(state.metrics.grad_norm.dtype), found.norms)
 
         def param_norms() -> Any:
-            return measured(_params_of(leaves, params, exclude)).norms
+            return measured(leaves.paths, _params_of(leaves, params, exclude)).norms
 
         bounds, new = threshold.update(norms, state.threshold, cast(Any, param_norms), **extra_args)
         factor_rule = functools.partial(factors_of, action, nonfinite)
         factors = Factors(*map_blocks(factor_rule, 5, found.lengths, found.units, bounds))
-        clipped = multiply(leaves.arrays, factors, blocks, nonfinite)
+        clipped = multiplied(leaves.paths, leaves.arrays, factors)
         metrics = recorded(state.metrics, Step(norms, bounds, factors.factor, factors.clipped))
         return leaves.rebuild(clipped), ClipState(hold_where_not_finite(norms, new, state.threshold), metrics)
 
@@ -152,7 +157,7 @@ def _check_names(names, known) -> None:
         )
 
 
-def _params_of(leaves: Leaves, params, exclude: Exclude) -> Leaves:
+def _params_of(leaves: Leaves, params, exclude: Exclude) -> list[jax.Array]:
     """The parameters that belong to the measured updates, found by path."""
     if params is None:
         raise ValueError(
@@ -165,4 +170,4 @@ def _params_of(leaves: Leaves, params, exclude: Exclude) -> Leaves:
         if path not in by_path or by_path[path].shape != x.shape:
             seen = f"has shape {by_path[path].shape}" if path in by_path else "is missing"
             raise ValueError(f"The update {path!r} has shape {x.shape}, but among the parameters it {seen}.")
-    return Leaves(leaves.paths, [by_path[path] for path in leaves.paths], own.rebuild)
+    return [by_path[path] for path in leaves.paths]

@@ -74,18 +74,17 @@ def measured_leaves(tree, exclude: Exclude = None) -> Leaves:
     return Leaves(tuple(picked.values()), [jnp.asarray(leaves[i]) for i in picked], rebuild)
 
 
-def bundled(leaves: Leaves, largest: int = 4096, most: int = 256) -> Leaves:
-    """The same numbers in fewer arrays: small leaves of one dtype joined, at most `most` in one.
+def bundled(arrays: list[jax.Array], largest: int = 4096, most: int = 256) -> list[jax.Array]:
+    """The same numbers in fewer arrays: small arrays of one dtype joined, at most `most` in one.
 
-    XLA's CPU compiler takes its time for every leaf, however small.  Joining them copies little, but must not be done
-    to leaves that are spread over devices: XLA would gather each of them.
+    XLA's CPU compiler takes its time for every array, however small.  Joining them copies little, but must not be done
+    to arrays that are spread over devices: XLA would gather each of them.
     """
     chunks: dict[Any, list] = {}
-    for i, x in enumerate(leaves.arrays):
+    for i, x in enumerate(arrays):
         chunks.setdefault(x.dtype if x.size < largest else i, []).append(x)
     parts = [chunk[i : i + most] for chunk in chunks.values() for i in range(0, len(chunk), most)]
-    joined = [jnp.concatenate([x.ravel() for x in part]) if len(part) > 1 else part[0] for part in parts]
-    return Leaves(tuple(f"part {i}" for i in range(len(joined))), joined, leaves.rebuild)
+    return [jnp.concatenate([x.ravel() for x in part]) if len(part) > 1 else part[0] for part in parts]
 
 
 def map_blocks(f: Callable[..., tuple], outputs: int, *trees) -> tuple:

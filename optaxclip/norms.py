@@ -203,7 +203,8 @@ def _looks(norm: Norm, arrays, counts, cut, span: Span) -> _Looks:
     narrow = norm.power <= 2 and all(jnp.finfo(x.dtype).maxexp <= 16 for x in arrays)
     steps = range(1, 1 if norm.pool is MAX or narrow else max(2, math.ceil(norm.power)))
     width = int(1.25 * info.maxexp / max(norm.power, 2))
-    scales = np.array([2.0 ** (width * i) for i in (0, *steps, *(-i for i in steps))], info.dtype)
+    exponents = [min(width * i, info.maxexp - 4) for i in steps]
+    scales = np.array([1.0, *(2.0**e for e in exponents), *(2.0**-e for e in exponents)], info.dtype)
     return _Looks(scales, lowest, span.any if cut.local else lambda left: left)
 
 

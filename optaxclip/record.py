@@ -45,7 +45,18 @@ class Step(NamedTuple):
     clipped: Any
 
 
-def fresh_metrics(norms: Any, names: tuple[str, ...]) -> Metrics:
+def named_blocks(params: Any, names: tuple[str, ...]) -> Any:
+    """What goes into `Metrics.blocks`.
+
+    `optax.tree.map_params` calls `init` with a placeholder, an empty node of its own, and expects to find it again
+    where the state has the structure of the parameters.
+    """
+    if not jax.tree.leaves(params) and not isinstance(params, dict | list | tuple | type(None)):
+        return params
+    return dict.fromkeys(sorted(names))
+
+
+def fresh_metrics(norms: Any, blocks: Any) -> Metrics:
     """The record before the first update. Each field has a buffer of its own, so that states can be donated."""
     leaves = jax.tree.leaves(norms)
     shape = norms.shape if isinstance(norms, jax.Array) else ()
@@ -58,7 +69,7 @@ def fresh_metrics(norms: Any, names: tuple[str, ...]) -> Metrics:
         clipped_steps=jnp.zeros(shape, jnp.int32),
         nonfinite_steps=jnp.zeros(shape, jnp.int32),
         total_steps=jnp.zeros((), jnp.int32),
-        blocks=dict.fromkeys(sorted(names)),
+        blocks=blocks,
     )
 
 

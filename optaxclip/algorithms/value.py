@@ -46,7 +46,7 @@ def _clip_elements(limits: _Limits, exclude: Exclude, axis_names: AxisNames | No
 
     def init_fn(params):
         norm = jnp.zeros((), accumulator(measured_leaves(params, exclude).arrays))
-        return ClipState(limits.init(norm), fresh_metrics(norm, ()))
+        return ClipState(limits.init(norm), fresh_metrics(norm, {}))
 
     def update_fn(updates, state, params=None, **extra_args):
         state = init_fn(updates) if state is None else state
