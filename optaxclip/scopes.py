@@ -188,7 +188,7 @@ def _quotients(numerators: list, denominators: list) -> list:
     return [n / d for n, d in zip(numerators, denominators, strict=True)]
 
 
-def units(axes=None, *, batch_axes: int | Callable[[str], int] = 0) -> Scope:
+def units(axes=None, *, batch_axes: int | Callable[[str], int] | None = None) -> Scope:
     """One block a unit, a slice of a leaf along `axes`. Norms, bounds and factors are one small array a leaf.
 
     Args:
@@ -196,7 +196,7 @@ def units(axes=None, *, batch_axes: int | Callable[[str], int] = 0) -> Scope:
         (HWIO); an axis or a tuple of axes; `...`: all of them; or a function of the path that returns one of these.
         Vectors and scalars are one unit whatever `axes` is.
       batch_axes: how many leading axes number layers (as `nn.scan` and `nnx.vmap` stack them), or a function of the
-        path that returns it. `axes` do not count them, and no unit spans them: `units(..., batch_axes=1)` gives one
+        path that returns it; None for 0. `axes` do not count them, and no unit spans them: `units(..., batch_axes=1)` gives one
         norm a layer.
 
     Raises:
@@ -207,7 +207,7 @@ def units(axes=None, *, batch_axes: int | Callable[[str], int] = 0) -> Scope:
         def of(rule, path):
             return rule(path) if callable(rule) else rule
 
-        spans = [unit_axes(p, s, of(axes, p), of(batch_axes, p)) for p, s in zip(paths, shapes, strict=True)]
+        spans = [unit_axes(p, s, of(axes, p), of(batch_axes, p) or 0) for p, s in zip(paths, shapes, strict=True)]
 
         def count(shares):
             sizes = [math.prod(shape[a] for a in span) for shape, span in zip(shapes, spans, strict=True)]

@@ -164,7 +164,7 @@ def test_multi_steps_clips_the_mean_of_the_micro_batches():
     tx = optax.MultiSteps(optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(1.0)), 2)
     state = tx.init(ONES)
     for scale in (1.0, 3.0):
-        updates, state = jax.jit(tx.update)(jax.tree.map(lambda g: g * scale, GRADS), state, ONES)
+        updates, state = jax.jit(tx.update)(optax.tree.scale(scale, GRADS), state, ONES)
     chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -g / 26**0.5, GRADS), rtol=1e-6)
     assert optaxclip.metrics(state)["clip/steps"] == 1
 

@@ -89,6 +89,8 @@ def test_multi_steps_outside_accumulates_what_each_micro_batch_leaves():
 INJECTED = {
     "global": (optaxclip.clip_by_global_norm, "max_norm", lambda bound: scaled(GRADS, bound / 125**0.5)),
     "leaf": (optaxclip.clip_by_leaf_norm, "max_norm", lambda bound: scaled(UNIT, bound)),
+    "group": (optaxclip.clip_by_group_norm, "max_norm", lambda bound: scaled(GRADS, bound / 125**0.5)),
+    "clip_by": (optaxclip.clip_by, "threshold", lambda bound: scaled(GRADS, bound / 125**0.5)),
     "rms": (optaxclip.clip_by_block_rms, "threshold", lambda bound: scaled(UNIT, bound * 2**0.5)),
     "adaptive": (optaxclip.adaptive_grad_clip, "clipping", lambda bound: scaled(UNIT, bound * 2**0.5)),
     "value": (optaxclip.clip, "max_delta", lambda bound: jax.tree.map(lambda x: jnp.full_like(x, bound), GRADS)),
@@ -98,7 +100,7 @@ INJECTED = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", INJECTED)
 def test_inject_hyperparams_with_a_schedule(name, dtype):
-    """In bfloat16 too, where the hyperparameter is cast to the parameters' dtype and Optax's own clips raise or promote."""
+    """In bfloat16 too, where the hyperparameter is cast to the dtype of the parameters and Optax's clips raise."""
     make, argument, want = INJECTED[name]
     tx = optax.inject_hyperparams(make)(**{argument: lambda step: 1.0 / 2**step})
     grads, params = optax.tree.cast((GRADS, PARAMS), dtype)

@@ -23,7 +23,7 @@ def adaptive_grad_clip(
     eps: jax.typing.ArrayLike = 1e-3,
     axis: Any = None,
     *,
-    batch_axes: int | Callable[[str], int] = 0,
+    batch_axes: int | Callable[[str], int] | None = None,  # not 0: inject_hyperparams makes arrays of numbers
     norm: Norm | float = l2,
     exclude: Exclude = None,
     nonfinite: Nonfinite = "propagate",
