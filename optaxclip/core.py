@@ -51,7 +51,7 @@ def clip_by(
     *,
     scope: Scope = tree,
     norm: Norm | float = l2,
-    action: Action = rescale,
+    action: Action | None = None,
     exclude: Exclude = None,
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
@@ -63,8 +63,8 @@ def clip_by(
         threshold, which is an optax transformation of norms into bounds.
       scope: which numbers share one norm: `tree`, `leaf`, `groups(label)`, `units(axes)`.
       norm: how long a block is: `l2`, `l1`, `linf`, `rms`, or a number p for the p-norm.
-      action: what is done: `rescale`, `normalize`, `zero`, `smooth(p)`, `band(low)`, or a function
-        `(norms, bounds) -> factors`.
+      action: what is done: `rescale` (None: `optax.inject_hyperparams` takes a function for a schedule, so none is the
+        default), `normalize`, `zero`, `smooth(p)`, `band(low)`, or a function `(norms, bounds) -> factors`.
       exclude: leaves to leave alone, neither measured nor changed: a regular expression searched in the path, or a
         predicate of the path.
       nonfinite: what becomes of a block with NaN or inf in it: "propagate" makes all of it NaN, "zero" makes all of it
@@ -88,7 +88,7 @@ def clip_by(
     {'a': Array([0.75], dtype=float32), 'b': Array([0.5], dtype=float32)}
     """
     threshold = as_threshold(threshold, "clip_by", "threshold")
-    norm = as_norm(norm)
+    norm, action = as_norm(norm), action or rescale
     if nonfinite not in ("propagate", "zero"):
         raise ValueError(f"clip_by: nonfinite must be 'propagate' or 'zero', got {nonfinite!r}.")
 

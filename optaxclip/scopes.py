@@ -196,8 +196,8 @@ def units(axes=None, *, batch_axes: int | Callable[[str], int] | None = None) ->
         (HWIO); an axis or a tuple of axes; `...`: all of them; or a function of the path that returns one of these.
         Vectors and scalars are one unit whatever `axes` is.
       batch_axes: how many leading axes number layers (as `nn.scan` and `nnx.vmap` stack them), or a function of the
-        path that returns it; None for 0. `axes` do not count them, and no unit spans them: `units(..., batch_axes=1)` gives one
-        norm a layer.
+        path that returns it; None for 0. `axes` do not count them, and no unit spans them:
+        `units(..., batch_axes=1)` gives one norm a layer.
 
     Raises:
       ValueError: where a tree is cut, naming the leaf, if the axes do not fit or the rank has no convention.

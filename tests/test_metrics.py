@@ -113,7 +113,7 @@ NESTINGS = {
     "partition": lambda tx: optax.partition({"x": tx, "y": optax.adam(0.1)}, jax.tree.map(lambda _: "x", PARAMS)),
     "MultiSteps": lambda tx: optax.MultiSteps(optax.chain(tx, optax.sgd(0.1)), 1),
     "apply_if_finite": lambda tx: optax.apply_if_finite(optax.chain(tx, optax.adam(0.1)), 3),
-    "lookahead's inside": lambda tx: optax.contrib.schedule_free(optax.chain(tx, optax.sgd(0.1)), 0.1),
+    "schedule_free": lambda tx: optax.contrib.schedule_free(optax.chain(tx, optax.sgd(0.1)), 0.1),
     "injected": lambda tx: optax.inject_hyperparams(lambda rate: optax.chain(tx, optax.sgd(rate)))(0.1),
     "everything": lambda tx: optax.MultiSteps(
         optax.apply_if_finite(optax.chain(optax.masked(tx, lambda tree: jax.tree.map(lambda _: True, tree))), 3), 1

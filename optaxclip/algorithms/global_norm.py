@@ -103,7 +103,7 @@ def clip_by_leaf_norm(
 
 def clip_by_group_norm(
     max_norm: Threshold | Mapping[str, jax.typing.ArrayLike],
-    label: Callable[[str], str] | Mapping[str, str] = module_of,
+    label: Callable[[str], str] | Mapping[str, str] | None = None,
     *,
     norm: Norm | float = l2,
     eps: jax.typing.ArrayLike = 0.0,
@@ -117,7 +117,7 @@ def clip_by_group_norm(
     Args:
       max_norm: the bound of every group, or a mapping of the name of each group to its own bound.
       label: the group of a leaf, as a function of its path (`blocks/0/attn/kernel`), or a mapping of regular
-        expressions to names; see `optaxclip.groups`.
+        expressions to names; None: the module. See `optaxclip.groups`.
       norm, eps, min_norm, exclude, nonfinite, axis_names: as in `clip_by_global_norm`.
 
     Raises:
@@ -133,11 +133,10 @@ def clip_by_group_norm(
     """
     shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
     call = "clip_by_group_norm"
+    scope = groups(label or module_of)
     if isinstance(max_norm, Mapping):
-        scope, bound = _exactly(groups(label), tuple(sorted(max_norm))), _stacked(max_norm, call)
-    else:
-        scope, bound = groups(label), max_norm
-    threshold = as_threshold(bound, call, "max_norm")
+        scope, max_norm = _exactly(scope, tuple(sorted(max_norm))), _stacked(max_norm, call)
+    threshold = as_threshold(max_norm, call, "max_norm")
     return clip_by(threshold, scope=scope, norm=norm, action=_action(call, eps, min_norm), **shared)
 
 

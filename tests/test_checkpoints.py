@@ -1,0 +1,141 @@
+"""A run that stops and goes on is the run that did not stop, through every way to keep a state on disk."""
+
+import pickle
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+from flax import nnx
+
+import optaxclip
+from optaxclip.thresholds.combine import LagState
+from optaxclip.thresholds.fixed import ScheduleState
+
+PARAMS = {"enc": {"kernel": jnp.ones((3, 2), jnp.bfloat16)}, "head": [jnp.ones(2), jnp.full(1, 2.0)]}
+GRADS = jax.tree.map(lambda p: p * jnp.asarray(3, p.dtype), PARAMS)
+HISTORY = optaxclip.until(2, 5.0, optaxclip.lag(optax.chain(optax.ema(0.5), optax.scale(0.9))))
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    """Adam promotes dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def optimizer():
+    return optax.chain(optaxclip.clip_by(HISTORY, scope=optaxclip.leaf), optax.adamw(0.1))
+
+
+def steps(params, state, factors):
+    update = jax.jit(optimizer().update)
+    for factor in factors:
+        updates, state = update(jax.tree.map(lambda g: g * jnp.asarray(factor, g.dtype), GRADS), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def by_pickle(state, path):
+    return pickle.loads(pickle.dumps(state))
+
+
+def by_flax(state, path):
+    return flax.serialization.from_bytes(optimizer().init(PARAMS), flax.serialization.to_bytes(state))
+
+
+def by_flax_dict(state, path):
+    return flax.serialization.from_state_dict(optimizer().init(PARAMS), flax.serialization.to_state_dict(state))
+
+
+def by_orbax(state, path):
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path / "state", jax.eval_shape(lambda: optimizer().init(PARAMS)))
+
+
+@pytest.mark.filterwarnings("ignore")  # what Orbax warns of is not ours
+@pytest.mark.parametrize("keep", [by_pickle, by_flax, by_flax_dict, by_orbax])
+def test_a_run_goes_on_where_it_stopped(keep, tmp_path):
+    params, state = steps(PARAMS, optimizer().init(PARAMS), [1.0, 2.0, 0.5])
+    restored = keep(state, tmp_path)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
+    chex.assert_trees_all_equal(restored, state)
+    assert type(restored[0]) is optaxclip.ClipState and type(restored[0].metrics) is optaxclip.Metrics
+    chex.assert_trees_all_equal(steps(params, restored, [4.0, 1.0]), steps(params, state, [4.0, 1.0]))
+    assert optaxclip.metrics(restored).keys() == optaxclip.metrics(state).keys()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_nnx_model_and_its_optimizer_through_orbax(tmp_path):
+    def build():
+        model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        return model, nnx.Optimizer(model, optimizer(), wrt=nnx.Param)
+
+    model, opt = build()
+    for _ in range(3):
+        opt.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 3))) ** 2))(model))
+    both = nnx.state((model, opt))
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "nnx", both)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "nnx", nnx.state(nnx.eval_shape(build)))
+    fresh = build()
+    nnx.update(fresh, restored)
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(fresh)), nnx.to_pure_dict(both))
+    assert jax.tree.map(float, optaxclip.metrics(fresh[1].opt_state)) == jax.tree.map(
+        float, optaxclip.metrics(opt.opt_state)
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_clip_can_be_added_to_a_run_that_had_none(tmp_path):
+    """Restore what there is, and put a fresh clip before it."""
+    old = optax.chain(optax.adamw(0.1))
+    _, state = old.update(GRADS, old.init(PARAMS), PARAMS)
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "old", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "old", jax.eval_shape(lambda: old.init(PARAMS)))
+    fresh = optimizer().init(PARAMS)
+    _, after = steps(PARAMS, (fresh[0], *restored), [1.0])
+    assert int(optax.tree.get(after[1], "count")) == 2 and int(optaxclip.metrics(after)["clip/steps"]) == 1
+
+
+def test_the_record_is_arrays_and_dicts_only():
+    """No node type that a serializer would have to know, and nothing that is not an array of fixed shape."""
+    state = optimizer().init(PARAMS)[0]
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+    assert state.metrics.blocks == {"enc/kernel": None, "head/0": None, "head/1": None}
+    shapes = {jnp.shape(x) for x in jax.tree.leaves(state)}
+    assert shapes == {(), (3,)}
+
+
+FIELDS = {
+    optaxclip.ClipState: "threshold metrics",
+    optaxclip.Metrics: "grad_norm clip_bound clip_factor clipped_share clipped_steps nonfinite_steps total_steps blocks",
+    LagState: "inner clip_bound",
+    ScheduleState: "clip_step inner",
+}
+
+
+@pytest.mark.parametrize("state", FIELDS, ids=lambda state: state.__name__)
+def test_the_names_of_the_fields_are_frozen(state):
+    """Checkpoints are restored by these names: a change here breaks users' checkpoints."""
+    assert state._fields == tuple(FIELDS[state].split())
+
+
+def test_the_names_by_which_optax_users_look_up_adam_are_not_taken():
+    """(A threshold made of `optax.ema` does bring a second `count`: that is Optax's own.)"""
+    threshold = optaxclip.until(2, 5.0, optaxclip.lag(optax.scale(2.0)))
+    state = optax.chain(optaxclip.clip_by(threshold), optax.adamw(0.1)).init(PARAMS)
+    assert optax.tree.get(state, "count") == 0 and optax.tree.get(state, "clip_step") == 0
+    chex.assert_trees_all_equal(optax.tree.get(state, "mu"), state[1][0].mu)
+    chex.assert_trees_all_equal(optax.tree.get(state, "nu"), state[1][0].nu)
+    np.testing.assert_array_equal(optax.tree.get(state, "clip_factor"), 1.0)
