@@ -61,7 +61,7 @@ def _clip_elements(limits: _Limits, exclude: Exclude, axis_names: AxisNames | No
         factor = jnp.where(norm > bound, bound / jnp.where(norm == 0, 1, norm), 1)
         metrics = recorded(state.metrics, Step(norm, bound, factor, outside / max(float(count), 1.0)))
         clipped = [_between(x, lower, upper) for x in leaves.arrays]
-        return leaves.rebuild(clipped), ClipState(hold_where_not_finite(norm, new, state.threshold), metrics)
+        return leaves.rebuild(clipped), ClipState(new, metrics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -89,9 +89,9 @@ def clip(
     threshold = as_threshold(max_delta, "clip", "max_delta")
 
     def update_fn(norm, state, params=None, **extra_args):
-        bound, state = threshold.update(norm, state, params, **extra_args)
+        bound, new = threshold.update(norm, state, params, **extra_args)
         bound = jnp.maximum(jnp.asarray(bound), 0)
-        return (-bound, bound), state
+        return (-bound, bound), hold_where_not_finite(norm, new, state)
 
     return _clip_elements(_Limits(threshold.init, update_fn), exclude, axis_names)
 

@@ -1,0 +1,175 @@
+"""Each part alone, against NumPy or by hand, and the errors it gives."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optaxclip as oc
+
+N = jnp.array([0.0, 0.5, 1.0, 2.0, 1e10, 1e-20])
+ONE = jnp.ones_like(N)
+
+ACTIONS = {
+    "rescale": (oc.rescale, lambda n, b: min(1, b / n)),
+    "normalize": (oc.normalize, lambda n, b: b / n),
+    "zero": (oc.zero, lambda n, b: float(n <= b)),
+    "smooth 1": (oc.smooth(1.0), lambda n, b: b / (b + n)),
+    "smooth 2": (oc.smooth(2.0), lambda n, b: (1 + (n / b) ** 2) ** -0.5),
+    "smooth inf": (oc.smooth(jnp.inf), lambda n, b: min(1, b / n)),
+    "band": (oc.band(0.75), lambda n, b: np.clip(n, 0.75 * b, b) / n),
+    "floor": (oc.band(floor=0.75), lambda n, b: np.clip(n, 0.75, b) / n),
+}
+
+
+@pytest.mark.parametrize(("action", "formula"), ACTIONS.values(), ids=ACTIONS)
+def test_actions_are_their_formulas(action, formula):
+    want = [1.0, *(formula(float(n), 1.0) for n in N[1:])]
+    np.testing.assert_allclose(action(N, ONE), want, rtol=1e-6)
+    assert np.all(action(N, ONE * jnp.inf)[1:] == np.where(action(N, ONE)[1:] > 1, action(N, ONE * jnp.inf)[1:], 1))
+    assert not np.any(np.isnan(action(N, ONE * 0)))
+    chex.assert_tree_all_finite(jax.grad(lambda n: jnp.sum(action(n, jnp.ones_like(n))))(N[:5]))
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, 7, np.inf])
+def test_norms_are_numpys(p):
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
+    _, state = oc.clip_by(jnp.inf, norm=p).update(x, None)
+    np.testing.assert_allclose(state.metrics.grad_norm, np.linalg.norm(x.ravel(), p), rtol=1e-6)
+    for scale in (1e-30, 1e30):
+        _, state = oc.clip_by(jnp.inf, norm=p).update(jnp.asarray(x * np.float32(scale)), None)
+        np.testing.assert_allclose(state.metrics.grad_norm / scale, np.linalg.norm(x.ravel(), p), rtol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.5, 0, -1, float("nan"), True, "2"])
+def test_norms_that_are_none_are_refused(p):
+    with pytest.raises(ValueError, match="lp: p must be"):
+        oc.lp(p)
+
+
+def bounds(threshold, norms, steps=1):
+    """The bounds of the last of some steps with the same norms."""
+    state = threshold.init(norms)
+    for _ in range(steps):
+        out, state = threshold.update(norms, state)
+    return out
+
+
+def test_thresholds_by_hand():
+    n = jnp.array([1.0, 2.0])
+    assert bounds(oc.constant(3.0), n).tolist() == [3, 3]
+    assert bounds(oc.constant(jnp.array([3.0, 4.0])), n).tolist() == [3, 4]
+    assert bounds(oc.scheduled(lambda step: step.astype(float)), n, 3).tolist() == [2, 2]
+    assert bounds(oc.until(2, 1.0), n, 2).tolist() == [1, 1]
+    assert bounds(oc.until(2, 1.0), n, 3).tolist() == [np.inf, np.inf]
+    assert bounds(oc.until(1, 9.0, oc.lag(optax.scale(2.0))), n, 2).tolist() == [2, 4]
+    assert bounds(oc.at_most(optax.scale(2.0), 3.0), n).tolist() == [2, 3]
+    assert bounds(oc.at_least(optax.scale(2.0), 3.0), n).tolist() == [3, 4]
+
+
+def test_lag_and_its_feeds():
+    norms = [1.0, 2.0, 1e6, 1.0, jnp.nan, 1.0]
+
+    def run(feed):
+        threshold = oc.lag(optax.scale(3.0), feed=feed)
+        state, seen = threshold.init(jnp.array(0.0)), []
+        for norm in norms:
+            bound, state = threshold.update(jnp.array(norm), state)
+            seen.append(float(bound))
+        return seen
+
+    assert run(oc.raw) == [np.inf, 3, 6, 3e6, 3, 3]
+    assert run(oc.clipped) == [np.inf, 3, 6, 18, 3, 3]
+    assert run(oc.accepted) == [np.inf, 3, 6, 6, 3, 3]
+
+
+def test_per_block_is_one_rule_at_every_scope():
+    threshold = oc.per_block((0.0, 0), lambda n, s: (n + s[0], (s[0] + n, s[1] + 1)))
+    for norms in (jnp.array(2.0), jnp.array([2.0, 2.0]), [jnp.full((1, 3), 2.0), jnp.full((2, 1), 2.0)]):
+        out = bounds(threshold, norms, 3)
+        chex.assert_trees_all_equal(out, jax.tree.map(lambda n: n * 3, norms))
+
+
+def test_groups_match_each_leaf_once():
+    grads = {"attn": jnp.ones(2), "mlp": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"none or several: mlp \(none\)"):
+        oc.clip_by_group_norm(1.0, {"attn": "a"}).init(grads)
+    with pytest.raises(ValueError, match=r"attn \(a, b\)"):
+        oc.clip_by_group_norm(1.0, {"attn": "a", "a|m": "b"}).init(grads)
+    with pytest.raises(ValueError, match=r"max_norm names the groups \('x',\)"):
+        oc.clip_by_group_norm({"x": 1.0}, lambda path: path).init(grads)
+
+
+def test_units_by_layout_and_layer():
+    kernel = jnp.arange(24.0).reshape(2, 3, 4)
+    flat = np.linalg.norm(np.asarray(kernel), axis=1, keepdims=True)
+
+    def norms(scope, x=kernel):
+        cut = scope.cut(["x"], [x.shape])
+        return cut.axes[0]
+
+    assert norms(oc.units(batch_axes=1)) == (1,)
+    assert norms(oc.units(...)) == (0, 1, 2)
+    assert norms(oc.units(..., batch_axes=1)) == (1, 2)
+    assert norms(oc.units(axes=-1)) == (2,)
+    assert norms(oc.units(axes=(0, 1)), jnp.ones(3)) == (0,)
+    assert norms(oc.units(axes=lambda path: (0, 2))) == (0, 2)
+    clipped, _ = oc.clip_by(1.0, scope=oc.units(batch_axes=1)).update(kernel, None)
+    np.testing.assert_allclose(clipped, np.asarray(kernel) / np.maximum(flat, 1), rtol=1e-6)
+    with pytest.raises(ValueError, match="no convention for the axes of a leaf of rank 6"):
+        norms(oc.units(), jnp.ones((2,) * 6))
+    with pytest.raises(ValueError, match="do not fit the leaf 'x'"):
+        norms(oc.units(axes=3))
+
+
+def test_floor_and_exclude():
+    grads = {"embed": jnp.array([1e-4]), "w": jnp.array([3.0, 4.0])}
+    lifted, _ = oc.clip_by_leaf_norm(1.0, min_norm=1e-2, exclude="^w").update(grads, None)
+    np.testing.assert_allclose(lifted["embed"], 1e-2, rtol=1e-6)
+    assert lifted["w"] is grads["w"]
+
+
+def test_value_clip_keeps_nan_and_takes_schedules():
+    x = jnp.array([jnp.nan, jnp.inf, -jnp.inf, 0.5])
+    np.testing.assert_array_equal(oc.clip(1.0).update(x, None)[0], [np.nan, 1, -1, 0.5])
+    tx = oc.clip_by_value(lambda step: -step.astype(float), 2.0)
+    _, state = tx.update(x, tx.init(x))
+    np.testing.assert_array_equal(tx.update(x, state)[0], [np.nan, 2, -1, 0.5])
+    with pytest.raises(ValueError, match="complex numbers have no order"):
+        oc.clip_by_value(-1.0, 1.0).update(jnp.array([1j]), None)
+    np.testing.assert_allclose(oc.clip(1.0).update(jnp.array([3 + 4j]), None)[0], [0.6 + 0.8j], rtol=1e-6)
+
+
+REFUSED = {
+    "scheduled": (lambda: oc.scheduled(1.0), "schedule must be a function"),
+    "constant": (lambda: oc.constant(-1.0), "constant: bound must be a number from 0"),
+    "until": (lambda: oc.until(-1, 1.0), "until: steps must be at least 0"),
+    "until float": (lambda: oc.until(1.5, 1.0), "until: steps must be a whole number"),
+    "until threshold": (lambda: oc.until(1, -1.0), "until: threshold must be a number"),
+    "at_least": (lambda: oc.at_least(1.0, -1.0), "at_least: floor must be a number"),
+    "at_most": (lambda: oc.at_most(1.0, "2"), "at_most: cap must be a number"),
+    "lag": (lambda: oc.lag(None), "lag: threshold must be a number"),
+    "param_relative": (lambda: oc.param_relative(-0.1), "param_relative: ratio must be"),
+    "eps": (lambda: oc.clip_by_global_norm(1.0, eps=-1.0), "clip_by_global_norm: eps must be"),
+    "smooth": (lambda: oc.smooth(0.5), "smooth: p must be at least 1"),
+    "band": (lambda: oc.band(2.0), "band: low is a share"),
+    "value": (lambda: oc.clip_by_value(1.0, -1.0), "lower must not be larger"),
+    "value nan": (lambda: oc.clip_by_value(float("nan"), 1.0), "clip_by_value: lower must be"),
+    "shape": (lambda: oc.clip_by(jnp.ones(3)).update(jnp.ones(2), None), "one number, or one number a block"),
+    "per example": (lambda: oc.per_example_global_norm_clip([jnp.ones(())], 1.0), "leading axis"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused_where_it_is_written(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_an_example_that_is_not_finite_weighs_nothing():
+    grads = {"a": jnp.array([[1.0, 0.0], [jnp.nan, 1e6], [0.0, 1e30]]), "b": jnp.array([[0.0], [1e6], [0.0]])}
+    sums, clipped = oc.per_example_global_norm_clip(grads, 1.0)
+    chex.assert_trees_all_close(sums, {"a": jnp.array([1.0, 1.0]), "b": jnp.zeros(1)}, rtol=1e-6)
+    assert clipped == 2
