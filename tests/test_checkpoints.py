@@ -33,10 +33,14 @@ def optimizer():
 
 
 def steps(params, state, factors):
-    update = jax.jit(optimizer().update)
+    @jax.jit
+    def step(params, state, factor):
+        grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), GRADS)
+        updates, state = optimizer().update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
     for factor in factors:
-        updates, state = update(jax.tree.map(lambda g: g * jnp.asarray(factor, g.dtype), GRADS), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state, jnp.float32(factor))
     return params, state
 
 
@@ -119,7 +123,8 @@ def test_the_record_is_arrays_and_dicts_only():
 
 FIELDS = {
     optaxclip.ClipState: "threshold metrics",
-    optaxclip.Metrics: "grad_norm clip_bound clip_factor clipped_share clipped_steps nonfinite_steps total_steps blocks",
+    optaxclip.Metrics: "grad_norm clip_bound clip_factor clipped_share clipped_steps nonfinite_steps total_steps"
+    " blocks",
     LagState: "inner clip_bound",
     ScheduleState: "clip_step inner",
 }

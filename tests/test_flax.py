@@ -18,9 +18,7 @@ X = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 Y = np.float32([[3.0], [1.0], [0.0], [-2.0]])
 RNG = np.random.default_rng(0)
 SIZES = {"inner": (3, 5), "outer": (5, 1)}
-WEIGHTS = {
-    name: {"bias": RNG.normal(size=shape[1]), "kernel": RNG.normal(size=shape)} for name, shape in SIZES.items()
-}
+WEIGHTS = {name: {"bias": RNG.normal(size=shape[1]), "kernel": RNG.normal(size=shape)} for name, shape in SIZES.items()}
 WEIGHTS = jax.tree.map(np.float32, WEIGHTS)
 STEPS = 5
 
