@@ -5,6 +5,7 @@ exactly 1 and comes back bit for bit.  An action is homogeneous: it depends on t
 engine may hand it both in any unit.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -51,7 +52,12 @@ def zero(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     return jnp.where(norms > bounds, 0, jnp.ones_like(norms))
 
 
-def smooth(p: float = 2.0) -> Action:
+def _outside(value, low: float, high: float) -> bool:
+    """Whether a Python number is outside [low, high]; arrays and tracers are not looked into."""
+    return not isinstance(value, jax.Array) and not low <= value <= high
+
+
+def smooth(p: jax.typing.ArrayLike = 2.0) -> Action:
     """Shortens every block, the more the longer it is: (1 + (n / b)ᵖ)^(-1/p), at most b in length, without a kink.
 
     At n = b the factor is 2^(-1/p): 0.5 for p = 1, 0.71 for 2, 0.92 for 8. p = inf is `rescale`.
@@ -62,9 +68,9 @@ def smooth(p: float = 2.0) -> Action:
     >>> smooth(1.0)(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]))
     Array([0.5 , 0.25], dtype=float32)
     """
-    if not p >= 1:
+    if _outside(p, 1, math.inf):
         raise ValueError(f"smooth: p must be at least 1 (inf for the hard clip), got {p!r}.")
-    if p == jnp.inf:
+    if not isinstance(p, jax.Array) and p == math.inf:
         return rescale
 
     def action(norms, bounds):
@@ -72,13 +78,14 @@ def smooth(p: float = 2.0) -> Action:
         over = norms > bounds
         ratio = _factor(jnp.where(over, bounds, norms), jnp.where(over, norms, bounds))
         ratio = jnp.where((norms == 0) | jnp.isinf(bounds), 0, ratio)
-        shrink = (1 + ratio**p) ** (-1 / p)
+        power = jnp.asarray(p).astype(ratio.dtype)
+        shrink = (1 + ratio**power) ** (-1 / power)
         return jnp.where(over, ratio, 1) * shrink
 
     return action
 
 
-def band(low: float = 0.0, *, floor: jax.typing.ArrayLike = 0.0) -> Action:
+def band(low: jax.typing.ArrayLike = 0.0, *, floor: jax.typing.ArrayLike = 0.0) -> Action:
     """Keeps a block's length between a floor and its bound: clip(n, max(low · b, floor), b) / n.
 
     The floor lifts vanishing gradients as the bound holds exploding ones. Zeros stay zeros; where floor and bound
@@ -94,11 +101,11 @@ def band(low: float = 0.0, *, floor: jax.typing.ArrayLike = 0.0) -> Action:
     >>> band(0.5)(jnp.array([0.1, 0.8, 2.0]), jnp.array([1.0, 1.0, 1.0]))
     Array([5. , 1. , 0.5], dtype=float32)
     """
-    if not 0 <= low <= 1:
+    if _outside(low, 0, 1):
         raise ValueError(f"band: low is a share of the bound, from 0 to 1, got {low!r}.")
 
     def action(norms, bounds):
-        relative = low * jnp.where(jnp.isinf(bounds), 0, bounds)
+        relative = jnp.asarray(low).astype(norms.dtype) * jnp.where(jnp.isinf(bounds), 0, bounds)
         lowest = jnp.minimum(jnp.maximum(relative, jnp.asarray(floor, norms.dtype)), bounds)
         return _factor(jnp.clip(norms, lowest, bounds), norms)
 

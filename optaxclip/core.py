@@ -18,6 +18,7 @@ on the tree would keep a copy of all gradients.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -28,10 +29,12 @@ from optaxclip.actions import Action, rescale
 from optaxclip.apply import Factors, Nonfinite, factors_of, multiply
 from optaxclip.leaves import Exclude, Leaves, bundled, map_blocks, measured_leaves
 from optaxclip.mesh import AxisNames, find_span
-from optaxclip.norms import Measured, Norm, accumulator, as_norm, l2, measure
+from optaxclip.norms import Measured, Norm, accumulator, as_norm, l2, measure, widen
 from optaxclip.record import Metrics, Step, fresh_metrics, named_blocks, recorded
 from optaxclip.scopes import Cut, Scope, tree
 from optaxclip.thresholds.combine import Threshold, as_threshold, hold_where_not_finite
+
+View = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class ClipState(NamedTuple):
@@ -52,6 +55,7 @@ def clip_by(
     scope: Scope = tree,
     norm: Norm | float = l2,
     action: Action | None = None,
+    view: View | None = None,
     exclude: Exclude = None,
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
@@ -65,6 +69,8 @@ def clip_by(
       norm: how long a block is: `l2`, `l1`, `linf`, `rms`, or a number p for the p-norm.
       action: what is done: `rescale` (None: `optax.inject_hyperparams` takes a function for a schedule, so none is the
         default), `normalize`, `zero`, `smooth(p)`, `band(low)`, or a function `(norms, bounds) -> factors`.
+      view: what is measured in place of the updates: a function of a leaf and its parameters, both in float32 at least,
+        that returns an array of that shape; for example `lambda g, w: g / (abs(w) + 1e-3)`.
       exclude: leaves to leave alone, neither measured nor changed: a regular expression searched in the path, or a
         predicate of the path.
       nonfinite: what becomes of a block with NaN or inf in it: "propagate" makes all of it NaN, "zero" makes all of it
@@ -118,7 +124,8 @@ def clip_by(
         leaves = measured_leaves(updates, exclude)
         state = _fresh_if_none(state, init_fn, updates)
         _check_names(cut(leaves.paths, leaves.arrays).names, state.metrics.blocks)
-        found = measured(leaves.paths, leaves.arrays)
+        seen = leaves.arrays if view is None else _viewed(view, leaves, params, exclude)
+        found = measured(leaves.paths, seen)
         norms = jax.tree.map(lambda n: n.astype(state.metrics.grad_norm.dtype), found.norms)
 
         def param_norms() -> Any:
@@ -157,12 +164,16 @@ def _check_names(names, known) -> None:
         )
 
 
+def _viewed(view: View, leaves: Leaves, params, exclude: Exclude) -> list[jax.Array]:
+    """What is measured in place of the updates."""
+    return [view(widen(g), widen(w)) for g, w in zip(leaves.arrays, _params_of(leaves, params, exclude), strict=True)]
+
+
 def _params_of(leaves: Leaves, params, exclude: Exclude) -> list[jax.Array]:
     """The parameters that belong to the measured updates, found by path."""
     if params is None:
         raise ValueError(
-            "The threshold of this clip needs the parameters: write tx.update(grads, state, params),"
-            " not tx.update(grads, state)."
+            "This clip needs the parameters: write tx.update(grads, state, params), not tx.update(grads, state)."
         )
     own = measured_leaves(params, exclude)
     by_path = dict(zip(own.paths, own.arrays, strict=True))

@@ -14,12 +14,12 @@ from optaxclip.leaves import Exclude
 from optaxclip.mesh import AxisNames, Span
 from optaxclip.norms import Norm, as_norm, l2, measure
 from optaxclip.scopes import units
-from optaxclip.thresholds.combine import checked
+from optaxclip.thresholds.combine import Threshold, as_threshold, checked
 from optaxclip.thresholds.fixed import param_relative
 
 
 def adaptive_grad_clip(
-    clipping: jax.typing.ArrayLike,
+    clipping: Threshold,
     eps: jax.typing.ArrayLike = 1e-3,
     axis: Any = None,
     *,
@@ -34,7 +34,8 @@ def adaptive_grad_clip(
     A unit is what feeds one output: a column of a dense kernel, a filter of a convolution. `update` needs `params`.
 
     Args:
-      clipping: the largest ratio of a unit's norm to that of its parameters; 0.01 in the paper, less for large batches.
+      clipping: the largest ratio of a unit's norm to that of its parameters: a number or a schedule; 0.01 in the paper,
+        less for large batches. DreamerV3 clips whole leaves (`axis=...`) at 0.3.
       eps: the norm that parameters count for at least, so that a unit of zeros can move (at first by clipping · eps).
       axis: the axes that a unit spans: None for Optax's convention by rank (kernels in the layouts IO, HWIO, DHWIO), an
         axis or a tuple, `...` for whole leaves, or a function of the path. Vectors are one unit, whatever it says.
@@ -64,7 +65,7 @@ def adaptive_grad_clip(
     """
     shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
     call = "adaptive_grad_clip"
-    threshold = param_relative(checked(clipping, call, "clipping"), checked(eps, call, "eps"))
+    threshold = param_relative(as_threshold(clipping, call, "clipping"), checked(eps, call, "eps"))
     return clip_by(threshold, scope=units(axis, batch_axes=batch_axes), norm=norm, **shared)
 
 

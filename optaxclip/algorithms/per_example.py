@@ -119,6 +119,40 @@ def per_example_layer_norm_clip(
     return leaves.rebuild([sums[0] for sums, _ in done]), leaves.rebuild([clipped for _, clipped in done])
 
 
+def per_example_normalize(grads: Any, gamma: jax.typing.ArrayLike = 0.01) -> Any:
+    """Sums per-example gradients, each given a norm of nearly 1: Σᵢ gᵢ / (‖gᵢ‖ + γ). AUTO-S: there is no bound to tune.
+
+    Args:
+      grads: a tree whose leaves all have a leading axis that numbers the examples.
+      gamma: γ. An example much shorter than it keeps its relative length; 0 is AUTO-V.
+
+    Returns:
+      The sum, without the leading axis; its sensitivity to one example is 1. An example with NaN or inf in it weighs
+      nothing, nor does one of zeros.
+
+    Raises:
+      ValueError: if a leaf lacks the leading axis, or γ is negative, NaN, a boolean or a string.
+
+    References:
+      Bu et al., `Automatic Clipping: Differentially Private Deep Learning Made Easier and Stronger
+      <https://arxiv.org/abs/2206.07136>`_, 2023
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> optaxclip.per_example_normalize(jnp.array([[3.0, 4.0], [0.0, 2.0]]), gamma=0.0)
+    Array([0.6, 1.8], dtype=float32)
+    """
+    call = "per_example_normalize"
+    gamma = checked(gamma, call, "gamma")
+    leaves = measured_leaves(jax.tree.map(_as_float, grads))
+    _check_batched(leaves, call)
+    if not leaves.arrays:
+        return grads
+    norms = _example_norms(leaves.arrays)
+    some = jnp.isfinite(norms) & (norms > 0)
+    weights = jnp.where(some, 1 / jnp.where(some, norms + jnp.asarray(gamma).astype(norms.dtype), 1), 0)
+    return leaves.rebuild([_weighted_sum(x, weights) for x in leaves.arrays])
+
+
 def _as_float(x):
     """Whole numbers as floating-point ones: Optax's examples sum integer gradients."""
     return x.astype(jnp.float32) if jnp.issubdtype(jnp.result_type(x), jnp.integer) else x

@@ -98,13 +98,37 @@ def hold_where_not_finite(norms: Any, new: Any, old: Any) -> Any:
     return jax.tree.map(pick, new, old)
 
 
+def over_blocks(rule: Callable[..., tuple], norms: Any, *trees: Any) -> tuple:
+    """Maps `rule(norm, ...) -> (bound, state)`, written for one block, over all blocks as one vector operation."""
+
+    def over_all(norm, *rest):
+        return functools.reduce(lambda f, _: jax.vmap(f), range(norm.ndim), rule)(norm, *rest)
+
+    return map_blocks(over_all, 2, norms, *trees)
+
+
+def start_blocks(start: Any, norms: Any) -> Any:
+    """The state of one block, once for each block; floats in the dtype of the norms."""
+
+    def state(norm):
+        def fill(x):
+            x = jnp.asarray(x)
+            x = x.astype(norm.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            return jnp.broadcast_to(x, norm.shape + x.shape)
+
+        return jax.tree.map(fill, start)
+
+    return jax.tree.map(state, norms)
+
+
 def per_block(
     init: Any, step: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 ) -> optax.GradientTransformationExtraArgs:
     """A threshold from a rule for one block: `step(norm, state) -> (bound, state)`.
 
     The rule is written for a scalar norm and mapped over all blocks at once, as one vector operation.  The bound that
-    it returns holds for the norm that it is given (to decide first and learn after, wrap it in `lag`).
+    it returns holds for the norm that it is given (to decide first and learn after, wrap it in `lag`; to write a
+    statistic and the bound that follows from it apart, see `learned`).
 
     Args:
       init: the state of one block before its first norm, any pytree of numbers.
@@ -122,24 +146,11 @@ def per_block(
     (Array([0.9, 1.8], dtype=float32), Array([1., 2.], dtype=float32))
     """
 
-    def init_fn(norms):
-        def state(norm):
-            def fill(x):
-                x = jnp.asarray(x, norm.dtype if isinstance(x, float) else None)
-                return jnp.broadcast_to(x, norm.shape + x.shape)
-
-            return jax.tree.map(fill, init)
-
-        return jax.tree.map(state, norms)
-
     def update_fn(norms, state, params=None, **extra_args):
-        def over_all(norm, state):
-            return functools.reduce(lambda f, _: jax.vmap(f), range(norm.ndim), step)(norm, state)
-
-        bounds, new = map_blocks(over_all, 2, norms, state)
+        bounds, new = over_blocks(step, norms, state)
         return bounds, jax.tree.map(hold_where_not_finite, norms, new, state)
 
-    return new_threshold(init_fn, update_fn)
+    return new_threshold(lambda norms: start_blocks(init, norms), update_fn)
 
 
 def raw(norms: jax.Array, bounds: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip.thresholds.combine import Threshold, as_threshold, bound_like, checked, new_threshold, stateless
+from optaxclip.thresholds.combine import Threshold, as_threshold, bound_like, checked, new_threshold
 
 
 def constant(bound: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs:
@@ -84,27 +84,32 @@ def until(steps: int, threshold: Threshold, then: Threshold = jnp.inf) -> optax.
 
 
 def param_relative(
-    ratio: jax.typing.ArrayLike, floor: jax.typing.ArrayLike = 1e-3
+    ratio: Threshold, floor: jax.typing.ArrayLike | None = 1e-3
 ) -> optax.GradientTransformationExtraArgs:
     """A share of the parameters' own norm: ratio · max(‖w‖, floor), block by block.
 
     Args:
-      ratio: the largest ratio of a block's norm to that of its parameters.
+      ratio: the largest ratio of a block's norm to that of its parameters: a number, array, tracer or schedule.
       floor: the norm that parameters count for at least: a block of zeros (a fresh bias) has to move, too. With the
         usual 1e-3 and a ratio of 0.01 it starts with a bound of 1e-5: raise the floor if it should start faster.
+        None: no floor, and no bound for blocks of zeros.
 
     Raises:
       ValueError: if ratio or floor is negative, NaN, a boolean or a string; where the clip is used, if it is called
         without parameters.
     """
-    ratio, floor = checked(ratio, "param_relative", "ratio"), checked(floor, "param_relative", "floor")
+    ratio = as_threshold(ratio, "param_relative", "ratio")
+    floor = floor if floor is None else checked(floor, "param_relative", "floor")
 
-    def bound(norm):
-        return bound_like(ratio, norm) * jnp.maximum(norm, bound_like(floor, norm))
+    def bound(ratio, size):
+        if floor is None:
+            return jnp.where(size == 0, jnp.inf, ratio * size)
+        return ratio * jnp.maximum(size, bound_like(floor, size))
 
-    def bounds(norms, param_norms):
-        if param_norms is None:
+    def update_fn(norms, state, params=None, **extra_args):
+        if params is None:
             raise ValueError("param_relative: the norms of the parameters are needed: call it from clip_by.")
-        return jax.tree.map(bound, param_norms())
+        ratios, state = ratio.update(norms, state, params, **extra_args)
+        return jax.tree.map(bound, ratios, params()), state
 
-    return stateless(bounds)
+    return new_threshold(ratio.init, update_fn)
