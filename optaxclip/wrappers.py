@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.core import ClipState, clip_by
+from optaxclip.core import clip_by
 from optaxclip.leaves import Exclude
 from optaxclip.mesh import AxisNames
 from optaxclip.norms import Norm, l2
@@ -26,14 +26,14 @@ class SkipState(NamedTuple):
     Attributes:
       skipped_steps: int32, the steps that were skipped.
       consecutive_skips: int32, those without a step taken since, up to now.
-      spike: the threshold of the norms, and what was seen (read it with `optaxclip.metrics`).
+      spike: a `ClipState`: the threshold of the norms, and what was seen (read it with `optaxclip.metrics`).
       loss: the threshold of the losses.
       inner: the state of the optimizer.
     """
 
     skipped_steps: jax.Array
     consecutive_skips: jax.Array
-    spike: ClipState
+    spike: Any
     loss: optax.OptState
     inner: optax.OptState
 
@@ -134,10 +134,6 @@ def _skipping(inner: optax.GradientTransformation, watch, loss_rule, most: Array
         return over | (loss > bound), finite & jnp.isfinite(loss), spike, loss_state
 
     def update_fn(updates, state, params=None, *, loss=None, **extra_args):
-        if loss is None and loss_threshold is not None:
-            raise ValueError(
-                "skip_spikes: there is a loss_threshold: write tx.update(grads, state, params, loss=loss)."
-            )
         passed = extra_args if loss is None else extra_args | {"loss": loss}
         over, finite, spike, loss_state = judge(updates, state, params, loss, passed)
         anew = over & finite & (state.consecutive_skips >= most)
@@ -186,5 +182,5 @@ def skip_nonfinite(
     [0.] 1
     [-1.9] 1
     """
-    never = as_threshold(jnp.inf, "skip_nonfinite", "threshold")
-    return skip_spikes(inner, never, loss_threshold=None, exclude=exclude, axis_names=axis_names)
+    watch = clip_by(jnp.inf, action=_leave_alone, exclude=exclude, axis_names=axis_names)
+    return _skipping(inner, watch, as_threshold(jnp.inf, "skip_nonfinite", "threshold"), 1)

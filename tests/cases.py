@@ -45,6 +45,10 @@ def longest(norm, state):
     return state, state
 
 
+def last(norm, state):
+    return 2 * norm, norm
+
+
 CASES = [
     Case("clip_by_global_norm", oc.clip_by_global_norm),
     Case("clip_by_global_norm p=1", lambda b, **k: oc.clip_by_global_norm(b, norm=1, **k), norm=1),
@@ -73,11 +77,81 @@ CASES = [
     Case("param_relative", by(lambda b: oc.param_relative(b, 1e-3), scope=oc.leaf), "leaf", relative=True),
 ]
 HARD = [case for case in CASES if case.hard]
-# Statistics that a gradient moves, at several scopes.
-ADAPTIVE = {
-    "lag ema tree": lambda: oc.clip_by(oc.lag(optax.chain(optax.ema(0.9), optax.scale(2.0)))),
-    "lag ema leaf": lambda: oc.clip_by(oc.lag(optax.chain(optax.ema(0.9), optax.scale(2.0))), scope=oc.leaf),
-    "lag per_block": lambda: oc.clip_by(oc.lag(oc.per_block(0.0, longest), feed=oc.accepted), scope=oc.leaf),
-    "per_block units": lambda: oc.clip_by(oc.per_block(0.0, longest), scope=oc.units()),
-    "raw optax": lambda: oc.clip_by(optax.chain(optax.ema(0.9), optax.scale(2.0)), scope=oc.groups()),
+
+
+class Adaptive(NamedTuple):
+    """One clip whose threshold learns.
+
+    Attributes:
+      name: what the test reports call it.
+      make: the clip; keyword arguments (scope, nonfinite, exclude ...) go to it.
+      within: after a spike, a run of NaN, a lasting change of scale ... its bound is near that of a run without, after
+        this many steps at most.
+      relative: its bound does not depend on the scale of the gradients.
+    """
+
+    name: str
+    make: Callable[..., Any]
+    within: int
+    relative: bool = False
+
+
+def learning(threshold):
+    """`clip_by` with this threshold."""
+    return lambda **parts: oc.clip_by(threshold(), **parts)
+
+
+def with_parts(algorithm, *args, **own):
+    """A named algorithm with these arguments."""
+    return lambda **parts: algorithm(*args, **own, **parts)
+
+
+ADAPTIVE = [
+    Adaptive("lag", learning(lambda: oc.lag(oc.per_block(0.0, last), feed=oc.raw)), 1),
+    Adaptive("running", learning(lambda: oc.running(2.0)), 900),
+    Adaptive("running raw", learning(lambda: oc.running(1.0, feed=oc.raw)), 900),
+    Adaptive("running accepted", learning(lambda: oc.running(feed=oc.accepted, relearn_after=50)), 900),
+    Adaptive("window_zscore", learning(oc.window_zscore), 130),
+    Adaptive("previous", learning(lambda: oc.previous(1.1)), 50),
+    Adaptive("autoclip", with_parts(oc.autoclip, window=100), 100),
+    Adaptive("autoclip after", with_parts(oc.autoclip, 95.0, 100, order="after", max_norm=1e9), 100),
+    Adaptive("zclip", oc.zclip, 900),
+    Adaptive("zclip mean", with_parts(oc.zclip, target="mean"), 900),
+    Adaptive("clip_by_log_zscore", oc.clip_by_log_zscore, 100),
+    Adaptive("clip_by_log_zscore after", with_parts(oc.clip_by_log_zscore, 3.0, order="after", warmup_steps=25), 130),
+    Adaptive("adagc", oc.adagc, 7500),
+    Adaptive(
+        "adagc anew",
+        with_parts(oc.adagc, decay=0.9, ratio=1.5, max_norm=jnp.inf, relearn_after=50, warmup_steps=10),
+        120,
+    ),
+    Adaptive("quantile_clip", oc.quantile_clip, 50),
+    Adaptive("quantile_clip first", with_parts(oc.quantile_clip, 0.9, init=None), 800),
+    Adaptive("clip_by_median", oc.clip_by_median, 100),
+    Adaptive("limit_norm_growth", oc.limit_norm_growth, 400),
+    Adaptive("clip_by_momentum_norm", oc.clip_by_momentum_norm, 120),
+    Adaptive("band_clip", oc.band_clip, 2200),
+    Adaptive("normalize_by_moments", oc.normalize_by_moments, 250, relative=True),
+    Adaptive("u_clip", with_parts(oc.u_clip, oc.percentile(50.0, window=100)), 200),
+    Adaptive("clip21", with_parts(oc.clip21, oc.running(2.0)), 1500),
+]
+
+
+# Transformations that are not made of a threshold, or hold an optimizer: the laws of states and poison are theirs, too.
+OTHERS = {
+    "spam_clip": lambda: oc.spam_clip(grace_steps=1, every=2),
+    "adamw_clip": lambda: oc.adamw_clip(warmup_steps=1),
+    "clippy": oc.clippy,
+    "smooth_clip": lambda: oc.smooth_clip(1.0, 4.0),
+    "clip_by_running_max": oc.clip_by_running_max,
+    "scale_by_acclip": oc.scale_by_acclip,
+    "clip_by_median by params": lambda: oc.clip_by_median(scale_by_params=True),
+    "u_clip by element": lambda: oc.u_clip(1.0, scope=oc.units(())),
+}
+# These hold a part of Optax's, and take the trees that it takes.
+HOLDERS = {
+    "larc": lambda: oc.larc(0.1, weight_decay=0.01),
+    "reset_moments": lambda: oc.skip_nonfinite(oc.reset_moments(optax.trace(0.9), every=2, warmup_steps=1)),
+    "skip_spikes": lambda: oc.skip_spikes(optax.trace(0.9)),
+    "skip_nonfinite": lambda: oc.skip_nonfinite(optax.trace(0.9)),
 }

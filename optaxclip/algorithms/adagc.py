@@ -85,6 +85,7 @@ def _share_of_global(max_norm: optax.GradientTransformationExtraArgs) -> optax.G
         unit = jnp.where(largest > 0, largest, 1)
         whole = unit * jnp.sqrt(jax.tree.reduce(jnp.add, jax.tree.map(lambda n: jnp.sum(jnp.square(n / unit)), norms)))
         bound, state = max_norm.update(whole, state, params, **extra_args)
-        return jax.tree.map(lambda n: n * jnp.minimum(1, bound / jnp.where(whole > 0, whole, 1)), norms), state
+        share = jnp.minimum(1, jnp.asarray(bound) / jnp.where(whole > 0, whole, 1))
+        return jax.tree.map(lambda n: n * share, norms), state
 
     return new_threshold(lambda norms: max_norm.init(jnp.zeros((), jax.tree.leaves(norms)[0].dtype)), update_fn)

@@ -9,8 +9,8 @@ from optaxclip.core import clip_by
 from optaxclip.leaves import Exclude
 from optaxclip.mesh import AxisNames
 from optaxclip.scopes import Scope, tree
-from optaxclip.thresholds.combine import Threshold, at_most
-from optaxclip.thresholds.learned import Order
+from optaxclip.thresholds.combine import Threshold, as_threshold, at_most
+from optaxclip.thresholds.learned import Order, number, whole
 from optaxclip.thresholds.quantile import percentile as percentile_of_window
 
 
@@ -62,5 +62,7 @@ def autoclip(
     """
     shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
     steps = warmup_steps if warmup_steps is not None else window if order == "after" else 1
-    quantile = percentile_of_window(percentile, window, order=order, warmup_steps=steps, warmup=max_norm)
-    return clip_by(at_most(quantile, max_norm), scope=scope, **shared)
+    q, window = number(percentile, "autoclip", "percentile", 0.0, 100.0 + 1e-9), whole(window, "autoclip", "window")
+    cap = as_threshold(max_norm, "autoclip", "max_norm")
+    quantile = percentile_of_window(q, window, order=order, warmup_steps=steps, warmup=cap)
+    return clip_by(at_most(quantile, cap), scope=scope, **shared)

@@ -19,7 +19,7 @@ from optaxclip.thresholds.learned import number
 def larc(
     learning_rate: Threshold,
     trust_coefficient: ArrayLike = 0.02,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     eps: ArrayLike = 1e-8,
     *,
     mask: Any = None,
@@ -68,7 +68,7 @@ def larc(
         # The norm that makes `rescale` multiply by t·‖w‖ / whole.
         return jnp.where(free, jnp.inf, norm * (share * size / jnp.where(free, 1, whole)))
 
-    def update_fn(norms, state, params=None, **extra_args):
+    def update_fn(norms, state, params: Any = None, **extra_args):
         rates, state = rate.update(norms, state, params, **extra_args)
         return jax.tree.map(bound, norms, params(), rates), state
 

@@ -1,5 +1,7 @@
 """The z-score of the logarithm of the norm: Chorowski's rule of 2014, and the modern form of it."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
@@ -9,8 +11,8 @@ from optaxclip.core import clip_by
 from optaxclip.leaves import Exclude
 from optaxclip.mesh import AxisNames
 from optaxclip.scopes import Scope, tree
-from optaxclip.thresholds.combine import Threshold, at_most, clipped, raw
-from optaxclip.thresholds.learned import Order
+from optaxclip.thresholds.combine import Threshold, as_threshold, at_most, clipped, raw
+from optaxclip.thresholds.learned import Order, number
 from optaxclip.thresholds.running import log_zscore
 
 
@@ -18,7 +20,7 @@ def clip_by_log_zscore(
     z_threshold: ArrayLike = 2.0,
     decay: ArrayLike = 0.95,
     *,
-    target: str = "mean",
+    target: Literal["mean", "threshold"] = "mean",
     order: Order = "before",
     warmup_steps: ArrayLike = 1,
     max_norm: Threshold = jnp.inf,
@@ -64,7 +66,14 @@ def clip_by_log_zscore(
     """
     shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
     feed, again = (raw, None) if order == "before" else (clipped, 100)
+    call = "clip_by_log_zscore"
     threshold = log_zscore(
-        z_threshold, decay, warmup_steps=warmup_steps, target=target, feed=feed, order=order, relearn_after=again
+        number(z_threshold, call, "z_threshold", 0.0),
+        number(decay, call, "decay", 0.0, 1.0),
+        warmup_steps=warmup_steps,
+        target=target,
+        feed=feed,
+        order=order,
+        relearn_after=again,
     )
-    return clip_by(at_most(threshold, max_norm), scope=scope, **shared)
+    return clip_by(at_most(threshold, as_threshold(max_norm, call, "max_norm")), scope=scope, **shared)

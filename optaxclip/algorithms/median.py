@@ -12,7 +12,8 @@ from optaxclip.core import clip_by
 from optaxclip.leaves import Exclude
 from optaxclip.mesh import AxisNames
 from optaxclip.scopes import Scope, tree
-from optaxclip.thresholds.combine import Threshold, at_most
+from optaxclip.thresholds.combine import Threshold, as_threshold, at_most
+from optaxclip.thresholds.learned import number, whole
 from optaxclip.thresholds.quantile import median
 
 
@@ -62,7 +63,9 @@ def clip_by_median(
     """
     shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
     view: Callable[[jax.Array, jax.Array], jax.Array] | None = _scaled if scale_by_params else None
-    return clip_by(at_most(median(scale, window, every), max_norm), scope=scope, view=view, **shared)
+    call = "clip_by_median"
+    threshold = median(number(scale, call, "scale", 0.0), whole(window, call, "window"), whole(every, call, "every"))
+    return clip_by(at_most(threshold, as_threshold(max_norm, call, "max_norm")), scope=scope, view=view, **shared)
 
 
 def _scaled(g: jax.Array, w: jax.Array) -> jax.Array:

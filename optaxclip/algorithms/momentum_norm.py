@@ -1,5 +1,6 @@
 """Clipping to a multiple of the norm of the momentum, leaf by leaf."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip.apply import Nonfinite
-from optaxclip.core import ClipState, clip_by
+from optaxclip.core import clip_by
 from optaxclip.leaves import Exclude, measured_leaves
 from optaxclip.mesh import AxisNames
 from optaxclip.norms import times, widen
@@ -23,16 +24,16 @@ class MomentumNormState(NamedTuple):
     Attributes:
       clip_step: int32, the updates that the momentum learned from.
       momentum: the running mean of clipped gradients, not bias-corrected, in float32 at least.
-      clip: the state of the clip.
+      clip: the `ClipState` of the clip.
     """
 
     clip_step: jax.Array
     momentum: Any
-    clip: ClipState
+    clip: Any
 
 
 def clip_by_momentum_norm(
-    ratio: ArrayLike = 2.0,
+    ratio: ArrayLike = 10.0,
     decay: ArrayLike = 0.9,
     *,
     scope: Scope = leaf,
@@ -45,13 +46,14 @@ def clip_by_momentum_norm(
     Unlike a mean of norms, m̂ is short where gradients point in all directions. No bound until there is momentum.
 
     Args:
-      ratio: r. Noisy gradients are much longer than their mean: a ratio near 1 clips nearly all of them.
+      ratio: r. Gradients that are all noise are √((1 + β) / (1 - β)) times as long as their mean of decay β, 4.4 times
+        for 0.9: with a smaller ratio clip and momentum would shrink each other to nothing.
       decay: of the momentum.
       scope: which numbers share one norm; OLMo's is `leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
-      ValueError: for a ratio below 1, with which momentum could only shrink, or a decay outside [0, 1).
+      ValueError: for a decay outside [0, 1), or a ratio below √((1 + β) / (1 - β)).
 
     Deviations: the momentum is the clip's own (an Optax transformation does not see Adam's), and bias-corrected (else
     the second gradient is held to a tenth of the first). A gradient of zeros, or one that is not finite, leaves it as
@@ -61,16 +63,17 @@ def clip_by_momentum_norm(
       `max_grad_norm_ratio` in the code of `OLMo <https://github.com/allenai/OLMo>`_, 2024
 
     >>> import jax.numpy as jnp, optaxclip
-    >>> tx = optaxclip.clip_by_momentum_norm(2.0)
+    >>> tx = optaxclip.clip_by_momentum_norm(5.0)
     >>> state = tx.init(jnp.zeros(1))
     >>> for g in (1.0, 9.0):
     ...     updates, state = tx.update(jnp.array([g]), state)
     >>> round(float(updates[0]), 4)
-    2.0
+    5.0
     """
     shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
-    ratio = number(ratio, "clip_by_momentum_norm", "ratio", 1.0)
     decay = number(decay, "clip_by_momentum_norm", "decay", 0.0, 1.0)
+    noise = math.sqrt((1 + decay) / (1 - decay)) if isinstance(decay, float | int) else 1.0
+    ratio = number(ratio, "clip_by_momentum_norm", "ratio", noise)
     clip = clip_by(param_relative(ratio, floor=None), scope=scope, **shared)
 
     def init_fn(params):

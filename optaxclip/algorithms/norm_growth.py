@@ -8,7 +8,8 @@ from optaxclip.core import clip_by
 from optaxclip.leaves import Exclude
 from optaxclip.mesh import AxisNames
 from optaxclip.scopes import Scope, leaf
-from optaxclip.thresholds.combine import Threshold, at_least
+from optaxclip.thresholds.combine import Threshold, as_threshold, at_least
+from optaxclip.thresholds.learned import number
 from optaxclip.thresholds.running import previous
 
 
@@ -51,4 +52,6 @@ def limit_norm_growth(
     Array([3.], dtype=float32)
     """
     shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
-    return clip_by(at_least(previous(ratio), min_norm), scope=scope, **shared)
+    call = "limit_norm_growth"
+    threshold = previous(number(ratio, call, "ratio", 1.0))
+    return clip_by(at_least(threshold, as_threshold(min_norm, call, "min_norm")), scope=scope, **shared)

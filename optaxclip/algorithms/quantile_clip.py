@@ -9,7 +9,8 @@ from optaxclip.core import clip_by
 from optaxclip.leaves import Exclude
 from optaxclip.mesh import AxisNames
 from optaxclip.scopes import Scope, tree
-from optaxclip.thresholds.combine import Threshold, at_most
+from optaxclip.thresholds.combine import Threshold, as_threshold, at_most
+from optaxclip.thresholds.learned import number
 from optaxclip.thresholds.quantile import quantile as tracked_quantile
 
 
@@ -53,4 +54,8 @@ def quantile_clip(
     (1.0, 1.1052)
     """
     shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
-    return clip_by(at_most(tracked_quantile(quantile, learning_rate, init), max_norm), scope=scope, **shared)
+    call = "quantile_clip"
+    tracked = tracked_quantile(
+        number(quantile, call, "quantile", 0.0, 1.0 + 1e-9), number(learning_rate, call, "learning_rate", 0.0), init
+    )
+    return clip_by(at_most(tracked, as_threshold(max_norm, call, "max_norm")), scope=scope, **shared)

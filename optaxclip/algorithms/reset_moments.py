@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from optaxclip.leaves import is_measured
 from optaxclip.thresholds.learned import number
 
 
@@ -69,7 +70,7 @@ def reset_moments(
         updates, new = inner.update(updates, start, params, **extra_args)
         done = jnp.clip(step.astype(jnp.float32) / jnp.maximum(jnp.asarray(warmup_steps, jnp.float32), 1e-9), 0, 1)
         warm = jnp.where(step < warmup_steps, 1 - 0.99 * 0.5 * (1 + jnp.cos(jnp.pi * done)), 1)
-        updates = jax.tree.map(lambda u: u * warm.astype(u.dtype), updates)
+        updates = jax.tree.map(lambda u: u * warm.astype(u.dtype) if is_measured(u) else u, updates)
         return updates, ResetState(jnp.asarray(optax.safe_increment(step)), new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

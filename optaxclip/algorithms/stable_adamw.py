@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.core import ClipState, clip_by
+from optaxclip.core import clip_by
 from optaxclip.norms import rms, widen
 from optaxclip.scopes import leaf
 from optaxclip.thresholds.learned import number
 
 
 class StableRmsState(NamedTuple):
-    """State of `scale_by_stable_rms`: that of the optimizer inside, and the record of what was shortened."""
+    """State of `scale_by_stable_rms`: that of the optimizer inside, and the `ClipState` of what was shortened."""
 
     inner: optax.OptState
-    clip: ClipState
+    clip: Any
 
 
 def scale_by_stable_rms(

@@ -1,5 +1,7 @@
 """Stable-SPAM: elements held to the running maximum of their leaf, norms replaced by their signal-to-noise ratio."""
 
+from typing import cast
+
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
@@ -7,7 +9,7 @@ from jax.typing import ArrayLike
 from optaxclip.actions import normalize
 from optaxclip.algorithms.reset_moments import reset_moments
 from optaxclip.apply import Nonfinite
-from optaxclip.core import clip_by
+from optaxclip.core import ClipState, clip_by
 from optaxclip.leaves import Exclude, measured_leaves
 from optaxclip.mesh import AxisNames
 from optaxclip.norms import linf, widen
@@ -61,9 +63,8 @@ def clip_by_running_max(
     def update_fn(updates, state, params=None, **extra_args):
         clipped, state = inner.update(updates, state, params, **extra_args)
         raw, short = measured_leaves(updates, exclude), measured_leaves(clipped, exclude)
-        bounds = leaf.cut(raw.paths, [x.shape for x in raw.arrays]).spread(
-            state.metrics.clip_bound, jnp.ones_like(state.metrics.clip_bound)
-        )
+        bound = cast(ClipState, state).metrics.clip_bound
+        bounds = leaf.cut(raw.paths, [x.shape for x in raw.arrays]).spread(bound, jnp.ones_like(bound))
         picked = [
             jnp.where((jnp.abs(widen(x)) <= bound) & jnp.isfinite(y), x, y)
             for x, y, bound in zip(raw.arrays, short.arrays, bounds, strict=True)

@@ -1,6 +1,6 @@
 """Clips that remember: what was cut off is carried over (U-Clip), or only the gradient's change is cut (Clip21)."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,11 @@ class CarryState(NamedTuple):
 
     Attributes:
       carry: what is kept of past gradients, a tree like the parameters, in float32 at least.
-      clip: the state of the clip.
+      clip: the `ClipState` of the clip.
     """
 
     carry: Any
-    clip: ClipState
+    clip: Any
 
 
 def _zeros(params: Any, exclude: Exclude) -> Any:
@@ -84,7 +84,7 @@ def u_clip(
 
     def capped(carry: Any, bound: jax.Array) -> Any:
         cap = clip_by(jnp.asarray(max_carry).astype(bound.dtype) * bound, scope=scope, **shared)
-        return cap.update(carry, None)[0]
+        return cap.update(carry, cap.init(carry))[0]
 
     def update_fn(updates, state, params=None, **extra_args):
         leaves, old = measured_leaves(updates, exclude), measured_leaves(state.carry, exclude)
@@ -92,7 +92,7 @@ def u_clip(
         clipped, clip_state = clip.update(leaves.rebuild(sums), state.clip, params, **extra_args)
         kept = measured_leaves(clipped, exclude).arrays
         rest = old.rebuild([a - b for a, b in zip(sums, kept, strict=True)])
-        carry = measured_leaves(capped(rest, clip_state.metrics.clip_bound), exclude).arrays
+        carry = measured_leaves(capped(rest, cast(ClipState, clip_state).metrics.clip_bound), exclude).arrays
         carry = old.rebuild(_kept(_all_finite(leaves.arrays), carry, old.arrays))
         return leaves.rebuild(list(map(as_dtype_of, leaves.arrays, kept))), CarryState(carry, clip_state)
 
@@ -144,9 +144,10 @@ def clip21(
         leaves, old = measured_leaves(updates, exclude), measured_leaves(state.carry, exclude)
         change = [widen(g) - v for g, v in zip(leaves.arrays, old.arrays, strict=True)]
         clipped, clip_state = clip.update(leaves.rebuild(change), state.clip, params, **extra_args)
-        moved = [v + c for v, c in zip(old.arrays, measured_leaves(clipped, exclude).arrays, strict=True)]
-        carry = old.rebuild(_kept(_all_finite(leaves.arrays), moved, old.arrays))
-        return leaves.rebuild(list(map(as_dtype_of, leaves.arrays, moved))), CarryState(carry, clip_state)
+        cut, fine = measured_leaves(clipped, exclude).arrays, _all_finite(leaves.arrays)
+        moved = [v + c for v, c in zip(old.arrays, cut, strict=True)]
+        carry, out = _kept(fine, moved, old.arrays), _kept(fine, moved, cut)
+        return leaves.rebuild(list(map(as_dtype_of, leaves.arrays, out))), CarryState(old.rebuild(carry), clip_state)
 
     return optax.GradientTransformationExtraArgs(
         lambda params: CarryState(_zeros(params, exclude), clip.init(params)), update_fn

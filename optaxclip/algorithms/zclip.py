@@ -9,7 +9,8 @@ from optaxclip.core import clip_by
 from optaxclip.leaves import Exclude
 from optaxclip.mesh import AxisNames
 from optaxclip.scopes import Scope, tree
-from optaxclip.thresholds.combine import Threshold, at_most
+from optaxclip.thresholds.combine import Threshold, as_threshold, at_most
+from optaxclip.thresholds.learned import number
 from optaxclip.thresholds.running import Target, zscore
 
 
@@ -63,7 +64,13 @@ def zclip(
     2.625
     """
     shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
+    call = "zclip"
     threshold = zscore(
-        z_threshold, decay, warmup_steps=warmup_steps, target=target, eps=eps, relearn_after=relearn_after
+        number(z_threshold, call, "z_threshold", 0.0),
+        number(decay, call, "decay", 0.0, 1.0),
+        warmup_steps=warmup_steps,
+        target=target,
+        eps=eps,
+        relearn_after=relearn_after,
     )
-    return clip_by(at_most(threshold, max_norm), scope=scope, **shared)
+    return clip_by(at_most(threshold, as_threshold(max_norm, call, "max_norm")), scope=scope, **shared)

@@ -168,6 +168,11 @@ def accepted(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     return jnp.where(norms <= bounds, norms, jnp.nan)
 
 
+def _something(norms: jax.Array) -> jax.Array:
+    """Norms, and NaN in place of zeros: of a frozen leaf or an unused expert there is nothing to learn."""
+    return jnp.where(norms == 0, jnp.nan, norms)
+
+
 class LagState(NamedTuple):
     """State of `lag`: that of the threshold inside, and the bounds that hold for the next norms."""
 
@@ -178,7 +183,7 @@ class LagState(NamedTuple):
 def lag(threshold: Threshold, *, feed: Feed = raw) -> optax.GradientTransformationExtraArgs:
     """Decides first and learns after: the bound for a norm comes from the norms before it.
 
-    There is no bound (infinity) until the first finite norm was seen.
+    There is no bound (infinity) until the first finite norm was seen. Norms of zero are not learned from.
 
     Args:
       threshold: what makes bounds of norms, for example `optax.chain(optax.ema(0.9), optax.scale(2.0))`: twice the
@@ -198,7 +203,7 @@ def lag(threshold: Threshold, *, feed: Feed = raw) -> optax.GradientTransformati
         return LagState(inner.init(norms), jax.tree.map(lambda n: jnp.full_like(n, math.inf), norms))
 
     def update_fn(norms, state, params=None, **extra_args):
-        fed = jax.tree.map(feed, norms, state.clip_bound)
+        fed = jax.tree.map(_something, jax.tree.map(feed, norms, state.clip_bound))
         bounds, inner_state = inner.update(fed, state.inner, params, **extra_args)
         return state.clip_bound, hold_where_not_finite(fed, LagState(inner_state, bounds), state)
 

@@ -120,7 +120,7 @@ def learned(
         return bound, state if relearn_after is None else _anew(statistic, norm, state, relearn_after)
 
     def init_fn(norms):
-        return LearnedState(start_blocks(BlockState(statistic.start, 0, 0), norms), warmup.init(norms))
+        return LearnedState(start_blocks(_fresh(statistic), norms), warmup.init(norms))
 
     def update_fn(norms, state, params=None, **extra_args):
         warmup_bounds, warmup_state = warmup.update(norms, state.warmup, params, **extra_args)
@@ -128,6 +128,10 @@ def learned(
         return bounds, LearnedState(jax.tree.map(hold_where_not_finite, norms, blocks, state.blocks), warmup_state)
 
     return new_threshold(init_fn, update_fn)
+
+
+def _fresh(statistic: Statistic) -> BlockState:
+    return BlockState(statistic.start, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def _taken(statistic: Statistic, norm, value, seen):
@@ -140,7 +144,7 @@ def _taken(statistic: Statistic, norm, value, seen):
 
 def _anew(statistic: Statistic, norm, state: BlockState, relearn_after) -> BlockState:
     """The state; started again from this norm if too many were over their bounds without a break."""
-    start = start_blocks(BlockState(statistic.start, 0, 0), norm)
+    start = start_blocks(_fresh(statistic), norm)
     fresh = BlockState(*_taken(statistic, norm, start.value, start.seen), start.over)
     return jax.tree.map(lambda a, b: jnp.where(state.over >= relearn_after, a, b), fresh, state)
 

@@ -34,7 +34,7 @@ def _pushed(norm, window: Window, seen) -> Window:
     makes room: two passes over the window, without a sort or a search.
     """
     size = window.ring.shape[0]
-    here = jnp.arange(size) == jnp.mod(seen, size)
+    here = jnp.arange(size, dtype=seen.dtype) == jnp.mod(seen, size)
     oldest = jnp.sum(jnp.where(here, window.ring, 0), dtype=norm.dtype)
     above, below = jnp.full(1, jnp.inf, norm.dtype), jnp.zeros(1, norm.dtype)
     kept = jnp.where(window.ordered < oldest, window.ordered, jnp.concatenate([window.ordered[1:], above]))
@@ -116,7 +116,7 @@ def window_zscore(
     z, window = number(z, "window_zscore", "z", 0.0), whole(window, "window_zscore", "window")
 
     def learn(norm, ring, seen):
-        return jnp.where(jnp.arange(window) == jnp.mod(seen, window), norm, ring)
+        return jnp.where(jnp.arange(window, dtype=seen.dtype) == jnp.mod(seen, window), norm, ring)
 
     def bound(norm, ring, seen):
         known = jnp.isfinite(ring)

@@ -22,9 +22,9 @@ def _like(value, norm):
 
 
 def debiased_weight(decay, norm, seen):
-    """The weight of a norm in an average of decay β: (1 - β) / (1 - βᵗ), t norms with this one."""
+    """The weight of a norm in an average of decay β: (1 - β) / (1 - βᵗ), t norms with this one; never over 1."""
     log = jnp.log1p(-_like(1 - decay, norm))
-    return jnp.expm1(log) / jnp.expm1(_like(seen + 1, norm) * log)
+    return jnp.minimum(jnp.expm1(log) / jnp.expm1(_like(seen + 1, norm) * log), 1)
 
 
 def running(
