@@ -37,7 +37,7 @@ def zclip(
       decay: of the running mean and variance.
       warmup_steps: how many norms start them.
       target: what a spike is shortened to: "adaptive", as above; "mean": μ; "threshold": μ + zσ.
-      eps: added to σ, as a share of μ.
+      eps: σ counts for at least this share of μ.
       max_norm: a cap on the bound, also during the warm-up. The authors' code caps at 1.0 unless told otherwise.
       relearn_after: after this many spikes without a break mean and deviation are learned anew; None: never.
       scope: which numbers share one norm: `tree`, `leaf`, `groups()`, `units()`.
@@ -48,9 +48,9 @@ def zclip(
 
     Deviations: a norm that is zero or not finite is not learned (one NaN turns the authors' code into a fixed clip for
     ever); `relearn_after`, because by the paper's rule a lasting rise beyond a few σ is never learned: what enters the
-    mean is clipped to near the mean; `eps` is relative, so that the scale of the loss does not matter. As in the
-    authors' code, the variance is taken about the mean after its update. For the same in log space, which suits norms
-    better, see `clip_by_log_zscore`.
+    mean is clipped to near the mean; `eps` is relative, and not added, so that the scale of the loss does not matter.
+    As in the authors' code, the variance is taken about the mean after its update. For the same in log space, which
+    suits norms better, see `clip_by_log_zscore`.
 
     References:
       Kumar et al., `ZClip: Adaptive Spike Mitigation for LLM Pre-Training <https://arxiv.org/abs/2504.02507>`_, 2025

@@ -8,6 +8,7 @@ Nothing enters a statistic that could poison it or lock it for ever: no norm tha
 leaf, an unused expert), of which every multiple is a bound of zero.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -149,14 +150,16 @@ def _anew(statistic: Statistic, norm, state: BlockState, relearn_after) -> Block
     return jax.tree.map(lambda a, b: jnp.where(state.over >= relearn_after, a, b), fresh, state)
 
 
-def number(value: Any, call: str, argument: str, low: float, high: float = float("inf")) -> Any:
-    """`value`, if it is a number with low <= value < high, or a scalar array or tracer, which cannot be looked into.
+def number(value: Any, call: str, argument: str, low: float, high: float = math.inf) -> Any:
+    """`value`, if it is a number from `low` to below `high` (or infinite, if that is), or a scalar array or tracer.
 
     Raises:
       ValueError: naming the call and the argument.
     """
-    scalar = isinstance(value, jax.Array) and value.ndim == 0
-    if not scalar and (isinstance(value, bool | str) or not jnp.isscalar(value) or not low <= value < high):
+    if isinstance(value, jax.Array) and value.ndim == 0:
+        return value
+    real = jnp.isscalar(value) and not isinstance(value, bool | str | complex)
+    if not real or not (low <= value < high or value == high == math.inf):
         raise ValueError(f"{call}: {argument} must be a number from {low:g} to below {high:g}, got {value!r}.")
     return value
 

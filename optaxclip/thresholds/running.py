@@ -108,7 +108,7 @@ def zscore(
       warmup_steps: the first norms, not bounded, start them: their mean and population variance.
       target: what a spike is shortened to. "adaptive": m + z²/zₙ · σ, zₙ = (n - m) / σ, the shorter the longer it was;
         "mean": m; "threshold": m + z·σ.
-      eps: added to σ, as a share of the mean: so that norms that do not vary are not spikes by rounding.
+      eps: σ counts for at least this share of the mean, so that norms that do not vary are not spikes by rounding.
       feed: what enters mean and deviation.
       relearn_after: as in `learned`. With targets so close to the mean a lasting rise is never learned without it.
 
@@ -134,7 +134,7 @@ def zscore(
 
     def bound(norm, value, seen):
         mean, deviation = value
-        unit = deviation + _like(eps, norm) * mean
+        unit = jnp.maximum(deviation, _like(eps, norm) * mean)
         most = _like(z, norm)
         spike = norm > mean + most * unit
         far = jnp.where(spike, norm - mean, 1)
