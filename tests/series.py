@@ -1,11 +1,11 @@
 """Series of gradients that poison statistics, and how long a clip takes to be useful again."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import optaxclip as oc
 
@@ -76,24 +76,37 @@ def bounds_of(tx, run, factor) -> tuple[jax.Array, jax.Array]:
     return bounds, jnp.array([~jnp.any(jnp.isnan(x)) for x in jax.tree.leaves(state)]).all()
 
 
-def steps_to_recover(make: Callable, steps: int, relative: bool = False) -> dict[str, tuple[float, bool]]:
+def steps_to_recover(
+    tx: optax.GradientTransformation, steps: int, relative: bool = False
+) -> dict[str, tuple[float, bool]]:
     """For each poison: after how many steps all bounds stay near the clean run's, and whether no NaN is in the state.
 
     Near is within a factor of 3. All runs are one compiled program.
 
     Args:
-      make: makes the clip.
+      tx: the clip.
       steps: the length of a run.
       relative: whether the bound does not depend on the scale of gradients.
     """
     run = jax.tree.map(jnp.asarray, gradients(steps))
     series = jnp.stack([jnp.ones(steps), *(jnp.asarray(factors(p, steps)) for p in POISONS.values())])
-    bounds, sound = jax.jit(jax.vmap(lambda factor: bounds_of(make(), run, factor)))(series)
-    clean, out = np.asarray(bounds[0]), {}
+    bounds, sound = jax.jit(jax.vmap(lambda factor: bounds_of(tx, run, factor)))(series)
+    out = {}
     for i, (name, poison) in enumerate(POISONS.items(), start=1):
-        free = np.isinf(bounds[i]) & np.isinf(clean)
-        ratio = np.where(free, 1, bounds[i]) / np.where(free, 1, clean * (1 if relative else poison.lasting))
-        wrong = np.flatnonzero(~np.all((ratio < 3) & (ratio > 1 / 3), axis=-1))
-        late = wrong[-1] + 1 if len(wrong) else 0
-        out[name] = (np.inf if late >= steps else max(0, late - poison.last - 1), bool(sound[i]))
+        clean = np.asarray(bounds[0]) * (1 if relative else poison.lasting)
+        out[name] = near(np.asarray(bounds[i]), clean, poison), bool(sound[i])
     return out
+
+
+def near(bounds: np.ndarray, clean: np.ndarray, poison: Poison) -> float:
+    """After how many steps from the end of the poison on all bounds stay within a factor of 3 of those of a clean run.
+
+    Args:
+      bounds, clean: (steps, blocks).
+      poison: when it ended.
+    """
+    free = np.isinf(bounds) & np.isinf(clean)
+    ratio = np.where(free, 1, bounds) / np.where(free, 1, clean)
+    wrong = np.flatnonzero(~np.all((ratio < 3) & (ratio > 1 / 3), axis=-1))
+    late = wrong[-1] + 1 if len(wrong) else 0
+    return np.inf if late >= len(bounds) else max(0, int(late) - poison.last - 1)

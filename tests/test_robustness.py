@@ -16,7 +16,7 @@ each_scope = pytest.mark.parametrize("scope", [optaxclip.tree, optaxclip.leaf], 
 @each_adaptive
 @each_scope
 def test_bounds_recover_from_every_poison(case, scope):
-    found = steps_to_recover(lambda: case.make(scope=scope), 200 + case.within + 200, case.relative)
+    found = steps_to_recover(case.make(scope=scope), 200 + case.within + 200, case.relative)
     assert len(found) == len(POISONS)
     late = {name: steps for name, (steps, _) in found.items() if steps > case.within}
     assert not late
