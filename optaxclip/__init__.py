@@ -28,6 +28,7 @@ from optaxclip.algorithms.quantile_clip import quantile_clip
 from optaxclip.algorithms.reset_moments import reset_moments
 from optaxclip.algorithms.second_moment import adamw_clip, spam_clip
 from optaxclip.algorithms.smooth_clip import smooth_clip
+from optaxclip.algorithms.spectral_clip import spectral_clip
 from optaxclip.algorithms.stable_adamw import scale_by_stable_rms, stable_adamw
 from optaxclip.algorithms.stable_spam import clip_by_running_max, normalize_by_moments, stable_spam
 from optaxclip.algorithms.u_clip import clip21, u_clip
@@ -115,6 +116,7 @@ __all__ = [
     "smooth",
     "smooth_clip",
     "spam_clip",
+    "spectral_clip",
     "stable_adamw",
     "stable_spam",
     "tree",

@@ -146,6 +146,8 @@ OTHERS = {
     "clip_by_running_max": oc.clip_by_running_max,
     "scale_by_acclip": oc.scale_by_acclip,
     "clip_by_median by params": lambda: oc.clip_by_median(scale_by_params=True),
+    "spectral_clip": lambda: oc.spectral_clip(1.0),
+    "spectral_clip adaptive": lambda: oc.spectral_clip(oc.running(2.0), method="soft"),
     "u_clip by element": lambda: oc.u_clip(1.0, scope=oc.units(())),
 }
 # These hold a part of Optax's, and take the trees that it takes.

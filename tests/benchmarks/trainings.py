@@ -1,0 +1,218 @@
+"""Small training tasks that fail, or suffer, without a clip. Each trains in seconds, many runs side by side.
+
+All are plain functions of arrays, so that seeds, learning rates and settings of a clip are one `vmap`.
+"""
+
+import glob
+import os
+import pathlib
+import sysconfig
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+
+class Training(NamedTuple):
+    """A task.
+
+    Attributes:
+      name: what it is.
+      init: key -> parameters.
+      loss: (parameters, key, step) -> the loss of the batch of a step.
+      evaluate: parameters -> what is reported, the lower the better.
+      failed: a run that is reported to be over this has diverged.
+      optimizer: learning rate -> transformation.
+      rates: the learning rates.
+      steps: the steps of a run.
+    """
+
+    name: str
+    init: Callable[[jax.Array], Any]
+    loss: Callable[[Any, jax.Array, jax.Array], jax.Array]
+    evaluate: Callable[[Any], jax.Array]
+    failed: float
+    optimizer: Callable[[Any], optax.GradientTransformation]
+    rates: tuple[float, ...]
+    steps: int
+
+
+def momentum(rate):
+    """SGD with momentum."""
+    return optax.chain(optax.trace(0.9), optax.scale_by_learning_rate(rate))
+
+
+def dense(key, *shape, gain=1.0):
+    """Weights of variance gain² / fan-in."""
+    return jax.random.normal(key, shape) * gain / np.prod(shape[:-1]) ** 0.5
+
+
+def library_text(size=400_000) -> tuple[jax.Array, jax.Array]:
+    """The source of Python's standard library as numbers from 0 to 127: text to train on, and text to evaluate on."""
+    names = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
+    text = b"".join(pathlib.Path(name).read_bytes() for name in names[:60])
+    numbers = jnp.asarray(np.frombuffer(text[:size], np.uint8) & 127)
+    return numbers[: size * 9 // 10], numbers[size * 9 // 10 :]
+
+
+def windows(text, key, count, length):
+    """Random windows of a text: what is read, and what comes next."""
+    starts = jax.random.randint(key, (count, 1), 0, len(text) - length)
+    rows = text[starts + jnp.arange(length + 1)].astype(jnp.int32)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def char_rnn(width=48, length=40, batch=8) -> Training:
+    """A tanh recurrent network on text, started where gradients can explode."""
+    train, held_out = library_text()
+
+    def init(key):
+        a, b, c = jax.random.split(key, 3)
+        recurrent = jax.nn.initializers.orthogonal(1.3)(a, (width, width))
+        return {"in": dense(b, 128, width, gain=11.0), "recurrent": recurrent, "out": dense(c, width, 128)}
+
+    def run(params, rows):
+        def cell(h, x):
+            h = jnp.tanh(params["in"][x] + h @ params["recurrent"])
+            return h, h
+
+        _, states = lax.scan(cell, jnp.zeros((len(rows), width)), rows.T)
+        return jnp.swapaxes(states, 0, 1) @ params["out"]
+
+    def loss(params, key, step):
+        rows, labels = windows(train, key, batch, length)
+        return cross_entropy(run(params, rows), labels)
+
+    def evaluate(params):
+        rows, labels = windows(held_out, jax.random.key(7), 64, length)
+        return cross_entropy(run(params, rows), labels)
+
+    return Training("character RNN", init, loss, evaluate, float(np.log(128)), momentum, (0.03, 0.1, 0.3), 250)
+
+
+def transformer(width=32, length=32, batch=8) -> Training:
+    """One layer of a transformer on text, Adam; every 40th batch is bad: its labels are noise, its loss 1,000 times."""
+    train, held_out = library_text()
+    causal = np.tril(np.ones((length, length), bool))
+
+    def init(key):
+        keys = jax.random.split(key, 7)
+        shapes = {"embed": (128, width), "place": (length, width), "qkv": (width, 3 * width), "mix": (width, width)}
+        shapes |= {"up": (width, 4 * width), "down": (4 * width, width), "head": (width, 128)}
+        return {name: dense(k, *shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+    def norm(x):
+        return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+    def run(params, rows):
+        x = 5.0 * (params["embed"][rows] + params["place"])
+        q, k, v = jnp.split(norm(x) @ params["qkv"], 3, axis=-1)
+        scores = jnp.where(causal, q @ jnp.swapaxes(k, -1, -2) / width**0.5, -1e9)
+        x = x + jax.nn.softmax(scores) @ v @ params["mix"]
+        x = x + jax.nn.gelu(norm(x) @ params["up"]) @ params["down"]
+        return norm(x) @ params["head"]
+
+    def loss(params, key, step):
+        rows, labels = windows(train, key, batch, length)
+        bad = step % 40 == 20
+        labels = jnp.where(bad, jax.random.randint(key, labels.shape, 0, 128), labels)
+        return cross_entropy(run(params, rows), labels) * jnp.where(bad, 1000.0, 1.0)
+
+    def evaluate(params):
+        rows, labels = windows(held_out, jax.random.key(7), 64, length)
+        return cross_entropy(run(params, rows), labels)
+
+    rates = (1e-3, 4e-3, 16e-3)
+    return Training("transformer, bad batches", init, loss, evaluate, float(np.log(128)), optax.adam, rates, 200)
+
+
+def digits_cnn(width=8, depth=5, batch=20) -> Training:
+    """A residual convolutional network without normalisers on scikit-learn's digits, SGD with momentum."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    images, labels = jnp.asarray(data.images[order] / 16, jnp.float32)[..., None], jnp.asarray(data.target[order])
+
+    def init(key):
+        keys = jax.random.split(key, depth + 2)
+        first, *rest, last = keys
+        layers = [dense(k, 9 * width, width, gain=2.0) for k in rest]
+        return {"first": dense(first, 9, width), "layers": layers, "head": dense(last, width, 10)}
+
+    def conv(x, kernel):
+        """3 x 3, as one product: a convolution for each of many runs is slow on a CPU."""
+        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifts = [padded[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+        return jnp.concatenate(shifts, -1) @ kernel
+
+    def run(params, x):
+        x = conv(x, params["first"])
+        for kernel in params["layers"]:
+            x = x + conv(jax.nn.relu(x), kernel)
+        return x.mean((1, 2)) @ params["head"]
+
+    def loss(params, key, step):
+        picked = jax.random.randint(key, (batch,), 0, 1400)
+        return cross_entropy(run(params, images[picked]), labels[picked])
+
+    def evaluate(params):
+        return cross_entropy(run(params, images[1400:]), labels[1400:])
+
+    return Training("normaliser-free CNN", init, loss, evaluate, float(np.log(10)), momentum, (3e-3, 3e-2, 1e-1), 150)
+
+
+def cartpole(width=32, episodes=8, horizon=200) -> Training:
+    """REINFORCE on CartPole, without a baseline, SGD: a gradient is the longer, the longer the pole stood."""
+
+    def init(key):
+        a, b = jax.random.split(key)
+        return {"in": dense(a, 4, width), "out": dense(b, width, 2, gain=0.1)}
+
+    def move(state, push):
+        """One step of 20 ms of the classic equations of a cart (1 kg) and a pole (0.1 kg, 0.5 m to its middle)."""
+        x, v, angle, spin = state
+        force = jnp.where(push, 10.0, -10.0)
+        sine, cosine = jnp.sin(angle), jnp.cos(angle)
+        thrust = (force + 0.05 * spin**2 * sine) / 1.1
+        twist = (9.8 * sine - cosine * thrust) / (0.5 * (4 / 3 - 0.1 * cosine**2 / 1.1))
+        pull = thrust - 0.05 * twist * cosine / 1.1
+        return state + 0.02 * jnp.stack([v, pull, spin, twist])
+
+    def play(params, key):
+        """An episode: the log-probability of each action, and whether the pole still stood."""
+
+        def step(carry, key):
+            state, up = carry
+            logits = jnp.tanh(state @ params["in"]) @ params["out"]
+            push = jax.random.categorical(key, logits)
+            state = lax.stop_gradient(move(state, push == 1))
+            still = up & (jnp.abs(state[0]) < 2.4) & (jnp.abs(state[2]) < 0.21)
+            return (state, still), (jax.nn.log_softmax(logits)[push], up)
+
+        first, *keys = jax.random.split(key, horizon + 1)
+        state = jax.random.uniform(first, (4,), minval=-0.05, maxval=0.05)
+        _, (chosen, up) = lax.scan(step, (state, jnp.array(True)), jnp.stack(keys))
+        return chosen, up.astype(jnp.float32)
+
+    def loss(params, key, step):
+        chosen, up = jax.vmap(play, (None, 0))(params, jax.random.split(key, episodes))
+        to_go = jnp.cumsum(up[:, ::-1], axis=1)[:, ::-1]
+        return -jnp.sum(chosen * up * to_go) / episodes
+
+    def evaluate(params):
+        _, up = jax.vmap(play, (None, 0))(params, jax.random.split(jax.random.key(7), 16))
+        return 1 - up.mean()
+
+    return Training("policy gradient", init, loss, evaluate, 0.9, momentum, (1e-5, 1e-4, 1e-3), 120)
+
+
+TRAININGS = {make.__name__: make for make in (char_rnn, transformer, digits_cnn, cartpole)}
