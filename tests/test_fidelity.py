@@ -1,5 +1,8 @@
 """Each algorithm follows its paper, retold in NumPy, over 300 steps of warm-up, drift and spikes."""
 
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,6 +155,23 @@ def test_the_same_steps_are_skipped(name):
     want = getattr(reference, name)(norms)
     assert got.tolist() == want
     assert any(want)
+
+
+RECORDED = json.loads((pathlib.Path(__file__).parent / "recorded.json").read_text())
+
+
+def test_zclip_does_what_its_authors_code_did():
+    (recorded,) = (run for name, run in RECORDED.items() if name.startswith("ZClip"))
+    got = followed(oc.zclip(), series(), jnp.ones(SHAPE))
+    np.testing.assert_allclose(lengths(got), recorded, rtol=2e-5)
+
+
+def test_skip_spikes_skips_what_olmos_code_did():
+    (recorded,) = (run for name, run in RECORDED.items() if name.startswith("SkipStep"))
+    norms = np.exp(0.2 * np.random.default_rng(0).normal(size=STEPS))
+    norms[[10, 90, 91, 200]] *= [50, 30, 1000, 8]
+    got = followed(oc.skip_spikes(optax.identity()), norms.astype(np.float32)[:, None], jnp.ones(1))
+    assert np.flatnonzero(got[:, 0] == 0).tolist() == recorded
 
 
 def test_auto_s_follows_the_paper():
