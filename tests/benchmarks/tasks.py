@@ -22,7 +22,7 @@ class Task(NamedTuple):
     Attributes:
       title: what it is, for the reader.
       init: key -> parameters, a dict in which "head" is the last layer.
-      batch: (key, step) -> what one step of one seed learns from.
+      batch: key -> what one step learns from.
       loss: (parameters, batch) -> a number.
       evaluate: parameters -> what is reported, the lower the better.
       guess: what is reported of a model that knows only how often each answer is right.
@@ -33,7 +33,7 @@ class Task(NamedTuple):
 
     title: str
     init: Callable[[jax.Array], Any]
-    batch: Callable[[jax.Array, jax.Array], Any]
+    batch: Callable[[jax.Array], Any]
     loss: Callable[[Any, Any], jax.Array]
     evaluate: Callable[[Any], jax.Array]
     guess: float
@@ -104,7 +104,7 @@ def rnn(width=32, count=8) -> Task:
     return Task(
         title="Recurrent network of ReLUs on text, SGD with momentum",
         init=init,
-        batch=lambda key, step: text.windows(text.train, key, count),
+        batch=lambda key: text.windows(text.train, key, count),
         loss=lambda params, batch: cross_entropy(run(params, batch[0]), batch[1]),
         evaluate=text.evaluator(run),
         guess=text.guess,
@@ -133,7 +133,7 @@ def transformer(width=32, count=8, bad=False) -> Task:
         x = x + jax.nn.relu(jax.nn.standardize(x) @ params["up"]) @ params["down"]
         return jax.nn.standardize(x) @ params["head"]
 
-    def batch(key, step):
+    def batch(key):
         """Text; if bad, one batch in 40 is to be continued at random, and counts a thousand times."""
         rows, labels = text.windows(text.train, key, count)
         spoiled = bad & jax.random.bernoulli(jax.random.fold_in(key, 1), 1 / 40)
@@ -157,7 +157,7 @@ def bad_batches() -> Task:
     return transformer(bad=True)
 
 
-def cnn(width=12, depth=6, count=32) -> Task:
+def cnn(width=8, depth=12, count=16) -> Task:
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -182,7 +182,7 @@ def cnn(width=12, depth=6, count=32) -> Task:
             x = x + convolve(jax.nn.relu(x), params[f"block {i}"])
         return x.mean((1, 2)) @ params["head"]
 
-    def batch(key, step):
+    def batch(key):
         picked = jax.random.randint(key, (count,), 0, 1400)
         return tiles[picked], labels[picked]
 
@@ -227,7 +227,7 @@ def policy_gradient(width=16, episodes=16, horizon=200) -> Task:
 
         return jax.lax.scan(step, (starts, jnp.ones(len(starts), bool)), chances)[1]
 
-    def batch(key, step, count=episodes):
+    def batch(key, count=episodes):
         a, b = jax.random.split(key)
         return jax.random.uniform(a, (count, 4), minval=-0.05, maxval=0.05), jax.random.uniform(b, (horizon, count))
 
@@ -239,7 +239,7 @@ def policy_gradient(width=16, episodes=16, horizon=200) -> Task:
         return -jnp.sum(chosen * to_go * up) / episodes
 
     def evaluate(params):
-        return horizon - play(params, batch(jax.random.key(7), 0, 64))[2].sum(0).mean()
+        return horizon - play(params, batch(jax.random.key(7), 64))[2].sum(0).mean()
 
     title = "Policy gradient on CartPole, SGD with momentum; steps lost of 200"
     return Task(title, init, batch, loss, evaluate, 178.0, momentum, (1e-5, 1e-4, 1e-3, 1e-2), 120)
