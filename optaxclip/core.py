@@ -118,7 +118,7 @@ def clip_by(
         leaves = measured_leaves(params, exclude)
         blocks, dtype = cut(leaves.paths, leaves.arrays), accumulator(leaves.arrays)
         norms = jax.tree.map(lambda n: jnp.zeros(n.shape, dtype), blocks.count([1] * len(leaves.arrays)))
-        return ClipState(threshold.init(norms), fresh_metrics(norms, named_blocks(params, blocks.names)))
+        return ClipState(threshold.init(norms), fresh_metrics(norms, named_blocks(params, blocks.names, scope.named)))
 
     def update_fn(updates, state, params=None, **extra_args):
         leaves = measured_leaves(updates, exclude)

@@ -45,15 +45,20 @@ class Step(NamedTuple):
     clipped: Any
 
 
-def named_blocks(params: Any, names: tuple[str, ...]) -> Any:
+def named_blocks(params: Any, names: tuple[str, ...], named: bool) -> Any:
     """What goes into `Metrics.blocks`.
 
-    `optax.tree.map_params` calls `init` with a placeholder, an empty node of its own, and expects to find it again
-    where the state has the structure of the parameters.
+    `optax.tree.map_params` calls `init` with a placeholder for the parameters, an empty node of its own, and lays the
+    state that it gets over the real one. Of a scope that names its blocks the names are unknown then; a leaf stands for
+    them, which fits over any dict.
+
+    Args:
+      params: what `init` was called with.
+      names: the names of the blocks.
+      named: whether the scope names its blocks.
     """
-    if not jax.tree.leaves(params) and not isinstance(params, dict | list | tuple | type(None)):
-        return params
-    return dict.fromkeys(sorted(names))
+    placeholder = not jax.tree.leaves(params) and not isinstance(params, dict | list | tuple | type(None))
+    return 0 if named and placeholder else dict.fromkeys(sorted(names))
 
 
 def fresh_metrics(norms: Any, blocks: Any) -> Metrics:

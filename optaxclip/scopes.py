@@ -46,9 +46,11 @@ class Scope(NamedTuple):
 
     Attributes:
       cut: maps the paths and the shapes of the measured leaves to a `Cut`.
+      named: whether blocks have names.
     """
 
     cut: Callable[[Sequence[str], Sequence[tuple[int, ...]]], Cut]
+    named: bool = False
 
 
 def _blocks(shapes, names: tuple[str, ...] = (), labels: Sequence[str] | None = None) -> Cut:
@@ -104,7 +106,7 @@ def _named_blocks(labels, shapes) -> Cut:
 tree = Scope(lambda paths, shapes: _blocks(shapes))
 
 #: One block a leaf. Norms, bounds and factors are vectors, one entry a leaf, in the order of the sorted paths.
-leaf = Scope(lambda paths, shapes: _named_blocks(_distinct(paths), shapes))
+leaf = Scope(lambda paths, shapes: _named_blocks(_distinct(paths), shapes), named=True)
 
 
 def module_of(path: str) -> str:
@@ -149,7 +151,7 @@ def groups(label: Callable[[str], str] | Mapping[str, str] = module_of) -> Scope
     """
     labels_of = _labeller(label)
 
-    return Scope(lambda paths, shapes: _named_blocks(labels_of(paths), shapes))
+    return Scope(lambda paths, shapes: _named_blocks(labels_of(paths), shapes), named=True)
 
 
 def unit_axes(path: str, shape: tuple[int, ...], axes=None, batch_axes: int = 0) -> tuple[int, ...]:

@@ -196,12 +196,18 @@ def test_scan_cond_and_donation_agree_with_plain_steps(scope):
     assert all(x.is_deleted() for x in jax.tree.leaves(start))
 
 
-def test_map_params_passes_over_our_state():
-    tx = optax.chain(lagging(), optax.adam(0.1))
+@pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES)
+def test_map_params_passes_over_our_state(scope):
+    """It is how the shardings of an optimizer's state are made of those of the parameters."""
+    adaptive = lagging(scope) if scope is not SCOPES["units"] else optaxclip.clip_by(1.0, scope=scope)
+    tx = optax.chain(adaptive, optaxclip.u_clip(1.0, scope=scope), optax.adam(0.1))
     state = tx.init(PARAMS)
-    mapped = optax.tree.map_params(tx, lambda x: x + 1, state, transform_non_params=lambda x: x)
-    chex.assert_trees_all_equal(mapped[0], state[0])
-    chex.assert_trees_all_equal(mapped[1][0].mu, PARAMS)
+    names = {"a": "sharded a", "b": "sharded b"}
+    mapped = optax.tree.map_params(tx, lambda x, name: name, state, names, transform_non_params=lambda x: "whole")
+    assert mapped[2][0].mu == mapped[2][0].nu == mapped[1].carry == names
+    assert mapped[0].metrics.grad_norm == mapped[2][0].count == "whole"
+    whole = optax.tree.map_params(tx, lambda x, name: x, state, names)
+    chex.assert_trees_all_equal(whole, state)
 
 
 @pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES)

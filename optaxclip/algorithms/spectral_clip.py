@@ -215,7 +215,7 @@ def spectral_clip(
         leaves = measured_leaves(params, exclude)
         cut = leaf.cut(leaves.paths, [x.shape for x in leaves.arrays])
         norms = jnp.zeros(len(cut.names), accumulator(leaves.arrays))
-        return ClipState(threshold.init(norms), fresh_metrics(norms, named_blocks(params, cut.names)))
+        return ClipState(threshold.init(norms), fresh_metrics(norms, named_blocks(params, cut.names, leaf.named)))
 
     def update_fn(updates, state, params=None, **extra_args):
         leaves = measured_leaves(updates, exclude)

@@ -1,0 +1,52 @@
+"""Several processes are as one: the same parameters, and a killed run goes on bit for bit where it was."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "multi_host.py"
+
+
+def run(folder, name, *options, steps=50, fails=False):
+    """The example in a process of its own, or several: what process 0 wrote in the end."""
+    out = folder / f"{name}.npz"
+    command = [sys.executable, str(SCRIPT), "--checkpoints", str(folder / name), "--out", str(out), *options]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [*command, "--steps", str(steps)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return None if fails else (dict(np.load(out)), done.stdout)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The parameters that one process with four devices trains."""
+    params, said = run(tmp_path_factory.mktemp("alone"), "alone")
+    assert "skipped 1" in said  # the bad step was left out
+    return params
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--simulate", "2"], ["--simulate", "4"], ["--simulate", "2", "--layout", "data"]])
+def test_processes_train_what_one_trains(alone, tmp_path, options):
+    params, said = run(tmp_path, "several", *options)
+    assert params.keys() == alone.keys() and "skipped 1" in said
+    for name, leaf in alone.items():
+        np.testing.assert_allclose(params[name], leaf, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    """Killed between two checkpoints, after the bad step: the statistics of the clip come back, too."""
+    options = ["--simulate", "2", "--every", "16"]
+    whole, _ = run(tmp_path, "whole", *options)
+    run(tmp_path, "killed", *options, "--die-after", "39", fails=True)
+    resumed, said = run(tmp_path, "killed", *options)
+    assert "step 48" in said and "step 32" not in said and "skipped 1" in said
+    for name, leaf in whole.items():
+        np.testing.assert_array_equal(resumed[name], leaf)
