@@ -11,7 +11,7 @@ from optaxclip.apply import as_dtype_of
 from optaxclip.core import ClipState
 from optaxclip.leaves import Exclude, measured_leaves
 from optaxclip.mesh import AxisNames, find_span
-from optaxclip.norms import SUM, accumulator, linf, measure, times, widen
+from optaxclip.norms import MAX, SUM, accumulator, linf, measure, times, widen
 from optaxclip.record import Step, fresh_metrics, recorded
 from optaxclip.scopes import tree
 
@@ -45,11 +45,12 @@ def _outside(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
     return jnp.sum((size > upper) | (size < lower), dtype=upper.dtype)
 
 
-def _widest(limits) -> jax.Array:
-    """The largest modulus that any element may have."""
-    distinct = {id(upper): (lower, upper) for lower, upper in limits}.values()
-    each = [jnp.max(jnp.maximum(jnp.abs(lower), jnp.abs(upper)), initial=0) for lower, upper in distinct]
-    return jnp.max(jnp.stack(each), initial=0) if each else jnp.zeros(())
+def _widest(limits, cut, span) -> jax.Array:
+    """The largest modulus that any element may have, on any device."""
+    if len({id(upper) for _, upper in limits}) == 1:  # the same limits for all leaves: nothing to pool
+        limits, cut = limits[:1], None
+    each = [jnp.max(jnp.maximum(jnp.abs(lower), jnp.abs(upper)), initial=0) for lower, upper in limits]
+    return each[0] if cut is None else cut.gather(each, MAX, span)
 
 
 def clip_elements(
@@ -70,7 +71,7 @@ def clip_elements(
         each, new = limits.update(norm, state.threshold, updates, params, **extra_args)
         outside = [_outside(widen(x), *pair).astype(norm.dtype) for x, pair in zip(leaves.arrays, each, strict=True)]
         count = cut.count([span.size(i) for i in range(len(leaves.arrays))])
-        bound = _widest(each).astype(norm.dtype)
+        bound = _widest(each, cut, span).astype(norm.dtype)
         factor = jnp.where(norm > bound, bound / jnp.where(norm == 0, 1, norm), 1)
         share = cut.gather(outside, SUM, span) / max(float(count), 1.0)
         clipped = [between(x, *pair) for x, pair in zip(leaves.arrays, each, strict=True)]

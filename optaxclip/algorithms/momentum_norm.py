@@ -1,7 +1,7 @@
 """Clipping to a multiple of the norm of the momentum, leaf by leaf."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip.apply import Nonfinite
-from optaxclip.core import clip_by
+from optaxclip.core import ClipState, clip_by
 from optaxclip.leaves import Exclude, measured_leaves
 from optaxclip.mesh import AxisNames
 from optaxclip.norms import times, widen
@@ -88,8 +88,10 @@ def clip_by_momentum_norm(
         corrected = kept.rebuild([times(m, 1 / seen) for m in kept.arrays])
         clipped, clip_state = clip.update(updates, state.clip, corrected, **extra_args)
         gradients = [widen(g) for g in measured_leaves(clipped, exclude).arrays]
-        some = jnp.array([jnp.any(g != 0) for g in gradients], bool).any()
-        fine = jnp.array([jnp.all(jnp.isfinite(g)) for g in gradients], bool).all() & some
+        norms = cast(
+            ClipState, clip_state
+        ).metrics.grad_norm  # agreed among devices, which the gradients' parts are not
+        fine = jnp.all(jnp.isfinite(norms)) & jnp.any(norms > 0)
         moved = [jnp.where(fine, m + times(g - m, rest), m) for g, m in zip(gradients, kept.arrays, strict=True)]
         step = jnp.where(fine, optax.safe_increment(state.clip_step), state.clip_step)
         return clipped, MomentumNormState(step, kept.rebuild(moved), clip_state)

@@ -34,8 +34,9 @@ def _zeros(params: Any, exclude: Exclude) -> Any:
     return leaves.rebuild([widen(x) for x in leaves.arrays])
 
 
-def _all_finite(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in arrays], bool))
+def _all_finite(state: optax.OptState) -> jax.Array:
+    """Whether what a clip measured was finite: one decision for all devices, as the norm is."""
+    return jnp.all(jnp.isfinite(cast(ClipState, state).metrics.grad_norm))
 
 
 def _kept(fine: jax.Array, new: list[jax.Array], old: list[jax.Array]) -> list[jax.Array]:
@@ -93,7 +94,7 @@ def u_clip(
         kept = measured_leaves(clipped, exclude).arrays
         rest = old.rebuild([a - b for a, b in zip(sums, kept, strict=True)])
         carry = measured_leaves(capped(rest, cast(ClipState, clip_state).metrics.clip_bound), exclude).arrays
-        carry = old.rebuild(_kept(_all_finite(leaves.arrays), carry, old.arrays))
+        carry = old.rebuild(_kept(_all_finite(clip_state), carry, old.arrays))
         return leaves.rebuild(list(map(as_dtype_of, leaves.arrays, kept))), CarryState(carry, clip_state)
 
     return optax.GradientTransformationExtraArgs(
@@ -144,7 +145,7 @@ def clip21(
         leaves, old = measured_leaves(updates, exclude), measured_leaves(state.carry, exclude)
         change = [widen(g) - v for g, v in zip(leaves.arrays, old.arrays, strict=True)]
         clipped, clip_state = clip.update(leaves.rebuild(change), state.clip, params, **extra_args)
-        cut, fine = measured_leaves(clipped, exclude).arrays, _all_finite(leaves.arrays)
+        cut, fine = measured_leaves(clipped, exclude).arrays, _all_finite(clip_state)
         moved = [v + c for v, c in zip(old.arrays, cut, strict=True)]
         carry, out = _kept(fine, moved, old.arrays), _kept(fine, moved, cut)
         return leaves.rebuild(list(map(as_dtype_of, leaves.arrays, out))), CarryState(old.rebuild(carry), clip_state)
