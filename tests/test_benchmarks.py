@@ -10,12 +10,12 @@ from tests.benchmarks import choosing, robustness
 @pytest.mark.parametrize("task", choosing.TRAININGS)
 def test_every_task_trains_and_is_reported(task, tmp_path, capsys):
     document = tmp_path / "choosing.md"
-    document.write_text("before\n<!-- results -->\nold\n<!-- end -->\nafter\n")
+    document.write_text("before\n<!-- results -->\nyesterday\n<!-- end -->\nafter\n")
     runs = ["--tasks", task, "--methods", "no clip", "zclip", "--steps", "2", "--seeds", "1"]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         choosing.main([*runs, "--into", str(document)])
     text = document.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
     (row,) = (line for line in text.splitlines() if line.startswith("| `zclip` |"))
     assert row.count("|") == len(choosing.HEAD) + 1
     assert text.split("<!-- results -->")[1].split("<!-- end -->")[0].strip().endswith(capsys.readouterr().out.strip())

@@ -64,6 +64,7 @@ def close(got, want):
         chex.assert_trees_all_close(got[name], want[name], rtol=2e-5, atol=1e-5, custom_message=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_sharded_under_jit(alone, name):
     mesh = mesh_of(name)
@@ -82,6 +83,7 @@ IN_PARTS = {
 LARGE = ("clip_by_momentum_norm", "u_clip", "clip21", "adamw_clip")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["2x4", "4x2x1"])
 def test_in_shard_map(alone, name):
     layout = LAYOUTS[name]

@@ -72,6 +72,7 @@ def test_every_clip_that_optax_has_is_here():
     assert set(SHARED) <= set(optaxclip.__all__)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_as_optax")
 def test_optax_tests_pass_on_our_clips():
     calls, result = collections.Counter(), unittest.TestResult()

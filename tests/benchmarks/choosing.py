@@ -116,9 +116,9 @@ def row(name: str, task: Training, method: Method, losses: np.ndarray) -> list[s
 HEAD = ["method", "default: median", "worst", "diverged", "best setting", "best rate", "median", "worst"]
 
 
-def table(task: Training, rows: list[list[str]], seeds: int) -> str:
+def table(task: Training, rows: list[list[str]], seeds: int, steps: int) -> str:
     rates = ", ".join(f"{rate:g}" for rate in task.rates)
-    title = f"### {task.name}\n\n{task.steps} steps, {seeds} seeds at each of the rates {rates}.\n"
+    title = f"### {task.name}\n\n{steps} steps, {seeds} seeds at each of the rates {rates}.\n"
     lines = ["| " + " | ".join(cells) + " |" for cells in [HEAD, *rows]]
     lines.insert(1, "|---" * len(HEAD) + "|")
     return title + "\n" + "\n".join(lines) + "\n"
@@ -142,7 +142,7 @@ def main(argv=None):
                 bar.set_description(f"{task.name}: {name}")
                 losses = final_losses(task, METHODS[name], args.seeds, steps[task.name], bar)
                 rows.append(row(name, task, METHODS[name], losses))
-            text.append(table(task, rows, args.seeds))
+            text.append(table(task, rows, args.seeds, steps[task.name]))
             print("\n" + text[-1], flush=True)
     if args.into:
         with open(args.into) as file:
