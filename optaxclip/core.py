@@ -27,9 +27,10 @@ import optax
 
 from optaxclip.actions import Action, rescale
 from optaxclip.apply import Factors, Nonfinite, factors_of, multiply
-from optaxclip.leaves import Exclude, Leaves, bundled, map_blocks, measured_leaves
+from optaxclip.leaves import Exclude, Leaves, map_blocks, measured_leaves
+from optaxclip.measure import Measured, measure
 from optaxclip.mesh import AxisNames, find_span
-from optaxclip.norms import Measured, Norm, accumulator, as_norm, l2, measure, widen
+from optaxclip.norms import Norm, accumulator, as_norm, l2, widen
 from optaxclip.record import Metrics, Step, fresh_metrics, named_blocks, recorded
 from optaxclip.scopes import Cut, Scope, tree
 from optaxclip.thresholds.combine import Threshold, as_threshold, hold_where_not_finite
@@ -105,9 +106,6 @@ def clip_by(
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def measured(paths: tuple[str, ...], arrays: list[jax.Array]) -> Measured:
         span = find_span(arrays, paths, axis_names)
-        if scope is tree and jax.device_count() == 1 and not span.axes:
-            arrays = bundled(arrays)
-            paths, span = ("",) * len(arrays), span._replace(leaves=(frozenset(),) * len(arrays))
         return measure(norm, arrays, cut(paths, arrays), span)
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)

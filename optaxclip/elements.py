@@ -9,9 +9,10 @@ import optax
 
 from optaxclip.apply import as_dtype_of
 from optaxclip.core import ClipState
-from optaxclip.leaves import Exclude, measured_leaves
+from optaxclip.leaves import Exclude, measured_leaves, one_vector
+from optaxclip.measure import measure
 from optaxclip.mesh import AxisNames, find_span
-from optaxclip.norms import MAX, SUM, accumulator, linf, measure, times, widen
+from optaxclip.norms import MAX, SUM, accumulator, linf, times, widen
 from optaxclip.record import Step, fresh_metrics, recorded
 from optaxclip.scopes import tree
 
@@ -50,7 +51,7 @@ def _widest(limits, cut, span) -> jax.Array:
     if len({id(upper) for _, upper in limits}) == 1:  # the same limits for all leaves: nothing to pool
         limits, cut = limits[:1], None
     each = [jnp.max(jnp.maximum(jnp.abs(lower), jnp.abs(upper)), initial=0) for lower, upper in limits]
-    return each[0] if cut is None else cut.gather(each, MAX, span)
+    return each[0] if cut is None else cut.gather(one_vector(each), MAX, span)
 
 
 def clip_elements(
@@ -73,7 +74,7 @@ def clip_elements(
         count = cut.count([span.size(i) for i in range(len(leaves.arrays))])
         bound = _widest(each, cut, span).astype(norm.dtype)
         factor = jnp.where(norm > bound, bound / jnp.where(norm == 0, 1, norm), 1)
-        share = cut.gather(outside, SUM, span) / max(float(count), 1.0)
+        share = cut.gather(one_vector(outside), SUM, span) / max(float(count), 1.0)
         clipped = [between(x, *pair) for x, pair in zip(leaves.arrays, each, strict=True)]
         return leaves.rebuild(clipped), ClipState(new, recorded(state.metrics, Step(norm, bound, factor, share)))
 

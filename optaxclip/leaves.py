@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Exclude = str | Callable[[str], bool] | None
 
@@ -74,17 +75,24 @@ def measured_leaves(tree, exclude: Exclude = None) -> Leaves:
     return Leaves(tuple(picked.values()), [jnp.asarray(leaves[i]) for i in picked], rebuild)
 
 
-def bundled(arrays: list[jax.Array], largest: int = 4096, most: int = 256) -> list[jax.Array]:
-    """The same numbers in fewer arrays: small arrays of one dtype joined, at most `most` in one.
-
-    XLA's CPU compiler takes its time for every array, however small.  Joining them copies little, but must not be done
-    to arrays that are spread over devices: XLA would gather each of them.
-    """
+def bunches(arrays: list[jax.Array], largest: int = 4096, most: int = 256) -> list[list[int]]:
+    """Which arrays to lay side by side: small ones of one dtype and nearly one size, at most `most`; others alone."""
     chunks: dict[Any, list] = {}
     for i, x in enumerate(arrays):
-        chunks.setdefault(x.dtype if x.size < largest else i, []).append(x)
-    parts = [chunk[i : i + most] for chunk in chunks.values() for i in range(0, len(chunk), most)]
-    return [jnp.concatenate([x.ravel() for x in part]) if len(part) > 1 else part[0] for part in parts]
+        chunks.setdefault((x.dtype, max(x.size - 1, 63).bit_length()) if x.size < largest else i, []).append(i)
+    return [chunk[i : i + most] for chunk in chunks.values() for i in range(0, len(chunk), most)]
+
+
+def side_by_side(arrays: list[jax.Array]) -> jax.Array:
+    """One row an array, filled up with zeros."""
+    longest = max(x.size for x in arrays)
+    filled = [piece for x in arrays for piece in (x.ravel(), np.zeros(longest - x.size, x.dtype))]
+    return jnp.concatenate(filled).reshape(len(arrays), longest)
+
+
+def one_vector(parts: list[jax.Array]) -> jax.Array:
+    """Vectors, and scalars, one after the other."""
+    return jnp.concatenate([jnp.atleast_1d(part) for part in parts]) if parts else jnp.zeros(0)
 
 
 def map_blocks(f: Callable[..., tuple], outputs: int, *trees) -> tuple:

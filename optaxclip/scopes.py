@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from optaxclip.mesh import Span
@@ -29,7 +28,8 @@ class Cut(NamedTuple):
       axes: for each leaf the axes that a block spans; None for all of them.
       local: whether blocks lie inside a leaf, so that devices may hold different ones.
       count: how many elements each block has, given the number of devices that share each leaf.
-      gather: pools contributions, one array a leaf, into one value a block.
+      gather: pools contributions, a vector with one entry a leaf (for local blocks a list of arrays, one a leaf), into
+        one value a block.
       spread: the reverse: the quotient of two values a block, in a shape that broadcasts against each leaf.
     """
 
@@ -37,7 +37,7 @@ class Cut(NamedTuple):
     axes: Sequence[tuple[int, ...] | None]
     local: bool
     count: Callable[[Sequence[int]], Any]
-    gather: Callable[[list, Pool, Span], Any]
+    gather: Callable[[Any, Pool, Span], Any]
     spread: Callable[[Any, Any], list]
 
 
@@ -60,7 +60,7 @@ def _blocks(shapes, names: tuple[str, ...] = (), labels: Sequence[str] | None = 
     alone = len(names) == len(ids)
 
     def gather(parts, pool, span):
-        vector = jnp.stack([parts[i] for i in order]) if parts else jnp.zeros(0)
+        vector = parts[order]
         copies = np.array([span.copies(i) for i in order])
         if pool is SUM and np.any(copies != 1):
             vector = vector / copies.astype(vector.dtype)

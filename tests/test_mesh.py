@@ -55,8 +55,7 @@ def test_sharded_arrays_cost_one_all_reduce():
     mesh, tx = mesh_of(8), CLIPS["tree"]
     grads = {i: jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("x"))) for i in range(5)}
     text = jax.jit(lambda g: tx.update(g, None)[0]).lower(grads).compile().as_text()
-    usual = text[text.index("\nENTRY") :]  # the rescue loop, a computation of its own, holds one more
-    assert len(re.findall(r" all-reduce(?:-start)?\(", usual)) == 1
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1  # the rescue of unusual magnitudes included
     assert "all-gather" not in text
 
 

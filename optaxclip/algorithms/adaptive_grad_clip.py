@@ -11,8 +11,9 @@ from optaxclip.actions import rescale
 from optaxclip.apply import Nonfinite
 from optaxclip.core import clip_by
 from optaxclip.leaves import Exclude
+from optaxclip.measure import measure
 from optaxclip.mesh import AxisNames, Span
-from optaxclip.norms import Norm, as_norm, l2, measure
+from optaxclip.norms import Norm, as_norm, l2
 from optaxclip.scopes import units
 from optaxclip.thresholds.combine import Threshold, as_threshold, checked
 from optaxclip.thresholds.fixed import param_relative

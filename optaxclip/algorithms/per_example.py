@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from optaxclip.actions import rescale
 from optaxclip.leaves import measured_leaves
+from optaxclip.measure import measure
 from optaxclip.mesh import Span
-from optaxclip.norms import l2, measure, widen
+from optaxclip.norms import l2, widen
 from optaxclip.scopes import units
 from optaxclip.thresholds.combine import checked
 

@@ -11,7 +11,7 @@ import optax
 from optaxclip.actions import rescale
 from optaxclip.apply import Nonfinite, as_dtype_of
 from optaxclip.core import ClipState
-from optaxclip.leaves import Exclude, measured_leaves
+from optaxclip.leaves import Exclude, measured_leaves, one_vector
 from optaxclip.mesh import Span
 from optaxclip.norms import MAX, accumulator, widen
 from optaxclip.record import Step, fresh_metrics, named_blocks, recorded
@@ -97,7 +97,7 @@ def spectral_clip(
         cut = leaf.cut(leaves.paths, [x.shape for x in leaves.arrays])
         matrices = [_matrices(path, x, batch_axes) for path, x in zip(leaves.paths, leaves.arrays, strict=True)]
         dtype, whole = accumulator(leaves.arrays), Span((frozenset(),) * len(matrices), (), False)
-        norms = cut.gather([largest_singular_value(m).astype(dtype) for m in matrices], MAX, whole)
+        norms = cut.gather(one_vector([largest_singular_value(m).astype(dtype) for m in matrices]), MAX, whole)
         return leaves, matrices, cut, norms
 
     def init_fn(params):
