@@ -1,0 +1,99 @@
+"""What a node of a chain is to the rules of `check`: a clip of which kind, or one of a few families of names."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from optaxclip.actions import rescale, zero
+from optaxclip.chains import Node, holds, maker, makers
+from optaxclip.norms import l2, rms
+from optaxclip.scopes import leaf, tree
+
+# What makes the size of an update independent of the gradient's.
+NORMALISERS = {
+    "normalize_by_update_norm", "normalize", "scale_by_acprop", "scale_by_adadelta", "scale_by_adam", "scale_by_adamax",
+    "scale_by_adan", "scale_by_ademamix", "scale_by_adopt", "scale_by_amsgrad", "scale_by_belief",
+    "scale_by_factored_rms", "scale_by_lion", "scale_by_muon", "scale_by_novograd", "scale_by_radam", "scale_by_rms",
+    "scale_by_rprop", "scale_by_rss", "scale_by_sign", "scale_by_simplified_ademamix", "scale_by_sm3",
+    "scale_by_stable_rms", "scale_by_stddev", "scale_by_yogi",
+}  # fmt: skip
+STATEFUL = (NORMALISERS - {"scale_by_sign", "normalize_by_update_norm", "normalize"}) | {"trace", "ema"}
+GUARDS = {"apply_if_finite", "skip_nonfinite", "skip_spikes"}
+SCALES = {"scale", "scale_by_learning_rate", "scale_by_schedule", "identity"}
+_OPTAX = {"clip_by_global_norm": "tree", "clip": "element", "clip_by_block_rms": "other", "adaptive_grad_clip": "other"}
+
+
+class Clip(NamedTuple):
+    """What a rule asks of a clip.
+
+    Attributes:
+      block: which numbers share one norm: "tree", "leaf", "element" or "other".
+      bound: the fixed bound, a number, an array or a schedule; None if it is learned or relative.
+      learned: it decides by the history of the norms, so a norm out of the ordinary is what it looks for.
+      hard: blocks within the bound are left alone, others shortened to it.
+      l2: whether its norm is the plain one.
+      paths: the leaves that it measures.
+    """
+
+    block: str
+    bound: Any = None
+    learned: bool = False
+    hard: bool = True
+    l2: bool = True
+    paths: frozenset[str] = frozenset()
+
+
+def as_clip(node: Node) -> Clip | None:
+    """What a node is as a clip; None if it is none, or has an infinite bound and only measures."""
+    facts, paths = node.facts, node.paths(node.facts.get("exclude"))
+    if node.name in _OPTAX:
+        bound = facts.get("max_norm", facts.get("max_delta"))
+        clip = Clip(_OPTAX[node.name], bound, paths=paths)
+    elif node.name == "clip_by":
+        clip = _of_clip_by(facts, paths)
+    elif node.name == "clip_elements":
+        bound = _bound_of(facts["limits"]) if maker(facts["limits"].update) == "clip" else None
+        clip = Clip("element", bound, paths=paths)
+    else:
+        return None
+    return None if number_of(clip.bound) == math.inf else clip
+
+
+def holds_clip(node: Node) -> Clip | None:
+    """What a node measures: as a clip, or as a wrapper that skips steps by a norm."""
+    if node.name in ("skip_spikes", "skip_nonfinite"):
+        watch = holds(node.facts["judge"])["watch"]
+        facts = holds(watch.update)
+        return _of_clip_by(facts, node.paths(facts["exclude"]))
+    return as_clip(node)
+
+
+def _of_clip_by(facts: dict[str, Any], paths: frozenset[str]) -> Clip:
+    """What our own engine does: see `optaxclip.clip_by`."""
+    scope, norm = holds(facts["cut"])["scope"], holds(facts["measured"])["norm"]
+    action, threshold, made_by = facts["action"], facts["threshold"], makers(facts["threshold"])
+    block = "tree" if scope is tree else "leaf" if scope is leaf and norm is not rms else "other"
+    hard = action is rescale or maker(action) == "_action"
+    learned = bool(made_by & {"learned", "lag"}) and "previous" not in made_by
+    seeks = learned and (hard or action is zero or maker(action) == "_leave_alone")
+    bound = _bound_of(threshold) if facts["view"] is None else None
+    return Clip(block, bound, seeks, hard, norm is l2, paths)
+
+
+def _bound_of(threshold: optax.GradientTransformation) -> Any:
+    """The number or schedule that a threshold was made of; None for any other."""
+    facts = holds(threshold.update)
+    if "bound_of" in facts:
+        return holds(facts["bound_of"]).get("bound")
+    return facts.get("schedule", facts.get("max_delta"))
+
+
+def number_of(bound: Any) -> float:
+    """A bound as a Python number; NaN, which equals nothing, if it is not one."""
+    concrete = isinstance(bound, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(
+        bound, jax.core.Tracer
+    )
+    return float(bound) if concrete and np.ndim(bound) == 0 else math.nan
