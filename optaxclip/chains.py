@@ -52,6 +52,7 @@ class Node:
       facts: what its functions hold: the arguments that it was made with, and more.
       leaves: the paths of the floating-point leaves that it gets; None where that is unknown.
       holders: the nodes around it, outermost first.
+      place: how many nodes come before it.
     """
 
     name: str
@@ -59,20 +60,25 @@ class Node:
     facts: dict[str, Any]
     leaves: frozenset[str] | None
     holders: tuple["Node", ...]
+    place: int
 
     def paths(self, exclude: Exclude = None) -> frozenset[str]:
         """The leaves that it gets, without those that are excluded; none, where they are unknown."""
         return frozenset(path for path in self.leaves or () if not matcher(exclude)(path))
 
 
-def described(tx: optax.GradientTransformation, params: Any, way: str = "", holders=()) -> Iterator[Node]:
+def described(tx: optax.GradientTransformation, params: Any) -> list[Node]:
     """All nodes of a chain, holders before what they hold, in the order in which gradients pass them."""
+    return list(_walk(tx, params, "", (), itertools.count()))
+
+
+def _walk(tx, params: Any, way: str, holders: tuple[Node, ...], places: Iterator[int]) -> Iterator[Node]:
     name, facts = _made(tx)
-    node = Node(name, way + name, facts, _paths(params), holders)
+    node = Node(name, way + name, facts, _paths(params), holders, next(places))
     yield node
     if len(holders) < _DEEPEST:
         for key, inner, seen in _held(node, tx, params):
-            yield from described(inner, seen, f"{way}{name}{key}/", (*holders, node))
+            yield from _walk(inner, seen, f"{way}{name}{key}/", (*holders, node), places)
 
 
 def common(a: Node, b: Node) -> tuple[Node, ...]:
@@ -82,11 +88,11 @@ def common(a: Node, b: Node) -> tuple[Node, ...]:
 
 
 def feeds(a: Node, b: Node) -> bool:
-    """Whether what leaves `a` goes on to `b`, which comes later: they part in a chain, with no foreign holder between."""
+    """Whether what leaves `a` goes on to a later `b`: they part in a chain, and nothing foreign is between."""
     shared = common(a, b)
-    between = a.holders[len(shared) :] + b.holders[len(shared) :]
-    parted = a not in shared and b not in shared
-    return parted and shared[-1:] != () and shared[-1].name in _SERIES and all(h.name in HOLDERS for h in between)
+    if a.place >= b.place or a in shared or shared[-1].name not in _SERIES:
+        return False
+    return all(holder.name in HOLDERS for holder in (a.holders + b.holders)[len(shared) :] if holder not in shared)
 
 
 def holds(fn: Callable) -> dict[str, Any]:

@@ -55,18 +55,19 @@ def as_clip(node: Node) -> Clip | None:
     elif node.name == "clip_by":
         clip = _of_clip_by(facts, paths)
     elif node.name == "clip_elements":
-        bound = _bound_of(facts["limits"]) if maker(facts["limits"].update) == "clip" else None
-        clip = Clip("element", bound, paths=paths)
+        limits = holds(facts["limits"].update)
+        symmetric = "threshold" in limits  # ours to clip; else to clip_by_value, or learned
+        bound = _bound_of(limits["threshold"]) if symmetric else _both(limits.get("limits", ()))
+        clip = Clip("element", bound, hard=symmetric, paths=paths)
     else:
         return None
     return None if number_of(clip.bound) == math.inf else clip
 
 
 def holds_clip(node: Node) -> Clip | None:
-    """What a node measures: as a clip, or as a wrapper that skips steps by a norm."""
-    if node.name in ("skip_spikes", "skip_nonfinite"):
-        watch = holds(node.facts["judge"])["watch"]
-        facts = holds(watch.update)
+    """What a node measures: as a clip, or as a wrapper that skips steps by their norm."""
+    if node.name == "skip_spikes":
+        facts = holds(holds(node.facts["judge"])["watch"].update)
         return _of_clip_by(facts, node.paths(facts["exclude"]))
     return as_clip(node)
 
@@ -78,9 +79,9 @@ def _of_clip_by(facts: dict[str, Any], paths: frozenset[str]) -> Clip:
     block = "tree" if scope is tree else "leaf" if scope is leaf and norm is not rms else "other"
     hard = action is rescale or maker(action) == "_action"
     learned = bool(made_by & {"learned", "lag"}) and "previous" not in made_by
-    seeks = learned and (hard or action is zero or maker(action) == "_leave_alone")
-    bound = _bound_of(threshold) if facts["view"] is None else None
-    return Clip(block, bound, seeks, hard, norm is l2, paths)
+    bounds = hard or action is zero or maker(action) in ("smooth", "_leave_alone")
+    bound = _bound_of(threshold) if bounds and facts["view"] is None else None
+    return Clip(block, bound, learned and bounds, hard, norm is l2, paths)
 
 
 def _bound_of(threshold: optax.GradientTransformation) -> Any:
@@ -88,12 +89,16 @@ def _bound_of(threshold: optax.GradientTransformation) -> Any:
     facts = holds(threshold.update)
     if "bound_of" in facts:
         return holds(facts["bound_of"]).get("bound")
-    return facts.get("schedule", facts.get("max_delta"))
+    return facts.get("schedule")
+
+
+def _both(limits) -> Any:
+    """The limits of `clip_by_value`; None, which says nothing, if there are none or one is infinite."""
+    values = [holds(limit).get("value", limit) for limit in limits]
+    return None if any(abs(number_of(value)) == math.inf for value in values) else tuple(values) or None
 
 
 def number_of(bound: Any) -> float:
     """A bound as a Python number; NaN, which equals nothing, if it is not one."""
-    concrete = isinstance(bound, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(
-        bound, jax.core.Tracer
-    )
-    return float(bound) if concrete and np.ndim(bound) == 0 else math.nan
+    known = isinstance(bound, int | float | np.generic | np.ndarray | jax.Array) and np.ndim(bound) == 0
+    return float(bound) if known and not isinstance(bound, jax.core.Tracer) else math.nan

@@ -1,0 +1,235 @@
+"""One rule a mistake: each a function of the nodes of a chain that says where it is, what goes wrong, and the mend.
+
+A rule speaks only where it is certain: the mistake must follow from what the chain is made of, whatever the gradients.
+Where something cannot be read (a foreign wrapper, labels that cannot be computed) it is silent.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from optaxclip.chains import HOLDERS, Node, common, feeds
+from optaxclip.kinds import GUARDS, NORMALISERS, SCALES, STATEFUL, as_clip, holds_clip, number_of
+
+Found = Iterator[tuple[str, str, str]]
+
+
+def _pairs(nodes: list[Node]) -> Iterator[tuple[Node, Node]]:
+    """All pairs of which the first feeds the second, on some leaves that both get."""
+    for i, a in enumerate(nodes):
+        for b in nodes[i + 1 :]:
+            if a.paths() & b.paths() and feeds(a, b):
+                yield a, b
+
+
+def _between(nodes: list[Node], a: Node, b: Node) -> list[Node]:
+    """What gradients pass on the way from one to the other, holders not counted."""
+    return [c for c in nodes if c.name not in HOLDERS and feeds(a, c) and feeds(c, b)]
+
+
+def _clip_per_branch(nodes: list[Node]) -> Found:
+    """The same fixed bound in several branches, each with a norm of its own."""
+    seen = {}
+    for i, a in enumerate(nodes):
+        for b in nodes[i + 1 :]:
+            if _is_global(a) and _is_global(b) and _same_bound(a, b) and (fork := _fork(nodes, a, b)):
+                seen.setdefault(fork.where, []).extend((a, b))
+    for where, clips in seen.items():
+        count = len(dict.fromkeys(clips))
+        yield (
+            where,
+            f"{count} branches clip by a global norm with the same bound, but each measures only its own leaves: the"
+            f" norm of all of them together may be √{count} times the bound.",
+            "one clip before the branches, optax.chain(clip, optax.partition(...)); or, if a bound for each group is"
+            " meant, optaxclip.clip_by_group_norm(max_norm, label) there.",
+        )
+
+
+def _is_global(node: Node) -> bool:
+    clip = as_clip(node)
+    return clip is not None and clip.block == "tree" and clip.bound is not None and bool(clip.paths)
+
+
+def _same_bound(a: Node, b: Node) -> bool:
+    x, y = _bound(a), _bound(b)
+    return x is y or number_of(x) == number_of(y)
+
+
+def _bound(node: Node) -> Any:
+    clip = as_clip(node)
+    return clip and clip.bound
+
+
+def _fork(nodes: list[Node], a: Node, b: Node) -> Node | None:
+    """Where the ways to two nodes part into branches that hold optimizers, not only clips; None elsewhere."""
+    shared = common(a, b)
+    if not shared or a in shared or b in shared or a.paths() & b.paths():
+        return None
+    branches = [n.holders[len(shared) :][:1] for n in (a, b)]
+    masked = all(branch and branch[0].name == "masked" for branch in branches)
+    steps = [[n for n in nodes if n.where.startswith(_branch(x, shared))] for x in (a, b)]
+    only_clips = any(all(n.name in HOLDERS or as_clip(n) for n in branch) for branch in steps)
+    forks = shared[-1].name == "partition" or (shared[-1].name == "chain" and masked)
+    return shared[-1] if forks and not only_clips else None
+
+
+def _branch(node: Node, shared: tuple[Node, ...]) -> str:
+    """The way to the branch of `shared[-1]` that a node is in, with the slash behind it."""
+    rest = node.where[len(shared[-1].where) :]
+    return shared[-1].where + rest[: rest.index("/") + 1]
+
+
+def _frozen_in_norm(nodes: list[Node]) -> Found:
+    """Leaves whose updates are set to zero later on, but whose gradients count in the norm."""
+    for a in nodes:
+        clip = holds_clip(a)
+        if clip is None or clip.block != "tree":
+            continue
+        zeroed = [z for z in nodes if _zeroes(z)]
+        already = frozenset().union(*(z.paths() for z in zeroed if feeds(z, a)))
+        later = [z for z in zeroed if a in z.holders or feeds(a, z)]
+        frozen = (clip.paths & frozenset().union(*(z.paths() for z in later))) - already
+        if frozen and clip.paths - already - frozen:
+            yield (
+                a.where,
+                f"the norm counts the gradients of leaves that are frozen later in the chain ({_some(frozen)}), so they"
+                " shorten the updates of the others, and a NaN in them spoils or skips the step.",
+                "freeze first, optax.chain(optax.freeze(mask), clip, optimizer); or leave them out of the norm,"
+                " exclude= of optaxclip's clips; or move the clip into the branch that is trained.",
+            )
+
+
+def _zeroes(node: Node) -> bool:
+    return node.name == "set_to_zero" or (node.name == "scale" and number_of(node.facts.get("step_size")) == 0)
+
+
+def _some(paths: frozenset[str], most: int = 3) -> str:
+    names = sorted(paths)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _clip_after_normaliser(nodes: list[Node]) -> Found:
+    """A fixed bound on updates whose size has nothing to do with the gradients'."""
+    for a, b in _pairs(nodes):
+        clip = as_clip(b)
+        if a.name not in NORMALISERS or clip is None or clip.bound is None:
+            continue
+        late = any(n.name in SCALES - {"identity"} for n in _between(nodes, a, b))
+        if (clip.l2 and clip.block in ("tree", "leaf")) or (clip.block == "element" and late):
+            yield (
+                b.where,
+                f"it clips what {a.where} has already normalised: the size of that has nothing to do with the size of"
+                " the gradients, so a spike passes and the bound acts on all steps alike, or on none.",
+                "the clip before it, optax.chain(clip, optimizer); to bound updates on purpose,"
+                " optaxclip.clip_by_block_rms (as Adafactor does), limit_norm_growth, stable_adamw or larc.",
+            )
+
+
+def _spike_test_after_clip(nodes: list[Node]) -> Found:
+    """A rule that looks for norms out of the ordinary, fed with norms that a clip has made ordinary."""
+    for a, b in _pairs(nodes):
+        clip, test = as_clip(a), holds_clip(b)
+        if clip is None or test is None or clip.bound is None or clip.block != "tree" or not clip.l2:
+            continue
+        seeks = (test.learned or b.name == "skip_spikes") and test.block == "tree" and test.paths <= clip.paths
+        if seeks and all(n.name in SCALES or as_clip(n) for n in _between(nodes, a, b)):
+            yield (
+                b.where,
+                f"it looks for norms that are out of the ordinary, but {a.where} before it shortens each to its bound:"
+                " a spike looks like any clipped step.",
+                "the test first: optaxclip.skip_spikes(optax.chain(clip, optimizer)); or give the adaptive clip a cap,"
+                " as in optaxclip.zclip(max_norm=1.0), or put the fixed clip behind it.",
+            )
+
+
+def _clip_before_accumulation(nodes: list[Node]) -> Found:
+    """A clip of each micro-batch instead of the accumulated gradient."""
+    for a, b in _pairs(nodes):
+        if b.name == "MultiSteps" and as_clip(a):
+            yield (
+                a.where,
+                f"it clips each micro-batch, before {b.where} accumulates them: the noise of small batches is clipped,"
+                " the result depends on how many there are, and the gradient that is applied has no bound of its own.",
+                "the clip inside: optax.MultiSteps(optax.chain(clip, optimizer), every_k_schedule).",
+            )
+
+
+def _guard_after_clip(nodes: list[Node]) -> Found:
+    """A guard against what is not finite, behind something that makes it finite."""
+    for a, b in _pairs(nodes):
+        hidden = _hides(a)
+        if hidden and b.name in GUARDS:
+            yield (
+                b.where,
+                f"it never sees {hidden}: {a.where} before it makes that finite, and the optimizer takes the step.",
+                f"the guard outside: {b.name}(optax.chain(clip, optimizer)).",
+            )
+
+
+def _hides(node: Node) -> str | None:
+    """What a node turns into finite numbers."""
+    if node.facts.get("nonfinite") == "zero" and node.name == "clip_by":
+        return "a NaN or an infinity"
+    if node.name == "zero_nans":
+        return "a NaN"
+    clip = as_clip(node)
+    return "an infinity" if clip and clip.block == "element" and clip.bound is not None else None
+
+
+def _guard_without_optimizer(nodes: list[Node]) -> Found:
+    """A guard that holds only clips, while the optimizer behind it takes the step."""
+    for a, b in _pairs(nodes):
+        inside = [n for n in nodes if a in n.holders and n.name not in HOLDERS]
+        if a.name in GUARDS and b.name in STATEFUL and inside and all(as_clip(n) for n in inside):
+            yield (
+                a.where,
+                f"it holds only a clip, so a skipped step reaches {b.where} as a gradient of zeros: moments decay and"
+                " momentum moves the parameters.",
+                f"the optimizer inside, too: {a.name}(optax.chain(clip, optimizer)).",
+            )
+
+
+def _clip_before_sign(nodes: list[Node]) -> Found:
+    """A clip of what loses its length right after."""
+    for a, b in _pairs(nodes):
+        clip = as_clip(a)
+        if clip is None or not clip.hard or clip.bound is None or not a.paths() <= b.paths():
+            continue
+        forgets = b.name == "scale_by_sign" or (b.name == "normalize_by_update_norm" and clip.block == "tree")
+        if forgets and all(n.name in SCALES or as_clip(n) for n in _between(nodes, a, b)):
+            yield (
+                a.where,
+                f"it has no effect: {b.where} keeps the direction only, or the signs, whatever the length, and nothing"
+                " between them has a memory.",
+                "no clip; or a momentum between them, optax.chain(clip, optax.trace(0.9), optax.scale_by_sign(), ...),"
+                " of which a clip bounds the share of a spike; or optaxclip.skip_spikes(optimizer).",
+            )
+
+
+def _clip_twice(nodes: list[Node]) -> Found:
+    """Two clips of one kind in a row, of which one has no effect."""
+    for a, b in _pairs(nodes):
+        one, two = as_clip(a), as_clip(b)
+        if one is None or two is None or _between(nodes, a, b):
+            continue
+        x, y = number_of(one.bound), number_of(two.bound)
+        alike = one.block == two.block == "tree" and one.hard and two.hard and one.l2 and two.l2
+        if alike and one.paths == two.paths and x == x and y == y:
+            idle, other = (b, a) if x <= y else (a, b)
+            yield (
+                idle.where,
+                f"it has no effect: {other.where} clips the same leaves by the same norm to {min(x, y):g}.",
+                "one clip, with the smaller bound.",
+            )
+
+
+RULES: dict[str, Callable[[list[Node]], Found]] = {
+    "clip-per-branch": _clip_per_branch,
+    "frozen-in-norm": _frozen_in_norm,
+    "clip-after-normaliser": _clip_after_normaliser,
+    "spike-test-after-clip": _spike_test_after_clip,
+    "clip-before-accumulation": _clip_before_accumulation,
+    "guard-after-clip": _guard_after_clip,
+    "guard-without-optimizer": _guard_without_optimizer,
+    "clip-before-sign": _clip_before_sign,
+    "clip-twice": _clip_twice,
+}
