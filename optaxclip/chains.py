@@ -158,13 +158,11 @@ def _made(tx) -> tuple[str, dict[str, Any]]:
 def _held(node: Node, tx: optax.GradientTransformation, params: Any) -> list[tuple[str, Any, Any]]:
     """What a node holds: the key, the transformation, and the parameters that it sees."""
     facts = node.facts
-    if node.name in _BY_NAME:
+    if node.name in HOLDERS:
         try:
-            return _BY_NAME[node.name](facts, params)
+            return _BY_NAME.get(node.name, _of_others)(facts, params, _INSIDE.get(node.name))
         except Exception:  # a user's function may ask for what is not here: then nothing can be seen
             return []
-    if node.name in _INSIDE:
-        return [("", facts[_INSIDE[node.name]], params)]
     if _module(tx) == "optaxclip":  # its own thresholds are transformations, but not of gradients
         return []
     found = [(key, x) for key, value in facts.items() for x in _flat(value) if _is_transformation(x)]
@@ -181,16 +179,16 @@ def _flat(value: Any):
     return list(value.values() if isinstance(value, dict) else value) if isinstance(value, dict | list | tuple) else []
 
 
-def _of_chain(facts, params):
+def _of_chain(facts, params, _):
     pairs = zip(facts["init_fns"], facts["update_fns"], strict=True)
     return [(f"[{i}]", optax.GradientTransformation(*pair), params) for i, pair in enumerate(pairs)]
 
 
-def _of_named_chain(facts, params):
+def _of_named_chain(facts, params, _):
     return [(f"[{name!r}]", tx, params) for name, tx in facts["transforms"]]
 
 
-def _of_partition(facts, params):
+def _of_partition(facts, params, _):
     labels = _called(facts["param_labels"], params)
     return [
         (f"[{group!r}]", tx, _picked(params, labels and jax.tree.map(lambda label, g=group: label == g, labels)))
@@ -198,13 +196,17 @@ def _of_partition(facts, params):
     ]
 
 
-def _of_masked(facts, params):
+def _of_masked(facts, params, _):
     return [("", facts["inner"], _picked(params, _called(facts["mask"], params)))]
 
 
-def _of_inject_hyperparams(facts, params):
+def _of_inject_hyperparams(facts, params, _):
     now = {name: schedule(schedule.init()) for name, schedule in facts["sched_hps"].items()}
     return [("", facts["inner_factory"](**facts["other_hps"], **facts["numeric_hps"], **now), params)]
+
+
+def _of_others(facts, params, inside):
+    return [("", facts[inside], params)]
 
 
 _BY_NAME = {

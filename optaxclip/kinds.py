@@ -57,19 +57,42 @@ def as_clip(node: Node) -> Clip | None:
     elif node.name == "clip_elements":
         limits = holds(facts["limits"].update)
         symmetric = "threshold" in limits  # ours to clip; else to clip_by_value, or learned
-        bound = _bound_of(limits["threshold"]) if symmetric else _both(limits.get("limits", ()))
+        bound = _made_of(limits["threshold"]) if symmetric else _both(limits.get("limits", ()))
         clip = Clip("element", bound, hard=symmetric, paths=paths)
     else:
         return None
     return None if number_of(clip.bound) == math.inf else clip
 
 
-def holds_clip(node: Node) -> Clip | None:
+def measures(node: Node) -> Clip | None:
     """What a node measures: as a clip, or as a wrapper that skips steps by their norm."""
     if node.name == "skip_spikes":
         facts = holds(holds(node.facts["judge"])["watch"].update)
         return _of_clip_by(facts, node.paths(facts["exclude"]))
     return as_clip(node)
+
+
+def bound_of(node: Node) -> Any:
+    """The fixed bound of a clip; None for anything else."""
+    clip = as_clip(node)
+    return clip and clip.bound
+
+
+def has_bound(node: Node) -> bool:
+    """Whether a node is a clip with a fixed bound."""
+    return bound_of(node) is not None
+
+
+def is_global(node: Node) -> bool:
+    """Whether a node clips all that it gets by one norm to a fixed bound."""
+    clip = as_clip(node)
+    return clip is not None and clip.block == "tree" and clip.bound is not None and bool(clip.paths)
+
+
+def seeks_spikes(node: Node) -> bool:
+    """Whether a node looks for global norms out of the ordinary, to clip them or to skip the step."""
+    test = measures(node)
+    return test is not None and test.block == "tree" and (test.learned or node.name == "skip_spikes")
 
 
 def _of_clip_by(facts: dict[str, Any], paths: frozenset[str]) -> Clip:
@@ -80,11 +103,11 @@ def _of_clip_by(facts: dict[str, Any], paths: frozenset[str]) -> Clip:
     hard = action is rescale or maker(action) == "_action"
     learned = bool(made_by & {"learned", "lag"}) and "previous" not in made_by
     bounds = hard or action is zero or maker(action) in ("smooth", "_leave_alone")
-    bound = _bound_of(threshold) if bounds and facts["view"] is None else None
+    bound = _made_of(threshold) if bounds and facts["view"] is None else None
     return Clip(block, bound, learned and bounds, hard, norm is l2, paths)
 
 
-def _bound_of(threshold: optax.GradientTransformation) -> Any:
+def _made_of(threshold: optax.GradientTransformation) -> Any:
     """The number or schedule that a threshold was made of; None for any other."""
     facts = holds(threshold.update)
     if "bound_of" in facts:

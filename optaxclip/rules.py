@@ -4,21 +4,40 @@ A rule speaks only where it is certain: the mistake must follow from what the ch
 Where something cannot be read (a foreign wrapper, labels that cannot be computed) it is silent.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from optaxclip.chains import HOLDERS, Node, common, feeds
-from optaxclip.kinds import GUARDS, NORMALISERS, SCALES, STATEFUL, as_clip, holds_clip, number_of
+from optaxclip.chains import HOLDERS, Node, common, feeds, maker
+from optaxclip.kinds import (
+    GUARDS,
+    NORMALISERS,
+    SCALES,
+    STATEFUL,
+    Clip,
+    as_clip,
+    bound_of,
+    has_bound,
+    is_global,
+    measures,
+    number_of,
+    seeks_spikes,
+)
 
 Found = Iterator[tuple[str, str, str]]
+Test = Callable[[Node], Any]
 
 
-def _pairs(nodes: list[Node]) -> Iterator[tuple[Node, Node]]:
-    """All pairs of which the first feeds the second, on some leaves that both get."""
-    for i, a in enumerate(nodes):
-        for b in nodes[i + 1 :]:
-            if a.paths() & b.paths() and feeds(a, b):
-                yield a, b
+def _pairs(nodes: list[Node], first: Test, second: Test) -> Iterator[tuple[Node, Node]]:
+    """All pairs of a `first` node that feeds a `second` one, on some leaves that both get."""
+    seconds = [n for n in nodes if n.leaves and second(n)]
+    for a in nodes:
+        if a.leaves and first(a):
+            yield from ((a, b) for b in seconds if feeds(a, b) and not a.leaves.isdisjoint(b.leaves or ()))
+
+
+def _named(*names: str) -> Test:
+    return lambda node: node.name in names
 
 
 def _between(nodes: list[Node], a: Node, b: Node) -> list[Node]:
@@ -29,10 +48,9 @@ def _between(nodes: list[Node], a: Node, b: Node) -> list[Node]:
 def _clip_per_branch(nodes: list[Node]) -> Found:
     """The same fixed bound in several branches, each with a norm of its own."""
     seen = {}
-    for i, a in enumerate(nodes):
-        for b in nodes[i + 1 :]:
-            if _is_global(a) and _is_global(b) and _same_bound(a, b) and (fork := _fork(nodes, a, b)):
-                seen.setdefault(fork.where, []).extend((a, b))
+    for a, b in itertools.combinations(filter(is_global, nodes), 2):
+        if _samebound_of(a, b) and (fork := _fork(nodes, a, b)):
+            seen.setdefault(fork.where, []).extend((a, b))
     for where, clips in seen.items():
         count = len(dict.fromkeys(clips))
         yield (
@@ -44,19 +62,9 @@ def _clip_per_branch(nodes: list[Node]) -> Found:
         )
 
 
-def _is_global(node: Node) -> bool:
-    clip = as_clip(node)
-    return clip is not None and clip.block == "tree" and clip.bound is not None and bool(clip.paths)
-
-
-def _same_bound(a: Node, b: Node) -> bool:
-    x, y = _bound(a), _bound(b)
+def _samebound_of(a: Node, b: Node) -> bool:
+    x, y = bound_of(a), bound_of(b)
     return x is y or number_of(x) == number_of(y)
-
-
-def _bound(node: Node) -> Any:
-    clip = as_clip(node)
-    return clip and clip.bound
 
 
 def _fork(nodes: list[Node], a: Node, b: Node) -> Node | None:
@@ -81,7 +89,7 @@ def _branch(node: Node, shared: tuple[Node, ...]) -> str:
 def _frozen_in_norm(nodes: list[Node]) -> Found:
     """Leaves whose updates are set to zero later on, but whose gradients count in the norm."""
     for a in nodes:
-        clip = holds_clip(a)
+        clip = measures(a)
         if clip is None or clip.block != "tree":
             continue
         zeroed = [z for z in nodes if _zeroes(z)]
@@ -109,10 +117,8 @@ def _some(paths: frozenset[str], most: int = 3) -> str:
 
 def _clip_after_normaliser(nodes: list[Node]) -> Found:
     """A fixed bound on updates whose size has nothing to do with the gradients'."""
-    for a, b in _pairs(nodes):
-        clip = as_clip(b)
-        if a.name not in NORMALISERS or clip is None or clip.bound is None:
-            continue
+    for a, b in _pairs(nodes, _named(*NORMALISERS), has_bound):
+        clip = as_clip(b) or Clip("other")
         late = any(n.name in SCALES - {"identity"} for n in _between(nodes, a, b))
         if (clip.l2 and clip.block in ("tree", "leaf")) or (clip.block == "element" and late):
             yield (
@@ -126,12 +132,10 @@ def _clip_after_normaliser(nodes: list[Node]) -> Found:
 
 def _spike_test_after_clip(nodes: list[Node]) -> Found:
     """A rule that looks for norms out of the ordinary, fed with norms that a clip has made ordinary."""
-    for a, b in _pairs(nodes):
-        clip, test = as_clip(a), holds_clip(b)
-        if clip is None or test is None or clip.bound is None or clip.block != "tree" or not clip.l2:
-            continue
-        seeks = (test.learned or b.name == "skip_spikes") and test.block == "tree" and test.paths <= clip.paths
-        if seeks and all(n.name in SCALES or as_clip(n) for n in _between(nodes, a, b)):
+    for a, b in _pairs(nodes, is_global, seeks_spikes):
+        clip, test = as_clip(a), measures(b)
+        fed = clip and test and clip.l2 and test.paths <= clip.paths
+        if fed and all(n.name in SCALES or as_clip(n) for n in _between(nodes, a, b)):
             yield (
                 b.where,
                 f"it looks for norms that are out of the ordinary, but {a.where} before it shortens each to its bound:"
@@ -143,26 +147,23 @@ def _spike_test_after_clip(nodes: list[Node]) -> Found:
 
 def _clip_before_accumulation(nodes: list[Node]) -> Found:
     """A clip of each micro-batch instead of the accumulated gradient."""
-    for a, b in _pairs(nodes):
-        if b.name == "MultiSteps" and as_clip(a):
-            yield (
-                a.where,
-                f"it clips each micro-batch, before {b.where} accumulates them: the noise of small batches is clipped,"
-                " the result depends on how many there are, and the gradient that is applied has no bound of its own.",
-                "the clip inside: optax.MultiSteps(optax.chain(clip, optimizer), every_k_schedule).",
-            )
+    for a, b in _pairs(nodes, as_clip, _named("MultiSteps")):
+        yield (
+            a.where,
+            f"it clips each micro-batch, before {b.where} accumulates them, not the gradient that is applied: what is"
+            " clipped is mostly the noise of small batches, and how much depends on how many there are.",
+            "the clip inside: optax.MultiSteps(optax.chain(clip, optimizer), every_k_schedule).",
+        )
 
 
 def _guard_after_clip(nodes: list[Node]) -> Found:
     """A guard against what is not finite, behind something that makes it finite."""
-    for a, b in _pairs(nodes):
-        hidden = _hides(a)
-        if hidden and b.name in GUARDS:
-            yield (
-                b.where,
-                f"it never sees {hidden}: {a.where} before it makes that finite, and the optimizer takes the step.",
-                f"the guard outside: {b.name}(optax.chain(clip, optimizer)).",
-            )
+    for a, b in _pairs(nodes, _hides, _named(*GUARDS)):
+        yield (
+            b.where,
+            f"it never sees {_hides(a)}: {a.where} before it makes that finite, and the optimizer takes the step.",
+            f"the guard outside: {b.name}(optax.chain(clip, optimizer)).",
+        )
 
 
 def _hides(node: Node) -> str | None:
@@ -177,9 +178,9 @@ def _hides(node: Node) -> str | None:
 
 def _guard_without_optimizer(nodes: list[Node]) -> Found:
     """A guard that holds only clips, while the optimizer behind it takes the step."""
-    for a, b in _pairs(nodes):
+    for a, b in _pairs(nodes, _named(*GUARDS), _named(*STATEFUL)):
         inside = [n for n in nodes if a in n.holders and n.name not in HOLDERS]
-        if a.name in GUARDS and b.name in STATEFUL and inside and all(as_clip(n) for n in inside):
+        if inside and all(as_clip(n) for n in inside):
             yield (
                 a.where,
                 f"it holds only a clip, so a skipped step reaches {b.where} as a gradient of zeros: moments decay and"
@@ -188,13 +189,29 @@ def _guard_without_optimizer(nodes: list[Node]) -> Found:
             )
 
 
+def _guard_in_accumulation(nodes: list[Node]) -> Found:
+    """A guard in what only sees the mean, which a single NaN spoils for ever: `(1 - emit) * acc` keeps it."""
+    for holder in filter(_named("MultiSteps"), nodes):
+        bare = all(n.name not in GUARDS for n in holder.holders)
+        keeps = (
+            bare and maker(holder.facts.get("_should_skip_update_fn", len)) == "MultiSteps"
+        )  # its own, which skips nothing
+        guards = [n for n in nodes if holder in n.holders and (n.name in GUARDS or "NaN" in (_hides(n) or ""))]
+        if keeps and guards:
+            yield (
+                guards[0].where,
+                f"{holder.where} keeps a NaN of one micro-batch in its mean for ever, so from then on this guard skips,"
+                " or zeroes, every step: training stands still, silently.",
+                "the guard outside, optaxclip.skip_nonfinite(optax.MultiSteps(...).gradient_transformation()), or"
+                " optax.MultiSteps(..., should_skip_update_fn=optax.skip_not_finite).",
+            )
+
+
 def _clip_before_sign(nodes: list[Node]) -> Found:
     """A clip of what loses its length right after."""
-    for a, b in _pairs(nodes):
-        clip = as_clip(a)
-        if clip is None or not clip.hard or clip.bound is None or not a.paths() <= b.paths():
-            continue
-        forgets = b.name == "scale_by_sign" or (b.name == "normalize_by_update_norm" and clip.block == "tree")
+    for a, b in _pairs(nodes, has_bound, _named("scale_by_sign", "normalize_by_update_norm")):
+        clip = as_clip(a) or Clip("other")
+        forgets = clip.hard and (b.name == "scale_by_sign" or clip.block == "tree") and a.paths() <= b.paths()
         if forgets and all(n.name in SCALES or as_clip(n) for n in _between(nodes, a, b)):
             yield (
                 a.where,
@@ -207,13 +224,11 @@ def _clip_before_sign(nodes: list[Node]) -> Found:
 
 def _clip_twice(nodes: list[Node]) -> Found:
     """Two clips of one kind in a row, of which one has no effect."""
-    for a, b in _pairs(nodes):
-        one, two = as_clip(a), as_clip(b)
-        if one is None or two is None or _between(nodes, a, b):
-            continue
+    for a, b in _pairs(nodes, is_global, is_global):
+        one, two = as_clip(a) or Clip("other"), as_clip(b) or Clip("other")
         x, y = number_of(one.bound), number_of(two.bound)
-        alike = one.block == two.block == "tree" and one.hard and two.hard and one.l2 and two.l2
-        if alike and one.paths == two.paths and x == x and y == y:
+        alike = one._replace(bound=None) == two._replace(bound=None) and one.hard and one.l2
+        if alike and x == x and y == y and not _between(nodes, a, b):
             idle, other = (b, a) if x <= y else (a, b)
             yield (
                 idle.where,
@@ -230,6 +245,7 @@ RULES: dict[str, Callable[[list[Node]], Found]] = {
     "clip-before-accumulation": _clip_before_accumulation,
     "guard-after-clip": _guard_after_clip,
     "guard-without-optimizer": _guard_without_optimizer,
+    "guard-in-accumulation": _guard_in_accumulation,
     "clip-before-sign": _clip_before_sign,
     "clip-twice": _clip_twice,
 }

@@ -163,6 +163,20 @@ MISTAKES = {
         for c in GLOBAL.values()
         for guard in (oc.skip_nonfinite, oc.skip_spikes, lambda tx: optax.apply_if_finite(chain(tx), 5))
     ],
+    "guard-in-accumulation": [
+        *[
+            (accumulated(guard(optax.adam(1e-3))), guard(accumulated(optax.adam(1e-3))))
+            for guard in (oc.skip_nonfinite, oc.skip_spikes, lambda tx: chain(optax.apply_if_finite(tx, 5)))
+        ],
+        *[
+            (accumulated(clipped(optax.adam(1e-3), c)), accumulated(clipped(optax.adam(1e-3))))
+            for c in (lambda bound: clip(bound, nonfinite="zero"), lambda bound: optax.zero_nans())
+        ],
+        (
+            optax.MultiSteps(oc.skip_nonfinite(optax.adam(1e-3)), 2),
+            optax.MultiSteps(oc.skip_nonfinite(optax.adam(1e-3)), 2, should_skip_update_fn=optax.skip_not_finite),
+        ),
+    ],
     "clip-before-sign": [
         *[
             (chain(c(1.0), optax.sign_sgd(1e-3)), chain(c(1.0), optax.trace(0.9), optax.sign_sgd(1e-3)))
@@ -211,6 +225,8 @@ def test_a_mistake_is_found_wherever_it_is_held(name):
         "schedule-free": optax.contrib.schedule_free(tx, 0.1),
         "foreign": foreign(tx),
     }
+    if "guard" in name:  # a guard in MultiSteps is a mistake of its own, but not if there is one around it
+        held = {key: x for key, x in held.items() if key not in ("accumulated", "object", "finite", "skip")}
     assert {key: names(x) for key, x in held.items()} == {key: [name] for key in held}
 
 
@@ -305,6 +321,7 @@ SOUND = {
     "largest element of updates": chain(optax.scale_by_adam(), clip(1.0, norm=jnp.inf), optax.scale(-1e-3)),
     "stable_spam's normalisation": chain(clip(1.0), oc.normalize_by_moments(), ADAM),
     "zeroes, then signs": chain(oc.clip_by(1.0, action=oc.zero), optax.sign_sgd(1e-3)),
+    "guards inside and outside": oc.skip_nonfinite(accumulated(oc.skip_nonfinite(ADAM))),
     "skips micro-batches": oc.skip_spikes(accumulated(chain(clip(1.0), ADAM))),
     "skip_nonfinite sees the frozen": oc.skip_nonfinite(branches(ADAM, optax.set_to_zero())),
     "ema": chain(clip(1.0), ADAM, optax.ema(0.99)),
@@ -352,7 +369,7 @@ def _made(make):
     try:
         required = [p for p in inspect.signature(make).parameters.values() if p.default is p.empty]
         return make(0.1) if [p.name for p in required] == ["learning_rate"] else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, UserWarning, DeprecationWarning):
         return None
 
 
@@ -374,6 +391,77 @@ ALL = {case.name: lambda case=case: case.make(1.0) for case in CASES} | {case.na
 def test_silent_on_each_of_ours_before_adam(name):
     clip = (ALL | OTHERS | HOLDERS)[name]()
     assert names(clip) == names(chain(clip, optax.adamw(1e-3))) == []
+
+
+def run(tx, *grads, params=PARAMS):
+    """The updates of a few steps."""
+    state, out, update = tx.init(params), [], jax.jit(tx.update)
+    with jax.numpy_dtype_promotion("standard"):  # of Optax's own
+        for g in grads:
+            updates, state = update(g, state, params)
+            out.append(updates)
+    return out
+
+
+def of(mistake):
+    return MISTAKES[mistake][0]
+
+
+def grads(encoder, head):
+    return {
+        "encoder": jax.tree.map(lambda x: x * encoder, PARAMS["encoder"]),
+        "head": {"w": PARAMS["head"]["w"] * head},
+    }
+
+
+def norms(updates):
+    return [round(float(optax.tree.norm(u)), 3) for u in updates]
+
+
+def test_what_is_said_of_each_mistake_is_true():
+    """Run, not read: the mistake does what its finding says, the mend does not."""
+    sgd, big, nan, inf = optax.sgd(1.0), grads(9.0, 9.0), grads(jnp.nan, 1.0), grads(jnp.inf, 1.0)
+    per_branch, once = branches(clipped(sgd), clipped(sgd)), clipped(branches(sgd, sgd))
+    assert (names(per_branch), norms(run(per_branch, big)), norms(run(once, big))) == (
+        ["clip-per-branch"],
+        [1.414],
+        [1.0],
+    )
+    frozen = chain(clip(1.0), branches(sgd, optax.set_to_zero()))
+    assert norms(run(frozen, grads(0.1, 99.0))) == [0.001]
+    assert norms(run(branches(clipped(sgd), optax.set_to_zero()), grads(0.1, 99.0))) == [0.245]
+    late = chain(optax.scale_by_adam(), clip(1.0))
+    assert norms(run(late, grads(1e-6, 1e-6), grads(1e6, 1e6))) == [1.0, 1.0]
+    for guard in (oc.skip_nonfinite, lambda tx: optax.apply_if_finite(tx, 5)):
+        for hides, bad in ((optax.clip(1.0), inf), (oc.clip(1.0), inf), (clip(1.0, nonfinite="zero"), nan)):
+            momentum = optax.sgd(1.0, momentum=0.9)
+            assert norms(run(chain(hides, guard(momentum)), big, bad))[1] > 0
+            assert norms(run(guard(chain(hides, momentum)), big, bad))[1] == 0
+        assert norms(run(chain(clip(1.0), guard(sgd)), big, nan, inf, big)) == [1.0, 0.0, 0.0, 1.0]
+        assert norms(run(chain(guard(clip(1.0)), optax.adam(1.0)), big, nan))[1] > 0
+        inside = optax.MultiSteps(guard(sgd), 2).gradient_transformation()
+        outside = guard(optax.MultiSteps(sgd, 2).gradient_transformation())
+        assert norms(run(inside, big, big, nan, *[big] * 7)) == [0, 28.46] + 8 * [0]
+        assert norms(run(outside, big, big, nan, *[big] * 4)) == [0, 28.46, 0, 0, 28.46, 0, 28.46]
+    signs, bare = chain(clip(1e-3), optax.sign_sgd(1.0)), optax.sign_sgd(1.0)
+    assert norms(run(signs, big, grads(-1.0, 2.0))) == norms(run(bare, big, grads(-1.0, 2.0)))
+
+
+@pytest.mark.parametrize("make", [optax.lion, optax.contrib.muon, optax.signum, optax.adam])
+def test_a_clip_before_a_momentum_is_sound(make):
+    """After a spike, a clip brings the updates back to those of the run without one; lion and muon are no exception."""
+
+    def updates(tx, spike):
+        key = jax.random.key(0)
+        draws = 1.0 + jax.random.normal(key, (40, 4, 4))
+        draws = draws.at[5].add(spike * jax.random.normal(jax.random.key(1), (4, 4)))
+        return jnp.stack([u["w"] for u in run(tx, *[{"w": g} for g in draws], params={"w": jnp.ones((4, 4))})])[8:]
+
+    def away(tx):
+        a, b = updates(tx, 300.0), updates(make(0.1), 0.0)
+        return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+    assert away(chain(clip(4.0), make(0.1))) < 0.75 * away(make(0.1))
 
 
 def test_flax():
