@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optaxclip.leaves import Exclude, is_measured, matcher, path_string
@@ -25,8 +26,6 @@ from optaxclip.leaves import Exclude, is_measured, matcher, path_string
 _INSIDE = {
     "MultiSteps": "_opt",
     "apply_if_finite": "inner",
-    "conditionally_mask": "inner",
-    "conditionally_transform": "inner",
     "flatten": "inner",
     "lookahead": "fast_optimizer",
     "mechanize": "base_optimizer",
@@ -201,8 +200,9 @@ def _of_masked(facts, params, _):
 
 
 def _of_inject_hyperparams(facts, params, _):
-    now = {name: schedule(schedule.init()) for name, schedule in facts["sched_hps"].items()}
-    return [("", facts["inner_factory"](**facts["other_hps"], **facts["numeric_hps"], **now), params)]
+    now = {name: schedule(schedule.init()) for name, schedule in facts["sched_hps"].items()} | facts["numeric_hps"]
+    arrays = {name: jnp.asarray(value) for name, value in now.items()}
+    return [("", facts["inner_factory"](**facts["other_hps"], **arrays), params)]
 
 
 def _of_others(facts, params, inside):

@@ -23,6 +23,7 @@ NORMALISERS = {
 STATEFUL = (NORMALISERS - {"scale_by_sign", "normalize_by_update_norm", "normalize"}) | {"trace", "ema"}
 GUARDS = {"apply_if_finite", "skip_nonfinite", "skip_spikes"}
 SCALES = {"scale", "scale_by_learning_rate", "scale_by_schedule", "identity"}
+REMEMBERING = {"MultiSteps", "lookahead", "mechanize", "schedule_free"}
 _OPTAX = {"clip_by_global_norm": "tree", "clip": "element", "clip_by_block_rms": "other", "adaptive_grad_clip": "other"}
 
 
@@ -125,3 +126,8 @@ def number_of(bound: Any) -> float:
     """A bound as a Python number; NaN, which equals nothing, if it is not one."""
     known = isinstance(bound, int | float | np.generic | np.ndarray | jax.Array) and np.ndim(bound) == 0
     return float(bound) if known and not isinstance(bound, jax.core.Tracer) else math.nan
+
+
+def constant_of(value: Any) -> float:
+    """A number that stays what it is; NaN for any other, also for one that `optax.inject_hyperparams` may change."""
+    return math.nan if isinstance(value, jax.Array) else number_of(value)

@@ -12,11 +12,13 @@ from optaxclip.chains import HOLDERS, Node, common, feeds, maker
 from optaxclip.kinds import (
     GUARDS,
     NORMALISERS,
+    REMEMBERING,
     SCALES,
     STATEFUL,
     Clip,
     as_clip,
     bound_of,
+    constant_of,
     has_bound,
     is_global,
     measures,
@@ -41,49 +43,48 @@ def _named(*names: str) -> Test:
 
 
 def _between(nodes: list[Node], a: Node, b: Node) -> list[Node]:
-    """What gradients pass on the way from one to the other, holders not counted."""
-    return [c for c in nodes if c.name not in HOLDERS and feeds(a, c) and feeds(c, b)]
+    """What gradients pass on the way from one to the other; of the holders only those that remember other gradients."""
+    passed = [c for c in nodes if c.name not in HOLDERS and feeds(a, c) and feeds(c, b)]
+    return passed + [h for h in a.holders + b.holders if h.name in REMEMBERING and h not in common(a, b)]
 
 
 def _clip_per_branch(nodes: list[Node]) -> Found:
     """The same fixed bound in several branches, each with a norm of its own."""
-    seen = {}
-    for a, b in itertools.combinations(filter(is_global, nodes), 2):
-        if _samebound_of(a, b) and (fork := _fork(nodes, a, b)):
-            seen.setdefault(fork.where, []).extend((a, b))
-    for where, clips in seen.items():
-        count = len(dict.fromkeys(clips))
-        yield (
-            where,
-            f"{count} branches clip by a global norm with the same bound, but each measures only its own leaves: the"
-            f" norm of all of them together may be √{count} times the bound.",
-            "one clip before the branches, optax.chain(clip, optax.partition(...)); or, if a bound for each group is"
-            " meant, optaxclip.clip_by_group_norm(max_norm, label) there.",
-        )
+    clips = [(n, bound_of(n)) for n in nodes if is_global(n)]
+    seen: dict[str, set[str]] = {}
+    for (a, x), (b, y) in itertools.combinations(clips, 2):
+        if (x is y or number_of(x) == number_of(y)) and _in_branches(a, b):
+            fork = common(a, b)[-1]
+            seen.setdefault(fork.where, set()).update(_branch(n, fork) for n in (a, b))
+    for where, branches in seen.items():
+        count = sum(_holds_more_than_clips(nodes, branch) for branch in branches)
+        if count > 1:
+            yield (
+                where,
+                f"{count} branches clip by a global norm with the same bound, but each measures only its own leaves:"
+                f" the norm of all of them together may be √{count} times the bound.",
+                "one clip before the branches, optax.chain(clip, optax.partition(...)); or, if a bound for each group"
+                " is meant, optaxclip.clip_by_group_norm(max_norm, label) there.",
+            )
 
 
-def _samebound_of(a: Node, b: Node) -> bool:
-    x, y = bound_of(a), bound_of(b)
-    return x is y or number_of(x) == number_of(y)
-
-
-def _fork(nodes: list[Node], a: Node, b: Node) -> Node | None:
-    """Where the ways to two nodes part into branches that hold optimizers, not only clips; None elsewhere."""
+def _in_branches(a: Node, b: Node) -> bool:
+    """Whether the ways to two nodes part into branches with leaves of their own: of a partition, or masked ones."""
     shared = common(a, b)
-    if not shared or a in shared or b in shared or a.paths() & b.paths():
-        return None
-    branches = [n.holders[len(shared) :][:1] for n in (a, b)]
-    masked = all(branch and branch[0].name == "masked" for branch in branches)
-    steps = [[n for n in nodes if n.where.startswith(_branch(x, shared))] for x in (a, b)]
-    only_clips = any(all(n.name in HOLDERS or as_clip(n) for n in branch) for branch in steps)
-    forks = shared[-1].name == "partition" or (shared[-1].name == "chain" and masked)
-    return shared[-1] if forks and not only_clips else None
+    if not shared or a in shared or b in shared:
+        return False
+    masked = all(n.holders[len(shared) :] and n.holders[len(shared)].name == "masked" for n in (a, b))
+    return shared[-1].name == "partition" or (shared[-1].name == "chain" and masked and not a.paths() & b.paths())
 
 
-def _branch(node: Node, shared: tuple[Node, ...]) -> str:
-    """The way to the branch of `shared[-1]` that a node is in, with the slash behind it."""
-    rest = node.where[len(shared[-1].where) :]
-    return shared[-1].where + rest[: rest.index("/") + 1]
+def _branch(node: Node, fork: Node) -> str:
+    """The way to the branch of `fork` that a node is in, with the slash behind it."""
+    return node.where[: node.where.index("/", len(fork.where)) + 1]
+
+
+def _holds_more_than_clips(nodes: list[Node], branch: str) -> bool:
+    steps = (n for n in nodes if n.where.startswith(branch) and n.name not in HOLDERS)
+    return any(as_clip(n) is None for n in steps)
 
 
 def _frozen_in_norm(nodes: list[Node]) -> Found:
@@ -107,7 +108,7 @@ def _frozen_in_norm(nodes: list[Node]) -> Found:
 
 
 def _zeroes(node: Node) -> bool:
-    return node.name == "set_to_zero" or (node.name == "scale" and number_of(node.facts.get("step_size")) == 0)
+    return node.name == "set_to_zero" or (node.name == "scale" and constant_of(node.facts.get("step_size")) == 0)
 
 
 def _some(paths: frozenset[str], most: int = 3) -> str:
@@ -192,12 +193,10 @@ def _guard_without_optimizer(nodes: list[Node]) -> Found:
 def _guard_in_accumulation(nodes: list[Node]) -> Found:
     """A guard in what only sees the mean, which a single NaN spoils for ever: `(1 - emit) * acc` keeps it."""
     for holder in filter(_named("MultiSteps"), nodes):
-        bare = all(n.name not in GUARDS for n in holder.holders)
-        keeps = (
-            bare and maker(holder.facts.get("_should_skip_update_fn", len)) == "MultiSteps"
-        )  # its own, which skips nothing
+        around = any(n.name in GUARDS for n in holder.holders)
+        own = maker(holder.facts.get("_should_skip_update_fn", len)) == "MultiSteps"  # which skips nothing
         guards = [n for n in nodes if holder in n.holders and (n.name in GUARDS or "NaN" in (_hides(n) or ""))]
-        if keeps and guards:
+        if own and guards and not around:
             yield (
                 guards[0].where,
                 f"{holder.where} keeps a NaN of one micro-batch in its mean for ever, so from then on this guard skips,"
@@ -226,7 +225,7 @@ def _clip_twice(nodes: list[Node]) -> Found:
     """Two clips of one kind in a row, of which one has no effect."""
     for a, b in _pairs(nodes, is_global, is_global):
         one, two = as_clip(a) or Clip("other"), as_clip(b) or Clip("other")
-        x, y = number_of(one.bound), number_of(two.bound)
+        x, y = constant_of(one.bound), constant_of(two.bound)
         alike = one._replace(bound=None) == two._replace(bound=None) and one.hard and one.l2
         if alike and x == x and y == y and not _between(nodes, a, b):
             idle, other = (b, a) if x <= y else (a, b)

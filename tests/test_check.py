@@ -194,7 +194,6 @@ MISTAKES = {
             for d in GLOBAL.values()
         ],
         (chain(clip(2.0), chain(clip(1.0), optax.adam(1e-3))), chain(clip(1.0), optax.adam(1e-3))),
-        (chain(clip(2.0), inject(clip)(1.0), optax.sgd(1.0)), chain(inject(clip)(1.0), optax.sgd(1.0))),
     ],
 }
 PLANTED = [(name, *pair) for name, pairs in MISTAKES.items() for pair in pairs]
@@ -316,6 +315,12 @@ SOUND = {
     "behind a foreign wrapper": chain(foreign(ADAM), clip(1.0)),
     "in front of a foreign wrapper": chain(clip(1.0), foreign(optax.sign_sgd(1e-3))),
     "a method": optax.GradientTransformation(optax.EmptyState, dict.update),
+    "a bound that may change": chain(clip(2.0), inject(clip)(1.0), inject(clip)(lambda step: 0.5), ADAM),
+    "a clip for some steps": chain(clip(2.0), optax.conditionally_transform(clip(1.0), lambda step: step < 9), ADAM),
+    "signs for some steps": chain(clip(2.0), optax.conditionally_transform(optax.sign_sgd(1.0), lambda step: step < 9)),
+    "a rate that starts at zero": chain(
+        clip(1.0), branches(ADAM, inject(optax.sgd)(optax.linear_schedule(0.0, 1.0, 10)))
+    ),
     "one limit": chain(oc.clip_by_value(-1.0, jnp.inf), oc.skip_nonfinite(ADAM)),
     "normalised updates": chain(optax.scale_by_adam(), oc.clip_by(1.0, action=oc.normalize), optax.scale(-1e-3)),
     "largest element of updates": chain(optax.scale_by_adam(), clip(1.0, norm=jnp.inf), optax.scale(-1e-3)),
@@ -357,6 +362,12 @@ def test_reads_well():
     )
     (finding,) = oc.check(MISTAKES["frozen-in-norm"][0][0], PARAMS)
     assert "(head/w)" in finding.what
+
+
+def test_what_accumulates_between_two_is_between_them():
+    """The mean of clipped gradients is not a clipped gradient: neither clip is idle."""
+    for inside in (clipped(optax.sgd(1.0)), optax.sign_sgd(1.0)):
+        assert names(chain(clip(2.0), accumulated(inside))) == ["clip-before-accumulation"]
 
 
 def test_only_transformations():
