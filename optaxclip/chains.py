@@ -38,7 +38,7 @@ _INSIDE = {
 }
 _SERIES = {"chain", "named_chain"}
 HOLDERS = _SERIES | _INSIDE.keys() | {"partition", "masked", "inject_hyperparams"}
-_DEEPEST = 64
+_DEEPEST, _MOST = 64, 10_000  # a foreign wrapper may hold itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ def _walk(tx, params: Any, way: str, holders: tuple[Node, ...], places: Iterator
     name, facts = _made(tx)
     node = Node(name, way + name, facts, _paths(params), holders, next(places))
     yield node
-    if len(holders) < _DEEPEST:
+    if len(holders) < _DEEPEST and node.place < _MOST:
         for key, inner, seen in _held(node, tx, params):
             yield from _walk(inner, seen, f"{way}{name}{key}/", (*holders, node), places)
 

@@ -59,7 +59,7 @@ def as_clip(node: Node) -> Clip | None:
         limits = holds(facts["limits"].update)
         symmetric = "threshold" in limits  # ours to clip; else to clip_by_value, or learned
         bound = _made_of(limits["threshold"]) if symmetric else _both(limits.get("limits", ()))
-        clip = Clip("element", bound, hard=symmetric, paths=paths)
+        clip = Clip("element", bound, learned=not limits.keys() & {"threshold", "limits"}, hard=symmetric, paths=paths)
     else:
         return None
     return None if number_of(clip.bound) == math.inf else clip

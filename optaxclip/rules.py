@@ -174,7 +174,8 @@ def _hides(node: Node) -> str | None:
     if node.name == "zero_nans":
         return "a NaN"
     clip = as_clip(node)
-    return "an infinity" if clip and clip.block == "element" and clip.bound is not None else None
+    limited = clip is not None and clip.block == "element" and (clip.bound is not None or clip.learned)
+    return "an infinity" if limited else None
 
 
 def _guard_without_optimizer(nodes: list[Node]) -> Found:

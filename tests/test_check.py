@@ -146,6 +146,7 @@ MISTAKES = {
             for c in (
                 optax.clip(1.0),
                 oc.clip_by_value(-1.0, 1.0),
+                oc.spam_clip(),
                 oc.clip(1.0),
                 clip(1.0, nonfinite="zero"),
                 oc.zclip(nonfinite="zero"),
@@ -368,6 +369,35 @@ def test_what_accumulates_between_two_is_between_them():
     """The mean of clipped gradients is not a clipped gradient: neither clip is idle."""
     for inside in (clipped(optax.sgd(1.0)), optax.sign_sgd(1.0)):
         assert names(chain(clip(2.0), accumulated(inside))) == ["clip-before-accumulation"]
+
+
+def test_odd_trees_and_odd_transformations():
+    late = chain(ADAM, clip(1.0))
+    for params in (jnp.ones(2), {"a": jnp.ones(2), "b": None, "c": jnp.ones(2, int)}, [(jnp.ones(()),)]):
+        assert names(late, params) == ["clip-after-normaliser"]
+    for params in ({}, None, {"a": None}, {"a": jnp.ones(2, int)}):
+        assert names(late, params) == []
+
+    def around(tx):
+        held = {}
+
+        def update(updates, state, params=None):
+            return held["tx"].update(updates, state, params)
+
+        held |= {"late": tx, "tx": optax.GradientTransformation(tx.init, update)}
+        return held["tx"]
+
+    assert set(names(around(late))) == {"clip-after-normaliser"}
+
+
+def test_bounds_may_be_tracers():
+    @jax.jit
+    def step(bound):
+        tx = chain(clip(bound), optax.clip_by_global_norm(bound), ADAM, clip(bound))
+        assert names(tx) == ["clip-after-normaliser"]
+        return bound
+
+    step(1.0)
 
 
 def test_only_transformations():
