@@ -34,6 +34,7 @@ from optaxclip.algorithms.stable_spam import clip_by_running_max, normalize_by_m
 from optaxclip.algorithms.u_clip import clip21, u_clip
 from optaxclip.algorithms.value import clip, clip_by_value
 from optaxclip.algorithms.zclip import zclip
+from optaxclip.check import Finding, check
 from optaxclip.core import ClipState, clip_by
 from optaxclip.norms import Norm, l1, l2, linf, lp, rms
 from optaxclip.record import Metrics, metrics
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Action",
     "ClipState",
+    "Finding",
     "Metrics",
     "Norm",
     "Scope",
@@ -63,6 +65,7 @@ __all__ = [
     "autoclip",
     "band",
     "band_clip",
+    "check",
     "clip",
     "clip21",
     "clip_by",
