@@ -1,0 +1,199 @@
+"""Where a parameter meets an example, and how long its gradient is there, without the gradient.
+
+A parameter that is used once, by an operation that is linear in it, has a gradient made of what went in (x) and of the
+gradient of what came out (dy):
+
+    dense, (T, d) by (d, p)      G = Σₜ xₜ ⊗ dyₜ        ‖G‖² = Σₛₜ ⟨xₛ, xₜ⟩ · ⟨dyₛ, dyₜ⟩
+    convolution                  the same, where xₜ is the patch that one output position sees
+    rows of a table              the same, where xₜ is one-hot: ⟨xₛ, xₜ⟩ = [idₛ = idₜ]
+    one slice                    ‖G‖ = ‖dy‖
+
+A site is kept only where this is less work, and less memory, than the gradient itself: T·(d + p) <= d·p, so that
+nothing is ever larger than the activations that the backward pass holds anyway.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from optaxclip.norms import accumulator
+from optaxclip.per_example.walk import Op, Origin, Program
+
+
+class Site(NamedTuple):
+    """The one use of a parameter.
+
+    Attributes:
+      origin: the parameter, and how it is rearranged before the use.
+      op: the operation, with one result.
+      side: which operand of it is the parameter.
+      norms: `norms(operands, dy)`, one norm an example; operands and dy have a leading axis that numbers examples.
+    """
+
+    origin: Origin
+    op: Op
+    side: int
+    norms: Callable[[list[jax.Array], jax.Array], jax.Array]
+
+
+def _in_unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`x` in a unit of its own for each example, 2ᵉ, such that its squares neither overflow nor vanish; and e."""
+    wide = accumulator([x])
+    largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0).astype(wide)
+    limit = jnp.finfo(x.dtype).maxexp - 2
+    exponents = jnp.clip(jnp.frexp(largest)[1], -limit, limit)
+    unit = jnp.ldexp(jnp.ones_like(largest), -exponents).astype(x.dtype)
+    return x * unit.reshape(unit.shape + (1,) * (x.ndim - 1)), exponents
+
+
+def _gram(x: jax.Array) -> jax.Array:
+    """The inner products of all pairs of rows, (B, T, T); in float32 at least."""
+    wide = accumulator([x])
+    if x.shape[1] == 1:  # a product of matrices of one row is slow
+        return jnp.sum(jnp.square(x.astype(wide)), axis=2, keepdims=True)
+    return jnp.einsum("bsd,btd->bst", x, x, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
+
+
+def _length(products: jax.Array, exponents: jax.Array) -> jax.Array:
+    """√Σ products, (B,), back in the unit 1. Rounding may make a sum of nearly nothing negative; NaN stays NaN."""
+    total = jnp.sum(products, axis=tuple(range(1, products.ndim)))
+    return jnp.ldexp(jnp.sqrt(jnp.maximum(total, 0)), exponents)
+
+
+def product_norms(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """‖Σₜ xₜ ⊗ dyₜ‖ for x: (B, T, d) and dy: (B, T, p)."""
+    (x, e), (dy, f) = _in_unit(x), _in_unit(dy)
+    a, b = _gram(x), _gram(dy)
+    wide = accumulator([a, b])
+    return _length(a.astype(wide) * b.astype(wide), e + f)
+
+
+def row_norms(ids: jax.Array, dy: jax.Array) -> jax.Array:
+    """‖Σₜ onehot(idₜ) ⊗ dyₜ‖ for ids: (B, T) and dy: (B, T, p)."""
+    dy, e = _in_unit(dy)
+    return _length(jnp.where(ids[:, :, None] == ids[:, None, :], _gram(dy), 0), e)
+
+
+def _rows(x: jax.Array, row_axes, column_axes) -> jax.Array:
+    """(B, ...) as (B, T, d); the axes are counted without that of the examples."""
+    order = [0, *(a + 1 for a in row_axes), *(a + 1 for a in column_axes)]
+    rows = math.prod(x.shape[a + 1] for a in row_axes)
+    columns = math.prod(x.shape[a + 1] for a in column_axes)
+    return x.transpose(order).reshape(x.shape[0], rows, columns)
+
+
+def _rest(ndim: int, axes) -> list[int]:
+    return [a for a in range(ndim) if a not in axes]
+
+
+def _worthwhile(rows: int, columns: int, size: int) -> bool:
+    """Whether T·(d + p) is no more than the size of the gradient, given d + p."""
+    return rows * columns <= size
+
+
+def _dense(eqn: core.JaxprEqn, side: int):
+    contracted, batched = eqn.params["dimension_numbers"]
+    x, w, y = eqn.invars[1 - side].aval, eqn.invars[side].aval, eqn.outvars[0].aval
+    free = _rest(x.ndim, contracted[1 - side])
+    rows, outputs = math.prod(x.shape[a] for a in free), w.ndim - len(contracted[side])
+    inputs = math.prod(w.shape[a] for a in contracted[side])
+    if batched[0] or not _worthwhile(rows, inputs + w.size // max(inputs, 1), w.size):
+        return None
+    columns = range(outputs) if side == 0 else range(y.ndim - outputs, y.ndim)
+
+    def norms(operands, dy):
+        return product_norms(
+            _rows(operands[1 - side], free, contracted[1 - side]), _rows(dy, _rest(y.ndim, columns), columns)
+        )
+
+    return norms
+
+
+def _convolution(eqn: core.JaxprEqn, side: int):
+    p, w, y = eqn.params, eqn.invars[1].aval, eqn.outvars[0].aval
+    lhs_spec, rhs_spec, out_spec = p["dimension_numbers"]
+    outputs, channel = w.shape[rhs_spec[0]], out_spec[1]
+    inputs = w.size // max(outputs, 1)
+    grouped = p["feature_group_count"] > 1 or p["batch_group_count"] > 1
+    if side != 1 or grouped or not _worthwhile(y.size // max(outputs, 1), inputs + outputs, w.size):
+        return None
+    window = [w.shape[a] for a in rhs_spec[2:]]
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
+    patches = functools.partial(lax.conv_general_dilated_patches, filter_shape=window, **{k: p[k] for k in names})
+
+    def norms(operands, dy):
+        x = jax.vmap(functools.partial(patches, precision=lax.Precision.HIGHEST))(operands[0])
+        rows = _rest(y.ndim, [channel])
+        return product_norms(_rows(x, rows, [channel]), _rows(dy, rows, [channel]))
+
+    return norms
+
+
+def _table(eqn: core.JaxprEqn, side: int):
+    dims, w, y = eqn.params["dimension_numbers"], eqn.invars[0].aval, eqn.outvars[0].aval
+    axis = dims.collapsed_slice_dims
+    whole = all(n == m for a, (n, m) in enumerate(zip(eqn.params["slice_sizes"], w.shape, strict=True)) if a not in axis)
+    one_axis = len(axis) == 1 and dims.start_index_map == axis and not dims.operand_batching_dims
+    if side or not one_axis or not whole:
+        return None
+    entries, width = w.shape[axis[0]], w.size // max(w.shape[axis[0]], 1)
+    looked_up = y.size // max(width, 1)
+    if not _worthwhile(looked_up, looked_up + width, w.size):
+        return None
+
+    def norms(operands, dy):
+        ids, dy = operands[1].reshape(dy.shape[0], looked_up), _rows(dy, _rest(y.ndim, dims.offset_dims), dims.offset_dims)
+        if eqn.params["mode"] == lax.GatherScatterMode.CLIP:
+            return row_norms(jnp.clip(ids, 0, entries - 1), dy)
+        inside = (ids >= 0) & (ids < entries)  # the gradient of an entry that is not there goes nowhere
+        return row_norms(ids, jnp.where(inside[:, :, None], dy, jnp.zeros_like(dy)))
+
+    return norms
+
+
+def _slice(eqn: core.JaxprEqn, side: int):
+    def norms(operands, dy):
+        dy, e = _in_unit(dy)
+        return _length(jnp.square(dy.astype(accumulator([dy]))), e)
+
+    return None if side else norms
+
+
+# For each operation its rule, and how many of its operands must be real numbers.
+_RULES = {
+    "dot_general": (_dense, 2),
+    "conv_general_dilated": (_convolution, 2),
+    "gather": (_table, 1),
+    "dynamic_slice": (_slice, 1),
+}
+
+
+def _floating(eqn: core.JaxprEqn, operands: int) -> bool:
+    return all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (*eqn.invars[:operands], *eqn.outvars))
+
+
+def _only_use(program: Program, uses, origin: Origin) -> bool:
+    """Whether a parameter goes one way only, from its input through its chain."""
+    way = [program.inputs[origin.parameter], *(slot for op in origin.chain for slot in op.outputs)]
+    return all(uses[slot] == 1 for slot in way)
+
+
+def find_sites(program: Program) -> list[Site]:
+    """The sites of a program, one for each parameter that has no other use and whose norm there is worth while."""
+    uses, found = program.uses(), []
+    for op in program.ops:
+        rule, operands = _RULES.get(op.eqn.primitive.name, (None, 0))
+        origins = {i: program.origins[slot] for i, slot in enumerate(op.inputs) if isinstance(slot, int) and slot in program.origins}
+        if rule is None or not origins or not _floating(op.eqn, operands):
+            continue
+        side, origin = min(origins.items())
+        norms = rule(op.eqn, side) if _only_use(program, uses, origin) else None
+        if norms is not None:
+            found.append(Site(origin, op, side, norms))
+    return found
