@@ -18,7 +18,9 @@ from optaxclip.thresholds.combine import checked
 
 Method = Literal["auto", "ghost", "microbatch"]
 _CALL = "clipped_value_and_grad"
-_FEW = 8  # examples in a microbatch; from here on, more cost memory and gain little, see tests/benchmarks/per_example.py
+_FEW = (
+    8  # examples in a microbatch; from here on, more cost memory and gain little, see tests/benchmarks/per_example.py
+)
 
 
 class ClippedExamples(NamedTuple):
@@ -162,7 +164,7 @@ def _plan(method, microbatch_size, loss, params, batch, shared):
 
 
 def _scan(step, batch, size: int, at_once: int, zeros: list[jax.Array]):
-    """The sum over microbatches of the first results of `step`, from `zeros`, and the others, for all examples in order.
+    """The first results of `step` summed over microbatches, from `zeros`, and the others, for all examples in order.
 
     Microbatch k has the examples k, k + n, k + 2n, ... of n microbatches. What is missing in the last is filled up.
     """
@@ -225,8 +227,8 @@ def _batch_size(batch) -> int:
     sizes = {shape[:1] for shape in shapes.values()}
     if len(sizes) != 1 or sizes <= {(), (0,)}:
         raise ValueError(
-            f"{_CALL}: every leaf of batch needs a leading axis that numbers the same examples, at least one; got shapes"
-            f" {shapes}. What is the same for all examples goes after batch: value_and_grad(params, batch, shared)."
+            f"{_CALL}: every leaf of batch needs a leading axis that numbers the same examples, at least one; got"
+            f" shapes {shapes}. What is the same for all examples goes after batch: value_and_grad(params, batch, shared)."
         )
     return sizes.pop()[0]
 

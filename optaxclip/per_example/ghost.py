@@ -1,7 +1,7 @@
 """One backward pass for the norms and the weighted sum of the gradients of all examples.
 
-A zero is added to the result of every site; its gradient is that of the result (dy).  The operands of a site and dy give
-the norms, and the same two give the weighted sum, as the one product of matrices that a plain gradient takes, with
+A zero is added to the result of every site; its gradient is that of the result (dy).  The operands of a site and dy
+give the norms, and the same two give the weighted sum, as the one product of matrices that a plain gradient takes, with
 dyᵢ · weightᵢ in place of dyᵢ.  The gradients of parameters without a site are formed for each example and summed.
 
 Bu et al., `Differentially Private Optimization on Large Model at Small Cost <https://arxiv.org/abs/2210.00038>`_, 2023
@@ -103,9 +103,9 @@ def _site_sum(site: Site, param: jax.Array, operands: list[jax.Array], dy: jax.A
 
 
 def mostly_ghost(traced: Traced, params: Any) -> bool:
-    """Whether sites have at least half of all numbers: else forming the gradients of a few examples at a time is as fast.
+    """Whether sites have at least half of all numbers.
 
-    Measured by `tests/benchmarks/per_example.py`.
+    If not, memory is that of the gradients of all examples, and a few of them at a time are as fast.
     """
     sizes = [jnp.size(x) for x in jax.tree.leaves(params)]
     return sum(sizes[site.origin.parameter] for site in traced.sites) >= sum(sizes[i] for i in traced.rest)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core
 
@@ -60,24 +61,28 @@ def _gram(x: jax.Array) -> jax.Array:
     return jnp.einsum("bsd,btd->bst", x, x, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
 
 
-def _length(products: jax.Array, exponents: jax.Array) -> jax.Array:
-    """√Σ products, (B,), back in the unit 1. Rounding may make a sum of nearly nothing negative; NaN stays NaN."""
-    total = jnp.sum(products, axis=tuple(range(1, products.ndim)))
-    return jnp.ldexp(jnp.sqrt(jnp.maximum(total, 0)), exponents)
+def _total(products: jax.Array) -> jax.Array:
+    return jnp.sum(products, axis=tuple(range(1, products.ndim)))
 
 
-def product_norms(x: jax.Array, dy: jax.Array) -> jax.Array:
-    """‖Σₜ xₜ ⊗ dyₜ‖ for x: (B, T, d) and dy: (B, T, p)."""
-    (x, e), (dy, f) = _in_unit(x), _in_unit(dy)
-    a, b = _gram(x), _gram(dy)
-    wide = accumulator([a, b])
-    return _length(a.astype(wide) * b.astype(wide), e + f)
+def _length(squares: jax.Array, exponents: jax.Array) -> jax.Array:
+    """√squares back in the unit 1. Rounding may have made a sum of nearly nothing negative; NaN stays NaN."""
+    return jnp.ldexp(jnp.sqrt(jnp.maximum(squares, 0)), exponents)
+
+
+def product_norms(parts: list[jax.Array], dy: jax.Array, pairs: bool) -> jax.Array:
+    """‖Σₜ xₜ ⊗ dyₜ‖² for dy: (B, T, p), and x: (B, T, d) in parts along d; by pairs of rows, or by forming the sum."""
+    wide = accumulator([dy, *parts])
+    if pairs:
+        return _total(sum(_gram(x).astype(wide) for x in parts) * _gram(dy).astype(wide))
+    form = functools.partial(jnp.einsum, "btd,btp->bdp", precision=lax.Precision.HIGHEST, preferred_element_type=wide)
+    return sum(_total(jnp.square(form(x, dy))) for x in parts)
 
 
 def row_norms(ids: jax.Array, dy: jax.Array) -> jax.Array:
     """‖Σₜ onehot(idₜ) ⊗ dyₜ‖ for ids: (B, T) and dy: (B, T, p)."""
     dy, e = _in_unit(dy)
-    return _length(jnp.where(ids[:, :, None] == ids[:, None, :], _gram(dy), 0), e)
+    return _length(_total(jnp.where(ids[:, :, None] == ids[:, None, :], _gram(dy), 0)), e)
 
 
 def _rows(x: jax.Array, row_axes, column_axes) -> jax.Array:
@@ -108,29 +113,44 @@ def _dense(eqn: core.JaxprEqn, side: int):
     columns = range(outputs) if side == 0 else range(y.ndim - outputs, y.ndim)
 
     def norms(operands, dy):
-        return product_norms(
-            _rows(operands[1 - side], free, contracted[1 - side]), _rows(dy, _rest(y.ndim, columns), columns)
-        )
+        (x, e), (dy, f) = _in_unit(operands[1 - side]), _in_unit(dy)
+        part = _rows(x, free, contracted[1 - side])
+        return _length(product_norms([part], _rows(dy, _rest(y.ndim, columns), columns), pairs=True), e + f)
 
     return norms
 
 
-def _convolution(eqn: core.JaxprEqn, side: int):
-    p, w, y = eqn.params, eqn.invars[1].aval, eqn.outvars[0].aval
+def _shifted(x: jax.Array, eqn: core.JaxprEqn) -> list[jax.Array]:
+    """What each tap of a convolution's kernel sees: (B, T, channels) for T output positions. No patches are stored."""
+    p, kernel, out = eqn.params, eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
     lhs_spec, rhs_spec, out_spec = p["dimension_numbers"]
-    outputs, channel = w.shape[rhs_spec[0]], out_spec[1]
-    inputs = w.size // max(outputs, 1)
-    grouped = p["feature_group_count"] > 1 or p["batch_group_count"] > 1
-    if side != 1 or grouped or not _worthwhile(y.size // max(outputs, 1), inputs + outputs, w.size):
+    order = (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
+    edges = [(0, 0), *p["padding"], (0, 0)]
+    inside = [0, *(n - 1 for n in p["lhs_dilation"]), 0]
+    x = x.transpose(0, *(a + 1 for a in order))
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*e, i) for e, i in zip(edges, inside, strict=True))])
+
+    def tap(at):
+        cuts = [slice(None), slice(None)]
+        for i, n, step, apart in zip(at, out_spec[2:], p["window_strides"], p["rhs_dilation"], strict=True):
+            cuts.append(slice(i * apart, i * apart + (out[n] - 1) * step + 1, step))
+        return x[tuple(cuts)].reshape(x.shape[0], -1, x.shape[-1])
+
+    return list(map(tap, np.ndindex(*(kernel[a] for a in rhs_spec[2:]))))
+
+
+def _convolution(eqn: core.JaxprEqn, side: int):
+    """Where pairs of positions do not pay, gradients are formed tap by tap: the convolution of `vmap(grad)` is slow."""
+    p, w, y = eqn.params, eqn.invars[1].aval, eqn.outvars[0].aval
+    outputs, channel = w.shape[p["dimension_numbers"][1][0]], p["dimension_numbers"][2][1]
+    if side != 1 or p["feature_group_count"] > 1 or p["batch_group_count"] > 1 or not w.size * y.size:
         return None
-    window = [w.shape[a] for a in rhs_spec[2:]]
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
-    patches = functools.partial(lax.conv_general_dilated_patches, filter_shape=window, **{k: p[k] for k in names})
+    pairs = _worthwhile(y.size // outputs, w.size // outputs + outputs, w.size)
 
     def norms(operands, dy):
-        x = jax.vmap(functools.partial(patches, precision=lax.Precision.HIGHEST))(operands[0])
-        rows = _rest(y.ndim, [channel])
-        return product_norms(_rows(x, rows, [channel]), _rows(dy, rows, [channel]))
+        (x, e), (dy, f) = _in_unit(operands[0]), _in_unit(dy)
+        order = [p["dimension_numbers"][2][0], *p["dimension_numbers"][2][2:]]
+        return _length(product_norms(_shifted(x, eqn), _rows(dy, order, [channel]), pairs), e + f)
 
     return norms
 
@@ -138,7 +158,9 @@ def _convolution(eqn: core.JaxprEqn, side: int):
 def _table(eqn: core.JaxprEqn, side: int):
     dims, w, y = eqn.params["dimension_numbers"], eqn.invars[0].aval, eqn.outvars[0].aval
     axis = dims.collapsed_slice_dims
-    whole = all(n == m for a, (n, m) in enumerate(zip(eqn.params["slice_sizes"], w.shape, strict=True)) if a not in axis)
+    whole = all(
+        n == m for a, (n, m) in enumerate(zip(eqn.params["slice_sizes"], w.shape, strict=True)) if a not in axis
+    )
     one_axis = len(axis) == 1 and dims.start_index_map == axis and not dims.operand_batching_dims
     if side or not one_axis or not whole:
         return None
@@ -148,7 +170,10 @@ def _table(eqn: core.JaxprEqn, side: int):
         return None
 
     def norms(operands, dy):
-        ids, dy = operands[1].reshape(dy.shape[0], looked_up), _rows(dy, _rest(y.ndim, dims.offset_dims), dims.offset_dims)
+        ids, dy = (
+            operands[1].reshape(dy.shape[0], looked_up),
+            _rows(dy, _rest(y.ndim, dims.offset_dims), dims.offset_dims),
+        )
         if eqn.params["mode"] == lax.GatherScatterMode.CLIP:
             return row_norms(jnp.clip(ids, 0, entries - 1), dy)
         inside = (ids >= 0) & (ids < entries)  # the gradient of an entry that is not there goes nowhere
@@ -160,7 +185,7 @@ def _table(eqn: core.JaxprEqn, side: int):
 def _slice(eqn: core.JaxprEqn, side: int):
     def norms(operands, dy):
         dy, e = _in_unit(dy)
-        return _length(jnp.square(dy.astype(accumulator([dy]))), e)
+        return _length(_total(jnp.square(dy.astype(accumulator([dy])))), e)
 
     return None if side else norms
 
@@ -189,7 +214,11 @@ def find_sites(program: Program) -> list[Site]:
     uses, found = program.uses(), []
     for op in program.ops:
         rule, operands = _RULES.get(op.eqn.primitive.name, (None, 0))
-        origins = {i: program.origins[slot] for i, slot in enumerate(op.inputs) if isinstance(slot, int) and slot in program.origins}
+        origins = {
+            i: program.origins[slot]
+            for i, slot in enumerate(op.inputs)
+            if isinstance(slot, int) and slot in program.origins
+        }
         if rule is None or not origins or not _floating(op.eqn, operands):
             continue
         side, origin = min(origins.items())

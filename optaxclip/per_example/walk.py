@@ -70,7 +70,7 @@ class Program(NamedTuple):
         return Counter(i for op in self.ops for i in op.slots) + Counter(i for i in self.outputs if isinstance(i, int))
 
     def run(self, arguments: Iterable[Any], at: Callable[[Op, list, list], list]) -> list[Any]:
-        """The results for `arguments`; `at(op, operands, results)` may look at every operation and replace its results."""
+        """The results for `arguments`; `at(op, operands, results)` sees every operation and may replace its results."""
         values = self.constants | dict(zip(self.inputs, arguments, strict=True))
 
         def read(i):

@@ -30,7 +30,7 @@ def clip_weights(norms: jax.Array, bound: jax.typing.ArrayLike) -> jax.Array:
 
 
 def normal_weights(norms: jax.Array, bound: jax.typing.ArrayLike, gamma: jax.typing.ArrayLike) -> jax.Array:
-    """bound / (norm + γ); 0 for an example that is not finite, or all zeros. A negative bound counts as 0."""
+    """The bound by (norm + γ); 0 for an example that is not finite, or all zeros. A negative bound counts as 0."""
     some = jnp.isfinite(norms) & (norms > 0)
     longer = norms + jnp.asarray(gamma).astype(norms.dtype)
     return jnp.where(some, jnp.maximum(jnp.asarray(bound).astype(norms.dtype), 0) / jnp.where(some, longer, 1), 0)

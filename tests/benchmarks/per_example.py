@@ -127,7 +127,9 @@ def measured(model: Model, seconds: float) -> dict:
     results = {name: jax.block_until_ready(f(model.params, model.batch)) for name, f in compiled.items()}
     names, ratios, end = list(compiled), {name: [] for name in compiled}, time.perf_counter() + seconds
     for name in names[1:-1]:
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), results[names[0]][1], results[name][1])
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), results[names[0]][1], results[name][1]
+        )
     while not ratios[names[0]] or time.perf_counter() < end:
         times = {}
         for order in (names, names[::-1]):
@@ -153,7 +155,10 @@ def main(argv=None) -> None:
         model = models(args.small)[name]()
         count = sum(x.size for x in jax.tree.leaves(model.params))
         for step, ((low, mid, high), memory) in measured(model, 0 if args.small else args.seconds).items():
-            print(f"| {name} | {count / 1e6:.2f} M | {step} | {mid:.2f} ({low:.2f}-{high:.2f}) | {memory:.1f} |", flush=True)
+            print(
+                f"| {name} | {count / 1e6:.2f} M | {step} | {mid:.2f} ({low:.2f}-{high:.2f}) | {memory:.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
