@@ -228,7 +228,7 @@ def _batch_size(batch) -> int:
     if len(sizes) != 1 or sizes <= {(), (0,)}:
         raise ValueError(
             f"{_CALL}: every leaf of batch needs a leading axis that numbers the same examples, at least one; got"
-            f" shapes {shapes}. What is the same for all examples goes after batch: value_and_grad(params, batch, shared)."
+            f" shapes {shapes}. What all examples share goes after batch: value_and_grad(params, batch, shared)."
         )
     return sizes.pop()[0]
 
