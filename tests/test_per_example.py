@@ -133,9 +133,9 @@ def tables():
         cut = jnp.tanh(jnp.where(filled == 0, 0, filled) @ p["cut"][:3])
         return sum(jnp.sum(jnp.sin(x)) for x in (clipped, filled, columns, row, cut))
 
-    params = {name: normal(9, 3, seed=i) for i, name in enumerate(("clip", "fill", "row", "cut"))}
-    params = {**params, "columns": normal(2, 9), "cut": normal(5, 4)}
-    return loss, params, jax.random.randint(key(1), (B, 4), -5, 14), {"clip", "fill", "columns", "row"}
+    params = {name: normal(20, 3, seed=i) for i, name in enumerate(("clip", "fill", "row", "cut"))}
+    params = {**params, "columns": normal(2, 20), "cut": normal(5, 4)}
+    return loss, params, jax.random.randint(key(1), (B, 4), -5, 26), {"clip", "fill", "columns", "row"}
 
 
 def convolutions():
@@ -160,12 +160,6 @@ def convolutions():
 LOSSES = [plain, sequences, in_linen, in_nnx, in_equinox, tied, scanned, tables, convolutions]
 
 
-@pytest.fixture(autouse=True)
-def _as_users():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.mark.parametrize("make", LOSSES)
 def test_every_method_is_as_clipping_one_example_after_another(make):
     loss, params, batch, found = make()
@@ -187,7 +181,7 @@ def test_every_method_is_as_clipping_one_example_after_another(make):
 def test_normalized_instead_of_clipped(way):
     loss, params, batch, _ = plain()
     want, _ = oracle(loss, params, batch, 0.5, gamma=0.01)
-    _, grads = oc.clipped_value_and_grad(loss, 0.5, gamma=0.01, **way)(params, batch)
+    _, grads = jax.jit(oc.clipped_value_and_grad(loss, 0.5, gamma=0.01, **way))(params, batch)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), grads, want)
 
 
@@ -224,9 +218,8 @@ def test_half_precision_is_measured_in_float32(dtype, method):
 @pytest.mark.parametrize("method", ["ghost", "microbatch"])
 def test_gradients_of_any_size(size, method):
     loss, params, batch, _ = sequences()
-    norms = oc.clipped_value_and_grad(loss, 1.0, method=method)(params, batch)[0][1].norms
-    scaled = oc.clipped_value_and_grad(lambda p, x: size * loss(p, x), 1.0, method=method)
-    (_, examples), grads = scaled(params, batch)
+    step = oc.clipped_value_and_grad(lambda p, x, size: size * loss(p, x), 1.0, method=method)
+    norms, ((_, examples), grads) = jax.jit(lambda: (step(params, batch, 1.0)[0][1].norms, step(params, batch, size)))()
     np.testing.assert_allclose(examples.norms, norms * size, rtol=1e-5)
     length = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(grads)))
     assert examples.nonfinite == 0 and length <= 1.00001 and (size < 1 or length > 0.01)
@@ -262,17 +255,17 @@ def test_the_bound_may_change_without_a_new_trace():
     assert lengths[0] == lengths[3] == 0 and 0 < lengths[1] < lengths[2] <= 0.2 and len(traces) == 1
 
 
-def test_the_strictest_jax_will_do():
-    """Under strict promotion of dtypes and ranks, in which all else is tested."""
+def test_without_jit():
 
     def loss(p, x):
         return jnp.sum(jnp.square(jnp.matmul(x, p["w"]) + p["b"]))
 
     params = {"w": normal(3, 2), "b": jnp.ones(2)}
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        for way in WAYS.values():
-            oc.clipped_value_and_grad(loss, 1.0, **way)(params, normal(B, 3))
-            jax.jit(oc.clipped_value_and_grad(loss, jnp.float32(1), gamma=0.1, **way))(params, normal(B, 3))
+    for method in ("ghost", "microbatch"):
+        (_, examples), grads = oc.clipped_value_and_grad(loss, np.float32(1), gamma=0.1, method=method)(
+            params, normal(B, 3)
+        )
+        assert examples.clipped == B and 0.1 < optax.tree.norm(grads) <= 1
 
 
 def memory(way, batch, width=24):

@@ -134,7 +134,8 @@ def clipped_value_and_grad(
         sums, (losses, norms, weights, fine, aux) = _scan(step, batch, size, min(at_once or size, size), zeros)
         share = size if reduce == "mean" else 1
         grads = [as_dtype_of(x, total / share) for x, total in zip(leaves, sums, strict=True)]
-        value = jnp.sum(jnp.where(fine, losses, 0)) / (jnp.sum(fine) if reduce == "mean" else 1)
+        value = jnp.sum(jnp.where(fine, widen(losses), 0))
+        value = value / jnp.sum(fine).astype(value.dtype) if reduce == "mean" else value
         counts = jnp.sum(fine & (weights < 1), dtype=jnp.int32), jnp.sum(~fine, dtype=jnp.int32)
         examples = ClippedExamples(losses, norms, *counts, aux)
         return (value.astype(losses.dtype), examples), jax.tree.structure(params).unflatten(grads)

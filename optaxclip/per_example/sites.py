@@ -25,6 +25,7 @@ from jax.extend import core
 
 from optaxclip.norms import accumulator
 from optaxclip.per_example.walk import Op, Origin, Program
+from optaxclip.per_example.weights import per_example
 
 
 class Site(NamedTuple):
@@ -43,14 +44,19 @@ class Site(NamedTuple):
     norms: Callable[[list[jax.Array], jax.Array], jax.Array]
 
 
+def _power_of_two(exponents: jax.Array, dtype) -> jax.Array:
+    """2ᵉ, exactly, for exponents in the range of the dtype."""
+    limit = jnp.finfo(dtype).maxexp - 2
+    return jnp.asarray(np.ldexp(1.0, np.arange(-limit, limit + 1)), dtype)[exponents + limit]
+
+
 def _in_unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`x` in a unit of its own for each example, 2ᵉ, such that its squares neither overflow nor vanish; and e."""
     wide = accumulator([x])
     largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0).astype(wide)
     limit = jnp.finfo(x.dtype).maxexp - 2
     exponents = jnp.clip(jnp.frexp(largest)[1], -limit, limit)
-    unit = jnp.ldexp(jnp.ones_like(largest), -exponents).astype(x.dtype)
-    return x * unit.reshape(unit.shape + (1,) * (x.ndim - 1)), exponents
+    return x * per_example(_power_of_two(-exponents, x.dtype), x), exponents
 
 
 def _gram(x: jax.Array) -> jax.Array:
@@ -67,7 +73,8 @@ def _total(products: jax.Array) -> jax.Array:
 
 def _length(squares: jax.Array, exponents: jax.Array) -> jax.Array:
     """√squares back in the unit 1. Rounding may have made a sum of nearly nothing negative; NaN stays NaN."""
-    return jnp.ldexp(jnp.sqrt(jnp.maximum(squares, 0)), exponents)
+    half, norms = exponents // 2, jnp.sqrt(jnp.maximum(squares, 0))  # in halves: 2ᵉ itself may be beyond the range
+    return norms * _power_of_two(half, norms.dtype) * _power_of_two(exponents - half, norms.dtype)
 
 
 def product_norms(parts: list[jax.Array], dy: jax.Array, pairs: bool) -> jax.Array:
