@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,7 @@ def clipped_value_and_grad(
     >>> examples.norms, int(examples.clipped), int(examples.nonfinite)
     (Array([5. , 0.5], dtype=float32), 1, 0)
     """
-    _check_choices(method=(method, Method.__args__), reduce=(reduce, ("mean", "sum")))
+    _check_choices(method=(method, get_args(Method)), reduce=(reduce, ("mean", "sum")))
     _check_numbers(max_norm, gamma, microbatch_size)
     paired = functools.partial(_paired, loss, has_aux)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from optaxclip.norms import widen
 from optaxclip.per_example.sites import Site, find_sites
-from optaxclip.per_example.walk import Program, flatten
+from optaxclip.per_example.walk import Program, flatten, shaped
 from optaxclip.per_example.weights import counted, example_norms, per_example, weighted_sum
 
 Loss = Callable[..., tuple[jax.Array, Any]]
@@ -114,7 +114,7 @@ def mostly_ghost(traced: Traced, params: Any) -> bool:
 def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
     """Forms no gradient of a parameter that has a site."""
     leaves = list(map(jnp.asarray, jax.tree.leaves(params)))
-    probes = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in (site.op.eqn.outvars[0] for site in traced.sites)]
+    probes = [jnp.zeros(y.shape, y.dtype) for y in (shaped(site.op.eqn.outvars[0]) for site in traced.sites)]
 
     def probed(rest, probes, example):
         arguments = [*leaves, *jax.tree.leaves((example, *shared))]
@@ -124,16 +124,16 @@ def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> 
 
     each = jax.vmap(jax.value_and_grad(probed, argnums=(0, 1), has_aux=True), (None, None, 0))
     (losses, (aux, operands)), (grads, dys) = each([leaves[i] for i in traced.rest], probes, batch)
-    lengths = [site.norms(*seen) for site, *seen in zip(traced.sites, operands, dys, strict=True)]
+    lengths = [site.norms(seen, dy) for site, seen, dy in zip(traced.sites, operands, dys, strict=True)]
     norms = example_norms(grads + ([jnp.stack(lengths, axis=1)] if lengths else []))
 
     def sums(weights):
         total = [jnp.zeros(x.shape, widen(x).dtype) for x in leaves]
         for i, g in zip(traced.rest, grads, strict=True):
             total[i] = weighted_sum(g, weights)
-        for site, *seen in zip(traced.sites, operands, dys, strict=True):
+        for site, seen, dy in zip(traced.sites, operands, dys, strict=True):
             i = site.origin.parameter
-            total[i] = _site_sum(site, leaves[i], *seen, weights)
+            total[i] = _site_sum(site, leaves[i], seen, dy, weights)
         return total
 
     return Backward(losses, aux, norms, sums)

@@ -24,7 +24,7 @@ from jax import lax
 from jax.extend import core
 
 from optaxclip.norms import accumulator
-from optaxclip.per_example.walk import Op, Origin, Program
+from optaxclip.per_example.walk import Op, Origin, Program, shaped
 from optaxclip.per_example.weights import per_example
 
 
@@ -83,7 +83,7 @@ def product_norms(parts: list[jax.Array], dy: jax.Array, pairs: bool) -> jax.Arr
     if pairs:
         return _total(sum(_gram(x).astype(wide) for x in parts) * _gram(dy).astype(wide))
     form = functools.partial(jnp.einsum, "btd,btp->bdp", precision=lax.Precision.HIGHEST, preferred_element_type=wide)
-    return sum(_total(jnp.square(form(x, dy))) for x in parts)
+    return jnp.sum(jnp.stack([_total(jnp.square(form(x, dy))) for x in parts]), axis=0)
 
 
 def row_norms(ids: jax.Array, dy: jax.Array) -> jax.Array:
@@ -111,7 +111,7 @@ def _worthwhile(rows: int, columns: int, size: int) -> bool:
 
 def _dense(eqn: core.JaxprEqn, side: int):
     contracted, batched = eqn.params["dimension_numbers"]
-    x, w, y = eqn.invars[1 - side].aval, eqn.invars[side].aval, eqn.outvars[0].aval
+    x, w, y = shaped(eqn.invars[1 - side]), shaped(eqn.invars[side]), shaped(eqn.outvars[0])
     free = _rest(x.ndim, contracted[1 - side])
     rows, outputs = math.prod(x.shape[a] for a in free), w.ndim - len(contracted[side])
     inputs = math.prod(w.shape[a] for a in contracted[side])
@@ -129,13 +129,12 @@ def _dense(eqn: core.JaxprEqn, side: int):
 
 def _shifted(x: jax.Array, eqn: core.JaxprEqn) -> list[jax.Array]:
     """What each tap of a convolution's kernel sees: (B, T, channels) for T output positions. No patches are stored."""
-    p, kernel, out = eqn.params, eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    p, kernel, out = eqn.params, shaped(eqn.invars[1]).shape, shaped(eqn.outvars[0]).shape
     lhs_spec, rhs_spec, out_spec = p["dimension_numbers"]
     order = (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
-    edges = [(0, 0), *p["padding"], (0, 0)]
-    inside = [0, *(n - 1 for n in p["lhs_dilation"]), 0]
+    spread = [(low, high, n - 1) for (low, high), n in zip(p["padding"], p["lhs_dilation"], strict=True)]
     x = x.transpose(0, *(a + 1 for a in order))
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*e, i) for e, i in zip(edges, inside, strict=True))])
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *spread, (0, 0, 0)])
 
     def tap(at):
         cuts = [slice(None), slice(None)]
@@ -148,7 +147,7 @@ def _shifted(x: jax.Array, eqn: core.JaxprEqn) -> list[jax.Array]:
 
 def _convolution(eqn: core.JaxprEqn, side: int):
     """Where pairs of positions do not pay, gradients are formed tap by tap: the convolution of `vmap(grad)` is slow."""
-    p, w, y = eqn.params, eqn.invars[1].aval, eqn.outvars[0].aval
+    p, w, y = eqn.params, shaped(eqn.invars[1]), shaped(eqn.outvars[0])
     outputs, channel = w.shape[p["dimension_numbers"][1][0]], p["dimension_numbers"][2][1]
     if side != 1 or p["feature_group_count"] > 1 or p["batch_group_count"] > 1 or not w.size * y.size:
         return None
@@ -163,7 +162,7 @@ def _convolution(eqn: core.JaxprEqn, side: int):
 
 
 def _table(eqn: core.JaxprEqn, side: int):
-    dims, w, y = eqn.params["dimension_numbers"], eqn.invars[0].aval, eqn.outvars[0].aval
+    dims, w, y = eqn.params["dimension_numbers"], shaped(eqn.invars[0]), shaped(eqn.outvars[0])
     axis = dims.collapsed_slice_dims
     whole = all(
         n == m for a, (n, m) in enumerate(zip(eqn.params["slice_sizes"], w.shape, strict=True)) if a not in axis
@@ -207,7 +206,7 @@ _RULES = {
 
 
 def _floating(eqn: core.JaxprEqn, operands: int) -> bool:
-    return all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (*eqn.invars[:operands], *eqn.outvars))
+    return all(jnp.issubdtype(shaped(v).dtype, jnp.floating) for v in (*eqn.invars[:operands], *eqn.outvars))
 
 
 def _only_use(program: Program, uses, origin: Origin) -> bool:

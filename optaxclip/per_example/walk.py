@@ -18,6 +18,11 @@ _KEEP_LENGTH = {"convert_element_type", "copy", "copy_p", "reshape", "rev", "sha
 _KEEP_LENGTH |= {"broadcast_in_dim", "transpose"}
 
 
+def shaped(var: Any) -> Any:
+    """The shape and dtype of a variable or literal of a jaxpr."""
+    return var.aval
+
+
 class Op(NamedTuple):
     """One operation: slots (numbers) and literals go in, slots come out."""
 
@@ -85,7 +90,7 @@ class Program(NamedTuple):
 def _keeps_length(eqn: core.JaxprEqn) -> bool:
     if eqn.primitive.name not in _KEEP_LENGTH or len(eqn.invars) != 1:
         return False
-    before, after = eqn.invars[0].aval, eqn.outvars[0].aval
+    before, after = shaped(eqn.invars[0]), shaped(eqn.outvars[0])
     real = jnp.issubdtype(before.dtype, jnp.floating) and jnp.issubdtype(after.dtype, jnp.floating)
     return real and (before.size == after.size or eqn.primitive.name == "slice")
 
