@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optaxclip as oc
 from tests.benchmarks import per_example as benchmark
@@ -286,6 +287,18 @@ def test_memory_is_bounded_by_the_microbatch_and_ghosts_are_not_there():
     assert many < 1.5 * few + 128 * 24 * 4 and many < 128 * grads / 8
     ghost, _ = memory({"method": "ghost"}, 128)
     assert ghost < 128 * grads / 10
+
+
+@pytest.mark.parametrize("way", ["ghost", "microbatch of 2"])
+def test_a_batch_over_devices_stays_there(way):
+    loss, params, _, _ = sequences()
+    batch, mesh = normal(2 * B, 3, 8), jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    step = jax.jit(oc.clipped_value_and_grad(loss, 1.0, **WAYS[way]))
+    compiled = step.lower(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), spread).compile().as_text()
+    assert "all-reduce" in compiled and "all-gather" not in compiled and "all-to-all" not in compiled
+    want, got = step(params, batch)[1], jax.device_get(step(params, spread)[1])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, want)
 
 
 REFUSED = {
