@@ -7,6 +7,7 @@ from optaxclip.algorithms.adaptive_grad_clip import adaptive_grad_clip, unitwise
 from optaxclip.algorithms.autoclip import autoclip
 from optaxclip.algorithms.band_clip import band_clip
 from optaxclip.algorithms.clip_qk import clip_qk
+from optaxclip.algorithms.clipped_grad import ClippedExamples, clipped_value_and_grad, ghost_parameters
 from optaxclip.algorithms.clippy import clippy
 from optaxclip.algorithms.global_norm import (
     clip_by_block_rms,
@@ -51,6 +52,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Action",
     "ClipState",
+    "ClippedExamples",
     "Finding",
     "Metrics",
     "Norm",
@@ -80,8 +82,10 @@ __all__ = [
     "clip_by_value",
     "clip_qk",
     "clipped",
+    "clipped_value_and_grad",
     "clippy",
     "constant",
+    "ghost_parameters",
     "groups",
     "l1",
     "l2",

@@ -6,23 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip.actions import rescale
 from optaxclip.leaves import measured_leaves
-from optaxclip.measure import measure
-from optaxclip.mesh import Span
-from optaxclip.norms import l2, widen
-from optaxclip.scopes import units
+from optaxclip.per_example.weights import clip_weights, example_norms, normal_weights, weighted_sum
 from optaxclip.thresholds.combine import checked
-
-
-def _example_norms(arrays: list[jax.Array]) -> jax.Array:
-    """The norm of each example over all leaves, a vector: the norm of the vector of its norms in the leaves."""
-    nowhere = Span((frozenset(),) * len(arrays), (), False)
-    shapes = [x.shape for x in arrays]
-    by_leaf = measure(l2, arrays, units(..., batch_axes=1).cut([""] * len(arrays), shapes), nowhere).norms
-    stacked = jnp.stack([n.ravel() for n in by_leaf], axis=1)
-    own = Span((frozenset(),), (), False)
-    return measure(l2, [stacked], units(..., batch_axes=1).cut([""], [stacked.shape]), own).norms[0].ravel()
 
 
 def _check_batched(leaves, call: str) -> None:
@@ -34,21 +20,10 @@ def _check_batched(leaves, call: str) -> None:
         )
 
 
-def _weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Σᵢ weightsᵢ · xᵢ in float32 at least; an example of weight 0 adds nothing, whatever is in it."""
-    wide = widen(x)
-    seen = jnp.where(weights.reshape((-1,) + (1,) * (x.ndim - 1)) == 0, jnp.zeros_like(wide), wide)
-    weights = weights.astype(wide.dtype)
-    return jnp.tensordot(weights, seen, axes=1, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
-
-
-def _clipped_sum(leaves, bound: Any):
+def _clipped_sum(arrays: list[jax.Array], bound: Any):
     """The weighted sum of each array over its examples, and how many examples were clipped."""
-    norms = _example_norms(leaves)
-    finite = jnp.isfinite(norms)
-    bounds = jnp.broadcast_to(jnp.asarray(bound).astype(norms.dtype), norms.shape)
-    weights = jnp.where(finite, rescale(jnp.where(finite, norms, 0), jnp.maximum(bounds, 0)), 0)
-    return [_weighted_sum(x, weights) for x in leaves], jnp.sum(weights < 1)
+    weights = clip_weights(example_norms(arrays), bound)
+    return [weighted_sum(x, weights).astype(x.dtype) for x in arrays], jnp.sum(weights < 1)
 
 
 def per_example_global_norm_clip(grads: Any, l2_norm_clip: jax.typing.ArrayLike) -> tuple[Any, jax.Array]:
@@ -148,10 +123,8 @@ def per_example_normalize(grads: Any, gamma: jax.typing.ArrayLike = 0.01) -> Any
     _check_batched(leaves, call)
     if not leaves.arrays:
         return grads
-    norms = _example_norms(leaves.arrays)
-    some = jnp.isfinite(norms) & (norms > 0)
-    weights = jnp.where(some, 1 / jnp.where(some, norms + jnp.asarray(gamma).astype(norms.dtype), 1), 0)
-    return leaves.rebuild([_weighted_sum(x, weights) for x in leaves.arrays])
+    weights = normal_weights(example_norms(leaves.arrays), 1.0, gamma)
+    return leaves.rebuild([weighted_sum(x, weights).astype(x.dtype) for x in leaves.arrays])
 
 
 def _as_float(x):

@@ -1,0 +1,139 @@
+"""One backward pass for the norms and the weighted sum of the gradients of all examples.
+
+A zero is added to the result of every site; its gradient is that of the result (dy).  The operands of a site and dy
+give the norms, and the same two give the weighted sum, as the one product of matrices that a plain gradient takes, with
+dyᵢ · weightᵢ in place of dyᵢ.  The gradients of parameters without a site are formed for each example and summed.
+
+Bu et al., `Differentially Private Optimization on Large Model at Small Cost <https://arxiv.org/abs/2210.00038>`_, 2023
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip.norms import widen
+from optaxclip.per_example.sites import Site, find_sites
+from optaxclip.per_example.walk import Program, flatten, shaped
+from optaxclip.per_example.weights import counted, example_norms, per_example, weighted_sum
+
+Loss = Callable[..., tuple[jax.Array, Any]]
+
+
+class Backward(NamedTuple):
+    """What a backward pass over some examples leaves.
+
+    Attributes:
+      losses: one an example.
+      aux: what the loss returned beside, with a leading axis.
+      norms: of the gradients, one an example.
+      sums: `sums(weights)`, the weighted sum of the gradients, one array a parameter, in float32 at least.
+    """
+
+    losses: jax.Array
+    aux: Any
+    norms: jax.Array
+    sums: Callable[[jax.Array], list[jax.Array]]
+
+
+def by_vmap(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
+    """Forms the gradient of every example."""
+    each = jax.vmap(jax.value_and_grad(loss, has_aux=True), (None, 0, *(None for _ in shared)))
+    (losses, aux), grads = each(params, batch, *shared)
+    arrays = jax.tree.leaves(grads)
+    return Backward(losses, aux, example_norms(arrays), lambda weights: [weighted_sum(x, weights) for x in arrays])
+
+
+class Traced(NamedTuple):
+    """A loss, traced for one example.
+
+    Attributes:
+      program: its operations.
+      sites: one for each parameter whose gradient is not formed.
+      rest: the numbers of the parameters whose gradients are.
+      outputs: the structure of (loss, aux).
+    """
+
+    program: Program
+    sites: list[Site]
+    rest: list[int]
+    outputs: Any
+
+
+def trace(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Traced:
+    """Traces the loss for the first example of a batch. A parameter without any use has neither site nor gradient."""
+    example = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[0], batch), batch)
+    closed, shapes = jax.make_jaxpr(loss, return_shape=True)(params, example, *shared)
+    program = flatten(closed, len(jax.tree.leaves(params)))
+    sites, uses = find_sites(program), program.uses()
+    used = {i for i, slot in enumerate(program.inputs[: len(jax.tree.leaves(params))]) if uses[slot]}
+    rest = sorted(used - {site.origin.parameter for site in sites})
+    return Traced(program, sites, rest, jax.tree.structure(shapes))
+
+
+def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
+    """The loss of one example with `probes` added at the sites, (aux, operands of the sites)."""
+    number = {site.op.outputs: i for i, site in enumerate(traced.sites)}
+    seen: list[Any] = [None] * len(traced.sites)
+
+    def at(op, operands, results):
+        i = number.get(op.outputs)
+        if i is None:
+            return results
+        seen[i] = [jnp.zeros(()) if j == traced.sites[i].side else jnp.asarray(x) for j, x in enumerate(operands)]
+        return [results[0] + probes[i]]
+
+    loss, aux = traced.outputs.unflatten(traced.program.run(arguments, at))
+    return loss, (aux, seen)
+
+
+def _site_sum(site: Site, param: jax.Array, operands: list[jax.Array], dy: jax.Array, weights: jax.Array) -> jax.Array:
+    """Σᵢ weightsᵢ · Gᵢ of one site: the transpose of its operation, for all examples at once."""
+    weighted = counted(widen(dy) * per_example(weights.astype(widen(dy).dtype), dy), weights).astype(dy.dtype)
+    clean = [counted(x, weights) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in operands]
+
+    def forward(param):
+        value = site.origin(param)
+        results = jax.vmap(lambda *xs: site.op(*xs[: site.side], value, *xs[site.side + 1 :])[0])
+        return results(*clean)
+
+    (total,) = jax.linear_transpose(forward, param)(weighted)
+    return widen(total)
+
+
+def mostly_ghost(traced: Traced, params: Any) -> bool:
+    """Whether sites have at least half of all numbers.
+
+    If not, memory is that of the gradients of all examples, and a few of them at a time are as fast.
+    """
+    sizes = [jnp.size(x) for x in jax.tree.leaves(params)]
+    return sum(sizes[site.origin.parameter] for site in traced.sites) >= sum(sizes[i] for i in traced.rest)
+
+
+def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
+    """Forms no gradient of a parameter that has a site."""
+    leaves = list(map(jnp.asarray, jax.tree.leaves(params)))
+    probes = [jnp.zeros(y.shape, y.dtype) for y in (shaped(site.op.eqn.outvars[0]) for site in traced.sites)]
+
+    def probed(rest, probes, example):
+        arguments = [*leaves, *jax.tree.leaves((example, *shared))]
+        for i, x in zip(traced.rest, rest, strict=True):
+            arguments[i] = x
+        return _run(traced, probes, arguments)
+
+    each = jax.vmap(jax.value_and_grad(probed, argnums=(0, 1), has_aux=True), (None, None, 0))
+    (losses, (aux, operands)), (grads, dys) = each([leaves[i] for i in traced.rest], probes, batch)
+    lengths = [site.norms(seen, dy) for site, seen, dy in zip(traced.sites, operands, dys, strict=True)]
+    norms = example_norms(grads + ([jnp.stack(lengths, axis=1)] if lengths else []))
+
+    def sums(weights):
+        total = [jnp.zeros(x.shape, widen(x).dtype) for x in leaves]
+        for i, g in zip(traced.rest, grads, strict=True):
+            total[i] = weighted_sum(g, weights)
+        for site, seen, dy in zip(traced.sites, operands, dys, strict=True):
+            i = site.origin.parameter
+            total[i] = _site_sum(site, leaves[i], seen, dy, weights)
+        return total
+
+    return Backward(losses, aux, norms, sums)

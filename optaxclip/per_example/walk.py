@@ -1,0 +1,147 @@
+"""A loss as a flat list of operations, and which of them takes which parameter.
+
+The loss is traced for one example.  Calls of jitted functions that a parameter enters are inlined, so that its use
+inside them is seen; everything else (loops, functions with derivatives of their own, rematerialization) stays one
+operation.  Running the list again runs the loss; nothing is known about frameworks.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.extend import core
+
+# Linear, and their transpose keeps the length: the gradient of what comes out is as long as that of what goes in.
+_KEEP_LENGTH = {"convert_element_type", "copy", "copy_p", "reshape", "rev", "sharding_constraint", "slice", "squeeze"}
+_KEEP_LENGTH |= {"broadcast_in_dim", "transpose"}
+
+
+def shaped(var: Any) -> Any:
+    """The shape and dtype of a variable or literal of a jaxpr."""
+    return var.aval
+
+
+class Op(NamedTuple):
+    """One operation: slots (numbers) and literals go in, slots come out."""
+
+    eqn: core.JaxprEqn
+    inputs: tuple[Any, ...]
+    outputs: tuple[int, ...]
+
+    def __call__(self, *values):
+        """The results of the operation, a list."""
+        with self.eqn.ctx.manager:
+            out = self.eqn.primitive.bind(*values, **self.eqn.primitive.get_bind_params(self.eqn.params))
+        return out if self.eqn.primitive.multiple_results else [out]
+
+    @property
+    def slots(self) -> list[int]:
+        return [i for i in self.inputs if isinstance(i, int)]
+
+
+class Origin(NamedTuple):
+    """A slot that holds one parameter, rearranged: its number, and the operations that did it."""
+
+    parameter: int
+    chain: tuple[Op, ...]
+
+    def __call__(self, value):
+        for op in self.chain:
+            (value,) = op(value)
+        return value
+
+
+class Program(NamedTuple):
+    """A loss, flat.
+
+    Attributes:
+      ops: the operations whose results matter.
+      inputs: the slots of the arguments; parameters come first.
+      outputs: the slots (or literals) of the results.
+      constants: what the loss closes over, by slot.
+      origins: the slots that hold a single parameter, rearranged or as it is.
+    """
+
+    ops: list[Op]
+    inputs: list[int]
+    outputs: list[Any]
+    constants: dict[int, Any]
+    origins: dict[int, Origin]
+
+    def uses(self) -> Counter:
+        """How often each slot is read."""
+        return Counter(i for op in self.ops for i in op.slots) + Counter(i for i in self.outputs if isinstance(i, int))
+
+    def run(self, arguments: Iterable[Any], at: Callable[[Op, list, list], list]) -> list[Any]:
+        """The results for `arguments`; `at(op, operands, results)` sees every operation and may replace its results."""
+        values = self.constants | dict(zip(self.inputs, arguments, strict=True))
+
+        def read(i):
+            return values[i] if isinstance(i, int) else i.val
+
+        for op in self.ops:
+            operands = list(map(read, op.inputs))
+            values.update(zip(op.outputs, at(op, operands, op(*operands)), strict=True))
+        return list(map(read, self.outputs))
+
+
+def _keeps_length(eqn: core.JaxprEqn) -> bool:
+    if eqn.primitive.name not in _KEEP_LENGTH or len(eqn.invars) != 1:
+        return False
+    before, after = shaped(eqn.invars[0]), shaped(eqn.outvars[0])
+    real = jnp.issubdtype(before.dtype, jnp.floating) and jnp.issubdtype(after.dtype, jnp.floating)
+    return real and (before.size == after.size or eqn.primitive.name == "slice")
+
+
+class _Flattener:
+    def __init__(self):
+        self.ops, self.constants, self.origins = [], {}, {}
+        self.slot = itertools.count().__next__
+
+    def constant(self, value) -> int:
+        slot = self.slot()
+        self.constants[slot] = value
+        return slot
+
+    def walk(self, closed: core.ClosedJaxpr, inputs: Iterable[Any]) -> list[Any]:
+        jaxpr = closed.jaxpr
+        slots = dict(zip(jaxpr.constvars, map(self.constant, closed.consts), strict=True))
+        slots.update(zip(jaxpr.invars, inputs, strict=True))
+
+        def read(var):
+            return var if isinstance(var, core.Literal) else slots[var]
+
+        for eqn in jaxpr.eqns:
+            slots.update(zip(eqn.outvars, self.step(eqn, tuple(map(read, eqn.invars))), strict=True))
+        return list(map(read, jaxpr.outvars))
+
+    def step(self, eqn: core.JaxprEqn, inputs: tuple[Any, ...]) -> Iterable[Any]:
+        origins = [self.origins.get(i) if isinstance(i, int) else None for i in inputs]
+        if eqn.primitive.name in ("jit", "pjit") and any(origins):
+            return self.walk(eqn.params["jaxpr"], inputs)
+        op = Op(eqn, inputs, tuple(self.slot() for _ in eqn.outvars))
+        self.ops.append(op)
+        if _keeps_length(eqn) and origins[0] is not None:
+            self.origins[op.outputs[0]] = Origin(origins[0].parameter, (*origins[0].chain, op))
+        return op.outputs
+
+
+def _living(ops: list[Op], outputs: list[Any]) -> list[Op]:
+    """The operations that the outputs need, and those with effects."""
+    needed, kept = {i for i in outputs if isinstance(i, int)}, []
+    for op in reversed(ops):
+        if op.eqn.effects or not needed.isdisjoint(op.outputs):
+            needed.update(op.slots)
+            kept.append(op)
+    return kept[::-1]
+
+
+def flatten(closed: core.ClosedJaxpr, parameters: int) -> Program:
+    """The program of a traced loss whose first arguments are the parameters."""
+    flat = _Flattener()
+    inputs = [flat.slot() for _ in closed.jaxpr.invars]
+    flat.origins.update({slot: Origin(i, ()) for i, slot in enumerate(inputs[:parameters])})
+    outputs = flat.walk(closed, inputs)
+    return Program(_living(flat.ops, outputs), inputs, outputs, flat.constants, flat.origins)

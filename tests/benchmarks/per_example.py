@@ -1,0 +1,165 @@
+"""What per-example clipping costs: `clipped_value_and_grad` beside Optax and beside a gradient that is not clipped.
+
+    python -m tests.benchmarks.per_example [--small] [--models mlp cnn ...]
+
+Prints a markdown table.  Speed is relative to `vmap(grad)` and Optax's clip: the median and the quartiles of ratios of
+runs that followed each other, in an order that is reversed every other round.  Memory is XLA's own account of what a
+step needs beside its arguments and results.
+"""
+
+import argparse
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen
+
+import optaxclip
+
+
+class Model(NamedTuple):
+    """A loss of one example, its parameters, and a batch."""
+
+    loss: object
+    params: object
+    batch: object
+
+
+def _cross_entropy(logits, label):
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, label))
+
+
+def _model(net, inputs, labels):
+    params = jax.jit(net.init)(jax.random.key(0), inputs[0])
+    return Model(lambda p, example: _cross_entropy(net.apply(p, example[0]), example[1]), params, (inputs, labels))
+
+
+class _CNN(linen.Module):
+    width: int
+
+    @linen.compact
+    def __call__(self, x):
+        for i, width in enumerate((1, 2, 4, 4)):
+            x = jax.nn.relu(linen.Conv(width * self.width, (3, 3), strides=1 if i == 0 else 2)(x))
+        return linen.Dense(10)(jax.nn.relu(linen.Dense(4 * self.width)(x.reshape(-1))))
+
+
+class _MLP(linen.Module):
+    width: int
+
+    @linen.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = jax.nn.relu(linen.Dense(self.width)(x))
+        return linen.Dense(10)(x)
+
+
+class _Transformer(linen.Module):
+    vocabulary: int
+    width: int
+
+    @linen.compact
+    def __call__(self, ids):
+        x = linen.Embed(self.vocabulary, self.width)(ids)
+        x = x + self.param("positions", linen.initializers.normal(0.02), (len(ids), self.width))
+        for _ in range(2):
+            x = x + linen.MultiHeadDotProductAttention(4)(linen.LayerNorm()(x), mask=linen.make_causal_mask(ids))
+            x = x + linen.Dense(self.width)(jax.nn.gelu(linen.Dense(4 * self.width)(linen.LayerNorm()(x))))
+        return linen.Dense(self.vocabulary)(linen.LayerNorm()(x))
+
+
+class _Bag(linen.Module):
+    vocabulary: int
+    width: int
+
+    @linen.compact
+    def __call__(self, ids):
+        x = jnp.mean(linen.Embed(self.vocabulary, self.width)(ids), axis=0)
+        return linen.Dense(10)(jax.nn.relu(linen.Dense(self.width)(x)))
+
+
+def models(small: bool) -> dict:
+    """What each name stands for: a function, so that only what is asked for is built."""
+    rng = np.random.default_rng(0)
+    n, width, words, length = (4, 32, 40, 4) if small else (128, 1024, 20000, 32)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def whole(high, *shape):
+        return jnp.asarray(rng.integers(0, high, shape))
+
+    text, side = max(n // 4, 4), 8 if small else 32
+    return {
+        "mlp": lambda: _model(_MLP(width), normal(n, 784), whole(10, n)),
+        "cnn": lambda: _model(_CNN(width // 32 or 4), normal(text, side, side, 3), whole(10, text)),
+        "transformer": lambda: _model(
+            _Transformer(words // 10, width // 4), whole(words // 10, text, length), whole(words // 10, text, length)
+        ),
+        "embedding": lambda: _model(_Bag(words, width // 8), whole(words, n, length), whole(10, n)),
+    }
+
+
+def steps(model: Model) -> dict:
+    """The ways to take a step, each `(params, batch) -> gradients`; the first is what the others are compared with."""
+
+    def of_optax(params, batch):
+        losses, grads = jax.vmap(jax.value_and_grad(model.loss), (None, 0))(params, batch)
+        flat, treedef = jax.tree.flatten(grads)
+        return jnp.mean(losses), treedef.unflatten(optax.per_example_global_norm_clip(flat, 1.0)[0])
+
+    def plain(params, batch):
+        return jax.value_and_grad(lambda p: jnp.mean(jax.vmap(model.loss, (None, 0))(p, batch)))(params)
+
+    def of_ours(**kwargs):
+        return optaxclip.clipped_value_and_grad(model.loss, 1.0, reduce="sum", **kwargs)
+
+    ours = {f"microbatch {n}": of_ours(method="microbatch", microbatch_size=n) for n in (1, 8, 32)}
+    return {"vmap(grad), Optax's clip": of_optax, **ours, "ghost": of_ours(method="ghost"), "no clip": plain}
+
+
+def measured(model: Model, seconds: float) -> dict:
+    """Per way of taking a step: quartiles of its speed relative to the first way, and its memory in MB."""
+    compiled = {name: jax.jit(f).lower(model.params, model.batch).compile() for name, f in steps(model).items()}
+    results = {name: jax.block_until_ready(f(model.params, model.batch)) for name, f in compiled.items()}
+    names, ratios, end = list(compiled), {name: [] for name in compiled}, time.perf_counter() + seconds
+    for name in names[1:-1]:
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), results[names[0]][1], results[name][1]
+        )
+    while not ratios[names[0]] or time.perf_counter() < end:
+        times = {}
+        for order in (names, names[::-1]):
+            for name in order:
+                start = time.perf_counter()
+                jax.block_until_ready(compiled[name](model.params, model.batch))
+                times[name] = times.get(name, 0) + time.perf_counter() - start
+        for name in names:
+            ratios[name].append(times[names[0]] / times[name])
+    memory = {name: f.memory_analysis().temp_size_in_bytes / 1e6 for name, f in compiled.items()}
+    return {name: (np.quantile(ratios[name], [0.25, 0.5, 0.75]), memory[name]) for name in names}
+
+
+def main(argv=None) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="tiny models, one round: to see that it runs")
+    parser.add_argument("--models", nargs="+", default=["mlp", "cnn", "transformer", "embedding"])
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure each model")
+    args = parser.parse_args(argv)
+    print("| model | parameters | step | speed (quartiles) | memory, MB |\n|---|---|---|---|---|")
+    for name in args.models:
+        model = models(args.small)[name]()
+        count = sum(x.size for x in jax.tree.leaves(model.params))
+        for step, ((low, mid, high), memory) in measured(model, 0 if args.small else args.seconds).items():
+            print(
+                f"| {name} | {count / 1e6:.2f} M | {step} | {mid:.2f} ({low:.2f}-{high:.2f}) | {memory:.1f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Gradients of examples, clipped and summed: every method is as the slow one, on every way to write a loss."""
+
+import functools
+import operator
+
+import equinox
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import optaxclip as oc
+from tests.benchmarks import per_example as benchmark
+
+B = 5
+WAYS = {
+    "ghost": {"method": "ghost"},
+    "ghost, 2 at a time": {"method": "ghost", "microbatch_size": 2},
+    "microbatch": {"method": "microbatch"},
+    "microbatch of 2": {"method": "microbatch", "microbatch_size": 2},
+    "auto": {},
+}
+
+
+def key(i):
+    return jax.random.key(i)
+
+
+def normal(*shape, seed=0, scale=1.0):
+    return scale * jax.random.normal(key(seed), shape)
+
+
+def words(high, *shape):
+    return jax.random.randint(key(7), shape, 0, high)
+
+
+def oracle(loss, params, batch, bound, gamma=None):
+    """The mean of clipped gradients, example by example, in float64 NumPy."""
+    slow = jax.jit(jax.grad(loss))
+    grads = [slow(params, jax.tree.map(operator.itemgetter(i), batch)) for i in range(B)]
+    stacked = jax.tree.map(lambda *xs: np.stack([np.asarray(x, np.float64) for x in xs]), *grads)
+    norms = np.sqrt(sum((x.reshape(B, -1) ** 2).sum(1) for x in jax.tree.leaves(stacked)))
+    weights = np.minimum(1, bound / norms) if gamma is None else bound / (norms + gamma)
+    return jax.tree.map(lambda x: np.tensordot(weights, x, 1) / B, stacked), norms
+
+
+def plain():
+    params = {"a": normal(8, 6), "b": jnp.ones(6), "c": normal(6, 6, seed=1), "unused": jnp.ones(3)}
+
+    def loss(p, x):
+        return jnp.sum(jnp.square(jnp.tanh(jnp.tanh(jnp.matmul(x, p["a"]) + p["b"]) @ p["c"].T)))
+
+    return loss, params, normal(B, 8, seed=2), {"a", "c"}
+
+
+def sequences():
+    params = {"a": normal(8, 6), "b": normal(2, 3, 7, seed=1), "c": normal(2, 7, seed=3)}
+
+    def loss(p, x):
+        y = jnp.einsum("td,dp->pt", x, p["a"]).reshape(2, 3, -1)
+        return jnp.sum(jnp.tanh(jnp.einsum("hpt,hpd->td", y, p["b"])) @ p["c"].T)
+
+    return loss, params, normal(B, 3, 8, seed=2), {"a", "b"}  # c is smaller than what it meets
+
+
+class Net(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        ids, image = x
+        h = linen.LayerNorm()(linen.Embed(30, 8)(ids))
+        h = jnp.mean(linen.MultiHeadDotProductAttention(2)(h), axis=0)
+        y = linen.relu(linen.Conv(4, (3, 3), strides=2)(image))
+        y = linen.Conv(8, (3, 2), padding="VALID", kernel_dilation=(1, 2), use_bias=False)(y)
+        return linen.Dense(3)(jnp.concatenate([h, y.ravel()]))
+
+
+def in_linen():
+    net = Net()
+    batch = words(4, B, 3), normal(B, 8, 8, 3, seed=2)
+    params = net.init(key(0), jax.tree.map(lambda x: x[0], batch))
+    found = ["Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel", "Embed_0/embedding"]
+    found += [f"MultiHeadDotProductAttention_0/{name}/kernel" for name in ("key", "out", "query", "value")]
+    return (lambda p, x: jnp.sum(jnp.square(net.apply(p, x)))), params, batch, {f"params/{path}" for path in found}
+
+
+class Pair(nnx.Module):
+    def __init__(self, rngs):
+        self.table, self.out = nnx.Embed(20, 6, rngs=rngs), nnx.Linear(6, 5, rngs=rngs)
+        self.norm = nnx.LayerNorm(6, rngs=rngs)
+
+    def __call__(self, ids):
+        return self.out(self.norm(jnp.tanh(self.table(ids))))
+
+
+def in_nnx():
+    graph, params = nnx.split(Pair(nnx.Rngs(0)))
+    found = {"table/embedding", "out/kernel"}
+    return (lambda p, ids: jnp.sum(jnp.sin(nnx.merge(graph, p)(ids)))), params, words(6, B, 2), found
+
+
+def in_equinox():
+    net = equinox.nn.Sequential([equinox.nn.Linear(4, 6, key=key(0)), equinox.nn.Linear(6, 3, key=key(1))])
+    params, static = equinox.partition(net, equinox.is_array)
+    found = {"layers/0/weight", "layers/1/weight"}
+    return (lambda p, x: jnp.sum(jnp.exp(equinox.combine(p, static)(x)))), params, normal(B, 4, scale=0.1), found
+
+
+def tied():
+    def loss(p, ids):
+        return -jnp.sum(jax.nn.log_softmax(p["table"][ids] @ p["inner"] @ p["table"].T)[:, 0])
+
+    return loss, {"table": normal(12, 4), "inner": normal(4, 4)}, words(12, B, 1), {"inner"}
+
+
+def scanned():
+    def loss(p, x):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["layers"])
+        x = jax.checkpoint(lambda x, w: jnp.tanh(x @ w))(x, p["again"])
+        return jnp.sum(jnp.square(jax.jit(jnp.matmul)(x, p["last"])))
+
+    params = {"layers": normal(3, 4, 4), "again": normal(4, 4, seed=1), "last": normal(4, 3, seed=2)}
+    return loss, params, normal(B, 4), {"last"}
+
+
+def tables():
+    """Entries that are not there, by every mode; other axes; one row; a position table that is cut."""
+
+    def loss(p, ids):
+        clipped, filled = p["clip"].at[ids].get(mode="clip"), p["fill"].at[ids].get(mode="fill", fill_value=0)
+        columns, row = jnp.take(p["columns"], ids % 9, axis=1), p["row"][ids[0] % 9]
+        cut = jnp.tanh(jnp.where(filled == 0, 0, filled) @ p["cut"][:3])
+        return sum(jnp.sum(jnp.sin(x)) for x in (clipped, filled, columns, row, cut))
+
+    params = {name: normal(20, 3, seed=i) for i, name in enumerate(("clip", "fill", "row", "cut"))}
+    params = {**params, "columns": normal(2, 20), "cut": normal(5, 4)}
+    return loss, params, jax.random.randint(key(1), (B, 4), -5, 26), {"clip", "fill", "columns", "row"}
+
+
+def convolutions():
+    """Padding, dilation on both sides, another layout, channels in groups; wider than long, and longer than wide."""
+    layout = jax.lax.conv_dimension_numbers((1, 3, 6, 5), (4, 3, 2, 3), ("NCHW", "OIHW", "NCHW"))
+
+    def loss(p, x):
+        y = jax.lax.conv_general_dilated(
+            x[None], p["a"], (2, 1), [(1, 2), (-1, 2)], (2, 1), (1, 2), dimension_numbers=layout
+        )
+        z = jax.lax.conv_general_dilated(jnp.tanh(y), p["groups"], (1, 1), "SAME", feature_group_count=2)
+        return jnp.sum(jnp.sin(z)) + jnp.sum(jnp.tanh(jax.lax.conv(z, p["wide"], (1, 1), "VALID")))
+
+    params = {
+        "a": normal(4, 3, 2, 3),
+        "groups": normal(6, 2, 2, 2, seed=1),
+        "wide": normal(8, 6, 2, 2, seed=2, scale=0.1),
+    }
+    return loss, params, normal(B, 3, 6, 5), {"a", "wide"}
+
+
+LOSSES = [plain, sequences, in_linen, in_nnx, in_equinox, tied, scanned, tables, convolutions]
+
+
+@pytest.mark.parametrize("make", LOSSES)
+def test_every_method_is_as_clipping_one_example_after_another(make):
+    loss, params, batch, found = make()
+    bound = float(np.median(oracle(loss, params, batch, 1.0)[1])) * 1.0001
+    want, norms = oracle(loss, params, batch, bound)
+    for way in WAYS.values() if make is plain else (WAYS["ghost"], WAYS["microbatch of 2"]):
+        (value, examples), grads = jax.jit(oc.clipped_value_and_grad(loss, bound, **way))(params, batch)
+        np.testing.assert_allclose(examples.norms, norms, rtol=2e-6)
+        np.testing.assert_allclose(value, np.mean(examples.losses), rtol=1e-6)
+        assert (examples.clipped, examples.nonfinite) == (B // 2, 0) and examples.aux is None
+        for x, y, p in zip(*map(jax.tree.leaves, (grads, want, params)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6 * (np.abs(y).max() + bound / B))
+            assert (x.dtype, x.shape) == (p.dtype, p.shape)
+    assert set(oc.ghost_parameters(loss, params, batch)) == found
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_normalized_instead_of_clipped(way):
+    loss, params, batch, _ = plain()
+    want, _ = oracle(loss, params, batch, 0.5, gamma=0.01)
+    _, grads = jax.jit(oc.clipped_value_and_grad(loss, 0.5, gamma=0.01, **way))(params, batch)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), grads, want)
+
+
+@pytest.mark.parametrize("way", ["ghost", "ghost, 2 at a time", "microbatch"])
+@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf])
+def test_an_example_that_is_not_finite_weighs_nothing_and_is_counted(way, poison):
+    loss, params, batch, _ = plain()
+    step = jax.jit(oc.clipped_value_and_grad(loss, 1.0, reduce="sum", **WAYS[way]))
+    (value, examples), grads = step(params, batch.at[1, 0].set(poison))
+    (want_value, want_examples), want = step(params, jnp.delete(batch, 1, axis=0))
+    assert (examples.nonfinite, examples.clipped) == (1, want_examples.clipped)
+    assert not np.isfinite(examples.norms[1]) or not np.isfinite(examples.losses[1])
+    np.testing.assert_allclose(value, want_value, rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), grads, want)
+
+
+@pytest.mark.parametrize("method", ["ghost", "microbatch"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_measured_in_float32(dtype, method):
+    """The norm of the very gradients that were formed in half precision, to their rounding; parameters stay narrow."""
+    loss, params, batch, _ = plain()
+    params, batch = jax.tree.map(lambda x: x.astype(dtype), (params, batch))
+    want, norms = oracle(loss, params, batch, 0.5)
+    (_, examples), grads = jax.jit(oc.clipped_value_and_grad(loss, 0.5, method=method))(params, batch)
+    eps = float(jnp.finfo(dtype).eps)
+    assert examples.norms.dtype == jnp.float32
+    np.testing.assert_allclose(examples.norms, norms, rtol=2 * eps)
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+        assert x.dtype == dtype
+        np.testing.assert_allclose(np.asarray(x, np.float64), y, rtol=8 * eps, atol=eps * 0.5)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+@pytest.mark.parametrize("method", ["ghost", "microbatch"])
+def test_gradients_of_any_size(size, method):
+    loss, params, batch, _ = sequences()
+    step = oc.clipped_value_and_grad(lambda p, x, size: size * loss(p, x), 1.0, method=method)
+    norms, ((_, examples), grads) = jax.jit(lambda: (step(params, batch, 1.0)[0][1].norms, step(params, batch, size)))()
+    np.testing.assert_allclose(examples.norms, norms * size, rtol=1e-5)
+    length = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(grads)))
+    assert examples.nonfinite == 0 and length <= 1.00001 and (size < 1 or length > 0.01)
+
+
+def test_keys_shared_arguments_and_what_the_loss_returns_beside():
+    def loss(w, example, scale):
+        x, k = example
+        mask = jax.random.bernoulli(k, 0.5, x.shape)
+        return scale * jnp.sum(jnp.tanh(jnp.where(mask, x, 0) @ w)), {"mask": mask}
+
+    w, batch = normal(4, 3), (normal(B, 4), jax.random.split(key(3), B))
+    want = None
+    for way in (WAYS["ghost"], WAYS["microbatch of 2"]):
+        (_, examples), grads = jax.jit(oc.clipped_value_and_grad(loss, 1.0, has_aux=True, **way))(w, batch, 2.0)
+        want = grads if want is None else want
+        np.testing.assert_array_equal(
+            examples.aux["mask"], jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (4,)))(batch[1])
+        )
+        np.testing.assert_allclose(grads, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_bound_may_change_without_a_new_trace():
+    loss, params, batch, _ = plain()
+    traces = []
+
+    @jax.jit
+    def step(params, batch, bound):
+        traces.append(1)
+        return oc.clipped_value_and_grad(loss, bound, method="ghost")(params, batch)[1]
+
+    lengths = [float(optax.tree.norm(step(params, batch, jnp.float32(bound)))) for bound in (0.0, 0.1, 0.2, -1.0)]
+    assert lengths[0] == lengths[3] == 0 and 0 < lengths[1] < lengths[2] <= 0.2 and len(traces) == 1
+
+
+def test_without_jit():
+
+    def loss(p, x):
+        return jnp.sum(jnp.square(jnp.matmul(x, p["w"]) + p["b"]))
+
+    params = {"w": normal(3, 2), "b": jnp.ones(2)}
+    for method in ("ghost", "microbatch"):
+        (_, examples), grads = oc.clipped_value_and_grad(loss, np.float32(1), gamma=0.1, method=method)(
+            params, normal(B, 3)
+        )
+        assert examples.clipped == B and 0.1 < optax.tree.norm(grads) <= 1
+
+
+def memory(way, batch, width=24):
+    params = [jnp.zeros((width, width)) for _ in range(3)]
+
+    def loss(params, x):
+        return jnp.sum(functools.reduce(lambda x, w: jnp.tanh(x @ w), params, x))
+
+    step = jax.jit(oc.clipped_value_and_grad(loss, 1.0, **way))
+    return step.lower(
+        params, jnp.zeros((batch, width))
+    ).compile().memory_analysis().temp_size_in_bytes, 4 * 3 * width**2
+
+
+def test_memory_is_bounded_by_the_microbatch_and_ghosts_are_not_there():
+    few, grads = memory({"method": "microbatch", "microbatch_size": 4}, 16)
+    many, _ = memory({"method": "microbatch", "microbatch_size": 4}, 128)
+    assert many < 1.5 * few + 128 * 24 * 4 and many < 128 * grads / 8
+    ghost, _ = memory({"method": "ghost"}, 128)
+    assert ghost < 128 * grads / 10
+
+
+@pytest.mark.parametrize("way", ["ghost", "microbatch of 2"])
+def test_a_batch_over_devices_stays_there(way):
+    loss, params, _, _ = sequences()
+    batch, mesh = normal(2 * B, 3, 8), jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    step = jax.jit(oc.clipped_value_and_grad(loss, 1.0, **WAYS[way]))
+    compiled = step.lower(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), spread).compile().as_text()
+    assert "all-reduce" in compiled and "all-gather" not in compiled and "all-to-all" not in compiled
+    want, got = step(params, batch)[1], jax.device_get(step(params, spread)[1])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, want)
+
+
+REFUSED = {
+    "method": ({"method": "fast"}, {}, "method must be one of 'auto', 'ghost', 'microbatch'"),
+    "reduce": ({"reduce": "none"}, {}, "reduce must be one of 'mean', 'sum'"),
+    "bound": ({"max_norm": -1.0}, {}, "max_norm must be a number from 0"),
+    "bounds": ({"max_norm": jnp.ones(2)}, {}, "max_norm must be one number"),
+    "gamma": ({"gamma": -0.1}, {}, "gamma must be a number from 0"),
+    "microbatch": ({"microbatch_size": 0}, {}, "microbatch_size must be a whole number"),
+    "sizes": ({}, {"batch": {"x": jnp.ones((2, 3)), "y": jnp.ones(3)}}, "same examples.*'y': \\(3,\\)"),
+    "no axis": ({}, {"batch": 1.0}, "leading axis"),
+    "no example": ({}, {"batch": jnp.ones((0, 3))}, "at least one"),
+    "whole numbers": ({}, {"params": {"w": jnp.ones(3), "n": 1}}, "floating-point numbers, n does not"),
+    "vector": ({"loss": lambda p, x: x}, {}, "one real number for one example.*\\(3,\\)"),
+    "pair": ({"loss": lambda p, x: (jnp.sum(x), x)}, {}, "pass has_aux=True"),
+    "no pair": ({"has_aux": True}, {}, "must return a pair"),
+}
+
+
+@pytest.mark.parametrize(("make", "call", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("method", ["auto", "ghost", "microbatch"])
+def test_what_cannot_be_is_refused(method, make, call, message):
+    make = {"loss": lambda p, x: jnp.sum(p["w"] * x), "max_norm": 1.0, "method": method, **make}
+    call = {"params": {"w": jnp.ones(3)}, "batch": jnp.ones((2, 3)), **call}
+    with pytest.raises(ValueError, match=f"clipped_value_and_grad: .*{message}"):
+        oc.clipped_value_and_grad(**make)(call["params"], call["batch"])
+
+
+def test_auto_counts_parameters():
+    """A table that is used twice outweighs the layer between: its gradients are formed, a few examples at a time."""
+    for make, chosen in ((plain, "ghost"), (tied, "microbatch")):
+        loss, params, batch, _ = make()
+        auto, other = (
+            jax.jit(oc.clipped_value_and_grad(loss, 1.0, method=method)).lower(params, batch).as_text()
+            for method in ("auto", chosen)
+        )
+        assert auto == other
+
+
+def test_the_benchmark_runs(capsys):
+    benchmark.main(["--small", "--models", "mlp"])
+    assert capsys.readouterr().out.count("| mlp |") == 6
