@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaxclip.mesh import alone
+
 Exclude = str | Callable[[str], bool] | None
 
 
@@ -95,8 +97,36 @@ def one_vector(parts: list[jax.Array]) -> jax.Array:
     return jnp.concatenate([jnp.atleast_1d(part) for part in parts]) if parts else jnp.zeros(0)
 
 
+def pack(arrays: list[jax.Array]) -> jax.Array:
+    """All numbers of a list of arrays, in one vector."""
+    return one_vector([x.ravel() for x in arrays])
+
+
+def unpack(vector: jax.Array, like: list) -> list[jax.Array]:
+    """The reverse of `pack`, in the shapes of `like`."""
+    ends = np.cumsum([0, *(np.size(x) for x in like)])
+    parts = zip(ends[:-1], ends[1:], like, strict=True)
+    return [vector[start:end].reshape(np.shape(x)) for start, end, x in parts]
+
+
 def map_blocks(f: Callable[..., tuple], outputs: int, *trees) -> tuple:
-    """Maps `f` over block values (arrays, or lists of them) that go together, and returns one tree for each output."""
+    """Maps `f`, which works element by element, over block values (arrays, or lists of them) that go together.
+
+    Returns one tree for each output. Where arrays may be joined, `f` is one vector operation over all of a list.
+    """
     treedef = jax.tree.structure(trees[0])
-    done = [f(*block) for block in zip(*map(treedef.flatten_up_to, trees), strict=True)]
-    return tuple(treedef.unflatten([block[i] for block in done]) for i in range(outputs))
+    lists = list(map(treedef.flatten_up_to, trees))
+    if len(lists[0]) > 1 and alone() and _equal_shapes(lists):
+        done = f(*map(pack, lists))
+        return tuple(treedef.unflatten(unpack(vector, lists[0])) for vector in done)
+    each = [f(*block) for block in zip(*lists, strict=True)]
+    return tuple(treedef.unflatten([block[i] for block in each]) for i in range(outputs))
+
+
+def _equal_shapes(lists: list[list]) -> bool:
+    """Whether all lists hold arrays of the shapes of the first."""
+    shapes = [[np.shape(x) if jax.tree.structure(x) == _ARRAY else None for x in one] for one in lists]
+    return all(one == shapes[0] for one in shapes)
+
+
+_ARRAY = jax.tree.structure(0)

@@ -7,7 +7,7 @@ range in which it is exact, the blocks concerned are measured again, scaled by p
 1, is the first turn of the same loop: so there is one read of the gradients in the program, one in the common case, and
 one all-reduce where they are spread over devices.
 
-What is best for XLA's CPU compiler, and no harm to others, is done where there is one device (`_alone`).
+What is best for XLA's CPU compiler, and no harm to others, is done where there is one device (`alone`).
 """
 
 import functools
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optaxclip.leaves import bunches, map_blocks, one_vector, side_by_side
-from optaxclip.mesh import Span
+from optaxclip.leaves import bunches, map_blocks, one_vector, pack, side_by_side, unpack
+from optaxclip.mesh import Span, alone
 from optaxclip.norms import MAX, Norm, accumulator, times, widen
 
 
@@ -49,11 +49,13 @@ def measure(norm: Norm, arrays: list[jax.Array], cut, span: Span) -> Measured:
       span: over which devices each leaf is spread.
     """
     dtype = accumulator(arrays)
-    counts = jax.tree.map(lambda n: n.astype(dtype), cut.count([span.size(i) for i in range(len(arrays))]))
+    blocks = jax.tree.map(lambda n: n.astype(dtype), cut.count([span.size(i) for i in range(len(arrays))]))
+    joined, apart = _one_vector_of(blocks) if cut.local and alone() else (_same, _same)
+    counts = joined(blocks)
     contributions = functools.partial(_in_units if cut.local else _in_leaves, norm, dtype, cut.axes, span)
 
     def pooled(arrays, scales=None):
-        return cut.gather(contributions(arrays, scales or [None] * len(arrays)), norm.pool, span)
+        return joined(cut.gather(contributions(arrays, scales or [None] * len(arrays)), norm.pool, span))
 
     @jax.custom_jvp  # a while loop has no reverse mode: the derivative is that of the pool, at the scale that was found
     def search(arrays):
@@ -62,7 +64,7 @@ def measure(norm: Norm, arrays: list[jax.Array], cut, span: Span) -> Measured:
                 return pooled(arrays, [scale] * len(arrays))
 
             # Without a factor XLA's CPU compiler reduces in two thirds of the time. Elsewhere a branch costs more.
-            plain = _alone() and jax.default_backend() == "cpu"
+            plain = alone() and jax.default_backend() == "cpu"
             return lax.cond(look == 0, lambda: pooled(arrays), scaled) if plain else scaled()
 
         return _search(look_at, _looks(norm, arrays, counts, cut, span))
@@ -70,17 +72,22 @@ def measure(norm: Norm, arrays: list[jax.Array], cut, span: Span) -> Measured:
     @search.defjvp
     def search_jvp(primals, tangents):
         pools, scales = search(*primals)
-        leaf_scales = cut.spread(scales, jax.tree.map(jnp.ones_like, scales))
+        leaf_scales = cut.spread(apart(scales), jax.tree.map(jnp.ones_like, apart(scales)))
         _, pools_dot = jax.jvp(lambda arrays: pooled(arrays, leaf_scales), primals, tangents)
         return (pools, scales), (pools_dot, jax.tree.map(jnp.zeros_like, scales))
 
     pools, scales = search(arrays)
-    return Measured(*map_blocks(functools.partial(_length, norm), 3, pools, counts, scales))
+    lengths = map_blocks(functools.partial(_length, norm), 3, pools, counts, scales)
+    return Measured(*map(apart, lengths))
 
 
-def _alone() -> bool:
-    """Whether this process sees one device, so that no array can be spread over several."""
-    return jax.device_count() == 1
+def _same(x):
+    return x
+
+
+def _one_vector_of(blocks: list) -> tuple[Callable, Callable]:
+    """To one vector of all units, and back: one operation on it compiles faster than one on each leaf's."""
+    return pack, functools.partial(unpack, like=blocks)
 
 
 def _in_units(norm: Norm, dtype, axes, span, arrays, scales) -> list[jax.Array]:
@@ -95,7 +102,7 @@ def _in_leaves(norm: Norm, dtype, axes, span: Span, arrays, scales) -> jax.Array
     XLA's CPU compiler takes its time for every array, however small: small ones are laid side by side. That copies
     little, but must not be done to arrays that are spread over devices: XLA would gather each of them.
     """
-    rows = bunches(arrays) if _alone() and not span.axes else [[i] for i in range(len(arrays))]
+    rows = bunches(arrays) if alone() and not span.axes else [[i] for i in range(len(arrays))]
     parts = []
     for row in rows:
         of_row = [scales[i] for i in row]

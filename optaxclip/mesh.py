@@ -17,6 +17,14 @@ from jax import lax
 AxisNames = str | tuple[str, ...] | Callable[[str], Any] | Any
 
 
+def alone() -> bool:
+    """Whether this process sees one device, so that no array can be spread over several.
+
+    Only then may arrays be joined: XLA would gather those that are spread.
+    """
+    return jax.device_count() == 1
+
+
 class Span(NamedTuple):
     """The mesh axes over which each leaf of a tree varies.
 

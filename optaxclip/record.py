@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip.leaves import pack
+from optaxclip.mesh import alone
+
 
 class Metrics(NamedTuple):
     """What the last update did, and how often.
@@ -105,7 +108,10 @@ def _extremes(step: Step) -> Step:
     units = sum(n.size for n in step.norms)
     if not units:
         return Step(jnp.zeros(()), jnp.full((), jnp.inf), jnp.ones(()), jnp.zeros(()))
-    norms, bounds, factors, over = ([x for x in part if x.size] for part in step)
+    if alone():
+        norms, bounds, factors, over = ([pack(part)] for part in step)
+    else:
+        norms, bounds, factors, over = ([x for x in part if x.size] for part in step)
     return Step(
         jnp.max(jnp.stack([jnp.max(x) for x in norms])),
         jnp.min(jnp.stack([jnp.min(x) for x in bounds])),

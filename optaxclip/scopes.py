@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from optaxclip.leaves import map_blocks
 from optaxclip.mesh import Span
 from optaxclip.norms import SUM, Pool
 
@@ -187,7 +188,7 @@ def _conventional(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _quotients(numerators: list, denominators: list) -> list:
-    return [n / d for n, d in zip(numerators, denominators, strict=True)]
+    return map_blocks(lambda n, d: (n / d,), 1, numerators, denominators)[0]
 
 
 def units(axes=None, *, batch_axes: int | Callable[[str], int] | None = None) -> Scope:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip.leaves import map_blocks
 from optaxclip.thresholds.combine import Threshold, as_threshold, bound_like, checked, new_threshold
 
 
@@ -103,13 +104,13 @@ def param_relative(
 
     def bound(ratio, size):
         if floor is None:
-            return jnp.where(size == 0, jnp.inf, ratio * size)
-        return ratio * jnp.maximum(size, bound_like(floor, size))
+            return (jnp.where(size == 0, jnp.inf, ratio * size),)
+        return (ratio * jnp.maximum(size, bound_like(floor, size)),)
 
     def update_fn(norms, state, params=None, **extra_args):
         if params is None:
             raise ValueError("param_relative: the norms of the parameters are needed: call it from clip_by.")
         ratios, state = ratio.update(norms, state, params, **extra_args)
-        return jax.tree.map(bound, ratios, params()), state
+        return map_blocks(bound, 1, ratios, params())[0], state
 
     return new_threshold(ratio.init, update_fn)
