@@ -36,6 +36,7 @@ def learned(state):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [(n, "mixed") for n in MAKE] + [(n, "float64") for n in by_tree])
 def test_the_state_keeps_its_form_from_the_first_step(name, dtype):
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():

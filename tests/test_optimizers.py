@@ -190,6 +190,7 @@ def _as_users():
     strict.set_promotion("strict", "raise")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS | WRAPPERS))
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
 def test_clip_then_optimizer_is_clipping_by_hand(name):

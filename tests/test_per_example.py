@@ -161,6 +161,7 @@ def convolutions():
 LOSSES = [plain, sequences, in_linen, in_nnx, in_equinox, tied, scanned, tables, convolutions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", LOSSES)
 def test_every_method_is_as_clipping_one_example_after_another(make):
     loss, params, batch, found = make()

@@ -13,6 +13,7 @@ each_adaptive = pytest.mark.parametrize("case", ADAPTIVE, ids=lambda case: case.
 each_scope = pytest.mark.parametrize("scope", [optaxclip.tree, optaxclip.leaf], ids=["tree", "leaf"])
 
 
+@pytest.mark.slow
 @each_adaptive
 @each_scope
 def test_bounds_recover_from_every_poison(case, scope):
@@ -23,6 +24,7 @@ def test_bounds_recover_from_every_poison(case, scope):
     assert all(sound for _, sound in found.values())
 
 
+@pytest.mark.slow
 @each_adaptive
 def test_constant_norms_for_ten_thousand_steps(case):
     """The deviation of constant norms is nothing but rounding."""
