@@ -102,7 +102,9 @@ def clip_by(
     def cut(paths, arrays) -> Cut:
         return scope.cut(paths, [x.shape for x in arrays])
 
-    # Compiled, so that a clip that is called without jit does not compile its loop anew at every call.
+    # Compiled, so that a clip that is called without jit takes a few calls of what is compiled once.
+    factor_rule = jax.jit(functools.partial(factors_of, action, nonfinite), inline=True)
+
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def measured(paths: tuple[str, ...], arrays: list[jax.Array]) -> Measured:
         span = find_span(arrays, paths, axis_names)
@@ -130,7 +132,6 @@ def clip_by(
             return measured(leaves.paths, _params_of(leaves, params, exclude)).norms
 
         bounds, new = threshold.update(norms, state.threshold, cast(Any, param_norms), **extra_args)
-        factor_rule = functools.partial(factors_of, action, nonfinite)
         factors = Factors(*map_blocks(factor_rule, 5, found.lengths, found.units, bounds))
         clipped = multiplied(leaves.paths, leaves.arrays, factors)
         metrics = recorded(state.metrics, Step(norms, bounds, factors.factor, factors.clipped))

@@ -74,7 +74,8 @@ def measured_leaves(tree, exclude: Exclude = None) -> Leaves:
         new = dict(zip(picked, arrays, strict=True))
         return treedef.unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)])
 
-    return Leaves(tuple(picked.values()), [jnp.asarray(leaves[i]) for i in picked], rebuild)
+    found = (leaves[i] for i in picked)
+    return Leaves(tuple(picked.values()), [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in found], rebuild)
 
 
 def bunches(arrays: list[jax.Array], largest: int = 4096, most: int = 256) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """What a clip did: the record that it keeps in its state, and how to read it out of any optimizer's state."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +82,7 @@ def fresh_metrics(norms: Any, blocks: Any) -> Metrics:
     )
 
 
+@functools.partial(jax.jit, inline=True)
 def recorded(old: Metrics, step: Step) -> Metrics:
     """The record after one more update."""
     if not isinstance(step.norms, jax.Array):
