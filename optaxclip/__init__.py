@@ -45,6 +45,7 @@ from optaxclip.thresholds.fixed import constant, param_relative, scheduled, unti
 from optaxclip.thresholds.learned import Statistic, learned
 from optaxclip.thresholds.quantile import median, percentile, quantile, window_zscore
 from optaxclip.thresholds.running import log_zscore, previous, running, zscore
+from optaxclip.tuning import tune
 from optaxclip.wrappers import skip_nonfinite, skip_spikes
 
 __version__ = "0.1.0"
@@ -127,6 +128,7 @@ __all__ = [
     "stable_adamw",
     "stable_spam",
     "tree",
+    "tune",
     "u_clip",
     "units",
     "unitwise_clip",
