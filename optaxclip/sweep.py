@@ -31,8 +31,8 @@ class Sweep(NamedTuple):
       values: (V,), the baseline among them.
       seeds: (S,).
       final: (V, S), what each run ended with.
-      losses, clipped, norms: (V, S, steps), the training loss, whether (or which share) was clipped, and the norm before
-        the clip; the last two are NaN if no clip of this library is in the state.
+      losses, clipped, norms: (V, S, steps), the training loss, whether (or which share) was clipped, and the norm
+        before the clip; the last two are NaN if no clip of this library is in the state.
       failed: a run that ended above this, or not finite, has diverged.
       baseline: the value that stands for no clip, or None.
     """
@@ -112,7 +112,7 @@ def _chosen(sweep: Sweep) -> Choice:
     mean, count = scores.mean(axis=1), scores.shape[1]
     if sweep.diverged.all():
         why = "Every run diverged, also the most tightly clipped: lower the learning rate, or try smaller values."
-        return Choice(*[float("nan")] * 5, why)
+        return Choice(np.nan, np.nan, np.nan, np.nan, np.nan, why)
     best = int(np.argmin(mean))
     error = float(scores[best].std(ddof=1) / count**0.5) if count > 1 else 0.0
     near = mean <= mean[best] + error

@@ -98,9 +98,9 @@ def tune(
         raise ValueError("tune: there must be at least one seed.")
     value, seed = (part.ravel() for part in np.meshgrid(grid, keys, indexing="ij"))
     runs = _in_parts(_program(step, init, evaluate), value, seed, batches, at_once or len(value))
-    shape = len(grid), len(keys)
-    first, *rest = (part.reshape(*shape, *part.shape[1:]) for part in runs)
-    return Sweep(grid, keys, *rest, _limit(first) if failed is None else failed, baseline)
+    limit = _limit(runs.first) if failed is None else failed
+    final, losses, clipped, norms = (part.reshape(len(grid), len(keys), *part.shape[1:]) for part in runs[1:])
+    return Sweep(grid, keys, final, losses, clipped, norms, limit, baseline)
 
 
 def objective(
