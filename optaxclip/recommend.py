@@ -172,7 +172,8 @@ def _code(norms: np.ndarray, n: Numbers, reasons: tuple[Reason, ...], shares: tu
     elif scope:
         clip = f"optaxclip.clip_by({percentile}{scope})"
     elif "heavy-tail" in names:
-        clip = f"optaxclip.clip_by(optaxclip.at_most({percentile}, {np.quantile(finite, 1 - small):.3g}))"
+        cap = min(np.quantile(finite, 1 - small), 10 * n.median)  # the quantile may itself lie among the spikes
+        clip = f"optaxclip.clip_by(optaxclip.at_most({percentile}, {cap:.3g}))"
     else:
         clip = f"optaxclip.clip_by_global_norm({np.quantile(finite, 1 - middle):.3g})"
     chain = f"optax.chain({clip}, optimizer)"

@@ -27,3 +27,11 @@ def legend(ax: Any, **where: Any) -> None:
 def above(ax: Any, columns: int = 4) -> None:
     """A legend over the axes, for pictures that leave no room inside."""
     legend(ax, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2)
+
+
+def plain_numbers(axis: Any) -> None:
+    """Numbers such as 0.4 on a log axis, in place of 4 x 10^-1."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.5)))

@@ -50,7 +50,7 @@ def plot_cliff(
     clip: optax.GradientTransformation | None = None,
     rate: float = 0.6,
     start: tuple[float, float] = (5.2, -2.3),
-    steps: int = 60,
+    steps: int = 45,
     window: tuple[float, float, float, float] = (4.2, 5.6, -2.75, -1.65),
     resolution: int = 120,
 ) -> Any:
@@ -85,7 +85,7 @@ def plot_cliff(
     paths = descent(loss, descend, start, steps), descent(loss, optax.chain(clip, descend), start, steps)
     styles = {"color": "0.35", "marker": "o", "linestyle": "--"}, {"color": DARK, "marker": "s", "linestyle": "-"}
     for path, label, style in zip(paths, ("gradient descent", "the same, clipped"), styles, strict=True):
-        ax.plot(*path.T, label=label, markersize=4, linewidth=1.2, markerfacecolor="white", zorder=3, **style)
+        ax.plot(*path.T, label=label, markersize=3.5, linewidth=1.1, markerfacecolor="white", zorder=3, **style)
     ax.plot(*start, "*", color=DARK, markersize=14, label="start", linestyle="", zorder=4)
     _thrown(ax, paths[0], window)
     ax.set(xlim=window[:2], ylim=window[2:], xlabel="w", ylabel="b")
@@ -125,10 +125,6 @@ def _thrown(ax: Any, path: np.ndarray, window: tuple[float, float, float, float]
     left, right, low, high = window
     inside = (path[:, 0] >= left) & (path[:, 0] <= right) & (path[:, 1] >= low) & (path[:, 1] <= high)
     if not inside.all() and inside[0]:
-        last = path[np.argmin(inside) - 1]
-        said = f"step {np.argmin(inside)}: thrown out, ends at ({path[-1, 0]:.3g}, {path[-1, 1]:.3g})"
+        said = f"thrown out at step {np.argmin(inside)}, ends at ({path[-1, 0]:.3g}, {path[-1, 1]:.3g})"
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "0.6", "alpha": 0.9}
-        arrow = {"arrowstyle": "->", "color": DARK}
-        ax.annotate(
-            said, last, (0.35, 0.92), textcoords="axes fraction", fontsize=8, bbox=box, arrowprops=arrow, zorder=5
-        )
+        ax.text(0.97, 0.95, said, transform=ax.transAxes, ha="right", va="top", fontsize=8, bbox=box, zorder=5)

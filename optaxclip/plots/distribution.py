@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from optaxclip.history import History, blocks, stacked
-from optaxclip.plots.axes import DARK, LIGHT, above, axes_or_new
+from optaxclip.plots.axes import DARK, LIGHT, above, axes_or_new, plain_numbers
 
 LINES = ("-", "--", "-.", ":")
 
@@ -36,7 +36,7 @@ def plot_layers(history: History, ax: Any = None, *, columns: int = 200, clip: i
         raise ValueError("plot_layers: no norms by layer: clip with scope=optaxclip.leaf, or by group.")
     ax, norms = axes_or_new(ax, 8.0, 1.2 + 0.22 * len(layers)), np.stack(list(layers.values()))
     edges = np.linspace(0, norms.shape[1], min(columns, norms.shape[1]) + 1).astype(int)
-    cells = np.stack([norms[:, a:b].max(axis=1) for a, b in zip(edges[:-1], edges[1:], strict=True)], axis=1)
+    cells = np.stack([norms[:, a:b].max(axis=1) for a, b in itertools.pairwise(edges)], axis=1)
     _heat(ax, edges, cells)
     ax.set_yticks(np.arange(len(layers)) + 0.5, list(layers), fontsize=8)
     ax.set(xlabel="step", ylim=(len(layers), 0), facecolor="white")
@@ -98,8 +98,10 @@ def plot_histogram(
     for marker, bound in zip(itertools.cycle("os^Dv"), thresholds, strict=False):
         share = np.mean(array[np.isfinite(array)] > bound)
         label = f"{bound:.3g} would clip {share:.0%}"
-        ax.axvline(bound, color="0.35", linewidth=2.0, marker=marker, markevery=(1, 2), markersize=7, label=label)
+        style = {"linewidth": 2.0, "marker": marker, "markevery": [1], "markersize": 7}
+        ax.axvline(bound, ymax=0.93, color="0.35", label=label, **style)
     ax.set(xscale="log", xlabel="gradient norm", ylabel="steps")
+    plain_numbers(ax.xaxis)
     above(ax, 3)
     return ax
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from optaxclip.history import History, stacked
-from optaxclip.plots.axes import DARK, GREY, above, axes_or_new
+from optaxclip.plots.axes import DARK, GREY, above, axes_or_new, plain_numbers
 
 
 def plot_norms(history: History, ax: Any = None, *, clip: int = 0) -> Any:
@@ -45,6 +45,7 @@ def plot_norms(history: History, ax: Any = None, *, clip: int = 0) -> Any:
         label = f"NaN or infinite: {np.sum(~finite)}"
         ax.plot(steps[~finite], np.ones(np.sum(~finite)), "v", color=DARK, markersize=6, label=label, **at)
     ax.set(xlabel="step", ylabel="gradient norm")
+    plain_numbers(ax.yaxis)
     above(ax)
     return ax
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optaxclip.plots.axes import DARK, GREY, axes_or_new
+from optaxclip.plots.axes import DARK, GREY, axes_or_new, plain_numbers
 
 if TYPE_CHECKING:
     from optaxclip.sweep import Sweep
@@ -43,6 +43,7 @@ def plot_sweep(sweep: "Sweep", ax: Any = None) -> Any:
     ax.set(xlabel="value", ylabel="final loss")
     if (values > 0).all():
         ax.set_xscale("log")
+        plain_numbers(ax.xaxis)
     handles, labels = ax.get_legend_handles_labels()
     rate = ax.twinx()
     (line,) = rate.plot(values, sweep.clip_rate[real], "s--", color=GREY, markersize=4, linewidth=1.0, zorder=0)
