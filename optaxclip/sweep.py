@@ -143,6 +143,6 @@ def _why(sweep: Sweep, choice: Choice, best: int, near: np.ndarray) -> str:
     real = [i for i, value in enumerate(sweep.values) if value != sweep.baseline]
     if near[sweep.values == sweep.baseline].any():
         text += " No clip is as good: here a clip is only an insurance."
-    elif choice.low == sweep.values[real[0]] or choice.high == sweep.values[real[-1]]:
-        text += " That is the end of what was tried: try values beyond it."
+    elif best in (real[0], real[-1]):
+        text += " The best is at the end of what was tried: try values beyond it."
     return text if len(sweep.seeds) > 1 else text + " One seed says nothing of the spread."

@@ -33,5 +33,9 @@ def plain_numbers(axis: Any) -> None:
     """Numbers such as 0.4 on a log axis, in place of 4 x 10^-1."""
     from matplotlib.ticker import LogFormatter
 
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.5)))
+    class Plain(LogFormatter):
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain(minor_thresholds=(1.0, 0.5)))

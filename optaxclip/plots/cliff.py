@@ -102,9 +102,11 @@ def _surface(ax: Any, loss: Loss, window: tuple[float, float, float, float], cou
     """Shades of the loss, light for low, with contour lines."""
     x, y, points = _mesh(window, count)
     heights = np.asarray(jax.jit(jax.vmap(loss))(points)).reshape(x.shape)
-    filled = ax.contourf(x, y, heights, levels=14, cmap="Greys", vmax=1.6 * np.nanmax(heights))
-    ax.contour(x, y, heights, levels=14, colors="0.6", linewidths=0.4)
-    ax.figure.colorbar(filled, ax=ax, label="loss")
+    low, high = np.nanmin(heights), np.nanmax(heights)
+    levels = low + (high - low) * np.linspace(0, 1, 16) ** 2  # close in the valley, which the wall would flatten
+    filled = ax.contourf(x, y, heights, levels=levels, cmap="Greys", vmax=low + 1.6 * (high - low))
+    ax.contour(x, y, heights, levels=levels, colors="0.6", linewidths=0.4)
+    ax.figure.colorbar(filled, ax=ax, label="loss", format="%.2g")
 
 
 def _arrows(ax: Any, loss: Loss, window: tuple[float, float, float, float], count: int = 16) -> None:

@@ -33,51 +33,64 @@ def plot_sweep(sweep: "Sweep", ax: Any = None) -> Any:
     """
     ax = axes_or_new(ax)
     real = np.flatnonzero((sweep.values != sweep.baseline) & np.isfinite(sweep.values))
-    values, kept = sweep.values[real], np.where(sweep.diverged, np.nan, sweep.final)[real]
-    median, low, high = (_over_seeds(kept, q) for q in (0.5, 0.0, 1.0))
-    error = np.array([median - low, high - median])
-    ax.errorbar(values, median, error, color=DARK, marker="o", capsize=3, linewidth=1.3, label="median, best to worst")
+    values, rows = sweep.values[real], [_of_seeds(sweep, i) for i in real]
+    low, median, high = np.array(rows).T
+    bars = np.array([median - low, high - median])
+    ax.errorbar(values, median, bars, color=DARK, marker="o", capsize=3, linewidth=1.3, label="median, best to worst")
     _baseline(ax, sweep)
-    _diverged(ax, values, sweep.diverged[real])
     _recommended(ax, sweep)
-    ax.set(xlabel="value", ylabel="final loss")
+    bottom, top = ax.get_ylim()
+    ax.set(xlabel="value", ylabel="final loss", ylim=(bottom, top + 0.14 * (top - bottom)))
+    _diverged(ax, values, sweep.diverged[real])
     if (values > 0).all():
         ax.set_xscale("log")
         plain_numbers(ax.xaxis)
-    handles, labels = ax.get_legend_handles_labels()
-    rate = ax.twinx()
-    (line,) = rate.plot(values, sweep.clip_rate[real], "s--", color=GREY, markersize=4, linewidth=1.0, zorder=0)
-    rate.set(ylabel="clip rate", ylim=(-0.03, 1.03))
-    where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 3, "borderaxespad": 0.2}
-    ax.legend([*handles, line], [*labels, "clip rate (right)"], fontsize=8, **where)
+    _clip_rate(ax, values, sweep.clip_rate[real])
     return ax
 
 
-def _over_seeds(kept: np.ndarray, q: float) -> np.ndarray:
-    """A quantile over the seeds that did not diverge; NaN if all did."""
-    return np.array([np.quantile(row[~np.isnan(row)], q) if not np.isnan(row).all() else np.nan for row in kept])
+def _of_seeds(sweep: "Sweep", i: int) -> tuple[float, float, float]:
+    """Best, median and worst of those that did not diverge; NaN if the median of all did."""
+    diverged, final = sweep.diverged[i], sweep.final[i]
+    median = np.quantile(np.where(diverged, np.inf, final), 0.5, method="higher" if diverged.any() else "linear")
+    if not np.isfinite(median):
+        return np.nan, np.nan, np.nan
+    return final[~diverged].min(), float(median), final[~diverged].max()
+
+
+def _clip_rate(ax: Any, values: np.ndarray, rates: np.ndarray) -> None:
+    """On an axis of its own to the right, in the one legend of both."""
+    beside, (handles, labels) = ax.twinx(), ax.get_legend_handles_labels()
+    (line,) = beside.plot(values, rates, "s--", color=GREY, markersize=4, linewidth=1.0)
+    beside.set(ylabel="clip rate", ylim=(-0.03, 1.16), yticks=np.linspace(0, 1, 6))
+    ax.set_zorder(beside.get_zorder() + 1)
+    ax.patch.set_visible(False)
+    where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 3, "borderaxespad": 0.2}
+    ax.legend([*handles, line], [*labels, "clip rate (right)"], fontsize=8, **where)
 
 
 def _baseline(ax: Any, sweep: "Sweep") -> None:
     where = np.flatnonzero(sweep.values == sweep.baseline)
-    if where.size and not sweep.diverged[where[0]].all():
-        final = sweep.final[where[0]][~sweep.diverged[where[0]]]
-        lost = f", {sweep.diverged[where[0]].mean():.0%} diverged" if sweep.diverged[where[0]].any() else ""
-        ax.axhline(np.median(final), color=DARK, linestyle=":", linewidth=1.3, label="no clip" + lost)
-    elif where.size:
-        ax.plot([], [], " ", label="no clip: all diverged")
+    if not where.size:
+        return
+    lost = sweep.diverged[where[0]]
+    label = "no clip" + (f": {lost.sum()}/{lost.size} diverged" if lost.any() else "")
+    median = _of_seeds(sweep, where[0])[1]
+    if np.isfinite(median):
+        ax.axhline(median, color=DARK, linestyle=":", linewidth=1.3, label=label)
+    else:
+        ax.plot([], [], " ", label=label)
 
 
 def _diverged(ax: Any, values: np.ndarray, diverged: np.ndarray) -> None:
     """A cross over each value that lost runs, and how many."""
     some = np.flatnonzero(diverged.any(axis=1))
-    if not some.size:
-        return
-    over = ax.get_xaxis_transform()
-    ax.plot(values[some], np.full(len(some), 0.95), "x", color=DARK, markersize=8, transform=over, label="diverged")
-    for i in some:
-        said = f" {diverged[i].sum()}/{diverged.shape[1]}"
-        ax.text(values[i], 0.95, said, transform=over, fontsize=8, va="center")
+    if some.size:
+        over = ax.get_xaxis_transform()
+        ax.plot(values[some], np.full(len(some), 0.95), "x", color=DARK, markersize=6, transform=over, label="diverged")
+        for i in some:
+            said = {"textcoords": "offset points", "xytext": (6, 0), "fontsize": 8, "va": "center"}
+            ax.annotate(f"{diverged[i].sum()}/{diverged.shape[1]}", (values[i], 0.95), xycoords=over, **said)
 
 
 def _recommended(ax: Any, sweep: "Sweep") -> None:
@@ -85,9 +98,7 @@ def _recommended(ax: Any, sweep: "Sweep") -> None:
     if not np.isfinite(choice.value):
         return
     if choice.low < choice.high:
-        ax.axvspan(choice.low, choice.high, facecolor="0.93", edgecolor="0.75", hatch="///", zorder=-1, linewidth=0)
-    at = int(np.flatnonzero(sweep.values == choice.value)[0])
-    median = _over_seeds(np.where(sweep.diverged, np.nan, sweep.final)[at : at + 1], 0.5)
-    label = f"recommended: {choice.value:g}"
-    style = {"markersize": 15, "markerfacecolor": "white", "markeredgecolor": DARK, "zorder": 5, "linestyle": ""}
-    ax.plot([choice.value], median, "*", label=label, **style)
+        ax.axvspan(choice.low, choice.high, facecolor="0.95", edgecolor="0.8", hatch="///", zorder=0, linewidth=0)
+    median = _of_seeds(sweep, int(np.flatnonzero(sweep.values == choice.value)[0]))[1]
+    style = {"markersize": 15, "color": DARK, "zorder": 5, "linestyle": ""}
+    ax.plot([choice.value], [median], "*", label=f"recommended: {choice.value:g}", **style)
