@@ -38,7 +38,7 @@ class Recommendation(NamedTuple):
 
     def __str__(self) -> str:
         n = self.numbers
-        head = f"{n.steps} steps, median norm {n.median:.3g}"
+        head = f"{n.steps} steps" + (f", median norm {n.median:.3g}" if n.median == n.median else "")
         head += f", 99th percentile {n.tail_ratio:.3g} times that" if n.tail_ratio == n.tail_ratio else ""
         shares = ", ".join(f"{share:.0%} of steps at {bound:.4g}" for share, bound in self.thresholds.items())
         lines = [head + (f"; would clip {shares}" if shares else "") + "."]
@@ -106,9 +106,10 @@ def _whole(by_layer: np.ndarray) -> np.ndarray:
 
 
 def _thresholds(norms: np.ndarray, shares: tuple[float, ...]) -> dict[float, float]:
-    """The quantiles that at least one step is over."""
+    """The quantiles that at least one step is over; none of 0, which would clip all there is to nothing."""
     finite = norms[np.isfinite(norms)]
-    return {share: float(np.quantile(finite, 1 - share)) for share in shares if share * len(finite) >= 1}
+    bounds = {share: float(np.quantile(finite, 1 - share)) for share in shares if share * len(finite) >= 1}
+    return {share: bound for share, bound in bounds.items() if bound > 0}
 
 
 def _too_few(n: Numbers) -> tuple[Reason, ...]:
@@ -165,17 +166,17 @@ def _code(norms: np.ndarray, n: Numbers, reasons: tuple[Reason, ...], shares: tu
     """The line to write, aimed at the middle one of the shares."""
     names = {reason.name for reason in reasons}
     small, middle = min(shares), sorted(shares)[len(shares) // 2]
-    finite, percentile = norms[np.isfinite(norms)], f"optaxclip.percentile({100 * (1 - middle):.3g})"
+    known, percentile = norms[np.isfinite(norms) & (norms > 0)], f"optaxclip.percentile({100 * (1 - middle):.3g})"
     scope = ", scope=optaxclip.leaf" if "layer-scales" in names else ""
     if "drift" in names:
         clip = f"optaxclip.clip_by_median({_above_trend(norms, n, middle):.3g}{scope})"
     elif scope:
         clip = f"optaxclip.clip_by({percentile}{scope})"
     elif "heavy-tail" in names:
-        cap = min(np.quantile(finite, 1 - small), 10 * n.median)  # the quantile may itself lie among the spikes
+        cap = min(np.quantile(known, 1 - small), 10 * n.median)  # the quantile may itself lie among the spikes
         clip = f"optaxclip.clip_by(optaxclip.at_most({percentile}, {cap:.3g}))"
     else:
-        clip = f"optaxclip.clip_by_global_norm({np.quantile(finite, 1 - middle):.3g})"
+        clip = f"optaxclip.clip_by_global_norm({np.quantile(known, 1 - middle):.3g})"
     chain = f"optax.chain({clip}, optimizer)"
     return f"tx = optaxclip.skip_nonfinite({chain})" if "nonfinite" in names else f"tx = {chain}"
 

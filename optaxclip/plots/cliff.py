@@ -106,7 +106,7 @@ def _surface(ax: Any, loss: Loss, window: tuple[float, float, float, float], cou
     levels = low + (high - low) * np.linspace(0, 1, 16) ** 2  # close in the valley, which the wall would flatten
     filled = ax.contourf(x, y, heights, levels=levels, cmap="Greys", vmax=low + 1.6 * (high - low))
     ax.contour(x, y, heights, levels=levels, colors="0.6", linewidths=0.4)
-    ax.figure.colorbar(filled, ax=ax, label="loss", format="%.2g")
+    ax.figure.colorbar(filled, ax=ax, label="loss", format="%.2f")
 
 
 def _arrows(ax: Any, loss: Loss, window: tuple[float, float, float, float], count: int = 16) -> None:

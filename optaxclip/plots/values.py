@@ -40,6 +40,7 @@ def plot_sweep(sweep: "Sweep", ax: Any = None) -> Any:
     _baseline(ax, sweep)
     _recommended(ax, sweep)
     bottom, top = ax.get_ylim()
+    ax.margins(x=0.08)
     ax.set(xlabel="value", ylabel="final loss", ylim=(bottom, top + 0.14 * (top - bottom)))
     _diverged(ax, values, sweep.diverged[real])
     if (values > 0).all():
