@@ -67,12 +67,13 @@ def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendati
       ValueError: for norms of another shape, or shares outside (0, 1).
 
     >>> import numpy as np, optaxclip
-    >>> norms = np.random.default_rng(0).lognormal(0.0, 0.2, 1000)
-    >>> print(optaxclip.recommend(norms))
-    1000 steps, median norm 0.994, 99th percentile 1.61 times that; would clip 1% of steps at 1.591, 5% of steps at 1.378, 10% of steps at 1.273.
-    - steady: norms hardly vary. A fixed global norm is enough.
-    Write: tx = optax.chain(optaxclip.clip_by_global_norm(1.38), optimizer)
-    """  # noqa: E501
+    >>> found = optaxclip.recommend(np.random.default_rng(0).lognormal(0.0, 0.2, 1000))
+    >>> for reason in found.reasons:
+    ...     print(reason.name, "-", reason.method)
+    steady - A fixed global norm is enough.
+    >>> print(found.code)
+    tx = optax.chain(optaxclip.clip_by_global_norm(1.35), optimizer)
+    """
     if not shares or not all(0 < share < 1 for share in shares):
         raise ValueError(f"recommend: shares must be between 0 and 1, got {shares!r}.")
     whole, layers = _read(norms)

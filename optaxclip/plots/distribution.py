@@ -83,7 +83,7 @@ def plot_histogram(
     >>> import numpy as np, optaxclip
     >>> ax = optaxclip.plots.plot_histogram(np.geomspace(0.1, 10, 101), quantiles=[0.5], thresholds=[5.0])
     >>> [line.get_label() for line in ax.lines]
-    ['50% are below 1', '5 would clip 15%']
+    ['50% are below 1', '5 would clip 16%']
     """
     array = np.asarray(norms, float) if not _is_history(norms) else stacked(norms)["grad_norm"]
     known = array[np.isfinite(array) & (array > 0)]

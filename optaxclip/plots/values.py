@@ -33,7 +33,7 @@ def plot_sweep(sweep: "Sweep", ax: Any = None) -> Any:
     """
     ax = axes_or_new(ax)
     real = np.flatnonzero((sweep.values != sweep.baseline) & np.isfinite(sweep.values))
-    values, rows = sweep.values[real], [_of_seeds(sweep, i) for i in real]
+    values, rows = sweep.values[real], [_of_seeds(sweep, int(i)) for i in real]
     low, median, high = np.array(rows).T
     bars = np.array([median - low, high - median])
     ax.errorbar(values, median, bars, color=DARK, marker="o", capsize=3, linewidth=1.3, label="median, best to worst")
