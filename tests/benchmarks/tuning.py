@@ -2,7 +2,8 @@
 
     uv run --extra test python -m tests.benchmarks.tuning [--into docs/tuning.md] [--picture docs/images/tuning.png]
 
-Each task is tuned on three seeds, at one learning rate, and judged on ten others: other starts and other batches.
+Each task is tuned on three seeds and judged on ten others: other starts and other batches. Twice: all at the largest
+learning rate of the task, and each (recommended, default, no clip) at the rate that was its best on the tuning seeds.
 """
 
 import argparse
@@ -14,11 +15,11 @@ import numpy as np
 import optax
 
 import optaxclip
+from optaxclip.sweep import capped
 from tests.benchmarks.trainings import TRAININGS, Training
 
 VALUES = tuple(float(f"{value:.2g}") for value in np.geomspace(0.01, 1000, 11))
 DEFAULT = 1.0
-RATES = {"char_rnn": 1.0, "digits_cnn": 0.1, "cartpole": 1e-3, "transformer": 16e-3}
 
 
 def functions(task: Training, rate: float):
@@ -45,30 +46,43 @@ def tuned(task: Training, rate: float, values, seeds, steps: int) -> optaxclip.S
     return optaxclip.tune(step, init, values, batches=range(steps), seeds=seeds, evaluate=evaluate, failed=task.failed)
 
 
-def line(task: Training, rate: float, value: float, sweep: optaxclip.Sweep, wanted: float) -> str:
+def line(task: Training, rate: float, title: str, wanted: float, sweep: optaxclip.Sweep) -> str:
     """A row of the table: one threshold on the unseen seeds."""
     (at,) = np.flatnonzero(sweep.values == wanted)
     final = np.where(np.isnan(sweep.final[at]), np.inf, sweep.final[at])
-    title = {value: f"recommended: {value:g}", np.inf: "no clip"}.get(wanted, f"default: {wanted:g}")
-    lost = f"{sweep.diverged[at].sum()} of {final.size}"
+    label = title if wanted == np.inf else f"{title}: {wanted:g}"
     median = np.quantile(final, 0.5, method="higher")
-    cells = [task.name, f"{rate:g}", title, f"{median:.3g}", f"{final.max():.3g}", f"{sweep.clip_rate[at]:.0%}", lost]
-    return "| " + " | ".join(cells) + " |"
+    rated, lost = f"{sweep.clip_rate[at]:.0%}", f"{sweep.diverged[at].sum()} of {final.size}"
+    return f"| {task.name} | {rate:g} | {label} | {median:.3g} | {final.max():.3g} | {rated} | {lost} |"
 
 
 HEAD = """| task | rate | `max_norm` | median | worst | clipped | diverged |
 |---|---|---|---|---|---|---|"""
 
 
-def measured(name: str, values, seeds: int, unseen: int, steps: int | None) -> tuple[optaxclip.Sweep, list[str]]:
-    """The sweep on the first seeds, and the rows for the recommended value, the default and no clip on the others."""
-    task, rate = TRAININGS[name](), RATES[name]
-    sweep = tuned(task, rate, values, range(seeds), steps or task.steps)
-    value = sweep.recommended.value
-    judged = [value if np.isfinite(value) else DEFAULT, DEFAULT]
-    other = tuned(task, rate, judged, range(100, 100 + unseen), steps or task.steps)
-    wanted = dict.fromkeys((judged[0], DEFAULT, np.inf))
-    return sweep, [line(task, rate, judged[0], other, w) for w in wanted]
+def score(sweep: optaxclip.Sweep, wanted: float) -> float:
+    """The mean final loss at one value; a diverged run counts as no training."""
+    (at,) = np.flatnonzero(sweep.values == wanted)
+    return float(np.mean(capped(sweep.final[at], sweep.failed)))
+
+
+def measured(name: str, values, seeds: int, unseen: int, steps: int | None) -> tuple[optaxclip.Sweep, list, list]:
+    """The sweep at the largest rate, and the rows on unseen seeds: at that rate, and each at its best."""
+    task = TRAININGS[name]()
+    steps = steps or task.steps
+    sweeps, judged, chosen = {}, {}, {}
+    for rate in task.rates:
+        sweep = sweeps[rate] = tuned(task, rate, values, range(seeds), steps)
+        value = sweep.recommended.value
+        chosen[rate] = {"recommended": DEFAULT if np.isnan(value) else value, "default": DEFAULT, "no clip": np.inf}
+        judged[rate] = tuned(task, rate, list(chosen[rate].values()), range(100, 100 + unseen), steps)
+    largest = max(task.rates)
+    same = [line(task, largest, title, value, judged[largest]) for title, value in chosen[largest].items()]
+    own = []
+    for title in chosen[largest]:
+        best = min(task.rates, key=lambda rate: score(sweeps[rate], chosen[rate][title]))
+        own.append(line(task, best, title, chosen[best][title], judged[best]))
+    return sweeps[largest], same, own
 
 
 def main(argv=None):
@@ -81,15 +95,15 @@ def main(argv=None):
     parser.add_argument("--into", help="a document between whose markers the table is put")
     parser.add_argument("--picture", help="where to put a picture of the sweep of the first task")
     args = parser.parse_args(argv)
-    values, rows = (VALUES[::5], []) if args.small else (VALUES, [])
+    values, same, own = (VALUES[4:6] if args.small else VALUES), [], []
     seeds, unseen, steps = (2, 2, 3) if args.small else (args.seeds, args.unseen, args.steps)
     for name in args.tasks:
-        sweep, found = measured(name, values, seeds, unseen, steps)
+        sweep, *found = measured(name, values, seeds, unseen, steps)
         print(f"{name}\n\n{sweep}\n", flush=True)
-        rows += found
+        same, own = same + found[0], own + found[1]
         if args.picture and name == args.tasks[0]:
             sweep.plot().figure.savefig(args.picture, dpi=80)
-    text = "\n".join([HEAD, *rows])
+    text = "\n".join(["All at the largest rate:\n", HEAD, *same, "\nEach at its best rate:\n", HEAD, *own])
     print(text)
     if args.into:
         document, new = pathlib.Path(args.into), f"<!-- results -->\n\n{text}\n\n<!-- end -->"
