@@ -41,7 +41,7 @@ def plot_sweep(sweep: "Sweep", ax: Any = None) -> Any:
     _recommended(ax, sweep)
     bottom, top = ax.get_ylim()
     ax.margins(x=0.08)
-    ax.set(xlabel="value", ylabel="final loss", ylim=(bottom, top + 0.14 * (top - bottom)))
+    ax.set(xlabel="value", ylabel="final loss", ylim=(bottom, top + 0.2 * (top - bottom)))
     _diverged(ax, values, sweep.diverged[real])
     if (values > 0).all():
         ax.set_xscale("log")
@@ -63,7 +63,7 @@ def _clip_rate(ax: Any, values: np.ndarray, rates: np.ndarray) -> None:
     """On an axis of its own to the right, in the one legend of both."""
     beside, (handles, labels) = ax.twinx(), ax.get_legend_handles_labels()
     (line,) = beside.plot(values, rates, "s--", color=GREY, markersize=4, linewidth=1.0)
-    beside.set(ylabel="clip rate", ylim=(-0.03, 1.16), yticks=np.linspace(0, 1, 6))
+    beside.set(ylabel="clip rate", ylim=(-0.03, 1.22), yticks=np.linspace(0, 1, 6))
     ax.set_zorder(beside.get_zorder() + 1)
     ax.patch.set_visible(False)
     where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 3, "borderaxespad": 0.2}
@@ -90,7 +90,7 @@ def _diverged(ax: Any, values: np.ndarray, diverged: np.ndarray) -> None:
         over = ax.get_xaxis_transform()
         ax.plot(values[some], np.full(len(some), 0.95), "x", color=DARK, markersize=6, transform=over, label="diverged")
         for i in some:
-            said = {"textcoords": "offset points", "xytext": (6, 0), "fontsize": 8, "va": "center"}
+            said = {"textcoords": "offset points", "xytext": (0, -6), "fontsize": 7, "va": "top", "ha": "center"}
             ax.annotate(f"{diverged[i].sum()}/{diverged.shape[1]}", (values[i], 0.95), xycoords=over, **said)
 
 
