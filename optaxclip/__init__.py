@@ -1,5 +1,6 @@
 """Gradient clipping as Optax gradient transformations: four parts, every published way to put them together."""
 
+from optaxclip import plots
 from optaxclip.actions import Action, band, normalize, rescale, smooth, zero
 from optaxclip.algorithms.acclip import scale_by_acclip
 from optaxclip.algorithms.adagc import adagc
@@ -38,13 +39,16 @@ from optaxclip.algorithms.zclip import zclip
 from optaxclip.check import Finding, check
 from optaxclip.core import ClipState, clip_by
 from optaxclip.norms import Norm, l1, l2, linf, lp, rms
+from optaxclip.recommend import Recommendation, recommend
 from optaxclip.record import Metrics, metrics
 from optaxclip.scopes import Scope, groups, leaf, tree, units
+from optaxclip.sweep import Sweep
 from optaxclip.thresholds.combine import accepted, at_least, at_most, clipped, lag, per_block, raw
 from optaxclip.thresholds.fixed import constant, param_relative, scheduled, until
 from optaxclip.thresholds.learned import Statistic, learned
 from optaxclip.thresholds.quantile import median, percentile, quantile, window_zscore
 from optaxclip.thresholds.running import log_zscore, previous, running, zscore
+from optaxclip.tuning import tune
 from optaxclip.wrappers import skip_nonfinite, skip_spikes
 
 __version__ = "0.1.0"
@@ -56,8 +60,10 @@ __all__ = [
     "Finding",
     "Metrics",
     "Norm",
+    "Recommendation",
     "Scope",
     "Statistic",
+    "Sweep",
     "accepted",
     "adagc",
     "adamw_clip",
@@ -107,10 +113,12 @@ __all__ = [
     "per_example_layer_norm_clip",
     "per_example_normalize",
     "percentile",
+    "plots",
     "previous",
     "quantile",
     "quantile_clip",
     "raw",
+    "recommend",
     "rescale",
     "reset_moments",
     "rms",
@@ -127,6 +135,7 @@ __all__ = [
     "stable_adamw",
     "stable_spam",
     "tree",
+    "tune",
     "u_clip",
     "units",
     "unitwise_clip",

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from tests.benchmarks import choosing, robustness
+from tests.benchmarks import choosing, robustness, tuning
 
 
 @pytest.mark.slow
@@ -31,3 +31,16 @@ def test_a_poisoned_peer_is_seen():
     bounds[:30] = 4.0
     assert robustness.near(bounds, robustness.np.ones((50, 1)), poison) == 30 - 10
     assert "| never |" in robustness.table({"x": [float("inf")]})
+
+
+@pytest.mark.slow
+def test_the_tuned_threshold_is_judged_on_other_seeds(tmp_path, capsys):
+    document, picture = tmp_path / "tuning.md", tmp_path / "tuning.png"
+    document.write_text("before\n<!-- results -->\nyesterday\n<!-- end -->\nafter\n")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        tuning.main(["--small", "--tasks", "char_rnn", "--into", str(document), "--picture", str(picture)])
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| character RNN |")]
+    assert len(rows) == 6 and "no clip" in rows[-1] and picture.stat().st_size < 80_000
+    assert "| value | final loss: median |" in capsys.readouterr().out

@@ -1,0 +1,121 @@
+"""`recommend`: shares as NumPy has them; what is planted is recognised, and nothing else is said."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optaxclip
+
+RNG = np.random.default_rng(0)
+PLAIN = RNG.lognormal(0.0, 0.4, 1000)
+STEADY = RNG.lognormal(0.0, 0.2, 1000)
+TIME = np.linspace(0, 1, 1000)
+
+
+def names(norms):
+    return [reason.name for reason in optaxclip.recommend(norms).reasons]
+
+
+def test_shares_are_right():
+    found = optaxclip.recommend(PLAIN)
+    for share, bound in found.thresholds.items():
+        assert bound == np.quantile(PLAIN, 1 - share)
+        assert np.sum(bound < PLAIN) == round(share * 1000)
+    assert list(optaxclip.recommend(PLAIN, shares=(0.2, 0.5)).thresholds) == [0.2, 0.5]
+
+
+PLANTED = {
+    "ordinary": PLAIN,
+    "steady": STEADY,
+    "heavy-tail": 1 + RNG.pareto(1.5, 1000),
+    "spikes": np.where(np.arange(1000) % 200 == 99, 50.0, 1.0) * STEADY,
+    "falls": STEADY * np.exp(-2 * TIME),
+    "rises": STEADY * np.exp(2 * TIME),
+    "a transient at the start": STEADY * np.exp(5 * np.exp(-TIME / 0.01)),
+    "layers": STEADY[:, None] * np.array([1.0, 5.0, 100.0]),
+    "like layers": STEADY[:, None] * np.array([1.0, 5.0, 10.0]),
+    "nan": np.where(np.arange(1000) % 100 == 5, np.nan, STEADY),
+    "inf": np.where(np.arange(1000) == 5, np.inf, STEADY),
+    "zeros": np.where(np.arange(1000) % 3 == 0, 0.0, STEADY),
+    "both": (1 + RNG.pareto(1.5, 1000)) * np.exp(-4 * TIME),
+}
+WANTED = {
+    "ordinary": ["ordinary"],
+    "steady": ["steady"],
+    "heavy-tail": ["heavy-tail"],
+    "spikes": ["heavy-tail"],
+    "falls": ["drift"],
+    "rises": ["drift"],
+    "a transient at the start": ["heavy-tail"],
+    "layers": ["layer-scales"],
+    "like layers": ["steady"],
+    "nan": ["nonfinite", "steady"],
+    "inf": ["nonfinite", "steady"],
+    "zeros": ["steady"],
+    "both": ["drift", "heavy-tail"],
+}
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_what_is_planted_is_found_and_the_code_runs(case):
+    found = optaxclip.recommend(PLANTED[case])
+    assert [reason.name for reason in found.reasons] == WANTED[case]
+    scope = {"optax": optax, "optaxclip": optaxclip, "optimizer": optax.sgd(0.1)}
+    exec(found.code, scope)
+    grads = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    updates, _ = scope["tx"].update(grads, scope["tx"].init(grads), grads)
+    assert np.isfinite(updates["a"]).all()
+    assert found.code in str(found) and all(reason.what in str(found) for reason in found.reasons)
+
+
+def test_silent_on_series_without_anything():
+    rng = np.random.default_rng(1)
+    said = [name for _ in range(100) for name in names(rng.lognormal(0.0, 0.4, 300))]
+    assert not {"drift", "heavy-tail"} & set(said)
+
+
+def test_the_numbers():
+    numbers = optaxclip.recommend(PLANTED["falls"]).numbers
+    assert numbers.drift == pytest.approx(np.exp(-2), rel=0.1) and numbers.steps == 1000
+    assert numbers.tail_ratio == pytest.approx(np.exp(0.2 * 2.326), rel=0.1)  # the drift is taken out first
+    assert optaxclip.recommend(PLANTED["heavy-tail"]).numbers.tail_index == pytest.approx(1.5, abs=0.5)
+    assert optaxclip.recommend(PLANTED["layers"]).numbers.scale_ratio == pytest.approx(100)
+    assert optaxclip.recommend(PLANTED["nan"]).numbers[1:3] == (10, 0)
+
+
+@pytest.mark.parametrize("norms", [[1.0, 2.0, 3.0], np.zeros(100), np.full(100, np.nan), np.arange(19.0)])
+def test_too_few_steps_say_so(norms):
+    found = optaxclip.recommend(norms)
+    assert found.reasons[0].name == "too-few-steps" and found.code == "" and "nan" not in str(found).split(".")[0]
+    assert list(optaxclip.recommend(PLAIN[:50]).thresholds) == [0.05, 0.10]  # fifty steps cannot show 1 %
+
+
+def test_every_form_of_input_says_the_same():
+    layers = PLANTED["layers"]
+    whole = optaxclip.recommend(layers)
+    np.testing.assert_allclose(whole.thresholds[0.05], np.quantile(np.linalg.norm(layers, axis=1), 0.95))
+    np.testing.assert_allclose(whole.layers["2"][0.05], np.quantile(layers[:, 2], 0.95))
+    by_name = optaxclip.recommend({"0": layers[:, 0], "1": layers[:, 1], "2": layers[:, 2]})
+    history = [{f"clip/grad_norm/{i}": x for i, x in enumerate(row)} | {"clip/grad_norm": max(row)} for row in layers]
+    assert by_name == whole and optaxclip.recommend(history) == whole
+    plain = [{"clip/grad_norm": jnp.float32(x), "loss": 1.0} for x in PLAIN[:100]]
+    assert optaxclip.recommend(plain).layers == {} and optaxclip.recommend(plain).numbers.steps == 100
+
+
+def test_norms_of_any_size():
+    assert names(STEADY * 1e300) == ["steady"] and names(STEADY[:, None] * [1e300, 2e300]) == ["steady"]
+    assert names(np.ones(100)) == ["steady"]
+    rare = optaxclip.recommend(np.where(np.arange(1000) % 30 == 0, STEADY, 0.0))
+    assert "(0)" not in rare.code and list(rare.thresholds) == [0.01]  # a bound of 0 would clip all to nothing
+
+
+@pytest.mark.parametrize("norms", [np.ones((2, 2, 2)), [], 1.0])
+def test_other_shapes_are_refused(norms):
+    with pytest.raises(ValueError, match="norms must have"):
+        optaxclip.recommend(norms)
+
+
+def test_shares_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="shares"):
+        optaxclip.recommend(PLAIN, shares=(5.0,))
