@@ -3,14 +3,14 @@
 import jax
 import pytest
 
-from tests.benchmarks import choosing, robustness, tuning
+from tests.benchmarks import choosing, robustness, speed, tuning
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", choosing.TRAININGS)
 def test_every_task_trains_and_is_reported(task, tmp_path, capsys):
     document = tmp_path / "choosing.md"
-    document.write_text("before\n<!-- results -->\nyesterday\n<!-- end -->\nafter\n")
+    document.write_text("before\n<!-- results -->\nyesterday\n<!-- end results -->\nafter\n")
     runs = ["--tasks", task, "--methods", "no clip", "zclip", "--steps", "2", "--seeds", "1"]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         choosing.main([*runs, "--into", str(document)])
@@ -18,7 +18,23 @@ def test_every_task_trains_and_is_reported(task, tmp_path, capsys):
     assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
     (row,) = (line for line in text.splitlines() if line.startswith("| `zclip` |"))
     assert row.count("|") == len(choosing.HEAD) + 1
-    assert text.split("<!-- results -->")[1].split("<!-- end -->")[0].strip().endswith(capsys.readouterr().out.strip())
+    assert (
+        text.split("<!-- results -->")[1]
+        .split("<!-- end results -->")[0]
+        .strip()
+        .endswith(capsys.readouterr().out.strip())
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["alone", "safe_norm", "eager", "compiling", "percentiles"])
+def test_speed_is_measured_and_put_into_the_document(name, tmp_path):
+    document = tmp_path / "performance.md"
+    document.write_text(f"before\n<!-- {name} -->\nyesterday\n<!-- end {name} -->\nafter\n")
+    speed.main(["--small", "--only", name, "--into", str(document)])
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
+    assert f"jax {jax.__version__}" in text and text.count("|---") >= 2
 
 
 def test_a_poisoned_peer_is_seen():
@@ -36,7 +52,7 @@ def test_a_poisoned_peer_is_seen():
 @pytest.mark.slow
 def test_the_tuned_threshold_is_judged_on_other_seeds(tmp_path, capsys):
     document, picture = tmp_path / "tuning.md", tmp_path / "tuning.png"
-    document.write_text("before\n<!-- results -->\nyesterday\n<!-- end -->\nafter\n")
+    document.write_text("before\n<!-- results -->\nyesterday\n<!-- end results -->\nafter\n")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         tuning.main(["--small", "--tasks", "char_rnn", "--into", str(document), "--picture", str(picture)])
     text = document.read_text()

@@ -6,7 +6,6 @@ All settings, learning rates and seeds of a method are one compiled program, vma
 """
 
 import argparse
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +16,8 @@ import optax
 from tqdm import tqdm
 
 import optaxclip as oc
+from tests.benchmarks.reporting import put_into
+from tests.benchmarks.reporting import table as as_table
 from tests.benchmarks.trainings import TRAININGS, Training
 
 
@@ -119,9 +120,7 @@ HEAD = ["method", "default: median", "worst", "diverged", "best setting", "best 
 def table(task: Training, rows: list[list[str]], seeds: int, steps: int) -> str:
     rates = ", ".join(f"{rate:g}" for rate in task.rates)
     title = f"### {task.name}\n\n{steps} steps, {seeds} seeds at each of the rates {rates}.\n"
-    lines = ["| " + " | ".join(cells) + " |" for cells in [HEAD, *rows]]
-    lines.insert(1, "|---" * len(HEAD) + "|")
-    return title + "\n" + "\n".join(lines) + "\n"
+    return f"{title}\n{as_table(HEAD, rows)}"
 
 
 def main(argv=None):
@@ -145,13 +144,7 @@ def main(argv=None):
             text.append(table(task, rows, args.seeds, steps[task.name]))
             print("\n" + text[-1], flush=True)
     if args.into:
-        with open(args.into) as file:
-            old = file.read()
-        new = (
-            f"<!-- results -->\n\nWritten with jax {jax.__version__} on a CPU.\n\n" + "\n".join(text) + "\n<!-- end -->"
-        )
-        with open(args.into, "w") as file:
-            file.write(re.sub("<!-- results -->.*<!-- end -->", lambda match: new, old, flags=re.DOTALL))
+        put_into(args.into, "results", f"Written with jax {jax.__version__} on a CPU.\n\n" + "\n".join(text))
 
 
 if __name__ == "__main__":

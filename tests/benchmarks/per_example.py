@@ -8,7 +8,6 @@ step needs beside its arguments and results.
 """
 
 import argparse
-import time
 from typing import NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ import optax
 from flax import linen
 
 import optaxclip
+from tests.benchmarks.reporting import device, put_into, quartiles, race, table
 
 
 class Model(NamedTuple):
@@ -121,44 +121,42 @@ def steps(model: Model) -> dict:
     return {"vmap(grad), Optax's clip": of_optax, **ours, "ghost": of_ours(method="ghost"), "no clip": plain}
 
 
-def measured(model: Model, seconds: float) -> dict:
-    """Per way of taking a step: quartiles of its speed relative to the first way, and its memory in MB."""
+def measured(model: Model, rounds: int) -> list[list[str]]:
+    """Per way of taking a step: its speed relative to the first way, and its memory in MB."""
     compiled = {name: jax.jit(f).lower(model.params, model.batch).compile() for name, f in steps(model).items()}
-    results = {name: jax.block_until_ready(f(model.params, model.batch)) for name, f in compiled.items()}
-    names, ratios, end = list(compiled), {name: [] for name in compiled}, time.perf_counter() + seconds
-    for name in names[1:-1]:
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), results[names[0]][1], results[name][1]
-        )
-    while not ratios[names[0]] or time.perf_counter() < end:
-        times = {}
-        for order in (names, names[::-1]):
-            for name in order:
-                start = time.perf_counter()
-                jax.block_until_ready(compiled[name](model.params, model.batch))
-                times[name] = times.get(name, 0) + time.perf_counter() - start
-        for name in names:
-            ratios[name].append(times[names[0]] / times[name])
+    _agree({name: f(model.params, model.batch)[1] for name, f in compiled.items() if name != "no clip"})
+    runs = {name: lambda f=f: f(model.params, model.batch) for name, f in compiled.items()}
+    times = race(runs, rounds)
+    first, plain = next(iter(times.values())), times["no clip"]
     memory = {name: f.memory_analysis().temp_size_in_bytes / 1e6 for name, f in compiled.items()}
-    return {name: (np.quantile(ratios[name], [0.25, 0.5, 0.75]), memory[name]) for name in names}
+    return [[name, quartiles(first / t), quartiles(t / plain), f"{memory[name]:.1f}"] for name, t in times.items()]
+
+
+def _agree(results: dict) -> None:
+    """All ways of clipping give the same gradients."""
+    first, *others = results.values()
+    for other in others:
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), first, other)
 
 
 def main(argv=None) -> None:
-    """Prints the table."""
+    """Prints the table, and puts it into a document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="tiny models, one round: to see that it runs")
+    parser.add_argument("--small", action="store_true", help="tiny models, two rounds: to see that it runs")
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn", "transformer", "embedding"])
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure each model")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--into", help="a document between whose marks the table is put: docs/performance.md")
     args = parser.parse_args(argv)
-    print("| model | parameters | step | speed (quartiles) | memory, MB |\n|---|---|---|---|---|")
+    rows = []
     for name in args.models:
         model = models(args.small)[name]()
-        count = sum(x.size for x in jax.tree.leaves(model.params))
-        for step, ((low, mid, high), memory) in measured(model, 0 if args.small else args.seconds).items():
-            print(
-                f"| {name} | {count / 1e6:.2f} M | {step} | {mid:.2f} ({low:.2f}-{high:.2f}) | {memory:.1f} |",
-                flush=True,
-            )
+        count = f"{sum(x.size for x in jax.tree.leaves(model.params)) / 1e6:.2f} M"
+        rows += [[name, count, *row] for row in measured(model, 2 if args.small else args.rounds)]
+    head = ["model", "parameters", "step", "speed", "time / no clip", "temporaries, MB"]
+    text = f"Measured with {device()}.\n\n{table(head, rows)}"
+    print(text)
+    if args.into:
+        put_into(args.into, "per_example", text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""What a clip costs, by XLA's own accounts: a fusion that breaks, a copy, a second read fails here. Nothing is timed."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optaxclip
+from optaxclip import leaves, measure, record
+from tests import conftest as strict
+from tests.benchmarks.speed import OPTIMIZERS, account, train_step
+from tests.cases import ADAPTIVE, CASES, OTHERS
+
+TREE = {"embed": (4000, 512), "kernel": (512, 1024), "conv": (3, 3, 128, 256), "bias": (1024,), "scale": (512,)}
+CLIPS = {
+    "global": lambda: optaxclip.clip_by_global_norm(1.0),
+    "leaf": lambda: optaxclip.clip_by_leaf_norm(1.0),
+    "groups": lambda: optaxclip.clip_by_group_norm(1.0),
+    "block rms": lambda: optaxclip.clip_by_block_rms(1.0),
+    "smooth": lambda: optaxclip.smooth_clip(1.0),
+    "zero": lambda: optaxclip.clip_by_global_norm(1.0, nonfinite="zero"),
+    "zclip": lambda: optaxclip.zclip(),
+    "autoclip": lambda: optaxclip.autoclip(),
+    "quantile": lambda: optaxclip.quantile_clip(),
+    "growth": lambda: optaxclip.limit_norm_growth(),
+    "adagc, a leaf": lambda: optaxclip.adagc(),
+    "zclip, a leaf": lambda: optaxclip.zclip(scope=optaxclip.leaf),
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_users(monkeypatch):
+    """Optimizers promote dtypes; and most users of a CPU have one device, not the eight of these tests."""
+    for module in (leaves, measure, record):
+        monkeypatch.setattr(module, "alone", lambda: True)
+    strict.set_promotion("standard", "allow")
+    yield
+    strict.set_promotion("strict", "raise")
+
+
+def beside(clip, optimizer, dtype):
+    """Bytes a parameter, and temporaries relative to the gradients, that a clip adds to an optimizer."""
+    own, bare = (
+        account(train_step(optax.chain(first, optimizer), TREE, dtype), TREE, dtype)
+        for first in (clip, optax.identity())
+    )
+    return own[0] - bare[0], own[1] - bare[1]
+
+
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
+def test_a_clip_is_one_read_of_the_gradients(clip):
+    read, copies = beside(clip(), OPTIMIZERS["adamw"](), jnp.float32)
+    assert 3.9 < read <= 4.1 and copies < 0.05
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])
+def test_with_every_optimizer(name):
+    read, copies = beside(optaxclip.clip_by_global_norm(1.0), OPTIMIZERS[name](), jnp.float32)
+    assert 3.9 < read <= 4.1 and copies < 0.05
+
+
+@pytest.mark.parametrize("name", ["adamw", "Nesterov"])
+def test_bfloat16_gradients_are_read_once_and_not_copied(name):
+    read, copies = beside(optaxclip.clip_by_global_norm(1.0), OPTIMIZERS[name](), jnp.bfloat16)
+    assert 1.9 < read <= 2.1 and copies < 0.05
+
+
+def test_by_unit_the_parameters_are_read_too():
+    read, copies = beside(optaxclip.adaptive_grad_clip(0.01), OPTIMIZERS["adamw"](), jnp.float32)
+    assert 7.9 < read <= 8.7 and copies < 0.05
+
+
+def test_the_account_sees_what_it_is_to_see():
+    """Optax's clip divides, which XLA does not repeat in each loop that reads the result."""
+    read, copies = beside(optax.clip_by_global_norm(1.0), OPTIMIZERS["adamw"](), jnp.float32)
+    assert read > 15 and copies > 0.9
+
+
+def test_the_numbers_are_those_of_several_devices(monkeypatch):
+    """What is joined, or branches, where there is one device, changes nothing but the order of sums."""
+    everything = {case.name: case.make(0.7) for case in CASES} | {case.name: case.make() for case in ADAPTIVE}
+    everything |= {name: make() for name, make in OTHERS.items()}
+    rng = np.random.default_rng(0)
+    shapes = {"a": {"kernel": (4, 3), "bias": (3,)}, "b": (5,), "c": (2, 2, 3, 2)}
+    small = jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda x: type(x) is tuple
+    )
+    large = jax.tree.map(lambda g: 1e25 * g, small)
+
+    def steps(small, large):
+        def two(tx):
+            _, state = tx.update(small, tx.init(small), small)
+            return tx.update(large, state, small)
+
+        return {name: two(tx) for name, tx in everything.items()}
+
+    joined = jax.jit(steps)(small, large)
+    for module in (leaves, measure, record):
+        monkeypatch.setattr(module, "alone", lambda: False)
+    chex.assert_trees_all_close(joined, jax.jit(lambda *grads: steps(*grads))(small, large), rtol=2e-5, atol=1e-30)
+
+
+def test_rounding_to_bfloat16_is_that_of_a_conversion():
+    from optaxclip.apply import _bfloat16
+
+    bits = jnp.concatenate([jnp.arange(0, 2**32 - 1, 65_521, jnp.uint32), jnp.arange(2**15, dtype=jnp.uint32)])
+    near_ties = jnp.concatenate([bits, bits & jnp.uint32(0xFFFF0000) | jnp.uint32(0x8000)])
+    x = jax.lax.bitcast_convert_type(near_ties, jnp.float32)
+    got, want = (jax.lax.bitcast_convert_type(y, jnp.uint16) for y in (_bfloat16(x), x.astype(jnp.bfloat16)))
+    assert jnp.all((got == want) | jnp.isnan(x)) and jnp.all(jnp.isnan(_bfloat16(x)) == jnp.isnan(x))
