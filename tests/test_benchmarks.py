@@ -18,12 +18,8 @@ def test_every_task_trains_and_is_reported(task, tmp_path, capsys):
     assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
     (row,) = (line for line in text.splitlines() if line.startswith("| `zclip` |"))
     assert row.count("|") == len(choosing.HEAD) + 1
-    assert (
-        text.split("<!-- results -->")[1]
-        .split("<!-- end results -->")[0]
-        .strip()
-        .endswith(capsys.readouterr().out.strip())
-    )
+    written = text.split("<!-- results -->")[1].split("<!-- end results -->")[0]
+    assert written.strip().endswith(capsys.readouterr().out.strip())
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What a clip costs, by XLA's own accounts: a fusion that breaks, a copy, a second read fails here. Nothing is timed."""
+"""What a clip costs, by XLA's own accounts: a broken fusion, a copy or a second read fails here. Nothing is timed."""
 
 import chex
 import jax
@@ -84,9 +84,8 @@ def test_the_numbers_are_those_of_several_devices(monkeypatch):
     everything |= {name: make() for name, make in OTHERS.items()}
     rng = np.random.default_rng(0)
     shapes = {"a": {"kernel": (4, 3), "bias": (3,)}, "b": (5,), "c": (2, 2, 3, 2)}
-    small = jax.tree.map(
-        lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda x: type(x) is tuple
-    )
+    arrays = {"is_leaf": lambda x: isinstance(x, tuple)}
+    small = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, **arrays)
     large = jax.tree.map(lambda g: 1e25 * g, small)
 
     def steps(small, large):

@@ -18,9 +18,8 @@ from optaxclip.thresholds.combine import checked
 
 Method = Literal["auto", "ghost", "microbatch"]
 _CALL = "clipped_value_and_grad"
-_FEW = (
-    8  # examples in a microbatch; from here on, more cost memory and gain little, see tests/benchmarks/per_example.py
-)
+# Examples in a microbatch: more cost memory and gain little, see tests/benchmarks/per_example.py.
+_FEW = 8
 
 
 class ClippedExamples(NamedTuple):
