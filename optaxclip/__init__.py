@@ -45,12 +45,17 @@ from optaxclip.thresholds.fixed import constant, param_relative, scheduled, unti
 from optaxclip.thresholds.learned import Statistic, learned
 from optaxclip.thresholds.quantile import median, percentile, quantile, window_zscore
 from optaxclip.thresholds.running import log_zscore, previous, running, zscore
+from optaxclip.watching.bad import BadStep, bad_steps
+from optaxclip.watching.explain import explain
+from optaxclip.watching.state import WatchState
+from optaxclip.watching.watch import watch
 from optaxclip.wrappers import skip_nonfinite, skip_spikes
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "BadStep",
     "ClipState",
     "ClippedExamples",
     "Finding",
@@ -58,6 +63,7 @@ __all__ = [
     "Norm",
     "Scope",
     "Statistic",
+    "WatchState",
     "accepted",
     "adagc",
     "adamw_clip",
@@ -65,6 +71,7 @@ __all__ = [
     "at_least",
     "at_most",
     "autoclip",
+    "bad_steps",
     "band",
     "band_clip",
     "check",
@@ -85,6 +92,7 @@ __all__ = [
     "clipped_value_and_grad",
     "clippy",
     "constant",
+    "explain",
     "ghost_parameters",
     "groups",
     "l1",
@@ -132,6 +140,7 @@ __all__ = [
     "unitwise_clip",
     "unitwise_norm",
     "until",
+    "watch",
     "window_zscore",
     "zclip",
     "zero",
