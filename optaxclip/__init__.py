@@ -46,7 +46,9 @@ from optaxclip.thresholds.learned import Statistic, learned
 from optaxclip.thresholds.quantile import median, percentile, quantile, window_zscore
 from optaxclip.thresholds.running import log_zscore, previous, running, zscore
 from optaxclip.watching.bad import BadStep, bad_steps
+from optaxclip.watching.diagnose import Sign, diagnose
 from optaxclip.watching.explain import explain
+from optaxclip.watching.history import History
 from optaxclip.watching.state import WatchState
 from optaxclip.watching.watch import watch
 from optaxclip.wrappers import skip_nonfinite, skip_spikes
@@ -59,9 +61,11 @@ __all__ = [
     "ClipState",
     "ClippedExamples",
     "Finding",
+    "History",
     "Metrics",
     "Norm",
     "Scope",
+    "Sign",
     "Statistic",
     "WatchState",
     "accepted",
@@ -92,6 +96,7 @@ __all__ = [
     "clipped_value_and_grad",
     "clippy",
     "constant",
+    "diagnose",
     "explain",
     "ghost_parameters",
     "groups",
