@@ -44,7 +44,8 @@ def look_at(norms: jax.Array, names: tuple[str, ...], top: int) -> Look:
     """Looks at the norms of the blocks of one step."""
     bad = ~jnp.isfinite(norms)
     largest = jnp.max(norms, initial=0)
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    largest = jnp.minimum(largest, jnp.finfo(norms.dtype).max / 256)  # XLA multiplies by 1/unit: that must not vanish
+    unit = jnp.where((largest > 0) & ~jnp.any(bad), largest, 1)
     squares = jnp.square(norms / unit)  # of shares: they neither overflow nor vanish
     total = jnp.where(jnp.any(bad), jnp.sum(norms), _bounded(unit * jnp.sqrt(jnp.sum(squares))))
     weights = jnp.where(jnp.any(bad), bad.astype(norms.dtype), squares)
@@ -115,6 +116,7 @@ def as_tag(tag) -> jax.Array:
     """
     if tag is None:
         return jnp.int32(-1)
-    if jnp.ndim(tag) or not jnp.issubdtype(jnp.result_type(tag), jnp.integer):
+    known = isinstance(tag, int | np.generic | np.ndarray | jax.Array)
+    if not known or jnp.ndim(tag) or not jnp.issubdtype(jnp.result_type(tag), jnp.integer):
         raise ValueError(f"watch: tag must be one integer, such as the number of the batch; got {tag!r}.")
     return jnp.asarray(tag).astype(jnp.int32)

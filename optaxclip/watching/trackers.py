@@ -14,6 +14,7 @@ from optaxclip.thresholds.quantile import quantile
 Candidates = Mapping[str, Threshold] | Iterable[float]
 
 _RATE = 0.1
+_RUN, _LONG = 8, 1000
 
 
 class Trackers(NamedTuple):
@@ -21,10 +22,16 @@ class Trackers(NamedTuple):
 
     A high or low quantile that is tracked alone follows a change of scale slowly: the one of 5 % goes up by 1/20 of
     the rate at most. As a multiple of the median, which is quick both ways, it is there when the median is.
+
+    Attributes:
+      median: of the norms.
+      multiples: of norms over the median.
+      run: int32, the last norms without a break above the median; below it, negative.
     """
 
     median: LearnedState
     multiples: tuple[LearnedState, ...]
+    run: jax.Array
 
 
 def named_levels(quantiles: Iterable[float]) -> dict[str, float]:
@@ -40,17 +47,29 @@ def named_levels(quantiles: Iterable[float]) -> dict[str, float]:
 def fresh_trackers(levels: Mapping[str, float], norm: jax.Array) -> Trackers:
     """Trackers that have seen nothing; each array has a buffer of its own."""
     fresh = quantile(0.5, _RATE).init
-    return Trackers(fresh(norm), tuple(fresh(norm) for _ in levels))
+    return Trackers(fresh(norm), tuple(fresh(norm) for _ in levels), jnp.zeros((), jnp.int32))
 
 
 def followed(levels: Mapping[str, float], norm: jax.Array, old: Trackers) -> Trackers:
-    """The trackers after one more norm. The first ten steps are large ones, so a start far off is soon left."""
-    seen = old.median.blocks.seen
-    rate = jnp.maximum(1 / (1 + seen.astype(norm.dtype)), _RATE)
+    """The trackers after one more norm.
+
+    Where the median is far off its steps grow: they start large, and they grow again while all norms are on one side
+    of it, as eight in a row hardly are by chance. Meanwhile the multiples wait.
+    """
+    seen, lags = old.median.blocks.seen, jnp.maximum(jnp.abs(old.run) - _RUN, 0).astype(norm.dtype)
+    rate = jnp.clip(_RATE * (1 + lags / 4), 1 / (1 + seen.astype(norm.dtype)), 1)
     median: Any = quantile(0.5, rate).update(norm, old.median)[1]
-    multiple = norm / median.blocks.value
+    multiple = jnp.where((lags > 0) | (seen < 2 * _RUN), jnp.nan, norm / median.blocks.value)
     trackers = zip(levels.values(), old.multiples, strict=True)
-    return Trackers(median, tuple(quantile(q, rate).update(multiple, state)[1] for q, state in trackers))
+    multiples = tuple(quantile(q, _RATE).update(multiple, state)[1] for q, state in trackers)
+    return Trackers(median, multiples, _run(norm, old))
+
+
+def _run(norm: jax.Array, old: Trackers) -> jax.Array:
+    """How many norms were on this side of the median without a break; as it was, where there is nothing to learn."""
+    side = jnp.where(norm > old.median.blocks.value, 1, -1)
+    run = jnp.where(side * old.run > 0, jnp.clip(old.run + side, -_LONG, _LONG), side)
+    return jnp.where(jnp.isfinite(norm) & (norm > 0) & (old.median.blocks.seen > 0), run, old.run)
 
 
 def quantiles_of(levels: Mapping[str, float], now: Trackers) -> jax.Array:

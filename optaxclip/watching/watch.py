@@ -50,7 +50,7 @@ def watch(
 
     Put it first in a chain to see gradients, behind the optimizer to see steps. One read of the gradients, nothing
     goes to the host. Norms are Euclidean; the share of block i is ‖gᵢ‖² / Σ‖gⱼ‖². Quantiles are tracked in one number:
-    they wander about the true ones by a tenth, and follow a lasting 100-fold change within 200 steps. No NaN, infinity
+    they wander about the true ones by a tenth, and follow a lasting 100-fold change within 100 steps. No NaN, infinity
     or zero enters them, and no spike moves them by more than a step.
 
     Args:
