@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from tests.benchmarks import choosing, robustness
+from tests.benchmarks import choosing, robustness, watching
 
 
 @pytest.mark.slow
@@ -31,3 +31,13 @@ def test_a_poisoned_peer_is_seen():
     bounds[:30] = 4.0
     assert robustness.near(bounds, robustness.np.ones((50, 1)), poison) == 30 - 10
     assert "| never |" in robustness.table({"x": [float("inf")]})
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_watch_is_reported(capsys):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        watching.main(["--small", "--models", "cnn"])
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        len(lines) == 2 + len(watching.CHAINS) + len(watching.EVERY) and len({line.count("|") for line in lines}) == 1
+    )

@@ -61,13 +61,17 @@ PLANTED = {
 }
 
 
+# What comes with it, and is as true.
+ALONG = {"norms-exploding at the end": ["heavy-tail"], "norms-vanishing": ["loss-not-moving"]}
+
+
 @pytest.mark.parametrize("case", PLANTED)
 def test_the_planted_sign_is_found(case):
     history, more = PLANTED[case]
     found = oc.diagnose(history, **more)
     assert case.split()[0] in [sign.name for sign in found]
     if "NaN" not in case:
-        assert len({sign.name for sign in found}) == 1, [str(sign) for sign in found]
+        assert {sign.name for sign in found} <= {case.split()[0], *ALONG.get(case, ())}, [str(sign) for sign in found]
     for sign in found:
         assert sign.evidence and all(np.isfinite(x) for x in sign.evidence.values())
         assert sign.name in str(sign) and sign.mend in str(sign)
@@ -116,17 +120,17 @@ def test_forms_of_a_history():
         oc.diagnose({"loss": FALLING})
 
 
-def trained(rate, depth=3, scale=1.0, steps=150, bound=1.0):
-    """Trains a chain of tanh layers; what was seen at each step."""
+def trained(rate, depth=3, unit=jnp.tanh, steps=150, bound=1.0):
+    """Trains a chain of layers; what was seen at each step."""
     rng = np.random.default_rng(0)
-    params = {f"dense_{i}": jnp.asarray(scale * rng.normal(size=(8, 8)) / 8**0.5, jnp.float32) for i in range(depth)}
+    params = {f"dense_{i}": jnp.asarray(rng.normal(size=(8, 8)) / 8**0.5, jnp.float32) for i in range(depth)}
     x, y = (jnp.asarray(rng.normal(size=(32, 8)), jnp.float32) for _ in range(2))
     tx = optax.chain(oc.watch(), oc.clip_by_global_norm(bound), optax.sgd(rate))
 
     def loss_of(params):
         h = x
         for i in range(depth):
-            h = jnp.tanh(h @ params[f"dense_{i}"])
+            h = unit(h @ params[f"dense_{i}"])
         return jnp.mean(jnp.square(h - 0.5 * jnp.tanh(y)))
 
     def step(carry, _):
@@ -141,5 +145,5 @@ def trained(rate, depth=3, scale=1.0, steps=150, bound=1.0):
 
 def test_real_trainings():
     assert names(trained(0.3)) == []
-    assert "norms-fall-with-depth" in names(trained(0.3, depth=12, scale=0.4, steps=60))
+    assert "norms-fall-with-depth" in names(trained(0.3, depth=12, unit=jax.nn.sigmoid, steps=60))
     assert "clip-always-active" in names(trained(0.1, bound=0.01))

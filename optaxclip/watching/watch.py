@@ -31,7 +31,7 @@ from optaxclip.watching.trackers import (
     shadowed,
 )
 
-_TYPICAL = {"0.1": 0.1, "0.5": 0.5, "1": 1.0, "5": 5.0, "z=2.5": zscore(2.5)}
+_TYPICAL = {"0.1": 0.1, "0.5": 0.5, "1": 1.0, "5": 5.0, "z2.5": zscore(2.5)}
 _KNOWN = 10  # norms that make a median
 
 
