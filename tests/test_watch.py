@@ -259,6 +259,19 @@ def test_no_gradient_is_kept_and_none_is_changed_by_the_candidates():
     assert jaxpr.jaxpr.outvars[0] is jaxpr.jaxpr.invars[0]
 
 
+def test_one_read_with_a_clip_of_the_same_blocks():
+    """XLA merges the two equal measurements; that of a global clip is another one."""
+
+    def loops(*chain):
+        tx = optax.chain(*chain)
+        state = tx.init(PARAMS)
+        compiled = jax.jit(lambda g, s: tx.update(g, s)).lower(PARAMS, state).compile()
+        return compiled.as_text().count(" while(")
+
+    assert loops(oc.watch()) == 1 == loops(oc.watch(), oc.clip_by_leaf_norm(1.0))
+    assert loops(oc.watch(), oc.clip_by_global_norm(1.0)) == 2
+
+
 def test_in_multi_steps_and_after_a_skip():
     with jax.numpy_dtype_promotion("standard"):
         tx = optax.MultiSteps(optax.chain(oc.watch(), optax.sgd(0.1)), 2)

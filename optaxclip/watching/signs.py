@@ -50,7 +50,7 @@ def _sound(x: np.ndarray) -> np.ndarray:
 def _not_finite(w: Window) -> Found:
     for name, x in (("norm", w.norms), ("loss", w.losses)):
         bad = np.flatnonzero(~np.isfinite(x)) if x is not None else []
-        if len(bad):
+        if x is not None and len(bad):
             yield (
                 f"{name}-not-finite",
                 f"the {name} is NaN or infinite on {len(bad)} of {len(x)} steps, first on the {bad[0] + 1}. of them.",

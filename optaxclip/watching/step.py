@@ -63,17 +63,15 @@ def _ends(bad: jax.Array, names: tuple[str, ...]) -> tuple[jax.Array, jax.Array,
     """The first and the last bad block, and how many there are."""
     order = np.array(sorted(range(len(names)), key=lambda i: natural(names[i])), np.int32)
     places, hit = np.argsort(order).astype(np.int32), jnp.sum(bad, dtype=jnp.int32)
-    ends = [
-        jnp.min(jnp.where(bad, places, len(names)), initial=len(names)),
-        jnp.max(jnp.where(bad, places, -1), initial=-1),
-    ]
-    by_place = np.append(order, np.int32(-1))  # the last entry, -1, is met from both ends
-    return (*(jnp.asarray(by_place)[end] for end in ends), hit)
+    first = jnp.min(jnp.where(bad, places, len(names)), initial=len(names))
+    last = jnp.max(jnp.where(bad, places, -1), initial=-1)
+    by_place = jnp.asarray(np.append(order, np.int32(-1)))  # the last entry, -1, is met from both ends
+    return by_place[first], by_place[last], hit
 
 
 def last_not_finite(old: NotFinite, look: Look, step: jax.Array) -> NotFinite:
     """The record of the last step that was not finite, after one more step."""
-    total = optax.safe_increment(old.bad_total)
+    total = jnp.asarray(optax.safe_increment(old.bad_total))
     new = NotFinite(total, step, look.first, look.last, look.hit)
     return jax.tree.map(lambda a, b: jnp.where(look.hit > 0, a, b), new, old)
 

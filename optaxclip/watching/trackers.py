@@ -1,6 +1,6 @@
 """Quantiles in a number each, and thresholds in shadow: what learns of the norm, and touches nothing."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from optaxclip.thresholds.combine import Threshold, as_threshold, checked, hold_
 from optaxclip.thresholds.learned import LearnedState, number
 from optaxclip.thresholds.quantile import quantile
 
-Candidates = Mapping[str, Threshold] | Iterable[float]
+Candidates = Mapping[str, Threshold] | Sequence[float]
 
 _RATE = 0.1
 _RUN, _LONG = 8, 1000
@@ -46,7 +46,7 @@ def named_levels(quantiles: Iterable[float]) -> dict[str, float]:
 
 def fresh_trackers(levels: Mapping[str, float], norm: jax.Array) -> Trackers:
     """Trackers that have seen nothing; each array has a buffer of its own."""
-    fresh = quantile(0.5, _RATE).init
+    fresh: Any = quantile(0.5, _RATE).init
     return Trackers(fresh(norm), tuple(fresh(norm) for _ in levels), jnp.zeros((), jnp.int32))
 
 
@@ -61,7 +61,7 @@ def followed(levels: Mapping[str, float], norm: jax.Array, old: Trackers) -> Tra
     median: Any = quantile(0.5, rate).update(norm, old.median)[1]
     multiple = jnp.where((lags > 0) | (seen < 2 * _RUN), jnp.nan, norm / median.blocks.value)
     trackers = zip(levels.values(), old.multiples, strict=True)
-    multiples = tuple(quantile(q, _RATE).update(multiple, state)[1] for q, state in trackers)
+    multiples: Any = tuple(quantile(q, _RATE).update(multiple, state)[1] for q, state in trackers)
     return Trackers(median, multiples, _run(norm, old))
 
 
@@ -86,9 +86,11 @@ def named_candidates(candidates: Candidates) -> dict[str, optax.GradientTransfor
     Raises:
       ValueError: for what is no threshold.
     """
-    if not isinstance(candidates, Mapping):
-        candidates = {f"{checked(c, 'watch', 'candidates'):g}": c for c in candidates}
-    return {name: as_threshold(candidates[name], "watch", "candidates") for name in sorted(candidates)}
+    if isinstance(candidates, Mapping):
+        named: dict[str, Any] = {str(name): threshold for name, threshold in candidates.items()}
+    else:
+        named = {f"{checked(c, 'watch', 'candidates'):g}": c for c in candidates}
+    return {name: as_threshold(named[name], "watch", "candidates") for name in sorted(named)}
 
 
 def fresh_shadows(candidates: Mapping[str, Any], norm: jax.Array) -> tuple:

@@ -103,7 +103,11 @@ def watch(
     def init_fn(params):
         leaves = measured_leaves(params, exclude)
         names, dtype = names_of(leaves), accumulator(leaves.arrays)
-        return _fresh(dtype, len(names), min(top, len(names)), bad_steps)._replace(
+        return _fresh(
+            dtype,
+            len(names),
+            min(top, len(names)),
+            bad_steps,
             quantiles=jnp.zeros(len(levels), dtype),
             would_clip=jnp.zeros(len(trials), jnp.int32),
             trackers=fresh_trackers(levels, jnp.zeros((), dtype)),
@@ -136,8 +140,8 @@ def watch(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _fresh(dtype, blocks: int, top: int, bad_steps: int) -> WatchState:
-    """The state before the first step, but for what learns. Each array has a buffer of its own."""
+def _fresh(dtype, size: int, top: int, bad_steps: int, **learned: Any) -> WatchState:
+    """The state before the first step, given what learns. Each array has a buffer of its own."""
 
     def none():
         return jnp.full((), -1, jnp.int32)
@@ -149,12 +153,12 @@ def _fresh(dtype, blocks: int, top: int, bad_steps: int) -> WatchState:
         total_steps=zero(),
         total_norm=jnp.zeros((), dtype),
         median_ratio=jnp.ones((), dtype),
-        block_norms=jnp.zeros(blocks, dtype),
+        block_norms=jnp.zeros(size, dtype),
         top_blocks=jnp.full(top, -1, jnp.int32),
         top_shares=jnp.zeros(top, dtype),
         nonfinite=NotFinite(zero(), none(), none(), none(), zero()),
         bad=empty_ring(bad_steps, dtype),
-        **dict.fromkeys(("quantiles", "would_clip", "trackers", "shadows", "blocks", "quantile_names", "candidates")),
+        **learned,
     )
 
 

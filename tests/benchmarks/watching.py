@@ -123,9 +123,7 @@ def main(argv=None) -> None:
     parser.add_argument("--models", nargs="+", default=["cnn", "transformer", "transformer, few tokens"])
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to measure each model")
     args = parser.parse_args(argv)
-    print(
-        "| model | parameters | leaves | step, ms | | time of a step (quartiles) | rounds |\n|---|---|---|---|---|---|---|"
-    )
+    print("| model | parameters | leaves | step, ms | | time of a step (quartiles) | rounds |\n" + "|---" * 7 + "|")
     for name in args.models:
         model = models(args.small)[name]()
         leaves = jax.tree.leaves(model.params)
