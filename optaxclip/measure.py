@@ -49,9 +49,11 @@ def measure(norm: Norm, arrays: list[jax.Array], cut, span: Span) -> Measured:
       span: over which devices each leaf is spread.
     """
     dtype = accumulator(arrays)
-    blocks = jax.tree.map(lambda n: n.astype(dtype), cut.count([span.size(i) for i in range(len(arrays))]))
-    joined, apart = _one_vector_of(blocks) if cut.local and alone() else (_same, _same)
-    counts = joined(blocks)
+    counts = jax.tree.map(lambda n: n.astype(dtype), cut.count([span.size(i) for i in range(len(arrays))]))
+    joined, apart = _same, _same
+    if cut.local and len(counts) > 1 and alone():  # one operation on all units, not one on each leaf's: compiles faster
+        joined, apart = pack, functools.partial(unpack, like=counts)
+        counts = np.concatenate([n.ravel() for n in counts])
     contributions = functools.partial(_in_units if cut.local else _in_leaves, norm, dtype, cut.axes, span)
 
     def pooled(arrays, scales=None):
@@ -83,11 +85,6 @@ def measure(norm: Norm, arrays: list[jax.Array], cut, span: Span) -> Measured:
 
 def _same(x):
     return x
-
-
-def _one_vector_of(blocks: list) -> tuple[Callable, Callable]:
-    """To one vector of all units, and back: one operation on it compiles faster than one on each leaf's."""
-    return pack, functools.partial(unpack, like=blocks)
 
 
 def _in_units(norm: Norm, dtype, axes, span, arrays, scales) -> list[jax.Array]:
