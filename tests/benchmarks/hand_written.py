@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import math
+import os
 import pathlib
 import shutil
 import subprocess
@@ -42,6 +43,7 @@ def _library() -> ctypes.CDLL | None:
     built = subprocess.run([compiler, *flags, "clip.c", "-o", "clip.so", "-lm"], cwd=folder, capture_output=True)
     if built.returncode:
         return None
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or its threads fight with XLA's for the cores
     library = ctypes.CDLL(str(folder / "clip.so"))
     library.norm.restype = ctypes.c_float
     library.norm.argtypes = [ctypes.c_void_p, ctypes.c_long]
