@@ -13,6 +13,7 @@ suppress_warnings = ["myst.header"]  # choosing.md: a heading for each task, und
 
 myst_heading_anchors = 3
 default_role = "py:obj"  # `name` in a docstring is a link if it is a name of ours, else code
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"
 napoleon_use_ivar = True
 
@@ -21,7 +22,7 @@ html_title = "optaxclip"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
-html_theme_options = {"use_download_button": False, "use_fullscreen_button": False}
+html_theme_options = {"navbar_persistent": [], "use_download_button": False, "use_fullscreen_button": False}
 
 
 def keep_bars(app, what, name, obj, options, lines):
