@@ -12,9 +12,9 @@ exclude_patterns = ["_build"]
 suppress_warnings = ["myst.header"]  # choosing.md: a heading for each task, under a table that has none
 
 myst_heading_anchors = 3
-default_role = "py:obj"  # `name` in a docstring is a link if it is a name of ours, else code
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"
+napoleon_attr_annotations = False  # the text says what a field is; the types are long
 napoleon_use_ivar = True
 
 html_theme = "sphinx_book_theme"
@@ -25,12 +25,26 @@ html_copy_source = False
 html_theme_options = {"navbar_persistent": [], "use_download_button": False, "use_fullscreen_button": False}
 
 
-def keep_bars(app, what, name, obj, options, lines):
-    """Leaves |x| in a docstring what it is, a modulus: to reStructuredText it is a substitution."""
-    for i, line in enumerate(lines):
-        if not line.lstrip().startswith((">>>", "...")):
-            lines[i] = re.sub(r"(`[^`]*`)|\|", lambda found: found[1] or r"\|", line)
+PIECES = re.compile(
+    r"^\s*(?:>>>|\.\.\.) .*$"  # an example
+    r"|`[^`]+`_"  # a link
+    r"|`(?P<code>[^`]+)`"
+    r"|(?P<bar>\|)",  # |x| is a modulus; to reStructuredText it is a substitution
+    re.MULTILINE,
+)
+
+
+def as_written(app, what, name, obj, options, lines):
+    """Our docstrings' backticks as code, or as a link where they hold a public name, and bars as they are."""
+
+    def piece(found):
+        if found["code"]:
+            name = found["code"].removeprefix("optaxclip.")
+            return f":py:obj:`{name}`" if name in optaxclip.__all__ else f"``{found['code']}``"
+        return r"\|" if found["bar"] else found[0]
+
+    lines[:] = PIECES.sub(piece, "\n".join(lines)).split("\n")
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", keep_bars)
+    app.connect("autodoc-process-docstring", as_written)
