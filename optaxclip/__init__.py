@@ -38,6 +38,7 @@ from optaxclip.algorithms.value import clip, clip_by_value
 from optaxclip.algorithms.zclip import zclip
 from optaxclip.check import Finding, check
 from optaxclip.core import ClipState, clip_by
+from optaxclip.history import History
 from optaxclip.norms import Norm, l1, l2, linf, lp, rms
 from optaxclip.recommend import Recommendation, recommend
 from optaxclip.record import Metrics, metrics
@@ -49,21 +50,30 @@ from optaxclip.thresholds.learned import Statistic, learned
 from optaxclip.thresholds.quantile import median, percentile, quantile, window_zscore
 from optaxclip.thresholds.running import log_zscore, previous, running, zscore
 from optaxclip.tuning import tune
+from optaxclip.watching.bad import BadStep, bad_steps
+from optaxclip.watching.diagnose import Sign, diagnose
+from optaxclip.watching.explain import explain
+from optaxclip.watching.state import WatchState
+from optaxclip.watching.watch import watch
 from optaxclip.wrappers import skip_nonfinite, skip_spikes
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Action",
+    "BadStep",
     "ClipState",
     "ClippedExamples",
     "Finding",
+    "History",
     "Metrics",
     "Norm",
     "Recommendation",
     "Scope",
+    "Sign",
     "Statistic",
     "Sweep",
+    "WatchState",
     "accepted",
     "adagc",
     "adamw_clip",
@@ -71,6 +81,7 @@ __all__ = [
     "at_least",
     "at_most",
     "autoclip",
+    "bad_steps",
     "band",
     "band_clip",
     "check",
@@ -91,6 +102,8 @@ __all__ = [
     "clipped_value_and_grad",
     "clippy",
     "constant",
+    "diagnose",
+    "explain",
     "ghost_parameters",
     "groups",
     "l1",
@@ -141,6 +154,7 @@ __all__ = [
     "unitwise_clip",
     "unitwise_norm",
     "until",
+    "watch",
     "window_zscore",
     "zclip",
     "zero",

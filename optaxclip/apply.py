@@ -37,7 +37,7 @@ class Factors(NamedTuple):
     clipped: Any
 
 
-def factors_of(action: Action, nonfinite: Nonfinite, lengths, units, bounds) -> Factors:
+def factors_of(lengths, units, bounds, *, action: Action, nonfinite: Nonfinite) -> Factors:
     """The factors of blocks, given their lengths (in `units`, see `Measured`) and bounds; a negative bound counts as 0.
 
     A block that is 2¹⁰⁰ times its bound is in the far regime of every action: its factor is proportional to the bound.

@@ -103,7 +103,7 @@ def clip_by(
         return scope.cut(paths, [x.shape for x in arrays])
 
     # Compiled, so that a clip that is called without jit takes a few calls of what is compiled once.
-    factor_rule = jax.jit(functools.partial(factors_of, action, nonfinite), inline=True)
+    factor_rule = jax.jit(functools.partial(factors_of, action=action, nonfinite=nonfinite), inline=True)
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def measured(paths: tuple[str, ...], arrays: list[jax.Array]) -> Measured:
@@ -123,13 +123,13 @@ def clip_by(
     def update_fn(updates, state, params=None, **extra_args):
         leaves = measured_leaves(updates, exclude)
         state = _fresh_if_none(state, init_fn, updates)
-        _check_names(cut(leaves.paths, leaves.arrays).names, state.metrics.blocks)
+        check_names(cut(leaves.paths, leaves.arrays).names, state.metrics.blocks)
         seen = leaves.arrays if view is None else _viewed(view, leaves, params, exclude)
         found = measured(leaves.paths, seen)
         norms = jax.tree.map(lambda n: n.astype(state.metrics.grad_norm.dtype), found.norms)
 
         def param_norms() -> Any:
-            return measured(leaves.paths, _params_of(leaves, params, exclude)).norms
+            return measured(leaves.paths, params_of(leaves, params, exclude)).norms
 
         bounds, new = threshold.update(norms, state.threshold, cast(Any, param_norms), **extra_args)
         factors = Factors(*map_blocks(factor_rule, 5, found.lengths, found.units, bounds))
@@ -153,7 +153,7 @@ def _fresh_if_none(state, init_fn, updates) -> ClipState:
     return state
 
 
-def _check_names(names, known) -> None:
+def check_names(names, known) -> None:
     """Raises unless the blocks of the updates are those that `init` saw."""
     new, missing = sorted(set(names) - set(known)), sorted(set(known) - set(names))
     if new or missing:
@@ -165,10 +165,10 @@ def _check_names(names, known) -> None:
 
 def _viewed(view: View, leaves: Leaves, params, exclude: Exclude) -> list[jax.Array]:
     """What is measured in place of the updates."""
-    return [view(widen(g), widen(w)) for g, w in zip(leaves.arrays, _params_of(leaves, params, exclude), strict=True)]
+    return [view(widen(g), widen(w)) for g, w in zip(leaves.arrays, params_of(leaves, params, exclude), strict=True)]
 
 
-def _params_of(leaves: Leaves, params, exclude: Exclude) -> list[jax.Array]:
+def params_of(leaves: Leaves, params, exclude: Exclude) -> list[jax.Array]:
     """The parameters that belong to the measured updates, found by path."""
     if params is None:
         raise ValueError(

@@ -99,7 +99,7 @@ def seeks_spikes(node: Node) -> bool:
 def _of_clip_by(facts: dict[str, Any], paths: frozenset[str]) -> Clip:
     """What our own engine does: see `optaxclip.clip_by`."""
     scope, norm = holds(facts["cut"])["scope"], holds(facts["measured"])["norm"]
-    action, threshold, made_by = facts["action"], facts["threshold"], makers(facts["threshold"])
+    action, threshold, made_by = holds(facts["factor_rule"])["action"], facts["threshold"], makers(facts["threshold"])
     block = "tree" if scope is tree else "leaf" if scope is leaf and norm is not rms else "other"
     hard = action is rescale or maker(action) == "_action"
     learned = bool(made_by & {"learned", "lag"}) and "previous" not in made_by

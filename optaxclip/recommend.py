@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip.history import blocks, stacked
+from optaxclip.history import History, blocks, stacked
 from optaxclip.series import FEWEST, Numbers, known_logs, numbers_of
 
 SHARES = (0.01, 0.05, 0.10)
@@ -88,7 +88,8 @@ def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendati
 
 def _read(norms: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The norm of the whole at each step, and the norms of layers, if there are any."""
-    if isinstance(norms, Mapping) or (isinstance(norms, list | tuple) and norms and isinstance(norms[0], Mapping)):
+    rows = isinstance(norms, list | tuple) and norms and isinstance(norms[0], Mapping)
+    if rows or isinstance(norms, Mapping | History):
         seen = stacked(norms)
         layers = blocks(seen) or ({} if "grad_norm" in seen else seen)
         return (_whole(np.stack(list(layers.values()), axis=1)) if layers else seen["grad_norm"]), layers

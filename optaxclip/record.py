@@ -1,6 +1,7 @@
 """What a clip did: the record that it keeps in its state, and how to read it out of any optimizer's state."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import optax
 
 from optaxclip.leaves import pack
 from optaxclip.mesh import alone
+from optaxclip.watching.state import WatchState, scalars_of
 
 
 class Metrics(NamedTuple):
@@ -122,14 +124,23 @@ def _extremes(step: Step) -> Step:
     )
 
 
-def _plain(x):
-    """An array out of the variable that Flax's `nnx.Optimizer` wraps it in; other arrays as they are."""
-    return x[...] if hasattr(type(x), "get_metadata") or hasattr(x, "raw_value") else x
+def _is_variable(x) -> bool:
+    return hasattr(type(x), "get_metadata") or hasattr(x, "raw_value")
+
+
+def plain(tree: Any) -> Any:
+    """A tree of arrays, out of the variables that Flax's `nnx.Optimizer` wraps them in."""
+    return jax.tree.map(lambda x: x[...] if _is_variable(x) else x, tree, is_leaf=_is_variable)
+
+
+def found_in(opt_state: Any, *kinds: type) -> list:
+    """All nodes of these kinds in a state, in its order, as plain arrays; the inside of one is not searched."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
+    return [plain(x) for x in nodes if isinstance(x, kinds)]
 
 
 def _of_one(m: Metrics, prefix: str) -> dict[str, jax.Array]:
     names = sorted(m.blocks)
-    m = m._replace(**{field: _plain(getattr(m, field)) for field in m._fields if field != "blocks"})
     fields = {
         "grad_norm": (m.grad_norm, jnp.max),
         "bound": (m.clip_bound, jnp.min),
@@ -145,8 +156,8 @@ def _of_one(m: Metrics, prefix: str) -> dict[str, jax.Array]:
     return out
 
 
-def metrics(opt_state: Any, prefix: str = "clip/") -> dict[str, jax.Array]:
-    """What the clips in an optimizer's state did, as a flat dict of scalars that any logger takes.
+def metrics(opt_state: Any, prefix: str = "clip/", watch_prefix: str = "watch/") -> dict[str, jax.Array]:
+    """What the clips and watches in an optimizer's state saw and did, as a flat dict of scalars that any logger takes.
 
     Finds every clip, however deep: in `optax.chain`, `masked`, `partition`, `MultiSteps`, `inject_hyperparams`,
     `apply_if_finite`, a Flax `nnx.Optimizer` (pass `optimizer.opt_state`) or a linen `TrainState`.  Safe under `jit`;
@@ -154,7 +165,8 @@ def metrics(opt_state: Any, prefix: str = "clip/") -> dict[str, jax.Array]:
 
     Args:
       opt_state: the state of an optimizer, or anything that holds one.
-      prefix: what all keys start with.
+      prefix: what all keys of clips start with.
+      watch_prefix: what all keys of `optaxclip.watch` start with.
 
     Returns:
       A dict with the keys `grad_norm` (before the clip), `bound`, `factor`, `clipped` (1 if clipped at this step, else
@@ -162,6 +174,10 @@ def metrics(opt_state: Any, prefix: str = "clip/") -> dict[str, jax.Array]:
       several named blocks these are the largest norm, the smallest bound, the smallest factor, the mean shares and the
       largest count, and each but `steps` occurs again as `grad_norm/<block>` and so on.  With several clips, the keys
       start with `clip/0/`, `clip/1/`, in the order of the state.
+
+      Of a watch: `grad_norm` and `grad_norm/<block>`, `median_ratio`, `top_block/0` (an index into the sorted names of
+      blocks) with `top_share/0` and so on, `quantile/0.5`, `would_clip/<candidate>`, `nonfinite_steps`, of the last of
+      them `nonfinite_step` and `nonfinite_block`, `bad_steps` and `steps`.
 
     >>> import jax.numpy as jnp, optax, optaxclip
     >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
@@ -171,11 +187,12 @@ def metrics(opt_state: Any, prefix: str = "clip/") -> dict[str, jax.Array]:
     >>> float(seen["clip/grad_norm"]), float(seen["clip/bound"]), float(seen["clip/clipped"])
     (5.0, 1.0, 1.0)
     """
+    clips, watches = found_in(opt_state, Metrics), found_in(opt_state, WatchState)
+    return _numbered(clips, _of_one, prefix) | _numbered(watches, scalars_of, watch_prefix)
 
-    def ours(x):
-        return isinstance(x, Metrics)
 
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=ours) if ours(x)]
+def _numbered(found: list, read: Callable[[Any, str], dict], prefix: str) -> dict[str, jax.Array]:
+    """The scalars of all that was found; where that is more than one, with a number behind the prefix."""
     if len(found) == 1:
-        return _of_one(found[0], prefix)
-    return {key: value for i, m in enumerate(found) for key, value in _of_one(m, f"{prefix}{i}/").items()}
+        return read(found[0], prefix)
+    return {key: value for i, x in enumerate(found) for key, value in read(x, f"{prefix}{i}/").items()}

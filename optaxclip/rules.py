@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from optaxclip.chains import HOLDERS, Node, common, feeds, maker
+from optaxclip.chains import HOLDERS, Node, common, feeds, holds, maker
 from optaxclip.kinds import (
     GUARDS,
     NORMALISERS,
@@ -169,7 +169,7 @@ def _guard_after_clip(nodes: list[Node]) -> Found:
 
 def _hides(node: Node) -> str | None:
     """What a node turns into finite numbers."""
-    if node.facts.get("nonfinite") == "zero" and node.name == "clip_by":
+    if node.name == "clip_by" and holds(node.facts["factor_rule"])["nonfinite"] == "zero":
         return "a NaN or an infinity"
     if node.name == "zero_nans":
         return "a NaN"

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from tests.benchmarks import choosing, robustness, speed, tuning
+from tests.benchmarks import choosing, robustness, speed, tuning, watching
 
 
 @pytest.mark.slow
@@ -56,3 +56,13 @@ def test_the_tuned_threshold_is_judged_on_other_seeds(tmp_path, capsys):
     rows = [line for line in text.splitlines() if line.startswith("| character RNN |")]
     assert len(rows) == 6 and "no clip" in rows[-1] and picture.stat().st_size < 80_000
     assert "| value | final loss: median |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_watch_is_reported(capsys):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        watching.main(["--small", "--models", "cnn"])
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        len(lines) == 2 + len(watching.CHAINS) + len(watching.EVERY) and len({line.count("|") for line in lines}) == 1
+    )

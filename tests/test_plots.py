@@ -46,6 +46,7 @@ def closed():
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_axes_in_and_axes_out(name):
+    plt.close("all")
     other = plt.figure()
     figure, ax = plt.subplots()
     assert DRAWN[name](ax) is ax and plt.get_fignums() == [other.number, figure.number]

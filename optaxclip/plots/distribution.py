@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.history import History, blocks, stacked
+from optaxclip.history import Recorded, blocks, stacked
 from optaxclip.plots.axes import DARK, LIGHT, above, axes_or_new, plain_numbers
 
 LINES = ("-", "--", "-.", ":")
 
 
-def plot_layers(history: History, ax: Any = None, *, columns: int = 200, clip: int = 0) -> Any:
+def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: int = 0) -> Any:
     """Draws the norms of all layers over the steps as a heat map, dark for long, on a log scale.
 
     Args:

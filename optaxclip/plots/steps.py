@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.history import History, stacked
+from optaxclip.history import Recorded, stacked
 from optaxclip.plots.axes import DARK, GREY, above, axes_or_new, plain_numbers
 
 
-def plot_norms(history: History, ax: Any = None, *, clip: int = 0) -> Any:
+def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     """Draws the norm before the clip, the bound, and the steps that were clipped, on a log scale.
 
     Steps whose norm is NaN or infinite are triangles at the upper edge.
@@ -50,7 +50,7 @@ def plot_norms(history: History, ax: Any = None, *, clip: int = 0) -> Any:
     return ax
 
 
-def plot_loss(history: History, ax: Any = None, *, key: str = "loss", clip: int = 0) -> Any:
+def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int = 0) -> Any:
     """Draws the loss, with the clipped steps marked on it.
 
     Args:
@@ -77,7 +77,7 @@ def plot_loss(history: History, ax: Any = None, *, key: str = "loss", clip: int 
     return ax
 
 
-def plot_clipped_share(history: History, ax: Any = None, *, window: int | None = None, clip: int = 0) -> Any:
+def plot_clipped_share(history: Recorded, ax: Any = None, *, window: int | None = None, clip: int = 0) -> Any:
     """Draws which share of the steps was clipped: over the last `window` steps, and since the start.
 
     Args:

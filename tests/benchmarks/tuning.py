@@ -7,8 +7,6 @@ learning rate of the task, and each (recommended, default, no clip) at the rate 
 """
 
 import argparse
-import pathlib
-import re
 
 import jax
 import numpy as np
@@ -16,6 +14,7 @@ import optax
 
 import optaxclip
 from optaxclip.sweep import capped
+from tests.benchmarks.reporting import put_into
 from tests.benchmarks.trainings import TRAININGS, Training
 
 VALUES = tuple(float(f"{value:.2g}") for value in np.geomspace(0.01, 1000, 11))
@@ -106,9 +105,7 @@ def main(argv=None):
     text = "\n".join(["All at the largest rate:\n", HEAD, *same, "\nEach at its best rate:\n", HEAD, *own])
     print(text)
     if args.into:
-        document, new = pathlib.Path(args.into), f"<!-- results -->\n\n{text}\n\n<!-- end -->"
-        old = document.read_text()
-        document.write_text(re.sub("<!-- results -->.*<!-- end -->", lambda match: new, old, flags=re.DOTALL))
+        put_into(args.into, "results", text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,136 @@
+"""What `optaxclip.watch` costs when it is left on, and what logging it costs.
+
+    python -m tests.benchmarks.watching [--small] [--models cnn transformer] [--seconds 60]
+
+Prints a markdown table: the time of a whole training step (forward, backward, clip, Adam) relative to one without a
+watch, as the median and the quartiles of ratios of runs that followed each other, A B .. B A.  "log every N" reads
+`optaxclip.metrics`, jitted apart from the step, to the host every N-th step and writes a line of CSV.
+"""
+
+import argparse
+import functools
+import io
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optaxclip
+from tests.benchmarks.per_example import _CNN, Model, _model, _Transformer
+
+CLIP = optaxclip.clip_by_global_norm(1.0)
+CHAINS = {
+    "no watch": CLIP,
+    "no watch, again": CLIP,
+    "watch": optax.chain(optaxclip.watch(), CLIP),
+    "watch, groups": optax.chain(optaxclip.watch(scope=optaxclip.groups()), CLIP),
+}
+EVERY = (1, 10, 100)
+
+
+def models(small: bool) -> dict:
+    """What each name stands for: a function, so that only what is asked for is built."""
+    rng = np.random.default_rng(0)
+    n, width, words, length, side = (2, 32, 40, 4, 8) if small else (32, 256, 2000, 32, 32)
+
+    def text(tokens):
+        return jnp.asarray(rng.integers(0, words, (max(tokens // length, 1), length)))
+
+    def image():
+        return jnp.asarray(rng.normal(size=(n, side, side, 3)), jnp.float32), jnp.asarray(rng.integers(0, 10, n))
+
+    return {
+        "cnn": lambda: _model(_CNN(width // 16), *image()),
+        "transformer": lambda: _model(_Transformer(words, width // 2), text(16 * n), text(16 * n)),
+        "transformer, few tokens": lambda: _model(_Transformer(words, width // 2), text(4 * n), text(4 * n)),
+    }
+
+
+def training(model: Model, clip):
+    """A compiled step, `state -> (state, loss)`, and its first state."""
+    tx = optax.chain(clip, optax.adam(1e-3))
+
+    def loss_of(params):
+        return jnp.mean(jax.vmap(model.loss, (None, 0))(params, model.batch))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        params, opt_state = state
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    params = jax.tree.map(jnp.copy, model.params)
+    return step, (params, tx.init(params))
+
+
+def logged(step, every: int | None):
+    """Runs one step at a time, and logs every so many of them."""
+    count, sink, read = 0, io.StringIO(), jax.jit(optaxclip.metrics)
+
+    def run(state):
+        nonlocal count
+        state, loss = step(state)
+        count += 1
+        if every and count % every == 0:
+            row = jax.device_get(read(state[1]) | {"loss": loss})
+            sink.write(",".join(f"{x:g}" for x in row.values()) + "\n")
+        return state
+
+    return run
+
+
+def measured(runs: dict, states: dict, seconds: float, burst: int) -> dict:
+    """Quartiles of the time of each way relative to the first."""
+    names = list(runs)
+    ratios: dict = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    while not ratios[names[0]] or time.perf_counter() < end:
+        times = dict.fromkeys(names, 0.0)
+        for order in (names, names[::-1]):
+            for name in order:
+                start = time.perf_counter()
+                for _ in range(burst):
+                    states[name] = runs[name](states[name])
+                jax.block_until_ready(states[name])
+                times[name] += time.perf_counter() - start
+        for name in names:
+            ratios[name].append(times[name] / times[names[0]])
+    return {name: (np.quantile(ratios[name], [0.25, 0.5, 0.75]), len(ratios[name])) for name in names}
+
+
+def rows(model: Model, seconds: float, small: bool):
+    """One row a way of taking steps."""
+    made = {name: training(model, clip) for name, clip in CHAINS.items()}
+    made |= {f"watch, log every {n}": training(model, CHAINS["watch"]) for n in EVERY}
+    every = {f"watch, log every {n}": n for n in EVERY}
+    runs = {name: logged(step, every.get(name)) for name, (step, _) in made.items()}
+    states = {name: jax.block_until_ready(runs[name](state)) for name, (_, state) in made.items()}
+    start = time.perf_counter()
+    states["no watch"] = jax.block_until_ready(runs["no watch"](states["no watch"]))
+    milliseconds = 1e3 * (time.perf_counter() - start)
+    burst = 1 if small else max(1, round(100 / milliseconds))  # a tenth of a second
+    for name, (quartiles, rounds) in measured(runs, states, seconds, burst).items():
+        yield name, milliseconds, quartiles, rounds
+
+
+def main(argv=None) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="tiny models, one round: to see that it runs")
+    parser.add_argument("--models", nargs="+", default=["cnn", "transformer", "transformer, few tokens"])
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long to measure each model")
+    args = parser.parse_args(argv)
+    print("| model | parameters | leaves | step, ms | | time of a step (quartiles) | rounds |\n" + "|---" * 7 + "|")
+    for name in args.models:
+        model = models(args.small)[name]()
+        leaves = jax.tree.leaves(model.params)
+        size = f"{sum(x.size for x in leaves) / 1e6:.2f} M | {len(leaves)}"
+        for way, ms, (low, mid, high), rounds in rows(model, 0 if args.small else args.seconds, args.small):
+            print(f"| {name} | {size} | {ms:.0f} | {way} | {mid:.3f} ({low:.3f}-{high:.3f}) | {rounds} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,380 @@
+"""What a watch keeps: the right numbers, the planted culprit, and gradients that come out as they went in."""
+
+import pickle
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optaxclip as oc
+from tests.series import POISONS, factors
+
+PARAMS = {f"layers/{i}": jnp.full((2, 2), 0.1 * (i + 1)) for i in range(12)} | {"embed": jnp.full((3,), 0.2)}
+NAMES = sorted(PARAMS)
+
+
+def scaled(factor, **blocks):
+    """Gradients in which some blocks are multiplied by more."""
+    by_name = {name.replace("_", "/"): x for name, x in blocks.items()}
+    return {name: g * jnp.asarray(factor * by_name.get(name, 1.0), g.dtype) for name, g in PARAMS.items()}
+
+
+def norm_of(grads):
+    return np.sqrt(sum(np.sum(np.square(np.asarray(g, np.float64))) for g in jax.tree.leaves(grads)))
+
+
+def lengths(steps=400, sigma=0.4, seed=0):
+    return np.exp(sigma * np.random.default_rng(seed).normal(size=steps)).astype(np.float32)
+
+
+def run(tx, series, start=None, tags=None):
+    """The state after steps with these multiples of the gradients, and the metrics of each step."""
+
+    def step(state, now):
+        factor, tag = now
+        _, state = tx.update(scaled(factor), state, PARAMS, tag=tag)
+        return state, oc.metrics(state)
+
+    tags = jnp.arange(len(series), dtype=jnp.int32) if tags is None else tags
+    return jax.jit(lambda state: jax.lax.scan(step, state, (jnp.asarray(series), tags)))(start or tx.init(PARAMS))
+
+
+def test_updates_come_out_bit_for_bit():
+    odd = {
+        "half": jnp.array([1e-8, jnp.nan, jnp.inf, 3.0], jnp.bfloat16),
+        "int": jnp.arange(3),
+        "none": None,
+        "phase": jnp.array([1 + 2j, -0.0]),
+        "signed": jnp.array([-0.0, 1e-45]),
+        "weak": jnp.asarray(1.5),
+        "zero": jnp.zeros((0, 2)),
+    }
+    tx = oc.watch()
+    out, _ = jax.jit(tx.update)(odd, tx.init(odd))
+    chex.assert_trees_all_equal_shapes_and_dtypes(out, odd)
+    for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(odd), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes() and a.weak_type == b.weak_type
+
+
+def test_norms_and_shares_are_numpys():
+    tx, grads = oc.watch(top=4), scaled(3.0, layers_7=20.0, embed=5.0)
+    _, state = tx.update(grads, tx.init(PARAMS))
+    norms = np.array([norm_of(grads[name]) for name in NAMES])
+    np.testing.assert_allclose(state.block_norms, norms, rtol=1e-6)
+    np.testing.assert_allclose(state.total_norm, norm_of(grads), rtol=1e-6)
+    order = np.argsort(-norms)[:4]
+    np.testing.assert_array_equal(state.top_blocks, order)
+    np.testing.assert_allclose(state.top_shares, np.square(norms[order]) / np.sum(np.square(norms)), rtol=1e-5)
+    assert NAMES[state.top_blocks[0]] == "layers/7" and float(state.median_ratio) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 3e37])
+def test_norms_of_any_size(scale):
+    tx = oc.watch()
+    _, state = tx.update(scaled(scale), tx.init(PARAMS))
+    np.testing.assert_allclose(np.float64(state.total_norm) / scale, norm_of(PARAMS), rtol=1e-5)
+    np.testing.assert_allclose(np.sum(np.asarray(state.top_shares)), 3 * 0.0 + sum(_shares()[:3]), rtol=1e-5)
+    assert int(state.nonfinite.bad_total) == 0
+
+
+def _shares():
+    squares = sorted((norm_of(g) ** 2 for g in PARAMS.values()), reverse=True)
+    return np.array(squares) / sum(squares)
+
+
+def test_a_finite_gradient_beyond_the_largest_float_is_finite():
+    tx, grads = oc.watch(), {"a": jnp.full(4, 3e38), "b": jnp.full(4, 3e38)}
+    _, state = tx.update(grads, tx.init(grads))
+    assert float(state.total_norm) == np.finfo(np.float32).max and int(state.nonfinite.bad_total) == 0
+    np.testing.assert_allclose(state.top_shares, 0.5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_planted_block_that_is_not_finite_is_found(bad):
+    tx = oc.watch()
+    state = tx.init(PARAMS)
+    for step in range(4):
+        grads = scaled(1.0) if step != 2 else scaled(1.0, layers_10=bad, layers_2=bad, layers_3=bad)
+        _, state = tx.update(grads, state, tag=step * 11)
+    found = state.nonfinite
+    assert (int(found.bad_total), int(found.at_step), int(found.blocks_hit)) == (1, 3, 3)
+    assert (NAMES[found.first], NAMES[found.last]) == ("layers/2", "layers/10")  # as people count
+    (step,) = oc.bad_steps(state)
+    assert step[:1] + step[3:] == (3, "layers/2", pytest.approx(1 / 3), 22) and not np.isfinite(step.norm)
+
+
+def test_quantiles_are_near_numpys():
+    for sigma, seed in ((0.2, 0), (0.5, 1)):
+        series = lengths(600, sigma, seed)
+        _, seen = run(oc.watch(quantiles=(0.05, 0.25, 0.5, 0.95)), series)
+        for q in (0.05, 0.25, 0.5, 0.95):
+            want = np.quantile(series, q) * norm_of(PARAMS)
+            usual = np.exp(np.mean(np.log(seen[f"watch/quantile/{q}"][200:])))
+            assert abs(np.log(usual / want)) < 0.25 * sigma, (q, sigma)
+
+
+CANDIDATES = {
+    "2": 2.0,
+    "log": oc.log_zscore(2.0),
+    "mean": oc.running(1.5),
+    "own": oc.lag(optax.chain(optax.ema(0.9), optax.scale(1.2))),
+    "params": oc.param_relative(1.5),
+    "step": lambda step: 1.0 + step.astype(float) / 100,
+    "z": oc.zscore(2.5),
+}
+
+
+def alone(tx):
+    """A clip whose result goes nowhere."""
+
+    def update_fn(updates, state, params=None, **extra_args):
+        return updates, tx.update(updates, state, params)[1]
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def test_candidates_in_shadow_are_the_clips_themselves():
+    series = lengths(200)
+    series[[50, 51, 120]] = [np.nan, 100, np.inf]
+    with jax.numpy_dtype_promotion("standard"):  # `optax.ema` needs it
+        clips = [oc.clip_by(threshold) for threshold in CANDIDATES.values()]
+        seen = run(optax.chain(oc.watch(candidates=CANDIDATES), *map(alone, clips)), series)[1]
+    for i, name in enumerate(CANDIDATES):
+        np.testing.assert_allclose(
+            seen[f"watch/would_clip/{name}"], seen[f"clip/{i}/clipped_fraction"], 1e-6, err_msg=name
+        )
+
+
+def test_rates_of_numbers_are_numpys():
+    series = lengths(100)
+    state, seen = run(oc.watch(candidates=(0.5, 1, 2.5)), series)
+    norms = series * norm_of(PARAMS)
+    for bound in (0.5, 1, 2.5):
+        np.testing.assert_allclose(seen[f"watch/would_clip/{bound:g}"][-1], np.mean(norms > bound), rtol=1e-6)
+    assert state.candidates == {"0.5": None, "1": None, "2.5": None}
+
+
+def test_groups():
+    tx = oc.watch(scope=oc.groups(lambda path: path.split("/")[0]))
+    _, state = tx.update(scaled(1.0), tx.init(PARAMS))
+    layers = [g for name, g in PARAMS.items() if name != "embed"]
+    np.testing.assert_allclose(state.block_norms, [norm_of(PARAMS["embed"]), norm_of(layers)], rtol=1e-6)
+    assert state.blocks == {"embed": None, "layers": None} and state.top_blocks.tolist() == [1, 0]
+
+
+def test_the_ring_keeps_the_last_bad_steps_and_their_tags():
+    series = np.ones(60, np.float32)
+    bad = {20: 10.0, 25: np.nan, 30: 7.0, 31: 6.0, 55: 100.0}
+    series[list(bad)] = list(bad.values())
+    series[3] = 50.0  # too early: the median is not known yet
+    state, _ = run(oc.watch(bad_steps=4), series, tags=jnp.arange(1000, 1060, dtype=jnp.int32))
+    steps = oc.bad_steps(state)
+    assert [s.step for s in steps] == [26, 31, 32, 56] and [s.tag for s in steps] == [1025, 1030, 1031, 1055]
+    assert [s.block for s in steps] == ["embed", "layers/11", "layers/11", "layers/11"]
+    np.testing.assert_allclose([s.norm for s in steps[1:]], np.array([7, 6, 100]) * norm_of(PARAMS), rtol=1e-5)
+    np.testing.assert_allclose([s.median_ratio for s in steps[1:]], [7, 6, 100], rtol=0.35)
+    assert int(state.bad.seen_total) == 5
+
+
+def test_tags_are_one_integer_or_nothing():
+    tx = oc.watch()
+    state = tx.init(PARAMS)
+    _, after = tx.update(scaled(jnp.nan), state)
+    assert oc.bad_steps(after)[0].tag is None
+    for tag in (7, np.int64(7), jnp.uint8(7)):
+        assert oc.bad_steps(tx.update(scaled(jnp.nan), state, tag=tag)[1])[0].tag == 7
+    for tag in (1.5, "a", jnp.arange(2)):
+        with pytest.raises(ValueError, match="tag must be one integer"):
+            tx.update(PARAMS, state, tag=tag)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scope": oc.tree},
+        {"scope": oc.units()},
+        {"top": 0},
+        {"bad_steps": 0},
+        {"quantiles": (1.5,)},
+        {"candidates": {"a": -1.0}},
+        {"candidates": ["a"]},
+        {"spike_factor": 0.5},
+    ],
+)
+def test_wrong_arguments(wrong):
+    with pytest.raises(ValueError, match="watch"):
+        oc.watch(**wrong)
+
+
+def test_wrong_states():
+    tx = oc.watch()
+    with pytest.raises(ValueError, match=r"tx\.init"):
+        tx.update(PARAMS, None)
+    with pytest.raises(ValueError, match="new are"):
+        tx.update({"other": jnp.ones(1)}, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize("tree", [{}, None, {"a": jnp.arange(3)}, {"a": jnp.zeros(0)}, {"a": jnp.zeros(2)}])
+def test_nothing_to_see(tree):
+    tx = oc.watch()
+    state = tx.init(tree)
+    for _ in range(12):
+        _, state = tx.update(tree, state)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(oc.metrics(state)))
+    assert float(state.total_norm) == 0 and not oc.bad_steps(state) and int(state.total_steps) == 12
+    assert isinstance(oc.explain(state, tree), str)
+
+
+def test_one_trace_and_donation():
+    tx, traces = optax.chain(oc.watch(), oc.clip_by_global_norm(1.0), optax.sgd(0.1)), []
+
+    def step(state, factor, tag):
+        traces.append(1)
+        return tx.update(scaled(factor), state, PARAMS, tag=tag)[1]
+
+    state = tx.init(PARAMS)
+    buffers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.size]
+    assert len(set(buffers)) == len(buffers)
+    step = jax.jit(step, donate_argnums=0)
+    for i in range(3):
+        old, state = state, step(state, jnp.float32(i), jnp.int32(i))
+        assert old[0].total_steps.is_deleted()
+    assert len(traces) == 1
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(PARAMS))
+
+
+def test_no_gradient_is_kept_and_none_is_changed_by_the_candidates():
+    """The state is small whatever the tree, and the program has no output but the gradients that is as large."""
+    tx, grads = oc.watch(), {"w": jnp.ones((30, 30))}
+    state = tx.init(grads)
+    assert sum(x.size for x in jax.tree.leaves(state)) < 120
+    jaxpr = jax.make_jaxpr(tx.update)(grads, state)
+    assert jaxpr.jaxpr.outvars[0] is jaxpr.jaxpr.invars[0]
+
+
+def test_one_read_with_a_clip_of_the_same_blocks():
+    """XLA merges the two equal measurements; that of a global clip is another one."""
+
+    def loops(*chain):
+        tx = optax.chain(*chain)
+        state = tx.init(PARAMS)
+        compiled = jax.jit(lambda g, s: tx.update(g, s)).lower(PARAMS, state).compile()
+        return compiled.as_text().count(" while(")
+
+    assert loops(oc.watch()) == 1 == loops(oc.watch(), oc.clip_by_leaf_norm(1.0))
+    assert loops(oc.watch(), oc.clip_by_global_norm(1.0)) == 2
+
+
+def test_in_multi_steps_and_after_a_skip():
+    with jax.numpy_dtype_promotion("standard"):
+        tx = optax.MultiSteps(optax.chain(oc.watch(), optax.sgd(0.1)), 2)
+        state = tx.init(PARAMS)
+        for factor in (1.0, 3.0, 1.0, 1.0):
+            _, state = tx.update(scaled(factor), state, PARAMS, tag=4)
+        seen = oc.metrics(state)
+        np.testing.assert_allclose(seen["watch/grad_norm"], norm_of(PARAMS), rtol=1e-6)
+        assert seen["watch/steps"] == 2 and "2" in oc.explain(state)
+
+
+def test_poison_leaves_every_statistic_sound():
+    """After any poison the quantiles and the shadows are again near those of a run without, within 100 steps."""
+    steps = 800
+    base = lengths(steps, 0.3)
+    tx = oc.watch(candidates={"mean": oc.running(1.2), "z": oc.zscore(1.0)})
+    series = jnp.stack(
+        [jnp.asarray(base * s) for s in [np.ones(steps), *(factors(p, steps) for p in POISONS.values())]]
+    )
+
+    def one(factors):
+        def step(state, factor):
+            _, state = tx.update(scaled(factor), state, PARAMS)
+            return state, state.quantiles
+
+        return jax.lax.scan(step, tx.init(PARAMS), factors)
+
+    states, quantiles = jax.jit(jax.vmap(one))(series)
+    learned = (states.trackers, states.shadows, states.quantiles, states.block_norms)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(learned))
+    for i, (name, poison) in enumerate(POISONS.items(), start=1):
+        ratio = np.asarray(quantiles[i] / quantiles[0])[poison.last + 1 + 100 :] / poison.lasting
+        assert len(ratio) > 100 and np.all((ratio > 1 / 2) & (ratio < 2)), name
+        assert int(states.total_steps[i]) == steps
+
+
+def test_sharded_and_in_shard_map():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    grads = {"a": jnp.arange(16.0).reshape(8, 2), "b": jnp.arange(3.0)}
+    layout = {"a": P("x"), "b": P()}
+
+    def two(grads, axis_names=None):
+        tx = oc.watch(candidates={"1": 1.0, "z": oc.zscore()}, axis_names=axis_names)
+        state = tx.init(grads)
+
+        def step(state, tag):
+            out, state = tx.update(grads, state, tag=tag)
+            return state, out
+
+        state, _ = jax.lax.scan(step, state, jnp.arange(2, dtype=jnp.int32))
+        return state
+
+    want = jax.jit(two)(grads)
+    placed = jax.device_put(grads, jax.tree.map(lambda s: NamedSharding(mesh, s), layout))
+    chex.assert_trees_all_close(jax.jit(two)(placed), want, rtol=1e-6)
+    out = jax.tree.map(lambda _: P(), want)
+    inside = jax.shard_map(two, mesh=mesh, in_specs=(layout,), out_specs=out)
+    chex.assert_trees_all_close(jax.jit(inside)(grads), want, rtol=1e-6)
+    names = {"a": "x", "b": ()}
+    untyped = jax.shard_map(lambda g: two(g, names), mesh=mesh, in_specs=(layout,), out_specs=out, check_vma=False)
+    chex.assert_trees_all_close(jax.jit(untyped)(grads), want, rtol=1e-6)
+    with pytest.raises(ValueError, match="axis_names="):
+        jax.jit(jax.shard_map(two, mesh=mesh, in_specs=(layout,), out_specs=out, check_vma=False))(grads)
+
+
+@pytest.mark.filterwarnings("ignore")  # what Orbax warns of is not ours
+def test_kept_on_disk(tmp_path):
+    tx = oc.watch()
+    state, _ = run(tx, lengths(20))
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        by_orbax = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: tx.init(PARAMS)))
+    for restored in (pickle.loads(pickle.dumps(state)), by_orbax):
+        chex.assert_trees_all_equal(restored, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
+        chex.assert_trees_all_equal(run(tx, lengths(5), restored)[0], run(tx, lengths(5), state)[0])
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+
+
+def test_read_out_of_any_nesting():
+    with jax.numpy_dtype_promotion("standard"):
+        model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        tx = optax.chain(oc.watch(), oc.clip_by_leaf_norm(0.5), optax.adam(0.1))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 3)))))(model))
+        seen = oc.metrics(optimizer.opt_state)
+        np.testing.assert_allclose(seen["watch/grad_norm/bias"], 8**0.5, rtol=1e-6)
+        assert all(isinstance(x, jax.Array) and x.shape == () for x in seen.values())
+        assert "kernel" in oc.explain(optimizer.opt_state, nnx.state(model))
+    two = optax.chain(oc.watch(), oc.clip(1.0), oc.watch(candidates={}, quantiles=(), exclude="embed"))
+    seen = oc.metrics(two.init(PARAMS), watch_prefix="w/")
+    assert seen["w/0/steps"] == seen["w/1/steps"] == 0 and "w/1/grad_norm/embed" not in seen
+    assert not [key for key in seen if key.startswith("w/1/would") or key.startswith("w/1/quantile")]
+    assert not oc.check(optax.chain(oc.watch(), oc.clip_by_global_norm(1.0), optax.adam(0.1)), PARAMS)
+
+
+def test_the_names_of_the_fields_are_frozen():
+    """Checkpoints are restored by these names."""
+    state = oc.watch().init(PARAMS)
+    assert state._fields[:8] == (
+        "total_steps", "total_norm", "median_ratio", "block_norms", "top_blocks", "top_shares", "nonfinite", "bad",
+    )  # fmt: skip
+    assert state._fields[8:] == (
+        "quantiles", "would_clip", "trackers", "shadows", "blocks", "quantile_names", "candidates",
+    )  # fmt: skip
