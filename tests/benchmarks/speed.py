@@ -1,6 +1,7 @@
 """What a clip costs: XLA's own accounts, and time, beside Optax and beside what the memory allows.
 
     python -m tests.benchmarks.speed [--only chain alone ...] [--small] [--into docs/performance.md]
+    python -m tests.benchmarks.speed --picture docs/images/speed.png  # of what stands in docs/performance.md
 
 Times are ratios between functions that took turns in one process, in an order that is reversed every other round: the
 median, and the quartiles.  Bytes and temporaries are XLA's, of the compiled program, and the same at every run.
@@ -9,7 +10,7 @@ median, and the quartiles.  Bytes and temporaries are XLA's, of the compiled pro
 import argparse
 import math
 import os
-import resource
+import re
 import time
 from collections.abc import Callable
 
@@ -19,9 +20,10 @@ import numpy as np
 import optax
 
 import optaxclip
-from tests.benchmarks import hand_written
-from tests.benchmarks.reporting import device, put_into, quartiles, race, ratios, table
-from tests.benchmarks.trees import TREES, small_leaves
+from tests.benchmarks import outside
+from tests.benchmarks.overheads import compiling, eager, percentiles
+from tests.benchmarks.reporting import device, put_into, race, ratios, table
+from tests.benchmarks.trees import TREES, numbers, shapes_of
 
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-3),
@@ -45,16 +47,6 @@ CLIPS = {
     "clip": lambda: optaxclip.clip(1.0),
 }
 NO_CLIP = "no clip"
-
-
-def shapes_of(tree: dict, dtype=jnp.float32) -> dict:
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in tree.items()}
-
-
-def numbers(tree: dict, dtype=jnp.float32) -> dict:
-    """Normal numbers in the shapes of a tree; any norm is far over 1."""
-    rng = np.random.default_rng(0)
-    return {name: jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype) for name, shape in tree.items()}
 
 
 def train_step(tx, tree: dict, dtype=jnp.float32) -> jax.stages.Compiled:
@@ -135,8 +127,9 @@ def alone(small: bool) -> str:
             for case in ("clips", "does not clip"):
                 seconds = race(_alone_runs(shapes, dtype, case == "clips"), rounds)
                 found = ratios(seconds, "Optax")
-                rows.append([tree, jnp.dtype(dtype).name, case, found["ours"], found.get("C", "")])
-    return table(["tree", "gradients", "case", "ours / Optax", "C / Optax"], rows)
+                others = [found.get(name, "") for name in ("C", "PyTorch")]
+                rows.append([tree, jnp.dtype(dtype).name, case, found["ours"], *others])
+    return table(["tree", "gradients", "case", "ours / Optax", "C / Optax", "PyTorch / Optax"], rows)
 
 
 def _alone_runs(shapes: dict, dtype, clips: bool) -> dict:
@@ -165,8 +158,9 @@ def _alone_runs(shapes: dict, dtype, clips: bool) -> dict:
         return optax.clip_by_global_norm(bound)
 
     runs = {"Optax": run_with(of_optax), "ours": run_with(optaxclip.clip_by_global_norm)}
-    in_c = hand_written.clip(shapes, scales=clips) if dtype == jnp.float32 else None
-    return runs | ({"C": in_c} if in_c else {})
+    others = {"C": outside.in_c, "PyTorch": outside.in_torch} if dtype == jnp.float32 else {}
+    made = {name: make(shapes, scales=clips) for name, make in others.items()}
+    return runs | {name: run for name, run in made.items() if run}
 
 
 def safe_norm(small: bool) -> str:
@@ -183,93 +177,38 @@ def safe_norm(small: bool) -> str:
     return table(["tree", "safe norm / plain norm"], rows)
 
 
-def eager(small: bool) -> str:
-    """Called without jit."""
-    rows = []
-    for count in (10, 100) if small else (10, 100, 500):
-        grads = numbers({f"leaf{i}": (100 + i % 20,) for i in range(count)})
-        runs = {}
-        for name, make in (("Optax", optax.clip_by_global_norm), ("ours", optaxclip.clip_by_global_norm)):
-            tx = make(1.0)
-            state = tx.init(grads)
-            runs[name] = lambda tx=tx, state=state, g=grads: tx.update(g, state)[0]
-        times = race(runs, 3 if small else 15)
-        rows.append([str(count), quartiles(times["Optax"] / times["ours"])])
-    return table(["leaves", "times faster than Optax"], rows)
-
-
-def compiling(small: bool) -> str:
-    """Trace and compile, CPU seconds, of trees of many small leaves."""
-    clips = {
-        "global norm": CLIPS["global norm"],
-        "leaf norm": CLIPS["leaf norm"],
-        "adagc (leaf)": CLIPS["adagc (leaf)"],
-    }
-    rows = []
-    for count in (20,) if small else (500, 1000, 2000, 5000):
-        cost = {name: _compile_seconds(make(), small_leaves(count)) for name, make in clips.items()}
-        theirs = _compile_seconds(optax.clip_by_global_norm(1.0), small_leaves(count)) if count <= 2000 else math.nan
-        rows.append([str(count), *(f"{s:.1f}" for s in cost.values()), f"{theirs:.1f}"])
-    return table(["leaves", *clips, "Optax's global norm"], rows)
-
-
-def _compile_seconds(tx, tree: dict) -> float:
-    grads, before = shapes_of(tree), _cpu_seconds()
-    state = jax.eval_shape(tx.init, grads)
-    jax.jit(tx.update, donate_argnums=0).lower(grads, state).compile()
-    return _cpu_seconds() - before
-
-
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-def percentiles(small: bool) -> str:
-    """One more norm in a window, and its percentile, beside `jnp.percentile` of the window."""
-    rows = []
-    for blocks, window in ((1, 50), (3, 50)) if small else ((1, 1000), (1, 10_000), (150, 1000), (150, 10_000)):
-        norms = jax.random.uniform(jax.random.key(0), (window, blocks))
-        rows.append([str(blocks), f"{window:,}", quartiles(_percentile_ratios(norms, 3 if small else 15))])
-    return table(["blocks", "window", "times faster than jnp.percentile"], rows)
-
-
-def _percentile_ratios(norms: jax.Array, rounds: int) -> np.ndarray:
-    window, blocks = norms.shape
-    threshold = optaxclip.percentile(10.0, window=window)
-    update = jax.jit(threshold.update, donate_argnums=1)
-    full = jax.jit(lambda s: jax.lax.scan(lambda s, n: (threshold.update(n, s)[1], None), s, norms)[0])
-    hold = {"state": full(threshold.init(jnp.zeros(blocks))), "ring": norms}
-
-    def ours():
-        bound, hold["state"] = update(norms[7], hold["state"])
-        return bound
-
-    def sorted_anew(norm, ring):
-        ring = ring.at[3].set(norm)
-        return jnp.percentile(ring, 10.0, axis=0), ring
-
-    jitted = jax.jit(sorted_anew, donate_argnums=1)
-
-    def theirs():
-        bound, hold["ring"] = jitted(norms[7], hold["ring"])
-        return bound
-
-    hold["ring"] = norms + 0
-    times = race({"jnp.percentile": theirs, "ours": ours}, rounds)
-    return times["jnp.percentile"] / times["ours"]
-
-
 SECTIONS = {f.__name__: f for f in (chain, alone, safe_norm, eager, compiling, percentiles)}
 
 
+def draw(document: str, picture: str) -> None:
+    """Time beside the optimizer alone, of the first two tables of a document with all clips: medians and quartiles."""
+    import matplotlib.pyplot as plt
+
+    with open(document) as file:
+        tables = re.findall(r"### (GPT-2 small, .*?)\n(.*?)(?=###|<!--)", file.read(), re.DOTALL)
+    fig, axes = plt.subplots(1, len(tables), figsize=(10, 4), sharey=True, layout="constrained", squeeze=False)
+    for ax, (title, text) in zip(axes[0], tables, strict=True):
+        rows = re.findall(r"\| (.+?) \| ([\d.]+) \(([\d.]+)-([\d.]+)\)", text)
+        names, (middle, low, high) = [row[0] for row in rows], np.array([row[1:] for row in rows], float).T
+        theirs = ["//" if "Optax" in name else "" for name in names]
+        bars = {"color": "0.8", "edgecolor": "black", "hatch": theirs, "capsize": 3}
+        ax.barh(names, middle, xerr=(middle - low, high - middle), **bars)
+        ax.axvline(1, color="black", linestyle="--", linewidth=1)
+        ax.set(title=title, xlabel="time / time of the optimizer alone")
+    axes[0, 0].invert_yaxis()
+    fig.savefig(picture, dpi=80)
+
+
 def main(argv=None) -> None:
-    """Prints the tables, and puts them into a document."""
+    """Prints the tables, and puts them into a document; or draws those of the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=SECTIONS)
     parser.add_argument("--small", action="store_true", help="tiny trees, three rounds: to see that it runs")
     parser.add_argument("--into", help="a document between whose marks the tables are put: docs/performance.md")
+    parser.add_argument("--picture", help="draw what stands in docs/performance.md to this file, and measure nothing")
     args = parser.parse_args(argv)
+    if args.picture:
+        return draw("docs/performance.md", args.picture)
     for name in args.only:
         start = time.perf_counter()
         text = f"Measured with {device()}.\n\n{SECTIONS[name](args.small)}"

@@ -1,5 +1,9 @@
 """The shapes of real models, by name of the leaf: what the benchmarks clip."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 
 def gpt2(width: int = 768, layers: int = 12, words: int = 50257, length: int = 1024) -> dict[str, tuple[int, ...]]:
     """GPT-2 small: 124 M parameters in 148 leaves."""
@@ -41,3 +45,14 @@ def small_leaves(count: int) -> dict[str, tuple[int, ...]]:
 
 
 TREES = {"GPT-2 small": gpt2, "ResNet-50": resnet50, "LoRA": lora}
+
+
+def shapes_of(tree: dict, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """A tree of shapes as JAX takes them."""
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in tree.items()}
+
+
+def numbers(tree: dict, dtype=jnp.float32) -> dict[str, jax.Array]:
+    """Normal numbers in the shapes of a tree; any norm is far over 1."""
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype) for name, shape in tree.items()}
