@@ -18,11 +18,12 @@ AxisNames = str | tuple[str, ...] | Callable[[str], Any] | Any
 
 
 def alone() -> bool:
-    """Whether this process sees one device, so that no array can be spread over several.
+    """Whether this process sees one device, and compiles for no mesh of more: then no array is spread over several.
 
     Only then may arrays be joined: XLA would gather those that are spread.
     """
-    return jax.device_count() == 1
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 and (mesh.empty or mesh.size == 1)
 
 
 class Span(NamedTuple):

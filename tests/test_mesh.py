@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
+from optaxclip.mesh import alone
 
 GRADS = {
     "dense": jnp.arange(32, dtype=jnp.float32).reshape(8, 4) - 9,
@@ -146,3 +147,12 @@ def test_pmap_and_vmap_take_the_name_of_their_axis():
 def test_pmap_without_a_name_is_an_error():
     with pytest.raises(ValueError, match=r"such as axis_names=\('i',\)"):
         jax.pmap(lambda g: CLIPS["tree"].update(g, None)[0], axis_name="i")(GRADS["dense"])
+
+
+def test_arrays_are_joined_only_where_none_can_be_spread(monkeypatch):
+    """Not on several devices, nor where one device compiles for a mesh of several."""
+    assert not alone()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert alone()
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("x",))):
+        assert not alone()
