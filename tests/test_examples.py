@@ -29,3 +29,16 @@ def test_char_rnn_trains_better_clipped_at_the_same_rate(tmp_path, capsys):
     assert worst["no clip"] > worst["global norm 1"] + 0.3
     assert picture.stat().st_size > 10_000
     assert "diverged" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_private_digits_are_learned_and_too_large_a_bound_buys_noise(tmp_path, capsys):
+    picture = tmp_path / "private_digits.png"
+    options = ["--steps", "30", "--seeds", "2", "--rates", "1", "--out", str(picture)]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        scores = load("private_digits").main(options)
+    medians = {name: np.median(score) for name, score in scores.items()}
+    assert min(medians["clip 0.1"], medians["clip 1"], medians["AUTO-S"]) > 0.8
+    assert medians["clip 10"] < medians["clip 1"] < medians["no clip, no noise"]
+    assert picture.stat().st_size > 10_000
+    assert "epsilon" in capsys.readouterr().out
