@@ -24,10 +24,14 @@ pytest_collect_file = (
 
 
 class _PageAtOnce(LoadScopeScheduling):
-    """Gives the examples of one page to one process: a later example uses the names of an earlier one."""
+    """Gives the examples of one page to one process: a later example uses the names of an earlier one.
+
+    Also the tests of a module whose fixture takes long.
+    """
 
     def _split_scope(self, nodeid):
-        return nodeid.split("::line:")[0]
+        module = nodeid.split("::")[0]
+        return module if "::line:" in nodeid or module.endswith(("test_meshes.py", "test_processes.py")) else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)

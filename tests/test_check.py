@@ -459,6 +459,7 @@ def norms(updates):
     return [round(float(optax.tree.norm(u)), 3) for u in updates]
 
 
+@pytest.mark.slow
 def test_what_is_said_of_each_mistake_is_true():
     """Run, not read: the mistake does what its finding says, the mend does not."""
     sgd, big, nan, inf = optax.sgd(1.0), grads(9.0, 9.0), grads(jnp.nan, 1.0), grads(jnp.inf, 1.0)

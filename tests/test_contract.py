@@ -156,6 +156,7 @@ def test_a_block_that_is_not_finite_follows_the_policy(case, bad):
     assert optaxclip.metrics(state)["clip/nonfinite_steps"] == 1
 
 
+@pytest.mark.slow
 @each_hard_case
 def test_any_magnitude_is_measured_right(case):
     @jax.jit

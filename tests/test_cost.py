@@ -104,7 +104,10 @@ def test_the_numbers_are_those_of_several_devices(monkeypatch):
         def through(tx, grads):
             return sum(jnp.sum(jnp.sin(u)) for u in jax.tree.leaves(tx.update(grads, tx.init(grads), small)[0]))
 
-        return {case.name: jax.grad(functools.partial(through, case.make(0.7)))(small) for case in CASES}
+        some = [
+            case for case in CASES if case.block == "unit" or case.name in ("clip_by_global_norm", "clip_by_leaf_norm")
+        ]
+        return {case.name: jax.grad(functools.partial(through, case.make(0.7)))(small) for case in some}
 
     def both(small, large):
         return steps(small, large), slopes(small)

@@ -31,22 +31,37 @@ def alone(tmp_path_factory):
     return params
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [["--simulate", "2"], ["--simulate", "4"], ["--simulate", "2", "--layout", "data"]])
-def test_processes_train_what_one_trains(alone, tmp_path, options):
-    params, said = run(tmp_path, "several", *options)
+TWO = ["--simulate", "2", "--every", "16"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What two processes train that nothing kills."""
+    return run(tmp_path_factory.mktemp("whole"), "whole", *TWO)
+
+
+def check_near(params, said, alone):
     assert params.keys() == alone.keys() and "skipped 1" in said
     for name, leaf in alone.items():
         np.testing.assert_allclose(params[name], leaf, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+def test_two_processes_train_what_one_trains(alone, whole):
+    check_near(*whole, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--simulate", "4"], ["--simulate", "2", "--layout", "data"]])
+def test_processes_train_what_one_trains(alone, tmp_path, options):
+    check_near(*run(tmp_path, "several", *options), alone)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path):
     """Killed between two checkpoints, after the bad step: the statistics of the clip come back, too."""
-    options = ["--simulate", "2", "--every", "16"]
-    whole, _ = run(tmp_path, "whole", *options)
-    run(tmp_path, "killed", *options, "--die-after", "39", fails=True)
-    resumed, said = run(tmp_path, "killed", *options)
+    run(tmp_path, "killed", *TWO, "--die-after", "39", fails=True)
+    resumed, said = run(tmp_path, "killed", *TWO)
     assert "step 48" in said and "step 32" not in said and "skipped 1" in said
-    for name, leaf in whole.items():
+    for name, leaf in whole[0].items():
         np.testing.assert_array_equal(resumed[name], leaf)

@@ -42,6 +42,7 @@ def test_constant_norms_for_ten_thousand_steps(case):
         assert case.relative or before / 1.2 < after <= before * (1 + 1e-6), name
 
 
+@pytest.mark.slow
 @each_adaptive
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_scale_does_not_matter(case, scale):

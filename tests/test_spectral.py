@@ -38,6 +38,7 @@ def clipped(tx, grads):
     return jax.jit(tx.update)(grads, tx.init(grads))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("solver", ["polar", "svd"])
 def test_singular_values_are_clipped(method, solver):
@@ -60,6 +61,7 @@ def test_large_matrices(method):
     assert np.linalg.norm(error, 2) < 1e-4
 
 
+@pytest.mark.slow
 def test_more_steps_reach_further():
     x = jnp.asarray(matrix((6, 4), np.array([1e4, 2.0, 1.0, 0.5])), jnp.float32)
     few, many = (
@@ -97,6 +99,7 @@ def test_stacked_layers_and_kernels():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
 def test_other_dtypes(dtype):
     rng = np.random.default_rng(0)
@@ -117,6 +120,7 @@ def test_float64():
         np.testing.assert_allclose(updates, decomposed(x, 1.5, "hard"), rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_corners(method):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
