@@ -1,5 +1,6 @@
 """Strict JAX for all tests: eight devices, no silent promotion, compiled programs kept between runs."""
 
+import gc
 import os
 import pathlib
 
@@ -19,3 +20,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 set_promotion("strict", "raise")
+
+# JAX keeps millions of small objects; to look through all of them for garbage again and again takes longer than a test.
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)

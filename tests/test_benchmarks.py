@@ -23,7 +23,7 @@ def test_every_task_trains_and_is_reported(task, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["alone", "safe_norm", "eager", "compiling", "percentiles"])
+@pytest.mark.parametrize("name", ["alone", "eager", "percentiles"])
 def test_speed_is_measured_and_put_into_the_document(name, tmp_path):
     document = tmp_path / "performance.md"
     document.write_text(f"before\n<!-- {name} -->\nyesterday\n<!-- end {name} -->\nafter\n")

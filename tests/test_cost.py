@@ -13,7 +13,7 @@ import optaxclip
 from optaxclip import leaves, measure, record
 from tests import conftest as strict
 from tests.benchmarks.speed import OPTIMIZERS, account, train_step
-from tests.cases import ADAPTIVE, CASES, OTHERS
+from tests.cases import CASES
 
 TREE = {"embed": (4000, 512), "kernel": (512, 1024), "conv": (3, 3, 128, 256), "bias": (1024,), "scale": (512,)}
 CLIPS = {
@@ -83,8 +83,10 @@ def test_the_account_sees_what_it_is_to_see():
 @pytest.mark.slow
 def test_the_numbers_are_those_of_several_devices(monkeypatch):
     """What is joined, or branches, where there is one device, changes nothing but the order of sums."""
-    everything = {case.name: case.make(0.7) for case in CASES} | {case.name: case.make() for case in ADAPTIVE}
-    everything |= {name: make() for name, make in OTHERS.items()}
+    everything = {case.name: case.make(0.7) for case in CASES} | {
+        "adagc": optaxclip.adagc(),
+        "zclip": optaxclip.zclip(),
+    }
     rng = np.random.default_rng(0)
     shapes = {"a": {"kernel": (4, 3), "bias": (3,)}, "b": (5,), "c": (2, 2, 3, 2)}
     arrays = {"is_leaf": lambda x: isinstance(x, tuple)}

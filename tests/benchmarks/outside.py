@@ -39,7 +39,9 @@ def _library() -> ctypes.CDLL | None:
         return None
     folder = pathlib.Path(tempfile.mkdtemp())
     (folder / "clip.c").write_text(SOURCE)
-    flags = ["-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC"]
+    # Not -ffast-math: a library linked with it flushes subnormal numbers to zero, in this process, from then on.
+    sums = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
+    flags = ["-O3", "-march=native", *sums, "-fopenmp", "-shared", "-fPIC"]
     built = subprocess.run([compiler, *flags, "clip.c", "-o", "clip.so", "-lm"], cwd=folder, capture_output=True)
     if built.returncode:
         return None
