@@ -7,7 +7,7 @@ from tests.benchmarks import choosing, robustness, speed, tuning, watching
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", choosing.TRAININGS)
+@pytest.mark.parametrize("task", ["digits_cnn", "cartpole"])  # the others train in the tests of examples and of tuning
 def test_every_task_trains_and_is_reported(task, tmp_path, capsys):
     document = tmp_path / "choosing.md"
     document.write_text("before\n<!-- results -->\nyesterday\n<!-- end results -->\nafter\n")
@@ -23,7 +23,7 @@ def test_every_task_trains_and_is_reported(task, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["alone", "eager", "percentiles"])
+@pytest.mark.parametrize("name", ["eager", "percentiles"])
 def test_speed_is_measured_and_put_into_the_document(name, tmp_path):
     document = tmp_path / "performance.md"
     document.write_text(f"before\n<!-- {name} -->\nyesterday\n<!-- end {name} -->\nafter\n")
