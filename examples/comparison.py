@@ -1,0 +1,187 @@
+"""What the examples share: each method at each learning rate with each seed, side by side; a table and a picture.
+
+Nothing in here is about clipping. What to copy is in the examples.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+import optaxclip
+
+SHOWN = "loss", "clip/grad_norm", "clip/clipped"  # by the progress bar
+LINES = ("-o", "--s", "-.^", ":d", "-x")
+
+
+class Task(NamedTuple):
+    """A training as functions of arrays, so that many runs are one `vmap`; as `optaxclip.tune` takes them.
+
+    Attributes:
+      init: (rate, key) -> state.
+      step: (rate, state, key) -> (state, seen), `seen` the metrics of the clip and what else is to be drawn.
+      evaluate: state -> score.
+    """
+
+    init: Callable[[jax.Array, jax.Array], Any]
+    step: Callable[[jax.Array, Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
+    evaluate: Callable[[Any], jax.Array]
+
+
+class Goal(NamedTuple):
+    """What the score is, from where on a run has failed, whether high is good, and what to draw of each step."""
+
+    score: str
+    failed: float
+    higher: bool = False
+    drawn: str = "loss"
+
+
+class Runs(NamedTuple):
+    """What came of one method: `seen`, a dict of (rates, seeds, steps), and `scores`, (rates, seeds)."""
+
+    seen: dict[str, np.ndarray]
+    scores: np.ndarray
+
+
+def nnx_task(build: Callable, train_step: Callable, evaluate: Callable) -> Task:
+    """The task of objects, whose state is the arrays in them.
+
+    Args:
+      build: (rate, rngs) -> (model, optimizer).
+      train_step: (model, optimizer, key) -> seen; changes the two.
+      evaluate: model -> score.
+    """
+
+    def objects(rate, state):
+        built = build(rate, nnx.Rngs(0))  # for its structure: XLA drops the numbers, since nobody uses them
+        nnx.update(built, state)
+        return built
+
+    def init(rate, key):
+        return nnx.state(build(rate, nnx.Rngs(key)))
+
+    def step(rate, state, key):
+        model, optimizer = objects(rate, state)
+        seen = train_step(model, optimizer, key)
+        return nnx.state((model, optimizer)), seen
+
+    return Task(init, step, lambda state: evaluate(objects(0.0, state)[0]))
+
+
+def options(file: str, doc: str, argv: list[str] | None, *, steps: int, rates: tuple[float, ...], seeds: int = 3):
+    """The options that all examples have."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--rates", type=float, nargs="+", default=list(rates), help="learning rates")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="leave out the other methods of the table")
+    parser.add_argument("--out", default=f"{pathlib.Path(file).stem}.png", help="where to put the picture")
+    return parser.parse_args(argv)
+
+
+def compare(tasks: dict[str, Task], goal: Goal, args: argparse.Namespace) -> dict[str, Runs]:
+    """Trains all, prints the table, draws the picture."""
+    rates = sorted(args.rates)
+    results = {name: train(name, tasks[name], rates, args.seeds, args.steps) for name in args.only or tasks}
+    print(report(results, rates, goal))
+    draw(results, rates, goal, args.out)
+    return results
+
+
+def train(name: str, task: Task, rates: list[float], seeds: int, steps: int) -> Runs:
+    """Trains a method at all rates with all seeds, side by side."""
+    rate, seed = (x.ravel() for x in jnp.meshgrid(jnp.asarray(rates), jnp.arange(seeds), indexing="ij"))
+    keys, history = jax.vmap(jax.random.key)(seed), []
+
+    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.vmap, in_axes=(0, 0, 0, None))
+    def step(state, rate, key, i):
+        return task.step(rate, state, jax.random.fold_in(key, i))
+
+    state = jax.jit(jax.vmap(task.init))(rate, keys)
+    bar = tqdm(range(steps), desc=f"{name:>20}", unit="step")
+    for i in bar:
+        state, seen = step(state, rate, keys, i)
+        history.append(seen)
+        if i % 10 == 0:  # to read a number waits for the device
+            bar.set_postfix({key.split("/")[-1]: f"{seen[key][-1]:.3g}" for key in SHOWN if key in seen})
+    shape = (len(rates), seeds)
+    scores = np.asarray(jax.jit(jax.vmap(task.evaluate))(state)).reshape(shape)
+    history = jax.device_get(history)
+    return Runs({key: np.stack([seen[key] for seen in history], -1).reshape(*shape, -1) for key in history[0]}, scores)
+
+
+def report(results: dict[str, Runs], rates: list[float], goal: Goal) -> str:
+    """Two tables: all methods at the largest rate, then each at the rate of its best median."""
+    best = {name: int(np.argmin(np.median(costs(runs, goal), axis=1))) for name, runs in results.items()}
+    last = dict.fromkeys(results, len(rates) - 1)
+    all_rates = ", ".join(f"{rate:g}" for rate in rates)
+    return (
+        f"\n{goal.score} ({'higher' if goal.higher else 'lower'} is better; failed: worse than {goal.failed:.3g})\n\n"
+        f"All at the same learning rate:\n\n{table(results, rates, last, goal)}\n\n"
+        f"Each at its best learning rate of {all_rates}:\n\n{table(results, rates, best, goal)}"
+    )
+
+
+def costs(runs: Runs, goal: Goal) -> np.ndarray:
+    """The scores, the lower the better; infinite if not finite."""
+    return np.where(np.isfinite(runs.scores), -runs.scores if goal.higher else runs.scores, np.inf)
+
+
+def table(results: dict[str, Runs], rates: list[float], at: dict[str, int], goal: Goal) -> str:
+    """One line a method, at one rate each."""
+    sign = -1 if goal.higher else 1
+    rows = [["", "rate", "median", "worst", "clipped", "failed"]]
+    for name, runs in results.items():
+        cost, clipped = costs(runs, goal)[at[name]], runs.seen.get("clip/clipped")
+        numbers = [f"{rates[at[name]]:g}", f"{sign * np.median(cost):.3g}", f"{sign * cost.max():.3g}"]
+        share = "" if clipped is None else f"{clipped[at[name]].mean():.0%}"
+        rows.append([name, *numbers, share, f"{np.sum(cost > sign * goal.failed)} of {cost.size}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def draw(results: dict[str, Runs], rates: list[float], goal: Goal, path: str) -> None:
+    """Scores against rates; and of the first seed at the largest rate what happened at each step."""
+    fig = plt.figure(figsize=(3.4 * (1 + len(results)), 5.2), layout="constrained")
+    grid, first = fig.add_gridspec(2, 1 + len(results)), None
+    plot_scores(results, rates, goal, fig.add_subplot(grid[:, 0]))
+    for column, (name, runs) in enumerate(results.items(), 1):
+        seen = {key: x[-1, 0] for key, x in runs.seen.items()}
+        top = fig.add_subplot(grid[0, column], sharey=first and first[0])
+        bottom = fig.add_subplot(grid[1, column], sharey=first and first[1], sharex=top)
+        first = first or (top, bottom)
+        top.plot(seen[goal.drawn], color="black", linewidth=0.9)
+        top.set_title(f"{name}\n(rate {rates[-1]:g})", fontsize=10)
+        optaxclip.plots.plot_norms(seen, bottom)
+        bottom.legend(fontsize=7, loc="upper right", framealpha=0.9)
+    first[0].set_ylabel(goal.drawn)
+    low, high = first[1].get_ylim()
+    first[1].set_ylim(low, high * (high / low) ** 0.4)  # room for the legends
+    fig.savefig(path, dpi=100)
+    print(f"\nThe picture is in {path}.")
+
+
+def plot_scores(results: dict[str, Runs], rates: list[float], goal: Goal, ax: Any) -> None:
+    """The median score over seeds against the rate, from the best to the worst; what failed is at the edge."""
+    sign = -1 if goal.higher else 1
+    for (name, runs), style in zip(results.items(), LINES, strict=False):
+        score = sign * np.minimum(costs(runs, goal), sign * goal.failed)
+        middle = np.median(score, axis=1)
+        spread = np.stack([middle - score.min(axis=1), score.max(axis=1) - middle])
+        ax.errorbar(rates, middle, spread, fmt=style, color="black", mfc="white", capsize=2, label=name)
+    ax.set(xscale="log", xlabel="learning rate")
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45, ha="right", rotation_mode="anchor")
+    ax.minorticks_off()
+    ax.set_title(f"{goal.score}\n(cut at {goal.failed:.3g}: failed)", fontsize=10)
+    ax.legend(fontsize=8)
