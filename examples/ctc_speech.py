@@ -4,8 +4,8 @@
 
 The CTC loss is a sum over all frames of an utterance, and as long as the network knows nothing all frames pull the
 same way: towards silence.  Those first gradients, some twenty times as long as later ones, set the largest rate that
-does not end there for good, unless they are clipped.  An utterance is a string of "letters", each two formants held for 60 to 160 ms, with noise; the network hears
-log spectra of 20 ms and is told the letters, not when they are spoken.
+does not end there for good, unless they are clipped.  An utterance is a string of "letters", each two formants held for
+60 to 160 ms, with noise; the network hears log spectra of 20 ms and is told the letters, not when they are spoken.
 """
 
 import jax

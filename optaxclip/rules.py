@@ -6,13 +6,11 @@ Where something cannot be read (a foreign wrapper, labels that cannot be compute
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from optaxclip.chains import HOLDERS, Node, common, feeds, holds, maker
 from optaxclip.kinds import (
     GUARDS,
     NORMALISERS,
-    REMEMBERING,
     SCALES,
     STATEFUL,
     Clip,
@@ -25,27 +23,9 @@ from optaxclip.kinds import (
     number_of,
     seeks_spikes,
 )
+from optaxclip.order import between, named, only_scaled, pairs
 
 Found = Iterator[tuple[str, str, str]]
-Test = Callable[[Node], Any]
-
-
-def _pairs(nodes: list[Node], first: Test, second: Test) -> Iterator[tuple[Node, Node]]:
-    """All pairs of a `first` node that feeds a `second` one, on some leaves that both get."""
-    seconds = [n for n in nodes if n.leaves and second(n)]
-    for a in nodes:
-        if a.leaves and first(a):
-            yield from ((a, b) for b in seconds if feeds(a, b) and not a.leaves.isdisjoint(b.leaves or ()))
-
-
-def _named(*names: str) -> Test:
-    return lambda node: node.name in names
-
-
-def _between(nodes: list[Node], a: Node, b: Node) -> list[Node]:
-    """What gradients pass on the way from one to the other; of the holders only those that remember other gradients."""
-    passed = [c for c in nodes if c.name not in HOLDERS and feeds(a, c) and feeds(c, b)]
-    return passed + [h for h in a.holders + b.holders if h.name in REMEMBERING and h not in common(a, b)]
 
 
 def _clip_per_branch(nodes: list[Node]) -> Found:
@@ -118,9 +98,9 @@ def _some(paths: frozenset[str], most: int = 3) -> str:
 
 def _clip_after_normaliser(nodes: list[Node]) -> Found:
     """A fixed bound on updates whose size has nothing to do with the gradients'."""
-    for a, b in _pairs(nodes, _named(*NORMALISERS), has_bound):
+    for a, b in pairs(nodes, named(*NORMALISERS), has_bound):
         clip = as_clip(b) or Clip("other")
-        late = any(n.name in SCALES - {"identity"} for n in _between(nodes, a, b))
+        late = any(n.name in SCALES - {"identity"} for n in between(nodes, a, b))
         if (clip.l2 and clip.block in ("tree", "leaf")) or (clip.block == "element" and late):
             yield (
                 b.where,
@@ -133,10 +113,10 @@ def _clip_after_normaliser(nodes: list[Node]) -> Found:
 
 def _spike_test_after_clip(nodes: list[Node]) -> Found:
     """A rule that looks for norms out of the ordinary, fed with norms that a clip has made ordinary."""
-    for a, b in _pairs(nodes, is_global, seeks_spikes):
+    for a, b in pairs(nodes, is_global, seeks_spikes):
         clip, test = as_clip(a), measures(b)
         fed = clip and test and clip.l2 and test.paths <= clip.paths
-        if fed and all(n.name in SCALES or as_clip(n) for n in _between(nodes, a, b)):
+        if fed and only_scaled(nodes, a, b):
             yield (
                 b.where,
                 f"it looks for norms that are out of the ordinary, but {a.where} before it shortens each to its bound:"
@@ -148,7 +128,7 @@ def _spike_test_after_clip(nodes: list[Node]) -> Found:
 
 def _clip_before_accumulation(nodes: list[Node]) -> Found:
     """A clip of each micro-batch instead of the accumulated gradient."""
-    for a, b in _pairs(nodes, as_clip, _named("MultiSteps")):
+    for a, b in pairs(nodes, as_clip, named("MultiSteps")):
         yield (
             a.where,
             f"it clips each micro-batch, before {b.where} accumulates them, not the gradient that is applied: what is"
@@ -159,7 +139,7 @@ def _clip_before_accumulation(nodes: list[Node]) -> Found:
 
 def _guard_after_clip(nodes: list[Node]) -> Found:
     """A guard against what is not finite, behind something that makes it finite."""
-    for a, b in _pairs(nodes, _hides, _named(*GUARDS)):
+    for a, b in pairs(nodes, _hides, named(*GUARDS)):
         yield (
             b.where,
             f"it never sees {_hides(a)}: {a.where} before it makes that finite, and the optimizer takes the step.",
@@ -180,7 +160,7 @@ def _hides(node: Node) -> str | None:
 
 def _guard_without_optimizer(nodes: list[Node]) -> Found:
     """A guard that holds only clips, while the optimizer behind it takes the step."""
-    for a, b in _pairs(nodes, _named(*GUARDS), _named(*STATEFUL)):
+    for a, b in pairs(nodes, named(*GUARDS), named(*STATEFUL)):
         inside = [n for n in nodes if a in n.holders and n.name not in HOLDERS]
         if inside and all(as_clip(n) for n in inside):
             yield (
@@ -193,7 +173,7 @@ def _guard_without_optimizer(nodes: list[Node]) -> Found:
 
 def _guard_in_accumulation(nodes: list[Node]) -> Found:
     """A guard in what only sees the mean, which a single NaN spoils for ever: `(1 - emit) * acc` keeps it."""
-    for holder in filter(_named("MultiSteps"), nodes):
+    for holder in filter(named("MultiSteps"), nodes):
         around = any(n.name in GUARDS for n in holder.holders)
         own = maker(holder.facts.get("_should_skip_update_fn", len)) == "MultiSteps"  # which skips nothing
         guards = [n for n in nodes if holder in n.holders and (n.name in GUARDS or "NaN" in (_hides(n) or ""))]
@@ -209,10 +189,10 @@ def _guard_in_accumulation(nodes: list[Node]) -> Found:
 
 def _clip_before_sign(nodes: list[Node]) -> Found:
     """A clip of what loses its length right after."""
-    for a, b in _pairs(nodes, has_bound, _named("scale_by_sign", "normalize_by_update_norm")):
+    for a, b in pairs(nodes, has_bound, named("scale_by_sign", "normalize_by_update_norm")):
         clip = as_clip(a) or Clip("other")
         forgets = clip.hard and (b.name == "scale_by_sign" or clip.block == "tree") and a.paths() <= b.paths()
-        if forgets and all(n.name in SCALES or as_clip(n) for n in _between(nodes, a, b)):
+        if forgets and only_scaled(nodes, a, b):
             yield (
                 a.where,
                 f"it has no effect: {b.where} keeps the direction only, or the signs, whatever the length, and nothing"
@@ -224,11 +204,11 @@ def _clip_before_sign(nodes: list[Node]) -> Found:
 
 def _clip_twice(nodes: list[Node]) -> Found:
     """Two clips of one kind in a row, of which one has no effect."""
-    for a, b in _pairs(nodes, is_global, is_global):
+    for a, b in pairs(nodes, is_global, is_global):
         one, two = as_clip(a) or Clip("other"), as_clip(b) or Clip("other")
         x, y = constant_of(one.bound), constant_of(two.bound)
         alike = one._replace(bound=None) == two._replace(bound=None) and one.hard and one.l2
-        if alike and x == x and y == y and not _between(nodes, a, b):
+        if alike and x == x and y == y and not between(nodes, a, b):
             idle, other = (b, a) if x <= y else (a, b)
             yield (
                 idle.where,

@@ -88,9 +88,7 @@ def clip_by_momentum_norm(
         corrected = kept.rebuild([times(m, 1 / seen) for m in kept.arrays])
         clipped, clip_state = clip.update(updates, state.clip, corrected, **extra_args)
         gradients = [widen(g) for g in measured_leaves(clipped, exclude).arrays]
-        norms = cast(
-            ClipState, clip_state
-        ).metrics.grad_norm  # agreed among devices, which the gradients' parts are not
+        norms = cast(ClipState, clip_state).metrics.grad_norm  # the same on all devices; gradients may be parts
         fine = jnp.all(jnp.isfinite(norms)) & jnp.any(norms > 0)
         moved = [jnp.where(fine, m + times(g - m, rest), m) for g, m in zip(gradients, kept.arrays, strict=True)]
         step = jnp.where(fine, optax.safe_increment(state.clip_step), state.clip_step)

@@ -32,12 +32,12 @@ def _cross_entropy(logits, label):
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, label))
 
 
-def _model(net, inputs, labels):
+def model_of(net, inputs, labels):
     params = jax.jit(net.init)(jax.random.key(0), inputs[0])
     return Model(lambda p, example: _cross_entropy(net.apply(p, example[0]), example[1]), params, (inputs, labels))
 
 
-class _CNN(linen.Module):
+class CNN(linen.Module):
     width: int
 
     @linen.compact
@@ -47,7 +47,7 @@ class _CNN(linen.Module):
         return linen.Dense(10)(jax.nn.relu(linen.Dense(4 * self.width)(x.reshape(-1))))
 
 
-class _MLP(linen.Module):
+class MLP(linen.Module):
     width: int
 
     @linen.compact
@@ -57,7 +57,7 @@ class _MLP(linen.Module):
         return linen.Dense(10)(x)
 
 
-class _Transformer(linen.Module):
+class Transformer(linen.Module):
     vocabulary: int
     width: int
 
@@ -71,7 +71,7 @@ class _Transformer(linen.Module):
         return linen.Dense(self.vocabulary)(linen.LayerNorm()(x))
 
 
-class _Bag(linen.Module):
+class Bag(linen.Module):
     vocabulary: int
     width: int
 
@@ -94,12 +94,12 @@ def models(small: bool) -> dict:
 
     text, side = max(n // 4, 4), 8 if small else 32
     return {
-        "mlp": lambda: _model(_MLP(width), normal(n, 784), whole(10, n)),
-        "cnn": lambda: _model(_CNN(width // 32 or 4), normal(text, side, side, 3), whole(10, text)),
-        "transformer": lambda: _model(
-            _Transformer(words // 10, width // 4), whole(words // 10, text, length), whole(words // 10, text, length)
+        "mlp": lambda: model_of(MLP(width), normal(n, 784), whole(10, n)),
+        "cnn": lambda: model_of(CNN(width // 32 or 4), normal(text, side, side, 3), whole(10, text)),
+        "transformer": lambda: model_of(
+            Transformer(words // 10, width // 4), whole(words // 10, text, length), whole(words // 10, text, length)
         ),
-        "embedding": lambda: _model(_Bag(words, width // 8), whole(words, n, length), whole(10, n)),
+        "embedding": lambda: model_of(Bag(words, width // 8), whole(words, n, length), whole(10, n)),
     }
 
 

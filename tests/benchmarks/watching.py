@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import optaxclip
-from tests.benchmarks.per_example import _CNN, Model, _model, _Transformer
+from tests.benchmarks.per_example import CNN, Model, Transformer, model_of
 
 CLIP = optaxclip.clip_by_global_norm(1.0)
 CHAINS = {
@@ -42,9 +42,9 @@ def models(small: bool) -> dict:
         return jnp.asarray(rng.normal(size=(n, side, side, 3)), jnp.float32), jnp.asarray(rng.integers(0, 10, n))
 
     return {
-        "cnn": lambda: _model(_CNN(width // 16), *image()),
-        "transformer": lambda: _model(_Transformer(words, width // 2), text(16 * n), text(16 * n)),
-        "transformer, few tokens": lambda: _model(_Transformer(words, width // 2), text(4 * n), text(4 * n)),
+        "cnn": lambda: model_of(CNN(width // 16), *image()),
+        "transformer": lambda: model_of(Transformer(words, width // 2), text(16 * n), text(16 * n)),
+        "transformer, few tokens": lambda: model_of(Transformer(words, width // 2), text(4 * n), text(4 * n)),
     }
 
 
