@@ -12,12 +12,10 @@ Killed, it goes on from its last checkpoint, statistics of the clip included, as
 """
 
 import argparse
-import glob
 import os
 import socket
 import subprocess
 import sys
-import sysconfig
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +27,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
+from data import library_text
 
 LENGTH, BATCH, WIDTH = 8, 32, 64
 
@@ -37,15 +36,6 @@ def optimizer():
     """A step 20 times as long as usual is left out; one that is a spike among the usual is shortened."""
     clipped = optax.chain(optaxclip.zclip(warmup_steps=10), optax.adamw(3e-3))
     return optaxclip.skip_spikes(clipped, optaxclip.running(20.0, feed=optaxclip.accepted))
-
-
-def read_text(size=200_000):
-    """Source of the standard library, as numbers from 0 to 127."""
-    text = b""
-    for name in sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))[:20]:
-        with open(name, "rb") as file:
-            text += file.read()
-    return np.frombuffer(text[:size], np.uint8) & 127
 
 
 def init(key):
@@ -89,7 +79,7 @@ def trainer(tx, shardings):
 
 def train(args):
     mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
-    text, tx = read_text(), optimizer()
+    text, tx = np.asarray(library_text(200_000)[0]), optimizer()
     shardings, rows_sharding = shardings_of(mesh, args.layout), NamedSharding(mesh, P("devices"))
     params = jax.jit(init, out_shardings=shardings[0])(jax.random.key(0))
     state = jax.jit(tx.init, out_shardings=shardings[1])(params)

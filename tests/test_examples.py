@@ -1,18 +1,22 @@
 """The examples run, and show what they claim. Small here; a user runs them at full size."""
 
 import importlib
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 
+from tests.benchmarks import gallery
+
 pytestmark = pytest.mark.slow
+EXAMPLES, DOCS = (pathlib.Path(__file__).parent.parent / name for name in ("examples", "docs"))
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Runs an example with few steps; returns what its `main` does, having looked at its table and its picture."""
-    monkeypatch.syspath_prepend("examples")
+    monkeypatch.syspath_prepend(EXAMPLES)
 
     def run(name, methods, **options):
         picture = tmp_path / f"{name}.png"
@@ -94,3 +98,19 @@ def test_sharded_runs_end_where_one_device_does_except_with_a_local_norm(run):
     assert max(away["FSDP, jit"], away["FSDP, shard_map"]) < 1e-6
     assert away["FSDP, shard_map, Optax"] > 1e-3
     assert results["one device"].seen["clip/clipped"].mean() > 0.5
+
+
+def test_the_gallery_shows_every_example():
+    page = (DOCS / "examples.md").read_text()
+    shown = {name for name in gallery.NAMES if f"<!-- {name} -->" in page and (DOCS / f"images/{name}.png").exists()}
+    scripts = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert shown == set(gallery.NAMES) == scripts - {"comparison", "data", "multi_host"}
+
+
+def test_the_gallery_is_what_the_examples_print(tmp_path):
+    document = tmp_path / "examples.md"
+    document.write_text("before\n<!-- cartpole -->\nyesterday\n<!-- end cartpole -->\nafter\n")
+    gallery.main(["--small", "--only", "cartpole", "--into", str(document), "--pictures", str(tmp_path)])
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
+    assert text.count("| no clip ") == 2 and (tmp_path / "cartpole.png").exists()
