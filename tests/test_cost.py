@@ -45,7 +45,7 @@ def _as_users(monkeypatch):
 def beside(clip, optimizer, dtype):
     """Bytes a parameter, and temporaries relative to the gradients, that a clip adds to an optimizer."""
     own, bare = (
-        account(train_step(optax.chain(first, optimizer), TREE, dtype), TREE, dtype)
+        account(train_step(optax.chain(first, optimizer), TREE, dtype, strict.AS_USERS), TREE, dtype)
         for first in (clip, optax.identity())
     )
     return own[0] - bare[0], own[1] - bare[1]
@@ -114,10 +114,10 @@ def test_the_numbers_are_those_of_several_devices(monkeypatch):
     def both(small, large):
         return steps(small, large), slopes(small)
 
-    joined = jax.jit(both)(small, large)
+    joined = jax.jit(both, compiler_options=strict.AS_USERS)(small, large)
     for module in (leaves, measure, record):
         monkeypatch.setattr(module, "alone", lambda: False)
-    apart = jax.jit(lambda *grads: both(*grads))(small, large)
+    apart = jax.jit(lambda *grads: both(*grads), compiler_options=strict.AS_USERS)(small, large)
     chex.assert_trees_all_close(joined[0], apart[0], rtol=2e-5, atol=1e-30)
     chex.assert_trees_all_close(joined[1], apart[1], rtol=2e-5, atol=1e-6)
 
@@ -128,5 +128,6 @@ def test_rounding_to_bfloat16_is_that_of_a_conversion():
     bits = jnp.concatenate([jnp.arange(0, 2**32 - 1, 65_521, jnp.uint32), jnp.arange(2**15, dtype=jnp.uint32)])
     near_ties = jnp.concatenate([bits, bits & jnp.uint32(0xFFFF0000) | jnp.uint32(0x8000)])
     x = jax.lax.bitcast_convert_type(near_ties, jnp.float32)
-    got, want = (jax.lax.bitcast_convert_type(y, jnp.uint16) for y in (_bfloat16(x), x.astype(jnp.bfloat16)))
-    assert jnp.all((got == want) | jnp.isnan(x)) and jnp.all(jnp.isnan(_bfloat16(x)) == jnp.isnan(x))
+    by_hand = jax.jit(_bfloat16, compiler_options=strict.AS_USERS)(x)
+    got, want = (jax.lax.bitcast_convert_type(y, jnp.uint16) for y in (by_hand, x.astype(jnp.bfloat16)))
+    assert jnp.all((got == want) | jnp.isnan(x)) and jnp.all(jnp.isnan(by_hand) == jnp.isnan(x))
