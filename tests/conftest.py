@@ -30,6 +30,6 @@ jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 set_promotion("strict", "raise")
 
-# JAX keeps millions of small objects; to look through all of them for garbage again and again takes longer than a test.
+# By Python's own thresholds, 5% of the CPU time of 357 tests in one process went into the search for garbage.
 gc.freeze()
 gc.set_threshold(100_000, 50, 100)

@@ -121,10 +121,10 @@ def test_the_numbers_are_those_of_several_devices(monkeypatch):
     def both(small, large):
         return steps(small, large), slopes(small)
 
-    joined = jax.jit(both, compiler_options=strict.AS_USERS)(small, large)
+    joined = jax.jit(both)(small, large)
     for module in (leaves, measure, record):
         monkeypatch.setattr(module, "alone", lambda: False)
-    apart = jax.jit(lambda *grads: both(*grads), compiler_options=strict.AS_USERS)(small, large)
+    apart = jax.jit(lambda *grads: both(*grads))(small, large)
     chex.assert_trees_all_close(joined[0], apart[0], rtol=2e-5, atol=1e-30)
     chex.assert_trees_all_close(joined[1], apart[1], rtol=2e-5, atol=1e-6)
 
