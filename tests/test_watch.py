@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
+from tests.conftest import AS_USERS
 from tests.series import POISONS, factors
 
 PARAMS = {f"layers/{i}": jnp.full((2, 2), 0.1 * (i + 1)) for i in range(12)} | {"embed": jnp.full((3,), 0.2)}
@@ -57,7 +58,7 @@ def test_updates_come_out_bit_for_bit():
         "zero": jnp.zeros((0, 2)),
     }
     tx = oc.watch()
-    out, _ = jax.jit(tx.update)(odd, tx.init(odd))
+    out, _ = jax.jit(tx.update, compiler_options=AS_USERS)(odd, tx.init(odd))
     chex.assert_trees_all_equal_shapes_and_dtypes(out, odd)
     for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(odd), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes() and a.weak_type == b.weak_type
@@ -265,7 +266,7 @@ def test_one_read_with_a_clip_of_the_same_blocks():
     def loops(*chain):
         tx = optax.chain(*chain)
         state = tx.init(PARAMS)
-        compiled = jax.jit(lambda g, s: tx.update(g, s)).lower(PARAMS, state).compile()
+        compiled = jax.jit(lambda g, s: tx.update(g, s)).lower(PARAMS, state).compile(AS_USERS)
         return compiled.as_text().count(" while(")
 
     assert loops(oc.watch()) == 1 == loops(oc.watch(), oc.clip_by_leaf_norm(1.0))

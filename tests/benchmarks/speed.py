@@ -49,7 +49,7 @@ CLIPS = {
 NO_CLIP = "no clip"
 
 
-def train_step(tx, tree: dict, dtype=jnp.float32) -> jax.stages.Compiled:
+def train_step(tx, tree: dict, dtype=jnp.float32, options: dict | None = None) -> jax.stages.Compiled:
     """A compiled step with donated parameters and state, in the order of the outputs that they become."""
 
     def step(params, state, grads):
@@ -57,7 +57,7 @@ def train_step(tx, tree: dict, dtype=jnp.float32) -> jax.stages.Compiled:
         return optax.apply_updates(params, updates), state
 
     params, grads = shapes_of(tree), shapes_of(tree, dtype)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), grads).compile()
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), grads).compile(options)
 
 
 def account(compiled: jax.stages.Compiled, tree: dict, dtype=jnp.float32) -> tuple[float, float]:
