@@ -7,6 +7,10 @@ import pathlib
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+# XLA runs simulated devices on a pool of as many threads, each waiting in a collective for the others; where a mesh has
+# two axes, and so collectives that may come in any order, all can wait for ones that find no thread: a deadlock.
+os.environ.setdefault("NPROC", "64")
+
 import jax
 
 # Most of a test's time is XLA's: JAX 0.10 compiles four times as fast by its older emitters and without LLVM's
