@@ -91,6 +91,8 @@ def options(file: str, doc: str, argv: list[str] | None, *, steps: int, rates: t
 def compare(tasks: dict[str, Task], goal: Goal, args: argparse.Namespace) -> dict[str, Runs]:
     """Trains all, prints the table, draws the picture."""
     rates = sorted(args.rates)
+    if not set(args.only or ()) <= tasks.keys():
+        raise SystemExit(f"--only takes some of {list(tasks)}, got {args.only}.")
     results = {name: train(name, tasks[name], rates, args.seeds, args.steps) for name in args.only or tasks}
     print(report(results, rates, goal))
     draw(results, rates, goal, args.out)
@@ -158,6 +160,8 @@ def draw(results: dict[str, Runs], rates: list[float], goal: Goal, path: str) ->
     plot_scores(results, rates, goal, fig.add_subplot(grid[:, 0]))
     for column, (name, runs) in enumerate(results.items(), 1):
         seen = {key: x[-1, 0] for key, x in runs.seen.items()}
+        if "clip/clipped" in seen:
+            seen["clip/clipped"] = np.round(seen["clip/clipped"])  # of many blocks or examples: most of them
         top = fig.add_subplot(grid[0, column], sharey=first and first[0])
         bottom = fig.add_subplot(grid[1, column], sharey=first and first[1], sharex=top)
         first = first or (top, bottom)
@@ -166,10 +170,21 @@ def draw(results: dict[str, Runs], rates: list[float], goal: Goal, path: str) ->
         optaxclip.plots.plot_norms(seen, bottom)
         bottom.legend(fontsize=7, loc="upper right", framealpha=0.9)
     first[0].set_ylabel(goal.drawn)
-    low, high = first[1].get_ylim()
-    first[1].set_ylim(low, high * (high / low) ** 0.4)  # room for the legends
+    cut_axes(results, goal, *first)
     fig.savefig(path, dpi=100)
     print(f"\nThe picture is in {path}.")
+
+
+def cut_axes(results: dict[str, Runs], goal: Goal, top: Any, bottom: Any) -> None:
+    """Cuts off what has exploded; leaves room for the legends."""
+    if goal.drawn == "loss":
+        start = next(iter(results.values())).seen["loss"][-1, 0, 0]
+        low, high = top.get_ylim()
+        top.set_ylim(low if high < 3 * start else 0, min(high, 3 * start))
+    low, high = bottom.get_ylim()
+    norms = np.stack([runs.seen["clip/grad_norm"][-1, 0] for runs in results.values()])
+    high = min(high, 1e4 * np.median(norms[np.isfinite(norms)]))
+    bottom.set_ylim(low, high * (high / low) ** 0.4)
 
 
 def plot_scores(results: dict[str, Runs], rates: list[float], goal: Goal, ax: Any) -> None:

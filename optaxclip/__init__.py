@@ -36,20 +36,20 @@ from optaxclip.algorithms.stable_spam import clip_by_running_max, normalize_by_m
 from optaxclip.algorithms.u_clip import clip21, u_clip
 from optaxclip.algorithms.value import clip, clip_by_value
 from optaxclip.algorithms.zclip import zclip
-from optaxclip.check import Finding, check
+from optaxclip.checking.check import Finding, check
 from optaxclip.core import ClipState, clip_by
 from optaxclip.history import History
 from optaxclip.norms import Norm, l1, l2, linf, lp, rms
-from optaxclip.recommend import Recommendation, recommend
 from optaxclip.record import Metrics, metrics
 from optaxclip.scopes import Scope, groups, leaf, tree, units
-from optaxclip.sweep import Sweep
 from optaxclip.thresholds.combine import accepted, at_least, at_most, clipped, lag, per_block, raw
 from optaxclip.thresholds.fixed import constant, param_relative, scheduled, until
 from optaxclip.thresholds.learned import Statistic, learned
 from optaxclip.thresholds.quantile import median, percentile, quantile, window_zscore
 from optaxclip.thresholds.running import log_zscore, previous, running, zscore
-from optaxclip.tuning import tune
+from optaxclip.tuning.recommend import Recommendation, recommend
+from optaxclip.tuning.sweep import Sweep
+from optaxclip.tuning.training import tune
 from optaxclip.watching.bad import BadStep, bad_steps
 from optaxclip.watching.diagnose import Sign, diagnose
 from optaxclip.watching.explain import explain

@@ -7,7 +7,7 @@ import numpy as np
 from optaxclip.plots.axes import DARK, GREY, axes_or_new, plain_numbers
 
 if TYPE_CHECKING:
-    from optaxclip.sweep import Sweep
+    from optaxclip.tuning.sweep import Sweep
 
 
 def plot_sweep(sweep: "Sweep", ax: Any = None) -> Any:

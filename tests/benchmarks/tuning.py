@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import optaxclip
-from optaxclip.sweep import capped
+from optaxclip.tuning.sweep import capped
 from tests.benchmarks.reporting import put_into
 from tests.benchmarks.trainings import TRAININGS, Training
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from optaxclip.chains import HOLDERS, Node, common, feeds
-from optaxclip.kinds import REMEMBERING, SCALES, as_clip
+from optaxclip.checking.chains import HOLDERS, Node, common, feeds
+from optaxclip.checking.kinds import REMEMBERING, SCALES, as_clip
 
 Test = Callable[[Node], Any]
 

@@ -7,8 +7,8 @@ Where something cannot be read (a foreign wrapper, labels that cannot be compute
 import itertools
 from collections.abc import Callable, Iterator
 
-from optaxclip.chains import HOLDERS, Node, common, feeds, holds, maker
-from optaxclip.kinds import (
+from optaxclip.checking.chains import HOLDERS, Node, common, feeds, holds, maker
+from optaxclip.checking.kinds import (
     GUARDS,
     NORMALISERS,
     SCALES,
@@ -23,7 +23,7 @@ from optaxclip.kinds import (
     number_of,
     seeks_spikes,
 )
-from optaxclip.order import between, named, only_scaled, pairs
+from optaxclip.checking.order import between, named, only_scaled, pairs
 
 Found = Iterator[tuple[str, str, str]]
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import optax
 
-from optaxclip.chains import described
-from optaxclip.rules import RULES
+from optaxclip.checking.chains import described
+from optaxclip.checking.rules import RULES
 
 
 class Finding(NamedTuple):

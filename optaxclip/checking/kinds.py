@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from optaxclip.actions import rescale, zero
-from optaxclip.chains import Node, holds, maker, makers
+from optaxclip.checking.chains import Node, holds, maker, makers
 from optaxclip.norms import l2, rms
 from optaxclip.scopes import leaf, tree
 

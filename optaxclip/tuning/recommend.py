@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optaxclip.history import History, blocks, stacked
-from optaxclip.series import FEWEST, Numbers, known_logs, numbers_of
+from optaxclip.tuning.series import FEWEST, Numbers, known_logs, numbers_of
 
 SHARES = (0.01, 0.05, 0.10)
 

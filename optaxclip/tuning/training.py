@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip.record import metrics
-from optaxclip.sweep import Sweep, capped, settled
+from optaxclip.tuning.sweep import Sweep, capped, settled
 
 Init = Callable[[Any, jax.Array], Any]
 TrainStep = Callable[[Any, Any, Any], tuple[Any, jax.Array]]
