@@ -155,22 +155,22 @@ def table(results: dict[str, Runs], rates: list[float], at: dict[str, int], goal
 
 def draw(results: dict[str, Runs], rates: list[float], goal: Goal, path: str) -> None:
     """Scores against rates; and of the first seed at the largest rate what happened at each step."""
-    fig = plt.figure(figsize=(3.4 * (1 + len(results)), 5.2), layout="constrained")
-    grid, first = fig.add_gridspec(2, 1 + len(results)), None
-    plot_scores(results, rates, goal, fig.add_subplot(grid[:, 0]))
-    for column, (name, runs) in enumerate(results.items(), 1):
+    fig = plt.figure(figsize=(3.2 + 2 * len(results), 4.6), layout="constrained")
+    left, right = fig.subfigures(1, 2, width_ratios=[3.2, 2 * len(results)])
+    plot_scores(results, rates, goal, left.subplots())
+    axes = right.subplots(2, len(results), sharex=True, sharey="row", squeeze=False)
+    for (name, runs), top, bottom in zip(results.items(), *axes, strict=True):
         seen = {key: x[-1, 0] for key, x in runs.seen.items()}
         if "clip/clipped" in seen:
             seen["clip/clipped"] = np.round(seen["clip/clipped"])  # of many blocks or examples: most of them
-        top = fig.add_subplot(grid[0, column], sharey=first and first[0])
-        bottom = fig.add_subplot(grid[1, column], sharey=first and first[1], sharex=top)
-        first = first or (top, bottom)
         top.plot(seen[goal.drawn], color="black", linewidth=0.9)
-        top.set_title(f"{name}\n(rate {rates[-1]:g})", fontsize=10)
+        top.set_title(name, fontsize=9)
         optaxclip.plots.plot_norms(seen, bottom)
-        bottom.legend(fontsize=7, loc="upper right", framealpha=0.9)
-    first[0].set_ylabel(goal.drawn)
-    cut_axes(results, goal, *first)
+        bottom.legend(fontsize=6, loc="upper right", framealpha=0.9)
+        bottom.label_outer()
+    right.suptitle(f"One run each, at the rate {rates[-1]:g}", fontsize=10)
+    axes[0, 0].set_ylabel(goal.drawn)
+    cut_axes(results, goal, *axes[:, 0])
     fig.savefig(path, dpi=100)
     print(f"\nThe picture is in {path}.")
 
