@@ -196,6 +196,19 @@ MISTAKES = {
         ],
         (chain(clip(2.0), chain(clip(1.0), optax.adam(1e-3))), chain(clip(1.0), optax.adam(1e-3))),
     ],
+    "threshold-as-clip": [
+        (chain(t, optax.sgd(1.0)), chain(oc.clip_by(t), optax.sgd(1.0)))
+        for t in (
+            oc.running(1.5),
+            oc.at_most(oc.percentile(90), 1.0),
+            oc.constant(1.0),
+            oc.lag(optax.ema(0.9)),
+            oc.scheduled(lambda step: 1.0),
+            oc.until(5, 1.0),
+            oc.param_relative(0.1),
+            oc.per_block(lambda: 0.0, lambda norm, state: (norm, state)),
+        )
+    ],
 }
 PLANTED = [(name, *pair) for name, pairs in MISTAKES.items() for pair in pairs]
 
@@ -513,3 +526,9 @@ def test_flax():
         assert names(nnx.Optimizer(model, tx, wrt=nnx.Param).tx, nnx.state(model, nnx.Param)) == found
     frozen = chain(clip(1.0), optax.freeze({"kernel": False, "bias": True}))
     assert len(names(frozen, nnx.to_pure_dict(nnx.state(model, nnx.Param)))) == 1
+
+
+def test_findings_print_one_below_the_other():
+    found = oc.check(chain(optax.adam(1e-3), clip(1.0), clip(2.0)), PARAMS)
+    assert len(found) > 1 and str(found) == "\n".join(map(str, found)) and found == tuple(found)
+    assert str(oc.check(chain(clip(1.0), optax.adam(1e-3)), PARAMS)) == "nothing found"

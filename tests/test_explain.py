@@ -38,7 +38,8 @@ def test_the_sentence_of_the_readme():
         and text[0].split("x the median")[1] == first.split("x the median")[1] + " steps)"
     )
     assert text[1].startswith("bad: step 16: norm 30.1 = ")
-    assert text[2].startswith("norms: 5 % below ") and text[3].startswith("would clip: 100 % at 0.1, 100 % at 0.5")
+    assert text[2].startswith("norms lately: 5 % below ")
+    assert text[3].startswith("would have clipped of 16 steps: 100 % at 0.1, 100 % at 0.5")
 
 
 def test_a_clip_alone_says_what_it_knows():

@@ -116,6 +116,12 @@ def test_other_shapes_are_refused(norms):
         optaxclip.recommend(norms)
 
 
+@pytest.mark.parametrize("history", [{"loss": np.ones(50)}, [{"loss": 1.0}] * 50, [{"accuracy": 1.0}] * 50])
+def test_losses_are_not_taken_for_norms(history):
+    with pytest.raises(ValueError, match="there is no 'grad_norm' among"):
+        optaxclip.recommend(history)
+
+
 def test_shares_out_of_range_are_refused():
     with pytest.raises(ValueError, match="shares"):
         optaxclip.recommend(PLAIN, shares=(5.0,))

@@ -10,6 +10,7 @@ import optax
 
 from optaxclip.checking.chains import described
 from optaxclip.checking.rules import RULES
+from optaxclip.findings import Findings
 
 
 class Finding(NamedTuple):
@@ -42,7 +43,7 @@ def check(tx: optax.GradientTransformation, params: Any) -> tuple[Finding, ...]:
       params: the parameters, or their shapes (`jax.eval_shape`): masks and labels are asked which leaves they mean.
 
     Returns:
-      A tuple of `Finding`, empty if there are none; `str` of one reads well.
+      A tuple of `Finding`, empty if there are none; it prints well.
 
     Raises:
       TypeError: if `tx` is not an optax transformation.
@@ -57,4 +58,5 @@ def check(tx: optax.GradientTransformation, params: Any) -> tuple[Finding, ...]:
         raise TypeError(f"check: tx must be an optax transformation, got {type(tx).__name__}.")
     nodes = described(tx, params)
     found = [Finding(name, *finding) for name, rule in RULES.items() for finding in rule(nodes)]
-    return tuple({(finding.name, finding.where): finding for finding in reversed(found)}.values())[::-1]
+    first = {(finding.name, finding.where): finding for finding in reversed(found)}
+    return Findings(reversed(first.values()))

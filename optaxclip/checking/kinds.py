@@ -23,6 +23,7 @@ NORMALISERS = {
 STATEFUL = (NORMALISERS - {"scale_by_sign", "normalize_by_update_norm", "normalize"}) | {"trace", "ema"}
 GUARDS = {"apply_if_finite", "skip_nonfinite", "skip_spikes"}
 SCALES = {"scale", "scale_by_learning_rate", "scale_by_schedule", "identity"}
+THRESHOLDS = {"learned", "lag", "per_block", "_combined", "stateless", "scheduled", "param_relative", "until"}
 REMEMBERING = {"MultiSteps", "lookahead", "mechanize", "schedule_free"}
 _OPTAX = {"clip_by_global_norm": "tree", "clip": "element", "clip_by_block_rms": "other", "adaptive_grad_clip": "other"}
 

@@ -64,7 +64,7 @@ def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendati
       errors; layers differ if their medians do 30-fold; norms are steady if the 99th percentile is within 2 medians.
 
     Raises:
-      ValueError: for norms of another shape, or shares outside (0, 1).
+      ValueError: for norms of another shape, a recorded run without norms, or shares outside (0, 1).
 
     >>> import numpy as np, optaxclip
     >>> found = optaxclip.recommend(np.random.default_rng(0).lognormal(0.0, 0.2, 1000))
@@ -91,12 +91,24 @@ def _read(norms: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     rows = isinstance(norms, list | tuple) and norms and isinstance(norms[0], Mapping)
     if rows or isinstance(norms, Mapping | History):
         seen = stacked(norms)
-        layers = blocks(seen) or ({} if "grad_norm" in seen else seen)
+        layers = blocks(seen)
+        if not layers and "grad_norm" not in seen:
+            layers = _layers(seen, isinstance(norms, Mapping))
         return (_whole(np.stack(list(layers.values()), axis=1)) if layers else seen["grad_norm"]), layers
     array = np.asarray(norms, float)
     if array.ndim not in (1, 2) or not array.size:
         raise ValueError(f"recommend: norms must have the shape (steps,) or (steps, layers), got {array.shape}.")
     return (array, {}) if array.ndim == 1 else (_whole(array), {str(i): x for i, x in enumerate(array.T)})
+
+
+def _layers(seen: dict[str, np.ndarray], plain: bool) -> dict[str, np.ndarray]:
+    """A dict of layer -> norms; raises if it is a recorded run, without norms."""
+    if plain and "loss" not in seen:
+        return seen
+    raise ValueError(
+        f"recommend: there is no 'grad_norm' among {sorted(seen)}: record optaxclip.metrics(state) at each step, or"
+        " pass norms of the shape (steps,) or (steps, layers), or a dict of layer -> norms."
+    )
 
 
 def _whole(by_layer: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from optaxclip.findings import Findings
 from optaxclip.watching.signs import RULES
 from optaxclip.watching.window import as_window
 
@@ -49,4 +50,4 @@ def diagnose(history: Any, *, losses: Any = None, param_norms: Any = None) -> tu
     norms-exploding ['doubling_steps', 'growth', 'r2', 'steps']
     """
     window = as_window(history, losses, param_norms)
-    return tuple(Sign(*found) for rule in RULES for found in rule(window))
+    return Findings(Sign(*found) for rule in RULES for found in rule(window))

@@ -42,13 +42,15 @@ def watched(w: WatchState) -> str:
 def history(w: WatchState) -> list[str]:
     """What a watch knows of the steps before: one line each."""
     lines = [f"bad: {bad}" for bad in bad_steps(w)]
-    if w.trackers.median.blocks.seen >= 10:
+    if w.trackers.median.blocks.seen < 10:
+        return lines
+    if w.quantile_names:
         pairs = zip(sorted(w.quantile_names, key=float), quantiles_in_order(w), strict=True)
-        lines += ["norms: " + ", ".join(f"{percent(float(q))} below {short(x)}" for q, x in pairs)] * bool(
-            w.quantile_names
-        )
+        lines.append("norms lately: " + ", ".join(f"{percent(float(q))} below {short(x)}" for q, x in pairs))
+    if w.candidates:
         rates = zip(sorted(w.candidates), w.would_clip / w.total_steps, strict=True)
-        lines += ["would clip: " + ", ".join(f"{percent(rate)} at {name}" for name, rate in rates)] * bool(w.candidates)
+        tried = ", ".join(f"{percent(rate)} at {name}" for name, rate in rates)
+        lines.append(f"would have clipped of {int(w.total_steps)} steps: {tried}")
     return lines
 
 
