@@ -26,7 +26,7 @@ running_mean = optaxclip.lag(optax.chain(optax.ema(0.95), optax.scale(1.5)), fee
 CLIPS = {
     "no clip": optaxclip.clip_by(jnp.inf),  # an infinite bound only measures
     "global norm 1": optaxclip.clip_by_global_norm(1.0),
-    "1.5 x the mean": optaxclip.clip_by(optaxclip.at_most(running_mean, 1.0)),
+    "1.5 x the mean, capped": optaxclip.clip_by(optaxclip.at_most(running_mean, 1.0)),
 }
 
 

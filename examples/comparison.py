@@ -37,16 +37,31 @@ class Task(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """What the score is, from where on a run has failed, whether high is good, and what to draw of each step."""
+    """What is reported and drawn.
+
+    Attributes:
+      score: what the score is.
+      failed: a run that ends worse than this has failed.
+      higher: whether high is good.
+      drawn: what to draw of each step, above the norms.
+      norms: what the norms are of.
+    """
 
     score: str
     failed: float
     higher: bool = False
     drawn: str = "loss"
+    norms: str = "gradient norm"
 
 
 class Runs(NamedTuple):
-    """What came of one method: `seen`, a dict of (rates, seeds, steps), and `scores`, (rates, seeds)."""
+    """What came of one method.
+
+    Attributes:
+      seen: what each step returned, (rates, seeds, steps): the metrics of a clip, the loss; "share clipped", if
+        what is clipped are examples.
+      scores: (rates, seeds).
+    """
 
     seen: dict[str, np.ndarray]
     scores: np.ndarray
@@ -79,9 +94,11 @@ def nnx_task(build: Callable, train_step: Callable, evaluate: Callable) -> Task:
 
 def options(file: str, doc: str, argv: list[str] | None, *, steps: int, rates: tuple[float, ...], seeds: int = 3):
     """The options that all examples have."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--seeds", type=int, default=seeds)
+    parser = argparse.ArgumentParser(
+        description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=steps, help="of each run")
+    parser.add_argument("--seeds", type=int, default=seeds, help="runs of each method at each rate")
     parser.add_argument("--rates", type=float, nargs="+", default=list(rates), help="learning rates")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="leave out the other methods of the table")
     parser.add_argument("--out", default=f"{pathlib.Path(file).stem}.png", help="where to put the picture")
@@ -144,7 +161,7 @@ def table(results: dict[str, Runs], rates: list[float], at: dict[str, int], goal
     sign = -1 if goal.higher else 1
     rows = [["", "rate", "median", "worst", "clipped", "failed"]]
     for name, runs in results.items():
-        cost, clipped = costs(runs, goal)[at[name]], runs.seen.get("clip/clipped")
+        cost, clipped = costs(runs, goal)[at[name]], runs.seen.get("share clipped", runs.seen.get("clip/clipped"))
         numbers = [f"{rates[at[name]]:g}", f"{sign * np.median(cost):.3g}", f"{sign * cost.max():.3g}"]
         share = "" if clipped is None else f"{clipped[at[name]].mean():.0%}"
         rows.append([name, *numbers, share, f"{np.sum(cost > sign * goal.failed)} of {cost.size}"])
@@ -161,12 +178,14 @@ def draw(results: dict[str, Runs], rates: list[float], goal: Goal, path: str) ->
     axes = right.subplots(2, len(results), sharex=True, sharey="row", squeeze=False)
     for (name, runs), top, bottom in zip(results.items(), *axes, strict=True):
         seen = {key: x[-1, 0] for key, x in runs.seen.items()}
-        if "clip/clipped" in seen:
-            seen["clip/clipped"] = np.round(seen["clip/clipped"])  # of many blocks or examples: most of them
+        share = seen.get("clip/clipped", np.zeros(1))
+        if np.any((share > 0) & (share < 1)):  # of units: the longest beside the smallest bound would say nothing
+            seen = seen | {"clip/clipped": np.round(share), "clip/bound": np.full_like(share, np.inf)}
         top.plot(seen[goal.drawn], color="black", linewidth=0.9)
         top.set_title(name, fontsize=9)
         optaxclip.plots.plot_norms(seen, bottom)
         bottom.legend(fontsize=6, loc="upper right", framealpha=0.9)
+        bottom.set_ylabel(goal.norms)
         bottom.label_outer()
     right.suptitle(f"One run each, at the rate {rates[-1]:g}", fontsize=10)
     axes[0, 0].set_ylabel(goal.drawn)
@@ -188,13 +207,16 @@ def cut_axes(results: dict[str, Runs], goal: Goal, top: Any, bottom: Any) -> Non
 
 
 def plot_scores(results: dict[str, Runs], rates: list[float], goal: Goal, ax: Any) -> None:
-    """The median score over seeds against the rate, from the best to the worst; what failed is at the edge."""
+    """The median score over seeds against the rate, from the best to the worst; what failed is at the edge, alone."""
     sign = -1 if goal.higher else 1
-    for (name, runs), style in zip(results.items(), LINES, strict=False):
-        score = sign * np.minimum(costs(runs, goal), sign * goal.failed)
+    for i, ((name, runs), style) in enumerate(zip(results.items(), LINES, strict=False)):
+        cost, beside = costs(runs, goal), np.array(rates) * 1.06 ** (i - len(results) / 2)
+        score, lost = sign * np.minimum(cost, sign * goal.failed), np.median(cost, axis=1) > sign * goal.failed
         middle = np.median(score, axis=1)
         spread = np.stack([middle - score.min(axis=1), score.max(axis=1) - middle])
-        ax.errorbar(rates, middle, spread, fmt=style, color="black", mfc="white", capsize=2, label=name)
+        look = {"color": "black", "mfc": "white"}
+        ax.errorbar(beside, np.where(lost, np.nan, middle), spread, fmt=style, capsize=2, label=name, **look)
+        ax.plot(beside[lost], middle[lost], style[-1], **look)
     ax.set(xscale="log", xlabel="learning rate")
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45, ha="right", rotation_mode="anchor")
     ax.minorticks_off()

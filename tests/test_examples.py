@@ -77,7 +77,7 @@ def test_federated_bound_finds_the_median_by_itself(run):
     found = run("federated", ["bound 10", "median, from 10"], steps=50, seeds=2, rates=1)
     large, median = scores(found)
     assert median.min() > large.max() + 0.1
-    share = found["median, from 10"].seen["clip/clipped"][0, :, -20:].mean()
+    share = found["median, from 10"].seen["share clipped"][0, :, -20:].mean()
     assert 0.3 < share < 0.7
 
 
