@@ -9,7 +9,6 @@ author = "the optaxclip authors"
 version = release = optaxclip.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["myst.header"]  # choosing.md: a heading for each task, under a table that has none
 
 myst_heading_anchors = 3
 autodoc_preserve_defaults = True

@@ -143,10 +143,10 @@ def report(results: dict[str, Runs], rates: list[float], goal: Goal) -> str:
     """Two tables: all methods at the largest rate, then each at the rate of its best median."""
     best = {name: int(np.argmin(np.median(costs(runs, goal), axis=1))) for name, runs in results.items()}
     last = dict.fromkeys(results, len(rates) - 1)
-    all_rates = ", ".join(f"{rate:g}" for rate in rates)
+    all_rates, seeds = ", ".join(f"{rate:g}" for rate in rates), next(iter(results.values())).scores.shape[1]
     return (
         f"\n{goal.score} ({'higher' if goal.higher else 'lower'} is better; failed: worse than {goal.failed:.3g})\n\n"
-        f"All at the same learning rate:\n\n{table(results, rates, last, goal)}\n\n"
+        f"All at the same learning rate, {seeds} seeds:\n\n{table(results, rates, last, goal)}\n\n"
         f"Each at its best learning rate of {all_rates}:\n\n{table(results, rates, best, goal)}"
     )
 

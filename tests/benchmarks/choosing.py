@@ -53,7 +53,7 @@ METHODS = {
     "u_clip": Method("max_norm", (1.0, 0.1, 10.0), before(oc.u_clip)),
     "adaptive_grad_clip": Method("clipping", (0.01, 0.05, 0.25), before(oc.adaptive_grad_clip)),
     "autoclip": Method("percentile", (10.0, 50.0, 90.0), before(oc.autoclip)),
-    "naive quantile": Method("q, window 50", (90.0, 99.0, 75.0), by(lambda q: oc.percentile(q, window=50))),
+    "naive quantile": Method("window 50, q", (90.0, 99.0, 75.0), by(lambda q: oc.percentile(q, window=50))),
     "quantile_clip": Method("quantile", (0.5, 0.25, 0.9), before(oc.quantile_clip)),
     "clip_by_median": Method("scale", (2.0, 1.0, 4.0), before(oc.clip_by_median)),
     "running": Method("factor", (2.0, 1.1, 4.0), by(oc.running)),
@@ -114,7 +114,7 @@ def row(name: str, task: Training, method: Method, losses: np.ndarray) -> list[s
     return [label, *shown(0, rate), f"{failed}", best, f"{task.rates[at[1]]:g}", *shown(*at)]
 
 
-HEAD = ["method", "default: median", "worst", "diverged", "best setting", "best rate", "median", "worst"]
+HEAD = ["method", "default: median", "worst", "lost, all rates", "best setting", "best rate", "median", "worst"]
 
 
 def table(task: Training, rows: list[list[str]], seeds: int, steps: int) -> str:
