@@ -119,9 +119,7 @@ def main(argv=None):
     goal = Goal("Evaluation loss, nats a character", failed=np.log(LETTERS))
     print(report(results, rates, goal))
     draw({name: results[name] for name in DRAWN if name in results}, rates, goal, args.out)
-    print(
-        f"\nHow far the parameters end from those of one device, relative to their norm, at rate {rates[0]:g}, at most:\n"
-    )
+    print(f"\nAt rate {rates[0]:g}, how far the parameters end from those of one device, over their norm, at most:\n")
     away = {name: distance(ends[name][: args.seeds], ends["one device"][: args.seeds]) for name in list(results)[2:]}
     for name, value in away.items():
         print(f"{name:>24}: {value:.1e}")
