@@ -196,6 +196,11 @@ MISTAKES = {
         ],
         (chain(clip(2.0), chain(clip(1.0), optax.adam(1e-3))), chain(clip(1.0), optax.adam(1e-3))),
     ],
+    "idle-exclude": [
+        (chain(make(exclude=wrong), optax.sgd(1.0)), chain(make(exclude="^head/"), optax.sgd(1.0)))
+        for make in (functools.partial(clip, 1.0), functools.partial(oc.adaptive_grad_clip, 0.1), oc.zclip)
+        for wrong in ("^haed/", "", lambda path: False)
+    ],
     "threshold-as-clip": [
         (chain(t, optax.sgd(1.0)), chain(oc.clip_by(t), optax.sgd(1.0)))
         for t in (

@@ -7,13 +7,13 @@ Where something cannot be read (a foreign wrapper, labels that cannot be compute
 import itertools
 from collections.abc import Callable, Iterator
 
+from optaxclip.checking.alone import idle_exclude, threshold_as_clip
 from optaxclip.checking.chains import HOLDERS, Node, common, feeds, holds, maker
 from optaxclip.checking.kinds import (
     GUARDS,
     NORMALISERS,
     SCALES,
     STATEFUL,
-    THRESHOLDS,
     Clip,
     as_clip,
     bound_of,
@@ -218,16 +218,6 @@ def _clip_twice(nodes: list[Node]) -> Found:
             )
 
 
-def _threshold_as_clip(nodes: list[Node]) -> Found:
-    """What turns norms into bounds, where gradients pass."""
-    for node in filter(named(*THRESHOLDS), nodes):
-        yield (
-            node.where,
-            "it is a threshold, which turns norms into bounds: here each number of a gradient becomes a bound.",
-            "a clip by it: optaxclip.clip_by(threshold).",
-        )
-
-
 RULES: dict[str, Callable[[list[Node]], Found]] = {
     "clip-per-branch": _clip_per_branch,
     "frozen-in-norm": _frozen_in_norm,
@@ -239,5 +229,6 @@ RULES: dict[str, Callable[[list[Node]], Found]] = {
     "guard-in-accumulation": _guard_in_accumulation,
     "clip-before-sign": _clip_before_sign,
     "clip-twice": _clip_twice,
-    "threshold-as-clip": _threshold_as_clip,
+    "threshold-as-clip": threshold_as_clip,
+    "idle-exclude": idle_exclude,
 }
