@@ -11,6 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from optaxclip.given import known, said
+
 Action = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -53,8 +55,8 @@ def zero(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 
 
 def _outside(value, low: float, high: float) -> bool:
-    """Whether a Python number is outside [low, high]; arrays and tracers are not looked into."""
-    return not isinstance(value, jax.Array) and not low <= value <= high
+    """Whether a number is outside [low, high]; tracers are not looked into."""
+    return not isinstance(known(value), jax.Array) and not low <= known(value) <= high
 
 
 def smooth(p: jax.typing.ArrayLike = 2.0) -> Action:
@@ -109,4 +111,18 @@ def band(low: jax.typing.ArrayLike = 0.0, *, floor: jax.typing.ArrayLike = 0.0) 
         lowest = jnp.minimum(jnp.maximum(relative, jnp.asarray(floor, norms.dtype)), bounds)
         return _factor(jnp.clip(norms, lowest, bounds), norms)
 
+    return action
+
+
+def as_action(action: Action | None, call: str) -> Action:
+    """The action; `rescale` for None.
+
+    Raises:
+      ValueError: naming the call and what there is, for what is no function, and for `smooth` and `band` not called.
+    """
+    if action is None:
+        return rescale
+    if not callable(action) or action in (smooth, band):
+        choices = "optaxclip.rescale, normalize, zero, smooth(p), band(low) or a function (norms, bounds) -> factors"
+        raise ValueError(f"{call}: action must be {choices}, got {said(action, smooth, band)}.")
     return action

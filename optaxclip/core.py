@@ -25,14 +25,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip.actions import Action, rescale
+from optaxclip.actions import Action, as_action
 from optaxclip.apply import Factors, Nonfinite, factors_of, multiply
-from optaxclip.leaves import Exclude, Leaves, map_blocks, measured_leaves
+from optaxclip.leaves import Exclude, Leaves, as_exclude, map_blocks, measured_leaves
 from optaxclip.measure import Measured, measure
 from optaxclip.mesh import AxisNames, find_span
 from optaxclip.norms import Norm, accumulator, as_norm, l2, widen
 from optaxclip.record import Metrics, Step, fresh_metrics, named_blocks, recorded
-from optaxclip.scopes import Cut, Scope, tree
+from optaxclip.scopes import Cut, Scope, as_scope, tree
 from optaxclip.thresholds.combine import Threshold, as_threshold, hold_where_not_finite
 
 View = Callable[[jax.Array, jax.Array], jax.Array]
@@ -85,8 +85,9 @@ def clip_by(
       the threshold keeps none.
 
     Raises:
-      ValueError: for a threshold that is negative, NaN, a boolean or a string; for an unknown `nonfinite`; at the
-        update, if the tree's blocks are not those of `init`, or if the parameters are needed and not passed.
+      ValueError: for a threshold that is negative, NaN, a boolean or a string; for a scope, norm, action, `exclude`
+        or `nonfinite` that is none; at the update, for the state of something else, if the tree's blocks are not those
+        of `init`, or if the parameters are needed and not passed.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.clip_by(1.0, scope=optaxclip.leaf, action=optaxclip.smooth(1.0))
@@ -95,7 +96,8 @@ def clip_by(
     {'a': Array([0.75], dtype=float32), 'b': Array([0.5], dtype=float32)}
     """
     threshold = as_threshold(threshold, "clip_by", "threshold")
-    norm, action = as_norm(norm), action or rescale
+    scope, norm = as_scope(scope, "clip_by"), as_norm(norm, "clip_by")
+    action, exclude = as_action(action, "clip_by"), as_exclude(exclude, "clip_by")
     if nonfinite not in ("propagate", "zero"):
         raise ValueError(f"clip_by: nonfinite must be 'propagate' or 'zero', got {nonfinite!r}.")
 
@@ -143,6 +145,7 @@ def clip_by(
 def _fresh_if_none(state, init_fn, updates) -> ClipState:
     """The state, or a fresh one for None, if no history is lost by that."""
     if state is not None:
+        check_state(state)
         return state
     state = init_fn(updates)
     if jax.tree.leaves(state.threshold):
@@ -153,8 +156,28 @@ def _fresh_if_none(state, init_fn, updates) -> ClipState:
     return state
 
 
+def check_state(state: Any) -> None:
+    """Raises unless the state has the fields of a clip's. Its type may be one that a checkpoint library made."""
+    if not all(hasattr(state, field) for field in ClipState._fields):
+        raise ValueError(
+            f"This is not the state of a clip but {_kind(state)}: initialise with state = tx.init(params). For a"
+            " checkpoint from before the clip see docs/old-checkpoints.md."
+        )
+
+
+def _kind(state: Any) -> str:
+    """The type of a state; of a plain tuple, what is in it."""
+    return f"({', '.join(map(_kind, state))})" if type(state) is tuple else type(state).__name__
+
+
 def check_names(names, known) -> None:
     """Raises unless the blocks of the updates are those that `init` saw."""
+    if bool(names) != bool(known):
+        named, other = ("the updates", "the state") if names else ("the state", "the updates")
+        raise ValueError(
+            f"The blocks of {named} have names, those of {other} have none: this is the state of a clip with another"
+            " scope (or of a tree without gradients). Initialise with tx.init(params) of this clip."
+        )
     new, missing = sorted(set(names) - set(known)), sorted(set(known) - set(names))
     if new or missing:
         raise ValueError(

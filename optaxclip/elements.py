@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip.apply import as_dtype_of
-from optaxclip.core import ClipState
+from optaxclip.core import ClipState, check_state
 from optaxclip.leaves import Exclude, measured_leaves, one_vector
 from optaxclip.measure import measure
 from optaxclip.mesh import AxisNames, find_span
@@ -65,6 +65,7 @@ def clip_elements(
 
     def update_fn(updates, state, params=None, **extra_args):
         state = init_fn(updates) if state is None else state
+        check_state(state)
         leaves = measured_leaves(updates, exclude)
         cut = tree.cut(leaves.paths, [x.shape for x in leaves.arrays])
         span = find_span(leaves.arrays, leaves.paths, axis_names)

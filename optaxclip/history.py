@@ -2,7 +2,7 @@
 
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,9 +58,19 @@ Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 def columns(history: Recorded) -> dict[str, np.ndarray]:
-    """One array a key, on the host; NaN where a step lacks the key."""
-    rows = history.rows() if isinstance(history, History) else history
+    """One array a key, on the host; NaN where a step lacks the key.
+
+    Raises:
+      ValueError: for what is no history.
+    """
+    rows: Any = history.rows() if isinstance(history, History) else history
     if not isinstance(rows, Mapping):
+        rows = list(rows) if isinstance(rows, Iterable) else [rows]
+        if not all(isinstance(row, Mapping) for row in rows):
+            raise ValueError(
+                "A history must be an optaxclip.History, a dict with an array under each key, or a list with a dict for"
+                f" each step, as optaxclip.metrics(opt_state) returns it; got {type(history).__name__}."
+            )
         read = [jax.device_get(dict(row)) for row in rows]
         keys = dict.fromkeys(key for row in read for key in row)
         rows = {key: [float(row.get(key, np.nan)) for row in read] for key in keys}
@@ -79,7 +89,7 @@ def stacked(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
       A dict: "grad_norm", "bound", "clipped", ..., "grad_norm/<block>", ..., "loss".
 
     Raises:
-      ValueError: for a history without a step, or with several runs in it.
+      ValueError: for what is no history, or one without a step, or with several runs in it.
 
     >>> from optaxclip.history import stacked
     >>> stacked([{"clip/grad_norm": 1.0, "loss": 3.0}, {"clip/grad_norm": 2.0, "loss": 1.0}])
@@ -101,6 +111,20 @@ def _of_clip(arrays: dict[str, np.ndarray], clip: int) -> dict[str, np.ndarray]:
         if number is None or int(number) == clip:
             found[name] = value
     return found
+
+
+def needed(seen: Mapping[str, np.ndarray], key: str, call: str) -> np.ndarray:
+    """What the history of a clip has under a key that `metrics` writes.
+
+    Raises:
+      ValueError: naming the call, if it has nothing.
+    """
+    if key not in seen:
+        raise ValueError(
+            f"{call}: no {key!r} in the history of this clip, only {sorted(seen)[:20]}: append"
+            " optaxclip.metrics(opt_state) at each step."
+        )
+    return seen[key]
 
 
 def blocks(seen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

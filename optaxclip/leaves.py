@@ -54,6 +54,18 @@ def is_measured(leaf) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
+def as_exclude(exclude: Exclude, call: str) -> Exclude:
+    """What to leave alone, if that is a way to say so.
+
+    Raises:
+      ValueError: naming the call.
+    """
+    if exclude is None or isinstance(exclude, str) or callable(exclude):
+        return exclude
+    choices = "a regular expression (str), a predicate of the path, or None"
+    raise ValueError(f"{call}: exclude must be {choices}, got {exclude!r}.")
+
+
 def matcher(exclude: Exclude) -> Callable[[str], bool]:
     """A regular expression (searched), a predicate, or None, as a predicate of paths."""
     if exclude is None:

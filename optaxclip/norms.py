@@ -63,21 +63,34 @@ linf = Norm(jnp.abs, MAX, lambda pooled, count: pooled, 1.0)
 rms = Norm(_square, SUM, lambda pooled, count: _root(pooled / jnp.maximum(count, 1), 2), 2.0)
 
 
+def _is_power(p: Any) -> bool:
+    return isinstance(p, int | float) and not isinstance(p, bool) and p >= 1
+
+
 def lp(p: float) -> Norm:
     """The p-norm, (Σ|x|ᵖ)^(1/p), for p from 1 to inf.
 
     Raises:
       ValueError: if p is not a number of at least 1.
     """
-    if isinstance(p, bool) or not isinstance(p, int | float) or not p >= 1:
+    if not _is_power(p):
         raise ValueError(f"lp: p must be a number from 1 to inf, got {p!r}.")
     known = {1.0: l1, 2.0: l2, math.inf: linf}
     return known.get(float(p)) or Norm(lambda x: jnp.abs(x) ** p, SUM, lambda pooled, count: _root(pooled, p), float(p))
 
 
-def as_norm(norm: Norm | float) -> Norm:
-    """A norm, or the p-norm of a number p."""
-    return norm if isinstance(norm, Norm) else lp(norm)
+def as_norm(norm: Norm | float, call: str) -> Norm:
+    """A norm, or the p-norm of a number p.
+
+    Raises:
+      ValueError: naming the call and what there is.
+    """
+    if isinstance(norm, Norm):
+        return norm
+    if not _is_power(norm):
+        choices = "optaxclip.l2, l1, linf, rms or a number from 1 to inf"
+        raise ValueError(f"{call}: norm must be {choices}, got {norm!r}.")
+    return lp(norm)
 
 
 def accumulator(arrays) -> np.dtype:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from optaxclip.given import said
 from optaxclip.leaves import map_blocks
 from optaxclip.mesh import Span
 from optaxclip.norms import SUM, Pool
@@ -222,3 +223,15 @@ def units(axes=None, *, batch_axes: int | Callable[[str], int] | None = None) ->
         return Cut((), spans, True, count, lambda parts, pool, span: span.pool_each(parts, pool.across), _quotients)
 
     return Scope(cut)
+
+
+def as_scope(scope: Scope, call: str, *, named: bool = False) -> Scope:
+    """The scope, if it is one; with `named`, one whose blocks have names.
+
+    Raises:
+      ValueError: naming the call and what there is.
+    """
+    if isinstance(scope, Scope) and (scope.named or not named):
+        return scope
+    choices = "leaf or groups(), whose blocks have names" if named else "tree, leaf, groups() or units()"
+    raise ValueError(f"{call}: scope must be optaxclip.{choices}, got {said(scope, groups, units)}.")

@@ -12,10 +12,12 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip.core import clip_by
+from optaxclip.given import as_optimizer
 from optaxclip.leaves import Exclude
 from optaxclip.mesh import AxisNames
 from optaxclip.norms import Norm, l2
 from optaxclip.thresholds.combine import Threshold, as_threshold, hold_where_not_finite
+from optaxclip.thresholds.fixed import unchanging
 from optaxclip.thresholds.learned import number
 from optaxclip.thresholds.quantile import window_zscore
 
@@ -72,8 +74,8 @@ def skip_spikes(
       A transformation whose `update` takes `loss=` beside what `inner` takes, and passes all of it on.
 
     Raises:
-      ValueError: for a bad threshold, or `max_consecutive_skips` below 1; at the update, if there is a `loss_threshold`
-        and no `loss=`.
+      ValueError: for an `inner` that is no optimizer, a bad threshold, or `max_consecutive_skips` below 1; at the
+        update, if there is a `loss_threshold` and no `loss=`.
 
     Deviations: losses and norms that are not finite never enter a statistic (in OLMo's code one of them makes it skip
     128 steps, in Levanter's it turns the test off). Under `optax.MultiSteps`, put this inside: it then judges the mean.
@@ -95,6 +97,7 @@ def skip_spikes(
     [0.] 1
     [-1.9] 1
     """
+    inner = as_optimizer(inner, "skip_spikes")
     most = number(max_consecutive_skips, "skip_spikes", "max_consecutive_skips", 1)
     rule = window_zscore() if threshold is None else as_threshold(threshold, "skip_spikes", "threshold")
     loss_rule = window_zscore(signed=True) if loss_threshold is None else loss_threshold
@@ -112,9 +115,8 @@ def skip_spikes(
     return optax.GradientTransformationExtraArgs(skipping.init, update_fn)
 
 
-def _skipping(inner: optax.GradientTransformation, watch, loss_rule, most: ArrayLike):
+def _skipping(inner: optax.GradientTransformationExtraArgs, watch, loss_rule, most: ArrayLike):
     """Skips what is over the bound of `watch`, a clip that changes nothing, or whose loss is over that of its rule."""
-    inner = optax.with_extra_args_support(inner)
 
     def thresholds(params):
         return watch.init(params), loss_rule.init(jnp.zeros(()))
@@ -172,6 +174,9 @@ def skip_nonfinite(
       inner: the optimizer, or a chain.
       exclude, axis_names: as in `optaxclip.clip_by`.
 
+    Raises:
+      ValueError: for an `inner` that is no optimizer.
+
     >>> import jax.numpy as jnp, optax, optaxclip
     >>> tx = optaxclip.skip_nonfinite(optax.sgd(1.0, momentum=0.9))
     >>> state = tx.init(jnp.zeros(1))
@@ -182,5 +187,6 @@ def skip_nonfinite(
     [0.] 1
     [-1.9] 1
     """
+    inner = as_optimizer(inner, "skip_nonfinite")
     watch = clip_by(jnp.inf, action=_leave_alone, exclude=exclude, axis_names=axis_names)
-    return _skipping(inner, watch, as_threshold(jnp.inf, "skip_nonfinite", "threshold"), 1)
+    return _skipping(inner, watch, unchanging(jnp.inf), 1)

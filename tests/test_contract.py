@@ -1,5 +1,6 @@
 """The table of what "correct" means: each row a law, obeyed by every case, in every dtype."""
 
+import collections
 import contextlib
 import functools
 
@@ -133,7 +134,7 @@ def test_a_bound_of_zero_and_gradients_of_zero_give_zeros(case):
 
 
 @each_case
-@pytest.mark.parametrize("bound", [-1.0, float("nan"), "1.0", True, None, np.float32(-1)], ids=repr)
+@pytest.mark.parametrize("bound", [-1.0, float("nan"), "1.0", True, None, np.float32(-1), jnp.array(-1.0)], ids=repr)
 def test_a_bound_that_is_none_is_refused(case, bound):
     if case.name in ("scheduled", "per_block", "until", "at_least"):
         pytest.skip("checked where the part is built: test_parts")
@@ -340,7 +341,46 @@ def test_a_tree_that_init_did_not_see_is_named():
         tx.update({"b": jnp.ones(2)}, tx.init({"a": jnp.ones(2)}))
 
 
-@pytest.mark.parametrize("options", [{"nonfinite": "skip"}, {"norm": 0.5}, {"norm": "l2"}])
-def test_parts_that_do_not_exist_are_refused(options):
-    with pytest.raises(ValueError, match="must be"):
+def test_the_state_of_another_scope_is_named_as_such():
+    grads = {"a": jnp.ones(2)}
+    whole, by_leaf = optaxclip.clip_by(1.0), optaxclip.clip_by(1.0, scope=optaxclip.leaf)
+    for tx, other in ((whole, by_leaf), (by_leaf, whole)):
+        with pytest.raises(ValueError, match="the state of a clip with another scope"):
+            tx.update(grads, other.init(grads))
+
+
+@pytest.mark.parametrize("make", [optaxclip.clip_by, optaxclip.clip, optaxclip.spectral_clip])
+@pytest.mark.parametrize(
+    ("state", "name"),
+    [(optax.EmptyState(), "EmptyState"), ((optax.EmptyState(), ()), r"\(EmptyState, \(\)\)"), ({}, "dict")],
+)
+def test_a_state_that_is_no_clips_is_named(make, state, name):
+    with pytest.raises(ValueError, match=f"not the state of a clip but {name}: .*docs/old-checkpoints.md"):
+        make(1.0).update({"a": jnp.ones(2)}, state)
+
+
+def test_a_state_may_have_another_type_with_the_same_fields():
+    tx, grads = optaxclip.clip_by(1.0), {"a": jnp.ones(2)}
+    state = tx.init(grads)
+    rebuilt = collections.namedtuple("Rebuilt", state._fields)(*state)
+    chex.assert_trees_all_equal(tx.update(grads, rebuilt)[0], tx.update(grads, state)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nonfinite": "skip"}, "nonfinite must be .*'skip'"),
+        ({"norm": 0.5}, "norm must be .* or a number from 1 to inf, got 0.5"),
+        ({"norm": "l2"}, r"norm must be optaxclip\.l2, .*got 'l2'"),
+        ({"scope": "layer"}, r"scope must be optaxclip\.tree, leaf, groups\(\) or units\(\), got 'layer'"),
+        ({"scope": optaxclip.groups}, r"scope must be .*: write groups\(\)"),
+        ({"scope": optaxclip.units}, r"scope must be .*: write units\(\)"),
+        ({"action": "zero"}, r"action must be optaxclip\.rescale, .*got 'zero'"),
+        ({"action": optaxclip.smooth}, r"action must be .*: write smooth\(\)"),
+        ({"action": optaxclip.band}, r"action must be .*: write band\(\)"),
+        ({"exclude": ["a"]}, r"exclude must be a regular expression .*got \['a'\]"),
+    ],
+)
+def test_parts_that_do_not_exist_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"clip_by: {message}"):
         optaxclip.clip_by(1.0, **options)

@@ -128,6 +128,25 @@ def test_an_empty_history_is_refused():
             plots.plot_norms(empty)
 
 
+@pytest.mark.parametrize(
+    ("draw", "key"),
+    [
+        (plots.plot_norms, "grad_norm"),
+        (plots.plot_histogram, "grad_norm"),
+        (plots.plot_clipped_share, "clipped"),
+    ],
+)
+def test_a_history_without_what_is_drawn_is_refused(draw, key):
+    with pytest.raises(ValueError, match=f"{draw.__name__}: no '{key}' in the history .*append optaxclip.metrics"):
+        draw([{"loss": 1.0}])
+
+
+@pytest.mark.parametrize("wrong", [1.0, [1.0], optaxclip.clip(1.0).init(jnp.ones(1))], ids=["number", "list", "state"])
+def test_what_is_no_history_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"must be an optaxclip.History, .*got (float|list|ClipState)"):
+        plots.plot_norms(wrong)
+
+
 def test_of_several_clips_one_is_drawn():
     history = [{"clip/0/grad_norm": 1.0, "clip/1/grad_norm": 2.0}]
     assert plots.plot_norms(history, clip=1).lines[0].get_ydata().tolist() == [2.0]

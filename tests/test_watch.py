@@ -201,6 +201,9 @@ def test_tags_are_one_integer_or_nothing():
     [
         {"scope": oc.tree},
         {"scope": oc.units()},
+        {"scope": oc.groups},
+        {"scope": "leaf"},
+        {"exclude": ["a"]},
         {"top": 0},
         {"bad_steps": 0},
         {"quantiles": (1.5,)},

@@ -123,6 +123,16 @@ def test_injected_hyperparameters_can_be_set_in_the_state():
     assert step._cache_size() == 1
 
 
+def test_injected_hyperparameters_are_looked_at_where_they_can_be():
+    """Out of jit a bound is a number, and refused if it is negative; in jit it is a tracer, and counts as 0."""
+    tx = optax.inject_hyperparams(optaxclip.clip_by_leaf_norm)(max_norm=lambda step: 1.0 - 2 * step)
+    updates, state = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    chex.assert_trees_all_close(updates, UNIT, rtol=1e-6)
+    with pytest.raises(ValueError, match="max_norm must be a number from 0 to inf"):
+        tx.update(GRADS, state, PARAMS)
+    chex.assert_trees_all_equal(jax.jit(tx.update)(GRADS, state, PARAMS)[0], jax.tree.map(jnp.zeros_like, GRADS))
+
+
 def test_a_whole_optimizer_with_clip_and_rate_injected():
     @optax.inject_hyperparams
     def optimizer(max_norm, learning_rate):

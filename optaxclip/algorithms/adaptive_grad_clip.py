@@ -13,7 +13,7 @@ from optaxclip.core import clip_by
 from optaxclip.leaves import Exclude
 from optaxclip.measure import measure
 from optaxclip.mesh import AxisNames, Span
-from optaxclip.norms import Norm, as_norm, l2
+from optaxclip.norms import Norm, l2
 from optaxclip.scopes import units
 from optaxclip.thresholds.combine import Threshold, as_threshold, checked
 from optaxclip.thresholds.fixed import param_relative
@@ -87,7 +87,7 @@ def unitwise_norm(x: jax.typing.ArrayLike, axis: int | tuple[int, ...] | None = 
     """
     x = jnp.asarray(x)
     nowhere = Span((frozenset(),), (), False)
-    [norms] = measure(as_norm(2), [x], units(axis).cut(["x"], [x.shape]), nowhere).norms
+    [norms] = measure(l2, [x], units(axis).cut(["x"], [x.shape]), nowhere).norms
     return jnp.broadcast_to(norms, x.shape)
 
 

@@ -49,7 +49,7 @@ def per_example_global_norm_clip(grads: Any, l2_norm_clip: jax.typing.ArrayLike)
     ([Array([2. , 1.5, 4.5], dtype=float32)], Array(2, dtype=int32))
     """
     call = "per_example_global_norm_clip"
-    bound = checked(l2_norm_clip, call, "l2_norm_clip")
+    bound = checked(l2_norm_clip, call, "l2_norm_clip", wait=False)
     leaves = measured_leaves(jax.tree.map(_as_float, grads))
     _check_batched(leaves, call)
     if not leaves.arrays:
@@ -86,7 +86,7 @@ def per_example_layer_norm_clip(
     (3.0, 1)
     """
     call = "per_example_layer_norm_clip"
-    bound = checked(global_l2_norm_clip, call, "global_l2_norm_clip")
+    bound = checked(global_l2_norm_clip, call, "global_l2_norm_clip", wait=False)
     leaves = measured_leaves(jax.tree.map(_as_float, grads))
     _check_batched(leaves, call)
     sizes = [1 if uniform else math.prod(x.shape[1:]) for x in leaves.arrays]
@@ -118,7 +118,7 @@ def per_example_normalize(grads: Any, gamma: jax.typing.ArrayLike = 0.01) -> Any
     Array([0.6, 1.8], dtype=float32)
     """
     call = "per_example_normalize"
-    gamma = checked(gamma, call, "gamma")
+    gamma = checked(gamma, call, "gamma", wait=False)
     leaves = measured_leaves(jax.tree.map(_as_float, grads))
     _check_batched(leaves, call)
     if not leaves.arrays:

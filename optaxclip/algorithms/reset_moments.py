@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from optaxclip.given import as_optimizer
 from optaxclip.leaves import is_measured
 from optaxclip.thresholds.learned import number
 
@@ -37,7 +38,7 @@ def reset_moments(
       warmup_steps: N, over which updates grow from 1 % to all of their size after a reset, and at the start; 0: none.
 
     Raises:
-      ValueError: if `every` is a number below 1, or `warmup_steps` is negative.
+      ValueError: if `inner` is no optimizer, `every` is a number below 1, or `warmup_steps` is negative.
 
     Deviations: all of `inner`'s state is reset, the counter of its bias correction too (in the authors' code that goes
     on, and the first update after a reset is three times too long).
@@ -57,7 +58,7 @@ def reset_moments(
     """
     every = number(every, "reset_moments", "every", 1)
     warmup_steps = number(warmup_steps, "reset_moments", "warmup_steps", 0)
-    inner = optax.with_extra_args_support(inner)
+    inner = as_optimizer(inner, "reset_moments")
 
     def init_fn(params):
         return ResetState(jnp.zeros((), jnp.int32), inner.init(params))

@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip.elements import Limits, clip_elements
-from optaxclip.leaves import Exclude, measured_leaves
+from optaxclip.leaves import Exclude, as_exclude, measured_leaves
 from optaxclip.mesh import AxisNames
 from optaxclip.norms import widen
 from optaxclip.thresholds.learned import number
@@ -101,7 +101,7 @@ def spam_clip(
         free = (step < grace_steps) | (rms == 0)
         return jnp.where(free, jnp.inf, jnp.sqrt(jnp.asarray(threshold).astype(rms.dtype)) * rms)
 
-    return _clip_by_rms(bound, decay, every, exclude, axis_names)
+    return _clip_by_rms(bound, decay, every, as_exclude(exclude, "spam_clip"), axis_names)
 
 
 def adamw_clip(
@@ -147,4 +147,4 @@ def adamw_clip(
         size = jnp.maximum(rms / jnp.sqrt(-seen), jnp.asarray(floor).astype(rms.dtype))
         return jnp.where(step < warmup_steps, jnp.inf, jnp.asarray(ratio).astype(rms.dtype) * size)
 
-    return _clip_by_rms(bound, decay, None, exclude, axis_names)
+    return _clip_by_rms(bound, decay, None, as_exclude(exclude, "adamw_clip"), axis_names)

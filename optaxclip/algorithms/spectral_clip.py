@@ -10,8 +10,8 @@ import optax
 
 from optaxclip.actions import rescale
 from optaxclip.apply import Nonfinite, as_dtype_of
-from optaxclip.core import ClipState
-from optaxclip.leaves import Exclude, measured_leaves, one_vector
+from optaxclip.core import ClipState, check_names, check_state
+from optaxclip.leaves import Exclude, as_exclude, measured_leaves, one_vector
 from optaxclip.mesh import Span
 from optaxclip.norms import MAX, accumulator, widen
 from optaxclip.record import Step, fresh_metrics, named_blocks, recorded
@@ -79,6 +79,7 @@ def spectral_clip(
     [1.0, 0.5]
     """
     threshold = as_threshold(max_singular_value, "spectral_clip", "max_singular_value")
+    exclude = as_exclude(exclude, "spectral_clip")
     for value, known in ((method, Method), (solver, Solver), (nonfinite, Nonfinite)):
         if value not in get_args(known):
             raise ValueError(f"spectral_clip: {value!r} is none of {get_args(known)}.")
@@ -108,7 +109,9 @@ def spectral_clip(
 
     def update_fn(updates, state, params=None, **extra_args):
         state = init_fn(updates) if state is None else state
+        check_state(state)
         leaves, matrices, cut, norms = measured(updates)
+        check_names(cut.names, state.metrics.blocks)
         norms = norms.astype(state.metrics.grad_norm.dtype)
 
         def param_norms() -> Any:

@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip.core import clip_by
+from optaxclip.given import as_optimizer
 from optaxclip.norms import rms, widen
 from optaxclip.scopes import leaf
 from optaxclip.thresholds.learned import number
@@ -34,7 +35,8 @@ def scale_by_stable_rms(
       eps: ε.
 
     Raises:
-      ValueError: for a b2 outside [0, 1) or a negative eps; at the update, if the state has no `nu` and `count`.
+      ValueError: for an `inner` that is no optimizer, a b2 outside [0, 1) or a negative eps; at the update, if the
+        state has no `nu` and `count`.
 
     References:
       Wortsman et al., `Stable and low-precision training for large-scale vision-language models
@@ -49,7 +51,7 @@ def scale_by_stable_rms(
     1.0
     """
     b2, eps = number(b2, "scale_by_stable_rms", "b2", 0.0, 1.0), number(eps, "scale_by_stable_rms", "eps", 0.0)
-    inner = optax.with_extra_args_support(inner)
+    inner = as_optimizer(inner, "scale_by_stable_rms")
     clip = clip_by(1.0, scope=leaf, norm=rms, view=lambda update, share: share)
 
     def shares(updates: Any, state: optax.OptState) -> Any:

@@ -14,6 +14,7 @@ from optaxclip.mesh import AxisNames
 from optaxclip.norms import widen
 from optaxclip.scopes import Scope, tree
 from optaxclip.thresholds.combine import Threshold, as_threshold
+from optaxclip.thresholds.fixed import unchanging
 from optaxclip.thresholds.learned import number
 
 
@@ -84,7 +85,7 @@ def u_clip(
     clip = clip_by(as_threshold(max_norm, "u_clip", "max_norm"), scope=scope, **shared)
 
     def capped(carry: Any, bound: jax.Array) -> Any:
-        cap = clip_by(jnp.asarray(max_carry).astype(bound.dtype) * bound, scope=scope, **shared)
+        cap = clip_by(unchanging(jnp.asarray(max_carry).astype(bound.dtype) * bound), scope=scope, **shared)
         return cap.update(carry, cap.init(carry))[0]
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip.elements import Limits, clip_elements
-from optaxclip.leaves import Exclude, measured_leaves
+from optaxclip.leaves import Exclude, as_exclude, measured_leaves
 from optaxclip.mesh import AxisNames
 from optaxclip.thresholds.combine import Threshold, as_threshold, hold_where_not_finite
 from optaxclip.thresholds.fixed import ScheduleState
@@ -34,7 +34,7 @@ def clip(
     >>> tx.update(updates, tx.init(updates))[0]
     Array([-1. ,  0.5], dtype=float32)
     """
-    threshold = as_threshold(max_delta, "clip", "max_delta")
+    threshold, exclude = as_threshold(max_delta, "clip", "max_delta"), as_exclude(exclude, "clip")
 
     def update_fn(norm, state, updates, params, **extra_args):
         bound, new = threshold.update(norm, state, params, **extra_args)
@@ -80,7 +80,7 @@ def clip_by_value(
     """
     if isinstance(lower, numbers.Real) and isinstance(upper, numbers.Real) and lower > upper:
         raise ValueError(f"clip_by_value: lower must not be larger than upper, got {lower!r} and {upper!r}.")
-    limits = _limit(lower, "lower"), _limit(upper, "upper")
+    limits, exclude = (_limit(lower, "lower"), _limit(upper, "upper")), as_exclude(exclude, "clip_by_value")
 
     def update_fn(norm, state, updates, params, **extra_args):
         leaves = measured_leaves(updates, exclude)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.history import Recorded, blocks, stacked
+from optaxclip.history import Recorded, blocks, needed, stacked
 from optaxclip.plots.axes import DARK, LIGHT, above, axes_or_new, plain_numbers
 
 LINES = ("-", "--", "-.", ":")
@@ -78,14 +78,15 @@ def plot_histogram(
       bins: of equal width on a log scale.
 
     Raises:
-      ValueError: if no norm is finite and over zero.
+      ValueError: for a history without norms; if no norm is finite and over zero.
 
     >>> import numpy as np, optaxclip
     >>> ax = optaxclip.plots.plot_histogram(np.geomspace(0.1, 10, 101), quantiles=[0.5], thresholds=[5.0])
     >>> [line.get_label() for line in ax.lines]
     ['50% are below 1', '5 would clip 16%']
     """
-    array = np.asarray(norms, float) if not _is_history(norms) else stacked(norms)["grad_norm"]
+    norms = needed(stacked(norms), "grad_norm", "plot_histogram") if _is_history(norms) else norms
+    array = np.asarray(norms, float)
     known = array[np.isfinite(array) & (array > 0)]
     if not known.size:
         raise ValueError("plot_histogram: no norm is finite and over zero.")

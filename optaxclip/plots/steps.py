@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.history import Recorded, stacked
+from optaxclip.history import Recorded, needed, stacked
 from optaxclip.plots.axes import DARK, GREY, above, axes_or_new, plain_numbers
 
 
@@ -23,15 +23,16 @@ def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
 
     Raises:
       ImportError: without matplotlib.
-      ValueError: for an empty history.
+      ValueError: for an empty history, or one without norms.
 
     >>> import optaxclip
     >>> history = [{"clip/grad_norm": n, "clip/bound": 2.0, "clip/clipped": float(n > 2)} for n in (1.0, 4.0, 3.0)]
     >>> [line.get_label() for line in optaxclip.plots.plot_norms(history).lines]
     ['norm before the clip', 'bound', 'clipped: 67% of steps']
     """
-    ax, seen = axes_or_new(ax), stacked(history, clip)
-    norms, bounds = seen["grad_norm"], seen.get("bound", np.full(len(seen["grad_norm"]), np.inf))
+    seen = stacked(history, clip)
+    norms = needed(seen, "grad_norm", "plot_norms")
+    ax, bounds = axes_or_new(ax), seen.get("bound", np.full(len(norms), np.inf))
     steps, clipped = np.arange(len(norms)), _clipped(seen)
     finite = np.isfinite(norms)
     shown = np.where(finite & (norms > 0), norms, np.nan)
@@ -84,12 +85,16 @@ def plot_clipped_share(history: Recorded, ax: Any = None, *, window: int | None 
       window: in steps; None: a twentieth of the run, at least 10.
       history, ax, clip: as for `plot_norms`.
 
+    Raises:
+      ValueError: for an empty history, or one that does not say what was clipped.
+
     >>> import numpy as np, optaxclip
     >>> ax = optaxclip.plots.plot_clipped_share({"clipped": np.tile([1.0, 0.0], 50)}, window=10)
     >>> float(ax.lines[0].get_ydata()[-1]), float(ax.lines[1].get_ydata()[-1])
     (0.5, 0.5)
     """
-    ax, clipped = axes_or_new(ax), np.nan_to_num(stacked(history, clip)["clipped"])
+    clipped = np.nan_to_num(needed(stacked(history, clip), "clipped", "plot_clipped_share"))
+    ax = axes_or_new(ax)
     window = window or max(len(clipped) // 20, 10)
     total = np.concatenate([[0.0], np.cumsum(clipped)])
     ends = np.arange(1, len(total))

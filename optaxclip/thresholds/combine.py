@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optaxclip.given import known
 from optaxclip.leaves import map_blocks
 
 Threshold = optax.GradientTransformation | optax.Schedule | jax.typing.ArrayLike
@@ -37,8 +38,10 @@ def stateless(bound_of: Callable[[Any, Any], Any]) -> optax.GradientTransformati
     return new_threshold(lambda norms: optax.EmptyState(), update_fn)
 
 
-def checked(value: Any, call: str, argument: str) -> Any:
-    """`value`, if it can be a bound: a real number from 0 to infinity, an array or a tracer.
+def checked(value: Any, call: str, argument: str, *, wait: bool = True) -> Any:
+    """`value`, if it can be a bound: a real number from 0 to infinity, an array of such, or a tracer.
+
+    Without `wait`, for what is called at every step, numbers on a device may be anything.
 
     Raises:
       ValueError: naming the call and the argument, for a negative number, NaN, a boolean, a string or anything else.
@@ -47,12 +50,14 @@ def checked(value: Any, call: str, argument: str) -> Any:
         value = value.item()
     if isinstance(value, jax.Array | np.ndarray):
         fine = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+        seen = known(value) if fine and wait else value
+        fine = fine and (isinstance(seen, jax.Array) or np.all(seen >= 0))
     else:
         fine = isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) >= 0
     if not fine:
         raise ValueError(
-            f"{call}: {argument} must be a number from 0 to inf, an array, a schedule (a function of the step) or a"
-            f" threshold (an optax transformation of norms into bounds); got {value!r}."
+            f"{call}: {argument} must be a number from 0 to inf, an array of such, a schedule (a function of the step)"
+            f" or a threshold (an optax transformation of norms into bounds); got {value!r}."
         )
     return value
 
@@ -73,14 +78,13 @@ def as_threshold(value: Threshold, call: str, argument: str) -> optax.GradientTr
     Raises:
       ValueError: naming the call and the argument, if it is none of these.
     """
-    from optaxclip.thresholds.fixed import scheduled  # a schedule is a part, and parts stand on this file
+    from optaxclip.thresholds.fixed import scheduled, unchanging  # these are parts, and parts stand on this file
 
     if isinstance(value, optax.GradientTransformation):
         return optax.with_extra_args_support(value)
     if callable(value):
         return scheduled(value)
-    bound = checked(value, call, argument)
-    return stateless(lambda norms, params: jax.tree.map(functools.partial(bound_like, bound), norms))
+    return unchanging(checked(value, call, argument))
 
 
 def hold_where_not_finite(norms: Any, new: Any, old: Any) -> Any:

@@ -1,5 +1,6 @@
 """Thresholds that no gradient moves: numbers, schedules, and shares of the parameters' norm."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip.leaves import map_blocks
-from optaxclip.thresholds.combine import Threshold, as_threshold, bound_like, checked, new_threshold
+from optaxclip.thresholds.combine import Threshold, as_threshold, bound_like, checked, new_threshold, stateless
 
 
 def constant(bound: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs:
@@ -16,7 +17,12 @@ def constant(bound: jax.typing.ArrayLike) -> optax.GradientTransformationExtraAr
     Raises:
       ValueError: if the bound is a negative number, NaN, a boolean or a string.
     """
-    return as_threshold(checked(bound, "constant", "bound"), "constant", "bound")
+    return unchanging(checked(bound, "constant", "bound"))
+
+
+def unchanging(bound: Any) -> optax.GradientTransformationExtraArgs:
+    """The same bound at every step, unchecked: it need not be known yet."""
+    return stateless(lambda norms, params: jax.tree.map(functools.partial(bound_like, bound), norms))
 
 
 class ScheduleState(NamedTuple):
@@ -45,7 +51,7 @@ def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs
         raise ValueError(f"scheduled: schedule must be a function of the step, got {schedule!r}.")
 
     def update_fn(norms, state, params=None, **extra_args):
-        bound = checked(schedule(state.clip_step), "scheduled", "the value of the schedule")
+        bound = checked(schedule(state.clip_step), "scheduled", "the value of the schedule", wait=False)
         bounds = jax.tree.map(lambda n: bound_like(bound, n), norms)
         return bounds, ScheduleState(jnp.asarray(optax.safe_increment(state.clip_step)), ())
 

@@ -14,8 +14,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from optaxclip.given import known
 from optaxclip.thresholds.combine import (
     Feed,
     Threshold,
@@ -151,15 +153,17 @@ def _anew(statistic: Statistic, norm, state: BlockState, relearn_after) -> Block
 
 
 def number(value: Any, call: str, argument: str, low: float, high: float = math.inf) -> Any:
-    """`value`, if it is a number from `low` to below `high` (or infinite, if that is), or a scalar array or tracer.
+    """`value`, if it is a number from `low` to below `high` (or infinite, if that is), a scalar array, or a tracer.
 
     Raises:
       ValueError: naming the call and the argument.
     """
-    if isinstance(value, jax.Array) and value.ndim == 0:
+    seen = known(value)
+    if isinstance(seen, jax.Array) and seen.ndim == 0:
         return value
-    real = jnp.isscalar(value) and not isinstance(value, bool | str | complex)
-    if not real or not (low <= value < high or value == high == math.inf):
+    seen = seen.item() if isinstance(seen, np.generic | np.ndarray) and seen.ndim == 0 else seen
+    real = jnp.isscalar(seen) and not isinstance(seen, bool | str | complex)
+    if not real or not (low <= seen < high or seen == high == math.inf):
         raise ValueError(f"{call}: {argument} must be a number from {low:g} to below {high:g}, got {value!r}.")
     return value
 

@@ -10,12 +10,12 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip.core import check_names, params_of
-from optaxclip.leaves import Exclude, measured_leaves
+from optaxclip.leaves import Exclude, as_exclude, measured_leaves
 from optaxclip.measure import measure
 from optaxclip.mesh import AxisNames, find_span
 from optaxclip.norms import accumulator, l2
 from optaxclip.record import named_blocks
-from optaxclip.scopes import Scope, leaf, tree
+from optaxclip.scopes import Scope, as_scope, leaf, tree
 from optaxclip.thresholds.learned import number, whole
 from optaxclip.thresholds.running import zscore
 from optaxclip.watching.state import NotFinite, WatchState
@@ -69,8 +69,8 @@ def watch(
       kept with a bad step; what else it is passed (the loss) goes to the candidates.
 
     Raises:
-      ValueError: for numbers out of range, or a scope without named blocks; at the update, for the state None, blocks
-        other than those of `init`, or a tag that is no integer.
+      ValueError: for numbers out of range, a scope without named blocks, or a bad `exclude`; at the update, for the
+        state None, blocks other than those of `init`, or a tag that is no integer.
 
     Under `optax.MultiSteps` it sees what is applied if it is inside. `skip_spikes(optimizer)` puts back the state of
     all that it holds: to see the steps that it skips, write `optax.chain(watch(), skip_spikes(optimizer))`.
@@ -86,8 +86,7 @@ def watch(
     >>> print(optaxclip.explain(state))
     step 1: norm 5.1; 96 % of it in decoder; clipped to 1.0 (1 of 1 steps)
     """
-    if not scope.named:
-        raise ValueError("watch: scope must have named blocks: optaxclip.leaf, or optaxclip.groups(label).")
+    scope, exclude = as_scope(scope, "watch", named=True), as_exclude(exclude, "watch")
     top, bad_steps = whole(top, "watch", "top"), whole(bad_steps, "watch", "bad_steps")
     limit = number(spike_factor, "watch", "spike_factor", 1.0)
     levels, trials = named_levels(quantiles), named_candidates(_TYPICAL if candidates is None else candidates)
