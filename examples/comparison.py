@@ -5,7 +5,7 @@ Nothing in here is about clipping. What to copy is in the examples.
 
 import argparse
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -105,12 +105,17 @@ def options(file: str, doc: str, argv: list[str] | None, *, steps: int, rates: t
     return parser.parse_args(argv)
 
 
+def chosen(args: argparse.Namespace, methods: Collection[str]) -> list[str]:
+    """The names of the methods to run."""
+    if not set(args.only or ()) <= set(methods):
+        raise SystemExit(f"--only takes some of {list(methods)}, got {args.only}.")
+    return list(args.only or methods)
+
+
 def compare(tasks: dict[str, Task], goal: Goal, args: argparse.Namespace) -> dict[str, Runs]:
     """Trains all, prints the table, draws the picture."""
     rates = sorted(args.rates)
-    if not set(args.only or ()) <= tasks.keys():
-        raise SystemExit(f"--only takes some of {list(tasks)}, got {args.only}.")
-    results = {name: train(name, tasks[name], rates, args.seeds, args.steps) for name in args.only or tasks}
+    results = {name: train(name, tasks[name], rates, args.seeds, args.steps) for name in chosen(args, tasks)}
     print(report(results, rates, goal))
     draw(results, rates, goal, args.out)
     return results

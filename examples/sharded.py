@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import optaxclip
-from comparison import Goal, Runs, draw, options, report
+from comparison import Goal, Runs, chosen, draw, options, report
 from data import LETTERS, library_text, windows
 
 LENGTH, BATCH, WIDTH, AXIS = 8, 64, 64, "devices"
@@ -114,13 +114,15 @@ def main(argv=None):
     args = options(__file__, __doc__, argv, steps=100, rates=(0.03, 0.1, 0.3))
     jax.config.update("jax_num_cpu_devices", 8)
     text, rates = library_text(), sorted(args.rates)
-    trained = {name: train(name, rates, args.seeds, args.steps, *text) for name in args.only or RUNS}
+    trained = {name: train(name, rates, args.seeds, args.steps, *text) for name in chosen(args, RUNS)}
     results, ends = ({name: both[i] for name, both in trained.items()} for i in (0, 1))
     goal = Goal("Evaluation loss, nats a character", failed=np.log(LETTERS))
     print(report(results, rates, goal))
     draw({name: results[name] for name in DRAWN if name in results}, rates, goal, args.out)
     print(f"\nAt rate {rates[0]:g}, how far the parameters end from those of one device, over their norm, at most:\n")
-    away = {name: distance(ends[name][: args.seeds], ends["one device"][: args.seeds]) for name in list(results)[2:]}
+    first = {name: params[: args.seeds] for name, params in ends.items()}  # of the smallest rate
+    others = [name for name in first if "one device" in first and not name.endswith("one device")]
+    away = {name: distance(first[name], first["one device"]) for name in others}
     for name, value in away.items():
         print(f"{name:>24}: {value:.1e}")
     return results, away

@@ -56,7 +56,8 @@ def zero(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 
 def _outside(value, low: float, high: float) -> bool:
     """Whether a number is outside [low, high]; tracers are not looked into."""
-    return not isinstance(known(value), jax.Array) and not low <= known(value) <= high
+    value = known(value)
+    return not isinstance(value, jax.Array) and not low <= value <= high
 
 
 def smooth(p: jax.typing.ArrayLike = 2.0) -> Action:

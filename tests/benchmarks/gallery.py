@@ -1,6 +1,6 @@
 """Runs every example as a user would, and puts its tables into the document and its picture beside it.
 
-uv run --extra test python -m tests.benchmarks.gallery --into docs/examples.md --pictures docs/images
+    uv run --extra test python -m tests.benchmarks.gallery --into docs/examples.md --pictures docs/images
 """
 
 import argparse
