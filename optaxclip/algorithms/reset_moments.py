@@ -1,0 +1,77 @@
+"""SPAM's momentum reset: an optimizer forgets its moments from time to time, and warms up again."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip.given import as_optimizer
+from optaxclip.leaves import is_measured
+from optaxclip.thresholds.learned import number
+
+
+class ResetState(NamedTuple):
+    """State of `reset_moments`.
+
+    Attributes:
+      reset_step: int32, the updates since the last reset.
+      inner: the state of the optimizer inside.
+    """
+
+    reset_step: jax.Array
+    inner: optax.OptState
+
+
+def reset_moments(
+    inner: optax.GradientTransformation, every: ArrayLike = 500, warmup_steps: ArrayLike = 150
+) -> optax.GradientTransformationExtraArgs:
+    """Starts `inner` anew every `every` updates, each time with a cosine warm-up: u · (1 - 0.99·½(1 + cos(π·t/N))).
+
+    A spike stays in Adam's moments for hundreds of steps; a reset ends that.
+
+    Args:
+      inner: what is reset: the part that holds the moments, such as `optax.scale_by_adam()`. Keep schedules outside:
+        their counters would start anew, too.
+      every: how many updates between resets.
+      warmup_steps: N, over which updates grow from 1 % to all of their size after a reset, and at the start; 0: none.
+
+    Raises:
+      ValueError: if `inner` is no optimizer, `every` is a number below 1, or `warmup_steps` is negative.
+
+    Deviations: all of `inner`'s state is reset, the counter of its bias correction too (in the authors' code that goes
+    on, and the first update after a reset is three times too long).
+
+    References:
+      Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset <https://arxiv.org/abs/2501.06842>`_, 2025
+
+    >>> import jax.numpy as jnp, optax, optaxclip
+    >>> tx = optaxclip.reset_moments(optax.trace(0.5), every=2, warmup_steps=0)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for _ in range(3):
+    ...     updates, state = tx.update(jnp.ones(1), state)
+    ...     print(float(updates[0]))
+    1.0
+    1.5
+    1.0
+    """
+    every = number(every, "reset_moments", "every", 1)
+    warmup_steps = number(warmup_steps, "reset_moments", "warmup_steps", 0)
+    inner = as_optimizer(inner, "reset_moments")
+
+    def init_fn(params):
+        return ResetState(jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        due = state.reset_step >= every
+        step = jnp.where(due, 0, state.reset_step)
+        fresh = inner.init(updates if params is None else params)
+        start = jax.tree.map(lambda a, b: jnp.where(due, jnp.asarray(a).astype(b.dtype), b), fresh, state.inner)
+        updates, new = inner.update(updates, start, params, **extra_args)
+        done = jnp.clip(step.astype(jnp.float32) / jnp.maximum(jnp.asarray(warmup_steps, jnp.float32), 1e-9), 0, 1)
+        warm = jnp.where(step < warmup_steps, 1 - 0.99 * 0.5 * (1 + jnp.cos(jnp.pi * done)), 1)
+        updates = jax.tree.map(lambda u: u * warm.astype(u.dtype) if is_measured(u) else u, updates)
+        return updates, ResetState(jnp.asarray(optax.safe_increment(step)), new)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,1 +1,0 @@
-"""One file a paper: a docstring and a composition of parts."""

@@ -1,1 +1,0 @@
-"""What must hold the optimizer: wrappers that skip or reset whole optimizer steps."""
