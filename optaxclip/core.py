@@ -2,58 +2,73 @@
 
 Every clip in this library answers four questions, and each answer is a part of its own:
 
-    scope      which numbers share one norm?          tree, leaf, groups, units
-    norm       how long is a block?                   l2, l1, linf, rms, lp(p)
+    scope      which numbers share one norm?          scopes.tree, leaf, groups, units
+    norm       how long is a block?                   norms.l2, l1, linf, rms, lp(p)
     threshold  how long may it be?                    a number, a schedule, or a transformation of norms into bounds
-    action     what is done about one that is longer? rescale, normalize, zero, smooth(p), band(low)
+    action     what is done about one that is longer? actions.rescale, normalize, zero, smooth(p), band(low)
 
 Data goes one way, once: the updates are cut into blocks and measured in one read, the threshold makes bounds of the
 norms, the action makes factors of both, and each leaf is multiplied by the factor of its block.
 
     updates --cut, measure--> norms --threshold--> bounds --action--> factors --multiply--> updates
 
-Norms, bounds and factors have one shape (a scalar, a vector, or a list of small arrays), so no part needs to know which
-scope it serves.  The one multiply is what XLA fuses into the optimizer that follows; a division, a select or a `cond`
-on the tree would keep a copy of all gradients.
+Norms, bounds and factors have one shape (see `optaxclip.base`), so no part needs to know which scope it serves. How
+the sum and the multiply are written for which compiler is the affair of `optaxclip.xla`, and of nobody else.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optaxclip.actions import Action, as_action
-from optaxclip.apply import Factors, Nonfinite, factors_of, multiply
-from optaxclip.leaves import Exclude, Leaves, as_exclude, map_blocks, measured_leaves
-from optaxclip.measure import Measured, measure
-from optaxclip.mesh import AxisNames, find_span
-from optaxclip.norms import Norm, accumulator, as_norm, l2, widen
-from optaxclip.record import Metrics, Step, fresh_metrics, named_blocks, recorded
-from optaxclip.scopes import Cut, Scope, as_scope, tree
-from optaxclip.thresholds.combine import Threshold, as_threshold, hold_where_not_finite
+from optaxclip import scopes, validate, xla
+from optaxclip.actions import as_action
+from optaxclip.base import Action, AxisNames, ClipState, Exclude, Nonfinite, Norm, Norms, Scope, Threshold, View
+from optaxclip.norms import as_norm, l2
+from optaxclip.scopes import as_scope
+from optaxclip.record import Step, fresh_metrics, pack_names, record
+from optaxclip.states import ParamsMemory, StateGuard
+from optaxclip.thresholds.blocks import hold, reads_params
+from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.trees import Leaves, match_params, select
 
-View = Callable[[jax.Array, jax.Array], jax.Array]
 
-
-class ClipState(NamedTuple):
-    """State of every clip.
+class Description(NamedTuple):
+    """What a transformation is made of, for whoever reads a chain: `tx.update.description`.
 
     Attributes:
-      threshold: the state of the threshold.
-      metrics: what the clip did, see `Metrics`; read it with `optaxclip.metrics`.
+      scope, norm, threshold, action, view, exclude: as given to `clip_by`; None where there is no such part.
     """
 
-    threshold: optax.OptState
-    metrics: Metrics
+    scope: Scope | None = None
+    norm: Norm | None = None
+    threshold: Any = None
+    action: Any = None
+    view: View | None = None
+    exclude: Exclude = None
 
 
+class Rule(NamedTuple):
+    """What tells one clip from another, beside scope and threshold.
+
+    Attributes:
+      measure: `(leaves, layout) -> norms`; None if nothing is measured, and the threshold does not read norms.
+      act: `(leaves, layout, norms, bounds) -> (new leaves, Step)`.
+    """
+
+    measure: Callable[[Leaves, xla.Layout], Norms] | None
+    act: Callable[[Leaves, xla.Layout, Norms, Norms], tuple[list[jax.Array], Step]]
+
+
+@validate.named
 def clip_by(
     threshold: Threshold,
     *,
-    scope: Scope = tree,
+    scope: Scope = scopes.tree,
     norm: Norm | float = l2,
     action: Action | None = None,
     view: View | None = None,
@@ -66,16 +81,17 @@ def clip_by(
     Args:
       threshold: the bound: a number from 0 to inf, an array or tracer, a schedule (a function of the step), or a
         threshold, which is an optax transformation of norms into bounds.
-      scope: which numbers share one norm: `tree`, `leaf`, `groups(label)`, `units(axes)`.
-      norm: how long a block is: `l2`, `l1`, `linf`, `rms`, or a number p for the p-norm.
-      action: what is done: `rescale` (None: `optax.inject_hyperparams` takes a function for a schedule, so none is the
-        default), `normalize`, `zero`, `smooth(p)`, `band(low)`, or a function `(norms, bounds) -> factors`.
-      view: what is measured in place of the updates: a function of a leaf and its parameters, both in float32 at least,
-        that returns an array of that shape; for example `lambda g, w: g / (abs(w) + 1e-3)`.
+      scope: which numbers share one norm: `scopes.tree`, `scopes.leaf`, `scopes.groups(label)`, `scopes.units(axes)`.
+      norm: how long a block is: `norms.l2`, `l1`, `linf`, `rms`, or a number p for the p-norm.
+      action: what is done: `actions.rescale` (None: `optax.inject_hyperparams` takes a function for a schedule, so
+        none is the default), `normalize`, `zero`, `smooth(p)`, `band(low)`, or a function `(norms, bounds) -> factors`.
+      view: what is measured in place of the updates: a function of a leaf and its parameters, both in float32 at
+        least, that returns an array of that shape; for example `lambda g, w: g / (abs(w) + 1e-3)`.
       exclude: leaves to leave alone, neither measured nor changed: a regular expression searched in the path, or a
         predicate of the path.
       nonfinite: what becomes of a block with NaN or inf in it: "propagate" makes all of it NaN, "zero" makes all of it
-        exact zeros. No statistic of a threshold moves either way.
+        exact zeros. No statistic of a threshold moves either way. A block whose norm is beyond the largest float, or
+        whose factor is below the smallest normal one (1e-38), counts as not finite.
       axis_names: inside `shard_map(check_vma=False)`, `pmap` or `vmap(axis_name=...)`, the mesh axes over which the
         gradients are spread: a name or tuple of names, a function of the path, or a tree of these. () if they are
         already the same on every device. Not needed under plain `jit`, nor where `shard_map` keeps types.
@@ -86,121 +102,109 @@ def clip_by(
 
     Raises:
       ValueError: for a threshold that is negative, NaN, a boolean or a string; for a scope, norm, action, `exclude`
-        or `nonfinite` that is none; at the update, for the state of something else, if the tree's blocks are not those
-        of `init`, or if the parameters are needed and not passed.
+        or `nonfinite` that is not a valid value; at the update, for the state of something else, if the tree's blocks
+        are not those of `init`, or if the parameters are needed and not passed.
 
     >>> import jax.numpy as jnp, optaxclip
-    >>> tx = optaxclip.clip_by(1.0, scope=optaxclip.leaf, action=optaxclip.smooth(1.0))
+    >>> from optaxclip import actions, scopes
+    >>> tx = optaxclip.clip_by(1.0, scope=scopes.leaf, action=actions.smooth(1.0))
     >>> grads = {"a": jnp.array([3.0]), "b": jnp.array([1.0])}
     >>> tx.update(grads, tx.init(grads))[0]
     {'a': Array([0.75], dtype=float32), 'b': Array([0.5], dtype=float32)}
     """
-    threshold = as_threshold(threshold, "clip_by", "threshold")
-    scope, norm = as_scope(scope, "clip_by"), as_norm(norm, "clip_by")
-    action, exclude = as_action(action, "clip_by"), as_exclude(exclude, "clip_by")
-    if nonfinite not in ("propagate", "zero"):
-        raise ValueError(f"clip_by: nonfinite must be 'propagate' or 'zero', got {nonfinite!r}.")
+    threshold, norm, action = as_threshold(threshold=threshold), as_norm(norm), as_action(action)
+    validate.choice(("propagate", "zero"), nonfinite=nonfinite)
+    bad = np.nan if nonfinite == "propagate" else 0.0
 
-    def cut(paths, arrays) -> Cut:
-        return scope.cut(paths, [x.shape for x in arrays])
+    def measure(leaves: Leaves, layout: xla.Layout) -> Norms:
+        return xla.measure(norm, leaves.arrays, layout)
 
-    # Compiled, so that a clip that is called without jit takes a few calls of what is compiled once.
-    factor_rule = jax.jit(functools.partial(factors_of, action=action, nonfinite=nonfinite), inline=True)
+    def act(leaves: Leaves, layout: xla.Layout, lengths: Norms, bounds: Norms):
+        step = decide(lengths, bounds, action, bad)
+        return xla.scale(leaves.arrays, step.factors, layout=layout, zeros=bad == 0), step
 
-    @functools.partial(jax.jit, static_argnums=0, inline=True)
-    def measured(paths: tuple[str, ...], arrays: list[jax.Array]) -> Measured:
-        span = find_span(arrays, paths, axis_names)
-        return measure(norm, arrays, cut(paths, arrays), span)
+    description = Description(as_scope(scope), norm, threshold, action, view, exclude)
+    return build(description, Rule(measure, act), axis_names)
 
-    @functools.partial(jax.jit, static_argnums=0, inline=True)
-    def multiplied(paths: tuple[str, ...], arrays: list[jax.Array], factors: Factors) -> list[jax.Array]:
-        return multiply(arrays, factors, cut(paths, arrays), nonfinite)
+
+def decide(norms: Norms, bounds: Norms, action: Action, bad: float) -> Step:
+    """One factor a block. A negative bound counts as 0; a block that is not finite gets the factor `bad`."""
+    if isinstance(norms, list):
+        rows = [decide(n, b, action, bad) for n, b in zip(norms, bounds, strict=True)]
+        return Step(*map(list, zip(*rows, strict=True))) if rows else Step([], [], [], [], [])
+    bounds = jnp.maximum(bounds.astype(norms.dtype), 0)
+    finite = jnp.isfinite(norms)
+    factors = action(jnp.where(finite, norms, 0), bounds).astype(norms.dtype)
+    # A factor below the smallest normal float is flushed to zero by XLA, or has few digits: the block would vanish
+    # in silence.
+    tiny = jnp.finfo(norms.dtype).tiny
+    fine = finite & jnp.isfinite(factors) & ((factors == 0) | (jnp.abs(factors) >= tiny))
+    factors = jnp.where(fine, factors, np.asarray(bad, norms.dtype))
+    return Step(norms, bounds, factors, (norms > bounds).astype(norms.dtype), ~fine)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(scope: Scope, paths, shapes, span: xla.Span) -> xla.Layout:
+    return xla.lay_out(scope.cut(paths, shapes), paths, shapes, span)
+
+
+def build(about: Description, rule: Rule, axis_names: AxisNames | None) -> optax.GradientTransformationExtraArgs:
+    """The one engine: measures, asks the threshold, acts, records. Every clip is built by it."""
+    call, exclude, scope, threshold = validate.called(), about.exclude, about.scope, about.threshold
+    validate.exclude(exclude)
+    memory = ParamsMemory()
 
     def init_fn(params):
-        leaves = measured_leaves(params, exclude)
-        blocks, dtype = cut(leaves.paths, leaves.arrays), accumulator(leaves.arrays)
-        norms = jax.tree.map(lambda n: jnp.zeros(n.shape, dtype), blocks.count([1] * len(leaves.arrays)))
-        return ClipState(threshold.init(norms), fresh_metrics(norms, named_blocks(params, blocks.names, scope.named)))
+        params = memory.recall(params)
+        leaves = select(params, exclude)
+        norms = _zeros(_layout(scope, leaves.paths, leaves.shapes, xla.NOWHERE), xla.accumulator(leaves.arrays))
+        names = scope.cut(leaves.paths, leaves.shapes).names
+        metrics = fresh_metrics(norms, pack_names(names or ()), measured=rule.measure is not None)
+        return ClipState(threshold.init(norms), metrics)
+
+    guard = StateGuard(call, ClipState, init_fn)
+
+    def measure(leaves: Leaves, layout: xla.Layout, dtype) -> Norms:
+        if rule.measure is None:
+            return _zeros(layout, dtype)
+        return jax.tree.map(lambda n: n.astype(dtype), rule.measure(leaves, layout))
 
     def update_fn(updates, state, params=None, **extra_args):
-        leaves = measured_leaves(updates, exclude)
+        leaves = select(updates, exclude)
         state = _fresh_if_none(state, init_fn, updates)
-        check_names(cut(leaves.paths, leaves.arrays).names, state.metrics.blocks)
-        seen = leaves.arrays if view is None else _viewed(view, leaves, params, exclude)
-        found = measured(leaves.paths, seen)
-        norms = jax.tree.map(lambda n: n.astype(state.metrics.grad_norm.dtype), found.norms)
+        guard.check(state, updates)
+        layout = _layout(scope, leaves.paths, leaves.shapes, xla.find_span(leaves.arrays, leaves.paths, axis_names))
+        dtype = state.metrics.clip_bound.dtype
+        seen = leaves if about.view is None else _viewed(about.view, leaves, match_params(leaves, params, exclude, call))
+        norms = measure(seen, layout, dtype)
+        sizes = None
+        if params is not None and reads_params(threshold):
+            sizes = measure(leaves._replace(arrays=match_params(leaves, params, exclude, call)), layout, dtype)
+        bounds, new = threshold.update(norms, state.threshold, sizes, **extra_args)
+        arrays, step = rule.act(leaves, layout, norms, bounds)
+        return leaves.rebuild(arrays), ClipState(
+            hold(threshold.init, norms, new, state.threshold), record(state.metrics, step)
+        )
 
-        def param_norms() -> Any:
-            return measured(leaves.paths, params_of(leaves, params, exclude)).norms
-
-        bounds, new = threshold.update(norms, state.threshold, cast(Any, param_norms), **extra_args)
-        factors = Factors(*map_blocks(factor_rule, 5, found.lengths, found.units, bounds))
-        clipped = multiplied(leaves.paths, leaves.arrays, factors)
-        metrics = recorded(state.metrics, Step(norms, bounds, factors.factor, factors.clipped))
-        return leaves.rebuild(clipped), ClipState(hold_where_not_finite(norms, new, state.threshold), metrics)
-
+    update_fn.description = about  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _zeros(layout: xla.Layout, dtype) -> Norms:
+    """Norms of zero, in the shape of the norms of a tree."""
+    return jax.tree.map(lambda count: jnp.zeros(count.shape, dtype), xla.counts_of(layout, dtype))
+
+
+def _viewed(view: View, leaves: Leaves, params: list[jax.Array]) -> Leaves:
+    """What is measured in place of the updates."""
+    return leaves._replace(
+        arrays=[view(xla.widen(g), xla.widen(w)) for g, w in zip(leaves.arrays, params, strict=True)]
+    )
 
 
 def _fresh_if_none(state, init_fn, updates) -> ClipState:
     """The state, or a fresh one for None, if no history is lost by that."""
     if state is not None:
-        check_state(state)
         return state
     state = init_fn(updates)
-    if jax.tree.leaves(state.threshold):
-        raise ValueError(
-            "The threshold of this clip has a history, and update was called with the state None. Write"
-            " state = tx.init(params) once, and updates, state = tx.update(grads, state, params) at every step."
-        )
-    return state
-
-
-def check_state(state: Any) -> None:
-    """Raises unless the state has the fields of a clip's. Its type may be one that a checkpoint library made."""
-    if not all(hasattr(state, field) for field in ClipState._fields):
-        raise ValueError(
-            f"This is not the state of a clip but {_kind(state)}: initialise with state = tx.init(params). For a"
-            " checkpoint from before the clip see docs/old-checkpoints.md."
-        )
-
-
-def _kind(state: Any) -> str:
-    """The type of a state; of a plain tuple, what is in it."""
-    return f"({', '.join(map(_kind, state))})" if type(state) is tuple else type(state).__name__
-
-
-def check_names(names, known) -> None:
-    """Raises unless the blocks of the updates are those that `init` saw."""
-    if bool(names) != bool(known):
-        named, other = ("the updates", "the state") if names else ("the state", "the updates")
-        raise ValueError(
-            f"The blocks of {named} have names, those of {other} have none: this is the state of a clip with another"
-            " scope (or of a tree without gradients). Initialise with tx.init(params) of this clip."
-        )
-    new, missing = sorted(set(names) - set(known)), sorted(set(known) - set(names))
-    if new or missing:
-        raise ValueError(
-            f"The blocks of the updates are not those of tx.init(params): new are {new}, missing are {missing}."
-            " Initialise with the tree that is updated."
-        )
-
-
-def _viewed(view: View, leaves: Leaves, params, exclude: Exclude) -> list[jax.Array]:
-    """What is measured in place of the updates."""
-    return [view(widen(g), widen(w)) for g, w in zip(leaves.arrays, params_of(leaves, params, exclude), strict=True)]
-
-
-def params_of(leaves: Leaves, params, exclude: Exclude) -> list[jax.Array]:
-    """The parameters that belong to the measured updates, found by path."""
-    if params is None:
-        raise ValueError(
-            "This clip needs the parameters: write tx.update(grads, state, params), not tx.update(grads, state)."
-        )
-    own = measured_leaves(params, exclude)
-    by_path = dict(zip(own.paths, own.arrays, strict=True))
-    for path, x in zip(leaves.paths, leaves.arrays, strict=True):
-        if path not in by_path or by_path[path].shape != x.shape:
-            seen = f"has shape {by_path[path].shape}" if path in by_path else "is missing"
-            raise ValueError(f"The update {path!r} has shape {x.shape}, but among the parameters it {seen}.")
-    return [by_path[path] for path in leaves.paths]
+    return None if jax.tree.leaves(state.threshold) else state

@@ -13,12 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip.norms import widen
+from optaxclip.per_example.losses import Loss
 from optaxclip.per_example.sites import Site, find_sites
 from optaxclip.per_example.walk import Program, flatten, shaped
-from optaxclip.per_example.weights import counted, example_norms, per_example, weighted_sum
-
-Loss = Callable[..., tuple[jax.Array, Any]]
+from optaxclip.per_example.weights import (
+    drop_unweighted,
+    example_norms,
+    per_example,
+    weighted_sum,
+)
+from optaxclip.trees import select
+from optaxclip.xla import accumulator, widen
 
 
 class Backward(NamedTuple):
@@ -41,8 +46,14 @@ def by_vmap(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Backw
     """Forms the gradient of every example."""
     each = jax.vmap(jax.value_and_grad(loss, has_aux=True), (None, 0, *(None for _ in shared)))
     (losses, aux), grads = each(params, batch, *shared)
-    arrays = jax.tree.leaves(grads)
-    return Backward(losses, aux, example_norms(arrays), lambda weights: [weighted_sum(x, weights) for x in arrays])
+    leaves = select(grads)
+    norms = _norms(leaves.arrays, leaves.paths, losses)
+    return Backward(losses, aux, norms, lambda w: [weighted_sum(x, w) for x in leaves.arrays])
+
+
+def _norms(arrays: list[jax.Array], paths: Sequence[str], losses: jax.Array) -> jax.Array:
+    """The norm of each example; 0 where no parameter has a gradient."""
+    return example_norms(arrays, paths) if arrays else jnp.zeros_like(widen(losses))
 
 
 class Traced(NamedTuple):
@@ -90,8 +101,8 @@ def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
 
 def _site_sum(site: Site, param: jax.Array, operands: list[jax.Array], dy: jax.Array, weights: jax.Array) -> jax.Array:
     """Σᵢ weightsᵢ · Gᵢ of one site: the transpose of its operation, for all examples at once."""
-    weighted = counted(widen(dy) * per_example(weights.astype(widen(dy).dtype), dy), weights).astype(dy.dtype)
-    clean = [counted(x, weights) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in operands]
+    weighted = drop_unweighted(widen(dy) * per_example(weights.astype(widen(dy).dtype), dy), weights).astype(dy.dtype)
+    clean = [drop_unweighted(x, weights) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in operands]
 
     def forward(param):
         value = site.origin(param)

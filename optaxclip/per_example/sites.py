@@ -23,9 +23,9 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from optaxclip.norms import accumulator
 from optaxclip.per_example.walk import Op, Origin, Program, shaped
 from optaxclip.per_example.weights import per_example
+from optaxclip.xla import accumulator
 
 
 class Site(NamedTuple):

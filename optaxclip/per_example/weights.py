@@ -1,40 +1,67 @@
 """Norms of the gradients of examples, and sums of them by weight.
 
-A list of arrays holds the gradients: one array a parameter, with a leading axis that numbers the examples.
+Gradients are a list of arrays: one array a parameter, with a leading axis that numbers the examples.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
 
+from optaxclip import scopes, xla
 from optaxclip.actions import rescale
-from optaxclip.measure import measure
-from optaxclip.mesh import Span
-from optaxclip.norms import l2, widen
-from optaxclip.scopes import units
+from optaxclip.norms import l2
+
+_EXAMPLES = scopes.units(..., batch_axes=1)
+# Norms of units on a CPU take a leaf whose squares all vanish for one of zeros. Beside this norm nothing is lost by that.
+_LOST = 1e-10
+_LIFT = 2.0**80
 
 
-def example_norms(arrays: list[jax.Array]) -> jax.Array:
-    """The norm of each example over all arrays, a vector: the norm of the vector of its norms in the arrays."""
-    nowhere = Span((frozenset(),) * len(arrays), (), False)
-    shapes = [x.shape for x in arrays]
-    by_leaf = measure(l2, arrays, units(..., batch_axes=1).cut([""] * len(arrays), shapes), nowhere).norms
-    stacked = jnp.stack([n.ravel() for n in by_leaf], axis=1)
-    own = Span((frozenset(),), (), False)
-    return measure(l2, [stacked], units(..., batch_axes=1).cut([""], [stacked.shape]), own).norms[0].ravel()
+def example_norms(arrays: Sequence[jax.Array], paths: Sequence[str]) -> jax.Array:
+    """The norm of each example over all arrays (one at least), a vector, in float32 at least."""
+
+    def checked(arrays):
+        norms = _norms(arrays, paths)
+        fine = ~(norms <= _LOST)
+
+        def lifted():
+            more = [xla.times(xla.widen(x), np.float32(_LIFT)) for x in arrays]
+            return jnp.where(fine, norms, _norms(more, paths) / _LIFT)
+
+        return lax.cond(jnp.all(fine), lambda: norms, lifted)
+
+    # Elsewhere units are measured at two scales, and a branch would make a GPU wait for its host.
+    return lax.platform_dependent(list(arrays), cpu=checked, default=lambda x: _norms(x, paths))
 
 
-def clip_weights(norms: jax.Array, bound: jax.typing.ArrayLike) -> jax.Array:
+def _norms(arrays: Sequence[jax.Array], paths: Sequence[str]) -> jax.Array:
+    """The norm of the vector of an example's norms in the arrays."""
+    rows = xla.measure(l2, list(arrays), _lay_out(paths, [x.shape for x in arrays]))
+    by_array = jnp.concatenate([row.reshape(row.shape[0], -1) for row in rows]).T
+    return xla.measure(l2, [by_array], _lay_out([""], [by_array.shape]))[0].ravel()
+
+
+def _lay_out(paths, shapes) -> xla.Layout:
+    return xla.lay_out(_EXAMPLES.cut(paths, shapes), paths, shapes)
+
+
+def clip_weights(norms: jax.Array, bound: ArrayLike) -> jax.Array:
     """min(1, bound / norm); 0 for an example that is not finite. A negative bound counts as 0."""
     finite = jnp.isfinite(norms)
     bounds = jnp.broadcast_to(jnp.asarray(bound).astype(norms.dtype), norms.shape)
     return jnp.where(finite, rescale(jnp.where(finite, norms, 0), jnp.maximum(bounds, 0)), 0)
 
 
-def normal_weights(norms: jax.Array, bound: jax.typing.ArrayLike, gamma: jax.typing.ArrayLike) -> jax.Array:
-    """The bound by (norm + γ); 0 for an example that is not finite, or all zeros. A negative bound counts as 0."""
+def normal_weights(norms: jax.Array, bound: ArrayLike, gamma: ArrayLike) -> jax.Array:
+    """bound / (norm + γ); 0 for an example that is not finite, or all zeros. A negative bound counts as 0."""
     some = jnp.isfinite(norms) & (norms > 0)
     longer = norms + jnp.asarray(gamma).astype(norms.dtype)
-    return jnp.where(some, jnp.maximum(jnp.asarray(bound).astype(norms.dtype), 0) / jnp.where(some, longer, 1), 0)
+    bound = jnp.maximum(jnp.asarray(bound).astype(norms.dtype), 0)
+    return jnp.where(some, bound / jnp.where(some, longer, 1), 0)
 
 
 def per_example(weights: jax.Array, x: jax.Array) -> jax.Array:
@@ -42,13 +69,15 @@ def per_example(weights: jax.Array, x: jax.Array) -> jax.Array:
     return weights.reshape(weights.shape + (1,) * (x.ndim - 1))
 
 
-def counted(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`x` with zeros for the examples of weight 0, whatever is in them."""
+def drop_unweighted(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`x` with zeros for the examples of weight 0, whatever is in them: 0 · NaN is no zero."""
     return jnp.where(per_example(weights, x) == 0, jnp.zeros_like(x), x)
 
 
 def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
     """Σᵢ weightsᵢ · xᵢ in float32 at least; an example of weight 0 adds nothing, whatever is in it."""
-    wide = widen(x)
+    wide = xla.widen(x)
     weights = weights.astype(wide.dtype)
-    return jnp.tensordot(weights, counted(wide, weights), axes=1, precision=jax.lax.Precision.HIGHEST)
+    return jnp.tensordot(
+        weights, drop_unweighted(wide, weights), axes=1, precision=lax.Precision.HIGHEST
+    )

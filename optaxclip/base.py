@@ -1,0 +1,156 @@
+"""The types of every part and every state, with their shapes. Nothing here computes.
+
+A tree of updates has L measured leaves, which a scope cuts into B blocks. Everything that the parts
+exchange has the shape of the norms:
+
+    tree           ()        one block, a scalar
+    leaf, groups   (B,)      one entry a block, in the order of the tree
+    units          a list    one array for each set of leaves alike: (n leaves, *one entry a unit)
+
+No part but the scope knows which of these it is given.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+from jax.typing import ArrayLike
+
+# Norms, bounds or factors, in one of the three shapes above.
+Norms = Any
+
+# `(norms, bounds) -> factors`, element by element; a block is multiplied by its factor.
+Action = Callable[[jax.Array, jax.Array], jax.Array]
+
+# `(norms, bounds) -> norms`: what a statistic learns of norms; NaN stands for "nothing".
+Feed = Callable[[jax.Array, jax.Array], jax.Array]
+
+# What may be given as a bound: a number, array or tracer from 0 to inf, a schedule (a function of the
+# step), or an optax transformation of norms into bounds. Its `params` are the parameters' norms.
+Threshold = optax.GradientTransformation | optax.Schedule | ArrayLike
+
+# Which leaves to leave alone: a regular expression searched in the path, or a predicate of the path.
+Exclude = str | Callable[[str], bool] | None
+
+# What becomes of a block that is not finite: all NaN, or all zeros.
+Nonfinite = Literal["propagate", "zero"]
+
+# The mesh axes that share one norm: a name, a tuple of names, a function of the path, or a tree.
+AxisNames = str | tuple[str, ...] | Callable[[str], Any] | Any
+
+# `(leaf, parameters) -> array of that shape`: what is measured in place of the updates.
+View = Callable[[jax.Array, jax.Array], jax.Array]
+
+# The group of a leaf: a function of its path, or regular expressions searched in it.
+Label = Callable[[str], str] | Mapping[str, str]
+
+
+class Part:
+    """A function that is a part, and shows itself as one writes it: `feeds.raw`, `actions.smooth(2.0)`."""
+
+    def __init__(self, name: str, rule: Callable[..., Any]):
+        functools.update_wrapper(self, rule)
+        self.name, self.rule = name, rule
+
+    def __call__(self, *args):
+        return self.rule(*args)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Norm(NamedTuple):
+    """How long a block is.
+
+    Attributes:
+      name: how one writes it.
+      lift: `|x|ᵖ`, what each number contributes; real, 0 for 0.
+      pool: how contributions meet, within a leaf and across leaves and devices: "sum" or "max".
+      finish: `(pool, count) -> length`, given the number of elements.
+      slope: `(x / length, count) -> d length / dx`, element by element.
+      power: p, which tells in what range of x the pool neither overflows nor vanishes.
+    """
+
+    name: str
+    lift: Callable[[jax.Array], jax.Array]
+    pool: Literal["sum", "max"]
+    finish: Callable[[jax.Array, ArrayLike], jax.Array]
+    slope: Callable[[jax.Array, ArrayLike], jax.Array]
+    power: float
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Blocks(NamedTuple):
+    """How the L measured leaves of one tree are cut into blocks.
+
+    Attributes:
+      names: (B,) the names of the blocks; None for `tree` and `units`, whose blocks have none.
+      index: (L,) the block of each leaf; None for `units`.
+      axes: (L,) the axes of each leaf that a unit spans; None for blocks of whole leaves.
+    """
+
+    names: tuple[str, ...] | None
+    index: tuple[int, ...] | None
+    axes: tuple[tuple[int, ...], ...] | None = None
+
+
+class Scope(NamedTuple):
+    """Which numbers share one norm.
+
+    Attributes:
+      name: how one writes it.
+      cut: `(paths, shapes) -> Blocks`.
+      named: whether its blocks have names.
+    """
+
+    name: str
+    cut: Callable[[tuple[str, ...], tuple[tuple[int, ...], ...]], Blocks]
+    named: bool = False
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Metrics(NamedTuple):
+    """What the last update did, and how often.
+
+    The first six fields have the shape of the norms: a scalar for `tree`, one entry a block for `leaf`
+    and `groups`. For `units`, whose blocks may be as many as a layer is wide, they are scalars: the
+    largest norm, the smallest bound and factor, the share of units clipped, and the steps on which any
+    was. A clip that does not measure has None where it would have to.
+
+    Attributes:
+      grad_norm: the norm before the clip, float32 (float64 for float64 leaves).
+      clip_bound: the bound that it was held against.
+      clip_factor: what the block was multiplied by.
+      clipped_share: 1 if the norm was over the bound, else 0; for units and elements, their share.
+      clipped_steps: int32, the steps on which the norm was over the bound.
+      nonfinite_steps: int32, the steps on which the norm was NaN or infinite.
+      total_steps: int32 scalar, all steps.
+      blocks: the names of the blocks, see `optaxclip.record.pack_names`.
+    """
+
+    grad_norm: Any
+    clip_bound: Any
+    clip_factor: Any
+    clipped_share: Any
+    clipped_steps: Any
+    nonfinite_steps: Any
+    total_steps: Any
+    blocks: Any
+
+
+class ClipState(NamedTuple):
+    """State of every clip.
+
+    Attributes:
+      threshold: the state of the threshold.
+      metrics: what the clip did; read it with `optaxclip.metrics`.
+    """
+
+    threshold: optax.OptState
+    metrics: Metrics

@@ -1,0 +1,268 @@
+"""The gradient of a batch, made of clipped gradients of its examples."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from optaxclip import validate, xla
+from optaxclip.per_example.ghost import Backward, by_ghost, by_vmap, mostly_ghost, trace
+from optaxclip.per_example.losses import as_pair, batch_size, example_weights, floating_leaves
+from optaxclip.per_example.weights import clip_weights, normal_weights
+from optaxclip.trees import select
+
+Method = Literal["auto", "ghost", "microbatch"]
+# Examples in a microbatch: more cost memory and gain little, see tests/benchmarks/per_example.py.
+_FEW = 8
+
+
+class ClippedExamples(NamedTuple):
+    """What happened to the examples of a batch.
+
+    Attributes:
+      losses: the loss of each example.
+      norms: the norm of the gradient of each example, before the clip, in float32 at least; NaN
+        where it is not finite.
+      clipped: how many examples were made shorter, int32.
+      nonfinite: how many examples weigh nothing because their loss or gradient is NaN or inf, int32.
+      aux: what the loss of each example returned beside, with a leading axis; None without `has_aux`.
+    """
+
+    losses: jax.Array
+    norms: jax.Array
+    clipped: jax.Array
+    nonfinite: jax.Array
+    aux: Any
+
+
+@validate.named
+def clipped_value_and_grad(
+    loss: Callable[..., Any],
+    max_norm: ArrayLike,
+    *,
+    method: Method = "auto",
+    microbatch_size: int | None = None,
+    reduce: Literal["mean", "sum"] = "mean",
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+    gamma: ArrayLike | None = None,
+) -> Callable[..., tuple[tuple[jax.Array, ClippedExamples], Any]]:
+    """The gradient of each example clipped, then their mean: Σᵢ gᵢ · min(1, max_norm / ‖gᵢ‖) / B.
+
+    Two methods, with the same result to rounding:
+
+    - `"microbatch"` forms the gradients of `microbatch_size` examples at a time, and adds them up.
+    - `"ghost"` finds the norms without the gradients (‖Σₜ xₜ ⊗ dyₜ‖² = Σₛₜ ⟨xₛ, xₜ⟩ · ⟨dyₛ, dyₜ⟩)
+      and takes the weighted sum in one product of matrices: about the time and memory of a plain
+      gradient, where most parameters are weights of dense layers, convolutions or embeddings that
+      are used once, and activations are small beside them. Any framework will do; the loss is read
+      as a jaxpr. Parameters that are used otherwise (biases; tied weights; layers in `lax.scan` or
+      `jax.checkpoint`) are right too, but their gradients are formed for each example.
+    - `"auto"` takes `"ghost"` if it has at least half of all parameters, else `"microbatch"`.
+
+    Args:
+      loss: `loss(params, example, *shared)`, the loss of one example: a scalar, or a pair
+        (scalar, aux).
+      max_norm: the largest norm of the gradient of one example.
+      method: how; see `per_example.ghost_parameters` for what `"ghost"` reaches.
+      microbatch_size: how many examples at a time, at most; None is 8 for `"microbatch"`, and all
+        for `"ghost"`. It need not divide the batch. A microbatch takes examples from all over the
+        batch, so that a batch that is sharded over devices stays so.
+      reduce: `"mean"` or `"sum"`, of the losses and of the gradients.
+      has_aux: whether the loss returns a pair.
+      keep_batch_dim: whether the loss sees an example as a batch of one, with a leading axis of 1.
+      gamma: γ. If given, examples are not clipped but all get a norm of nearly `max_norm`, by
+        max_norm / (‖gᵢ‖ + γ): AUTO-S, for which the authors take γ = 0.01 and a `max_norm` of 1.
+
+    Returns:
+      A function `(params, batch, *shared, weights=None) -> ((value, examples), grads)`, as
+      `jax.value_and_grad` of a loss with aux. `batch` is any tree of arrays with a leading axis that
+      numbers the examples; a random key for each example is one of them, `jax.random.split(key, B)`.
+      `shared` is the same for all examples. `examples` is a `ClippedExamples`. `grads` has the
+      dtypes of `params`; sums are taken in float32 at least.
+
+      `weights`, (B,), is a mask of booleans, or numbers from 0 (what is negative or NaN counts
+      as 0): for batches that are padded to a fixed size. The clipped gradient of example i is
+      multiplied by wᵢ, and means are over Σw in place of B: of no example, zero. An example of
+      weight 0 changes nothing but its own entries of `losses`, `norms` and `aux`, whatever is in it,
+      NaN included.
+
+      An example whose loss or gradient is not finite weighs nothing in `grads` and in `value`, and
+      is counted. The mean of the gradients is over all B (or Σw) nevertheless; the mean of the
+      losses is over those that are finite.
+
+      One example, added or removed, moves the sum of the gradients (`reduce="sum"`) by max_norm · wᵢ
+      at most. So differentially private training adds noise of the scale of max_norm to that sum.
+      With Poisson samples, divide it by the *expected* batch size: the size of a sample, which
+      `reduce="mean"` divides by, is not private.
+
+    Raises:
+      ValueError: if an argument is not a valid value; at the call, if a leaf of `params` holds no
+        floating-point numbers, the leaves of `batch` have different leading sizes, none or 0,
+        `weights` do not fit, the loss is not a scalar, or it takes or returns statistics of the
+        batch (BatchNorm): through them each example would change the gradients of all others.
+
+    The norms of `"ghost"` are taken in a unit of each example's own, so that squares neither
+    overflow nor vanish. Where the gradients of positions of one example nearly cancel, to 1/k of
+    their size, its norm has a relative error of k² · 1e-7, that of the formed gradient k · 1e-7.
+
+    References:
+      Abadi et al., `Deep Learning with Differential Privacy
+      <https://arxiv.org/abs/1607.00133>`_, 2016
+
+      Li et al., `Large Language Models Can Be Strong Differentially Private Learners
+      <https://arxiv.org/abs/2110.05679>`_, 2022
+
+      Bu et al., `Differentially Private Optimization on Large Model at Small Cost
+      <https://arxiv.org/abs/2210.00038>`_, 2023; `Automatic Clipping
+      <https://arxiv.org/abs/2206.07136>`_, 2023
+
+    >>> import jax, jax.numpy as jnp, optaxclip
+    >>> def loss(w, example):
+    ...     x, y = example
+    ...     return 0.5 * (x @ w - y) ** 2
+    >>> step = jax.jit(optaxclip.clipped_value_and_grad(loss, max_norm=1.0))
+    >>> batch = jnp.array([[3.0, 4.0], [0.5, 0.0]]), jnp.array([-1.0, -1.0])
+    >>> (value, examples), grads = step(jnp.zeros(2), batch)
+    >>> grads  # the mean of [3, 4] / 5 and [0.5, 0]
+    Array([0.55, 0.4 ], dtype=float32)
+    >>> examples.norms, int(examples.clipped), int(examples.nonfinite)
+    (Array([5. , 0.5], dtype=float32), 1, 0)
+    >>> step(jnp.zeros(2), batch, weights=jnp.array([True, False]))[1]  # the second is padding
+    Array([0.6, 0.8], dtype=float32)
+    """
+    validate.choice(get_args(Method), method=method)
+    validate.choice(("mean", "sum"), reduce=reduce)
+    validate.flag(has_aux=has_aux, keep_batch_dim=keep_batch_dim)
+    _check_numbers(max_norm=max_norm, gamma=0 if gamma is None else gamma)
+    if microbatch_size is not None:
+        validate.size(microbatch_size=microbatch_size)
+    pair = as_pair(loss, has_aux, keep_batch_dim)
+
+    def value_and_grad(params, batch, *shared, weights=None):
+        leaves, given = floating_leaves(params), example_weights(weights, batch_size(batch))
+        backward, at_once = _plan(method, microbatch_size, pair, params, batch, shared)
+
+        def step(batch, given):
+            back: Backward = backward(params, batch, shared)
+            fine = jnp.isfinite(back.norms) & jnp.isfinite(back.losses)
+            norms = jnp.where(fine, back.norms, jnp.nan)
+            factors = (
+                clip_weights(norms, max_norm)
+                if gamma is None
+                else normal_weights(norms, max_norm, gamma)
+            )
+            sums = back.sums(factors * given.astype(factors.dtype))
+            return sums, (back.losses, norms, factors, back.aux)
+
+        sums, (losses, norms, factors, aux) = _scan(step, batch, given, at_once, leaves)
+        if reduce == "mean":
+            sums = [x / _total(given).astype(x.dtype) for x in sums]
+        grads = [xla.as_dtype_of(x, g) for x, g in zip(leaves, sums, strict=True)]
+        examples = ClippedExamples(losses, norms, *_counts(norms, factors, given), aux)
+        value = _pool_losses(losses, norms, given, reduce)
+        return (value, examples), jax.tree.structure(params).unflatten(grads)
+
+    # Errors of a step, and its compiled program, are named after the call that made it.
+    value_and_grad.__name__ = "clipped_value_and_grad"
+    return validate.named(value_and_grad)
+
+
+def ghost_parameters(
+    loss: Callable[..., Any],
+    params: Any,
+    batch: Any,
+    *shared: Any,
+    has_aux: bool = False,
+    keep_batch_dim: bool = False,
+) -> tuple[str, ...]:
+    """The paths of the parameters whose gradients the method `"ghost"` never forms.
+
+    All arguments are those of `clipped_value_and_grad` and of the function that it returns.
+
+    >>> import jax.numpy as jnp
+    >>> from optaxclip import per_example
+    >>> params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
+    >>> def loss(p, x):
+    ...     return jnp.sum(jnp.tanh(x @ p["w"] + p["b"]))
+    >>> per_example.ghost_parameters(loss, params, jnp.ones((8, 4)))
+    ('w',)
+    """
+    sites = trace(as_pair(loss, has_aux, keep_batch_dim), params, batch, shared).sites
+    paths = select(params).paths
+    return tuple(paths[i] for i in sorted(site.origin.parameter for site in sites))
+
+
+def _check_numbers(**arguments: Any) -> None:
+    validate.bound(**arguments, may_be_threshold=False)
+    for name, value in arguments.items():
+        if jnp.ndim(value) != 0:
+            raise validate.fail(f"{name} must be one number", f"an array of shape {jnp.shape(value)}")
+
+
+def _plan(method, microbatch_size, loss, params, batch, shared):
+    """The backward pass, and how many examples it takes at once (None: all)."""
+    traced = None if method == "microbatch" else trace(loss, params, batch, shared)
+    if traced is None or (method == "auto" and not mostly_ghost(traced, params)):
+        return functools.partial(by_vmap, loss), microbatch_size or _FEW
+    return functools.partial(by_ghost, traced), microbatch_size
+
+
+def _scan(step, batch, given: jax.Array, at_once: int | None, leaves: list[jax.Array]):
+    """The first results of `step` summed over microbatches, and the others for all examples in order.
+
+    Microbatch k has the examples k, k + n, k + 2n, ... of n microbatches. What is missing in the
+    last is filled up with examples of weight 0.
+    """
+    size = given.size
+    count = -(-size // min(at_once or size, size))
+    at_once = -(-size // count)
+    if count == 1:
+        return step(batch, given)
+    missing = at_once * count - size
+
+    def cut(x):
+        return x.reshape(at_once, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def fill(x):
+        return x[np.minimum(np.arange(size + missing), size - 1)] if missing else x
+
+    def join(x):
+        return x.swapaxes(0, 1).reshape(size + missing, *x.shape[2:])[:size]
+
+    def add(sums, chunk):
+        more, each = step(*chunk)
+        return jax.tree.map(jnp.add, sums, more), each
+
+    zeros = [jnp.zeros_like(xla.widen(x)) for x in leaves]
+    chunks = jax.tree.map(lambda x: cut(fill(x)), batch), cut(jnp.pad(given, (0, missing)))
+    sums, each = lax.scan(add, zeros, chunks)
+    return sums, jax.tree.map(join, each)
+
+
+def _total(given: jax.Array) -> jax.Array:
+    """What a mean is divided by; of no example at all, 1."""
+    total = jnp.sum(given)
+    return jnp.where(total > 0, total, 1)
+
+
+def _counts(norms: jax.Array, factors: jax.Array, given: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many examples were clipped, and how many are not finite; padding does not count."""
+    fine, real = jnp.isfinite(norms), given > 0
+    clipped = jnp.sum(real & fine & (factors < 1), dtype=jnp.int32)
+    return clipped, jnp.sum(real & ~fine, dtype=jnp.int32)
+
+
+def _pool_losses(losses: jax.Array, norms: jax.Array, given: jax.Array, reduce: str) -> jax.Array:
+    """The weighted sum, or mean, of the losses of examples that are finite. NaN if none is."""
+    wide = xla.widen(losses)
+    weights = jnp.where(jnp.isfinite(norms), given, 0).astype(wide.dtype)
+    value = jnp.sum(jnp.where(weights > 0, wide, 0) * weights)
+    if reduce == "mean":
+        value = value / jnp.where(jnp.any(given > 0), jnp.sum(weights), 1)
+    return value.astype(losses.dtype)

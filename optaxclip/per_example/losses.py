@@ -1,0 +1,116 @@
+"""What a loss of one example is given and what it returns, checked before it fails inside JAX."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import validate
+from optaxclip.trees import flatten_with_paths, is_measured
+
+Loss = Callable[..., tuple[jax.Array, Any]]
+
+_NO_BATCH_NORM = (
+    "Statistics of a batch, as BatchNorm keeps them, cannot be taken here: the loss sees one example"
+    " at a time, and through such statistics each example would change the gradients of all others,"
+    " so that no clip could bound what one example does. Use GroupNorm or LayerNorm instead, or"
+    " BatchNorm with fixed statistics, passed after batch."
+)
+
+
+def as_pair(loss: Callable[..., Any], has_aux: bool, keep_batch_dim: bool) -> Loss:
+    """The loss of one example as a function that returns (loss, aux), checked."""
+    call = validate.called()
+
+    def pair(params, example, *shared):
+        if keep_batch_dim:
+            example = jax.tree.map(lambda x: x[None], example)
+        try:
+            out = loss(params, example, *shared)
+        except NameError as error:
+            # A mean over `axis_name="batch"`: Flax's and Equinox's BatchNorm, written for `vmap`.
+            if "axis name" not in str(error):
+                raise
+            raise ValueError(f"{call}: {error}. {_NO_BATCH_NORM}") from error
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            kind = type(out).__name__
+            raise validate.fail("loss must return a pair (loss, aux) with has_aux=True", kind, call=call)
+        value, aux = out if has_aux else (out, None)
+        _check_loss(value, call)
+        _check_aux(aux, call)
+        return value, aux
+
+    return pair
+
+
+def _check_loss(value: Any, call: str) -> None:
+    if isinstance(value, tuple | list):
+        raise ValueError(
+            f"{call}: loss returned a {type(value).__name__}; for a pair (loss, aux) pass has_aux=True."
+        )
+    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(
+            f"{call}: loss must be one real number for one example, got {jnp.result_type(value)} of"
+            f" shape {jnp.shape(value)}. It sees an example without the batch axis (with"
+            " keep_batch_dim=True, with one of 1), and must sum or average the rest."
+        )
+
+
+def _check_aux(aux: Any, call: str) -> None:
+    """Raises for running statistics of a batch: in linen by their collection, in nnx by their type."""
+    def is_statistic(x):
+        return type(x).__name__ == "BatchStat"
+
+    kinds = jax.tree.leaves(aux, is_leaf=is_statistic)
+    paths = [path.split("/") for path, _ in flatten_with_paths(aux)[0]]
+    if any("batch_stats" in path for path in paths) or any(map(is_statistic, kinds)):
+        raise ValueError(f"{call}: the loss returned batch statistics. {_NO_BATCH_NORM}")
+
+
+def batch_size(batch: Any) -> int:
+    """How many examples a batch has."""
+    shapes = {path: jnp.shape(x) for path, x in flatten_with_paths(batch)[0]}
+    sizes = {shape[:1] for shape in shapes.values()}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            f"{validate.called()}: every leaf of batch needs a leading axis that numbers the same"
+            f" examples; got shapes {shapes}. What all examples share goes after batch:"
+            " value_and_grad(params, batch, shared)."
+        )
+    ((size,),) = sizes
+    if size == 0:
+        raise ValueError(
+            f"{validate.called()}: batch must hold at least one example; got shapes {shapes}. For a"
+            " batch that may be empty, such as a Poisson sample, pad it to a fixed size and pass"
+            " weights=, 0 for the padding."
+        )
+    return size
+
+
+def example_weights(weights: Any, size: int) -> jax.Array:
+    """Weights of examples, or a mask, as floats: ones for None; what is negative or NaN counts as 0."""
+    if weights is None:
+        return jnp.ones(size)
+    weights = jnp.asarray(weights)
+    real = jnp.issubdtype(weights.dtype, jnp.floating) or jnp.issubdtype(weights.dtype, jnp.integer)
+    if weights.shape != (size,) or not (real or weights.dtype == bool):
+        raise validate.fail(
+            f"weights must be {size} real numbers or booleans, one an example",
+            f"{weights.dtype} of shape {weights.shape}",
+        )
+    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    return jnp.where(weights > 0, weights, 0)
+
+
+def floating_leaves(params: Any) -> list[jax.Array]:
+    """The parameters, as arrays."""
+    flat, _ = flatten_with_paths(params)
+    others = [path for path, x in flat if not is_measured(x)]
+    if others:
+        raise ValueError(
+            f"{validate.called()}: params must hold floating-point numbers, {', '.join(others)} does"
+            " not. Split off what is not trained, and pass it after batch:"
+            " value_and_grad(params, batch, shared)."
+        )
+    return [jnp.asarray(x) for _, x in flat]

@@ -1,0 +1,204 @@
+"""One voice for bad arguments: every error names the call, the argument, what it must be and what it is.
+
+    @named                                  errors inside speak of the outermost such call, which the user wrote
+    def zclip(z=2.5, decay=0.97): ...
+        validate.nonnegative(z=z)           ValueError: zclip: z must be a number from 0 to inf, got -1.
+        validate.share(decay=decay)
+
+An array on a device is looked into like a number; a tracer, whose value nobody knows, passes.
+"""
+
+import contextvars
+import functools
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default="optaxclip")
+
+
+def named(call: _F) -> _F:
+    """Makes errors inside a public function speak of it, or of the public function that called it."""
+
+    @functools.wraps(call)
+    def wrapper(*args, **kwargs):
+        if _CALL.get() != "optaxclip":
+            return call(*args, **kwargs)
+        token = _CALL.set(call.__name__)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _CALL.reset(token)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def called() -> str:
+    """The public call that is running."""
+    return _CALL.get()
+
+
+def fail(must: str, got: Any, *, call: str | None = None) -> ValueError:
+    """The error for an argument: "<call>: <argument> must be ..., got <value>." """
+    return ValueError(f"{call or called()}: {must}, got {show(got)}.")
+
+
+def show(value: Any) -> str:
+    """A value in an error. Of a function that makes what is asked for, that it has to be called."""
+    if callable(value) and getattr(value, "makes_part", False):
+        return f"the function {value.__name__}: write {value.__name__}(...), with parentheses"
+    return repr(value)
+
+
+def makes_part(maker: _F) -> _F:
+    """Marks a function that makes a part, so that an error can say that it was not called."""
+    maker.makes_part = True  # type: ignore[attr-defined]
+    return maker
+
+
+def to_concrete(value: Any) -> Any:
+    """A concrete array, or a NumPy scalar, as a Python or NumPy value; a tracer, and anything else, unchanged.
+
+    It waits for the device: for what is called when a clip is built, not at every step.
+    """
+    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.is_fully_addressable:
+        value = np.asarray(jax.device_get(value))
+    return value.item() if isinstance(value, np.generic | np.ndarray) and np.ndim(value) == 0 else value
+
+
+def is_static(value: Any) -> bool:
+    """Whether a value is a plain Python number: no array that `optax.inject_hyperparams` may change."""
+    return isinstance(value, int | float)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _scalar(inside: Callable[[float], bool], words: str, arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        seen = to_concrete(value)
+        traced = isinstance(seen, jax.Array) and seen.ndim == 0
+        if not traced and not (_is_real(seen) and inside(seen)):
+            raise fail(f"{name} must be a number {words}", value)
+
+
+def nonnegative(**arguments: Any) -> None:
+    """Each is a number from 0 to inf."""
+    _scalar(lambda x: x >= 0, "from 0 to inf", arguments)
+
+
+def positive(**arguments: Any) -> None:
+    """Each is a number larger than 0."""
+    _scalar(lambda x: x > 0, "larger than 0", arguments)
+
+
+def share(**arguments: Any) -> None:
+    """Each is a number from 0 to below 1, such as a decay."""
+    _scalar(lambda x: 0 <= x < 1, "from 0 to below 1", arguments)
+
+
+def between(low: float, high: float, **arguments: Any) -> None:
+    """Each is a number from `low` to `high`, both included."""
+    _scalar(lambda x: low <= x <= high, f"from {low:g} to {high:g}", arguments)
+
+
+def at_least(low: float, **arguments: Any) -> None:
+    """Each is a number of at least `low`."""
+    _scalar(lambda x: x >= low, f"of at least {low:g}", arguments)
+
+
+def above(low: float, **arguments: Any) -> None:
+    """Each is a number larger than `low`."""
+    _scalar(lambda x: x > low, f"larger than {low:g}", arguments)
+
+
+def steps(low: int = 0, **arguments: Any) -> None:
+    """Each is a count of steps: a whole number of at least `low`, an array or a tracer."""
+    for name, value in arguments.items():
+        seen = to_concrete(value)
+        traced = isinstance(seen, jax.Array) and seen.ndim == 0
+        if not traced and not (_is_real(seen) and seen >= low and (seen == math.inf or seen == int(seen))):
+            raise fail(f"{name} must be a whole number of steps, at least {low}", value)
+
+
+def size(**arguments: Any) -> None:
+    """Each is a Python int of at least 1, since it sets the size of the state."""
+    for name, value in arguments.items():
+        if isinstance(value, jax.Array):
+            raise ValueError(
+                f"{called()}: {name} sets the size of the state and must be a Python int, not an array. With"
+                f" optax.inject_hyperparams write inject_hyperparams({called()}, static_args=({name!r},))."
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise fail(f"{name} must be a whole number of at least 1", value)
+
+
+def choice(choices: Sequence[Any], **arguments: Any) -> None:
+    """Each is one of `choices`."""
+    for name, value in arguments.items():
+        if not any(value is known or value == known for known in choices):
+            raise fail(f"{name} must be one of {', '.join(map(repr, choices))}", value)
+
+
+def flag(**arguments: Any) -> None:
+    """Each is True or False."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool | np.bool_):
+            raise fail(f"{name} must be True or False", value)
+
+
+def feed(**arguments: Any) -> None:
+    """Each is a function `(norms, bounds) -> norms`."""
+    for name, value in arguments.items():
+        if not callable(value):
+            raise fail(f"{name} must be feeds.raw, feeds.clipped, feeds.accepted or a function (norms, bounds) -> norms", value)
+
+
+_BOUND = "a number from 0 to inf, an array of such"
+_THRESHOLD = f"{_BOUND}, a schedule (a function of the step) or a threshold (an optax transformation of norms)"
+
+
+def bound(*, may_be_threshold: bool = True, wait: bool = True, **arguments: Any) -> None:
+    """Each can be a bound: a real number from 0 to inf, an array of such, or a tracer.
+
+    Without `wait`, for what is called at every step, numbers on a device may be anything.
+    """
+    for name, value in arguments.items():
+        seen = to_concrete(value) if wait or not isinstance(value, jax.Array) else value
+        if isinstance(seen, jax.Array | np.ndarray):
+            fine = jnp.issubdtype(seen.dtype, jnp.floating) or jnp.issubdtype(seen.dtype, jnp.integer)
+            fine = fine and (isinstance(seen, jax.Array) or bool(np.all(seen >= 0)))
+        else:
+            fine = _is_real(seen) and float(seen) >= 0
+        if not fine:
+            raise fail(f"{name} must be {_THRESHOLD if may_be_threshold else _BOUND}", value)
+
+
+def exclude(value: Any) -> None:
+    """`exclude` is a way to say which leaves to leave alone."""
+    if not (value is None or isinstance(value, str) or callable(value)):
+        raise fail("exclude must be a regular expression (str), a predicate of the path, or None", value)
+
+
+def is_transformation(value: Any) -> bool:
+    """Whether a value has the two functions of an optax transformation."""
+    return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+
+
+def as_optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer inside a wrapper, which takes extra arguments.
+
+    Raises:
+      ValueError: naming the call, if it is none.
+    """
+    if not is_transformation(inner):
+        raise fail("inner must be an optimizer, such as optax.adam(1e-3)", inner)
+    return optax.with_extra_args_support(inner)

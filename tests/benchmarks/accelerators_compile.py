@@ -1,0 +1,72 @@
+"""The process that compiles one case: it is started by `accelerators`, with the flags of its platform.
+
+    python -m tests.benchmarks.accelerators_compile '[[case], [rows]]'
+
+Its last line of output is what it found, as JSON.
+"""
+
+import json
+import sys
+import time
+
+import jax
+
+from tests.benchmarks.accelerators_cases import TARGETS, Case
+from tests.benchmarks.accelerators_hlo import count
+from tests.benchmarks.accelerators_limits import keep_best
+from tests.benchmarks.accelerators_steps import MAPPED, OURS, PLAIN, Program, build
+from tests.benchmarks.accelerators_targets import Placement, place
+
+
+def main(argument: str) -> None:
+    """Compiles the rows of a case one after the other."""
+    fields, names = json.loads(argument)
+    case = Case(*fields)
+    placement = place(TARGETS[case.target], case.form)
+
+    def measure(name: str) -> dict:
+        # On the CPU, too: it has the ratios that the others are held to.
+        name, _, cpu = name.partition(", CPU")
+        return account(build(case, name, HOST if cpu or name.endswith(", CPU") else placement), placement)
+
+    if case.suite == "examples":
+        names = [PLAIN, MAPPED, OURS, f"{PLAIN}, CPU", f"{MAPPED}, CPU", f"{OURS}, CPU"]
+    # The first compilation of a process also starts the compiler.
+    jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8, 128), "float32", sharding=placement.shard())).compile()
+    rows = {}
+    for name in names:
+        try:
+            rows[name] = measure(name)
+        except Exception as error:  # that one clip does not compile is a result, too
+            rows[name] = {"error": f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")}
+    keep_best(rows, measure, case)
+    print(f"\n{json.dumps(rows)}")
+
+
+def account(program: Program, placement: Placement) -> dict[str, float]:
+    """What the compiler makes of a program."""
+    # Otherwise the second clip of a kind would be traced from what the first left.
+    jax.clear_caches()
+    start = time.process_time()
+    lowered = jax.jit(program.step, donate_argnums=program.donated).lower(*program.arguments)
+    compiled = lowered.compile()
+    seconds = time.process_time() - start
+    found = count(compiled)
+    # A program is that of one device; a mesh moves as many times what it does.
+    devices = placement.mesh.size if placement.mesh else 1
+    found["bytes"] *= devices / program.parameters
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / program.gradients
+    moved = _count_moved(compiled, program) if placement.mesh else 0
+    return found | {"moved": moved, "temporaries": temporaries, "compile": seconds}
+
+
+def _count_moved(compiled: jax.stages.Compiled, program: Program) -> int:
+    """The leaves of parameters and state that leave a step on other devices than they entered it."""
+    before = jax.tree.leaves(program.arguments[: len(program.donated)])
+    after = jax.tree.leaves(compiled.output_shardings)
+    pairs = zip(before, after, strict=True)
+    return sum(not x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in pairs)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
