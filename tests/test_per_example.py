@@ -176,7 +176,7 @@ def test_every_method_is_as_clipping_one_example_after_another(make):
         for x, y, p in zip(*map(jax.tree.leaves, (grads, want, params)), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6 * (np.abs(y).max() + bound / B))
             assert (x.dtype, x.shape) == (p.dtype, p.shape)
-    assert set(oc.ghost_parameters(loss, params, batch)) == found
+    assert set(oc.per_example.ghost_parameters(loss, params, batch)) == found
     assert jax.tree.structure(grads) == jax.tree.structure(params)
 
 

@@ -4,33 +4,31 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.apply import Nonfinite
+from optaxclip import scopes, validate
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
 from optaxclip.core import clip_by
-from optaxclip.leaves import Exclude
-from optaxclip.mesh import AxisNames
 from optaxclip.norms import linf
-from optaxclip.scopes import Scope, leaf
-from optaxclip.thresholds.learned import number
 
 
+@validate.named
 def clippy(
     relative: ArrayLike = 0.5,
     absolute: ArrayLike = 1e-2,
     *,
-    scope: Scope = leaf,
+    scope: Scope = scopes.leaf,
     exclude: Exclude = None,
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Shortens each leaf's step until |Δᵢ| ≤ λ·|wᵢ| + a for every element i: Δ ← Δ · min(1, minᵢ (λ|wᵢ| + a) / |Δᵢ|).
+    """Shortens each leaf's step until |Δᵢ| ≤ λ·|wᵢ| + a for each element i.
 
-    Place it last in the chain, after the learning rate. `update` needs `params`.
+    Δ ← Δ · min(1, minᵢ (λ·|wᵢ| + a) / |Δᵢ|). Place it last in the chain, after the learning rate. `update` needs `params`.
 
     Args:
       relative: λ.
-      absolute: a, larger than 0: by how much a parameter of zero may move. One such parameter holds its whole leaf, so
-        with the 1e-7 of the authors' code a fresh bias or embedding stays where it is.
-      scope: which numbers are shortened together; the paper's is `leaf`.
+      absolute: a, larger than 0: by how much a parameter of zero may move. One such parameter holds its
+        whole leaf, so with the 1e-7 of the authors' code a fresh bias or embedding stays where it is.
+      scope: which numbers are shortened together; the paper's is `scopes.leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
@@ -50,12 +48,20 @@ def clippy(
     >>> tx.update(jnp.array([2.0, 0.1]), tx.init(params), params)[0]
     Array([1.  , 0.05], dtype=float32)
     """
-    shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
-    relative, absolute = number(relative, "clippy", "relative", 0.0), number(absolute, "clippy", "absolute", 1e-30)
+    validate.nonnegative(relative=relative)
+    validate.positive(absolute=absolute)
 
     def ratio(update, param):
         size = jnp.abs(param)
-        limit = jnp.asarray(relative).astype(size.dtype) * size + jnp.asarray(absolute).astype(size.dtype)
-        return jnp.abs(update) / limit.astype(update.real.dtype)
+        share, least = (jnp.asarray(x).astype(size.dtype) for x in (relative, absolute))
+        return jnp.abs(update) / (share * size + least).astype(update.real.dtype)
 
-    return clip_by(1.0, scope=scope, norm=linf, view=ratio, **shared)
+    return clip_by(
+        1.0,
+        norm=linf,
+        view=ratio,
+        scope=scope,
+        exclude=exclude,
+        nonfinite=nonfinite,
+        axis_names=axis_names,
+    )

@@ -3,21 +3,20 @@
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.apply import Nonfinite
+from optaxclip import scopes, validate
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
-from optaxclip.leaves import Exclude
-from optaxclip.mesh import AxisNames
-from optaxclip.scopes import Scope, leaf
-from optaxclip.thresholds.combine import Threshold, as_threshold, at_least
-from optaxclip.thresholds.learned import number
+from optaxclip.thresholds.combine import at_least
+from optaxclip.thresholds.fixed import as_threshold
 from optaxclip.thresholds.running import previous
 
 
+@validate.named
 def limit_norm_growth(
     ratio: ArrayLike = 1.01,
     *,
     min_norm: Threshold = 0.0,
-    scope: Scope = leaf,
+    scope: Scope = scopes.leaf,
     exclude: Exclude = None,
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
@@ -28,16 +27,16 @@ def limit_norm_growth(
 
     Args:
       ratio: γ, at least 1.
-      min_norm: a floor under the bound. After one tiny gradient (a batch of padding, say) norms grow back by γ a step
-        only, from 1e-8 to 1 in 1,850 steps; with a floor they start there.
-      scope: which numbers share one norm; the papers' is `leaf`.
+      min_norm: a floor under the bound. After one tiny gradient (a batch of padding, say) norms grow back
+        by γ a step only, from 1e-8 to 1 in 1,850 steps; with a floor they start there.
+      scope: which numbers share one norm; the papers' is `scopes.leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for a ratio below 1, or a bad floor.
 
-    Deviations: a norm of exactly zero is passed over, or the leaf would be frozen for ever; no 1e-8 is added to the
-    last norm.
+    Deviations: a norm of exactly zero is passed over, or the leaf would be frozen for ever; no 1e-8 is added
+    to the last norm.
 
     References:
       Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024; Zhu et al., `APOLLO
@@ -51,7 +50,10 @@ def limit_norm_growth(
     >>> updates
     Array([3.], dtype=float32)
     """
-    shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
-    call = "limit_norm_growth"
-    threshold = previous(number(ratio, call, "ratio", 1.0))
-    return clip_by(at_least(threshold, as_threshold(min_norm, call, "min_norm")), scope=scope, **shared)
+    return clip_by(
+        at_least(previous(ratio), as_threshold(min_norm=min_norm)),
+        scope=scope,
+        exclude=exclude,
+        nonfinite=nonfinite,
+        axis_names=axis_names,
+    )

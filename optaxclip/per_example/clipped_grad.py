@@ -173,6 +173,7 @@ def clipped_value_and_grad(
     return validate.named(value_and_grad)
 
 
+@validate.named
 def ghost_parameters(
     loss: Callable[..., Any],
     params: Any,
@@ -202,7 +203,9 @@ def _check_numbers(**arguments: Any) -> None:
     validate.bound(**arguments, may_be_threshold=False)
     for name, value in arguments.items():
         if jnp.ndim(value) != 0:
-            raise validate.fail(f"{name} must be one number", f"an array of shape {jnp.shape(value)}")
+            raise validate.fail(
+                f"{name} must be one number", f"an array of shape {jnp.shape(value)}"
+            )
 
 
 def _plan(method, microbatch_size, loss, params, batch, shared):

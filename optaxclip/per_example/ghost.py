@@ -1,10 +1,12 @@
 """One backward pass for the norms and the weighted sum of the gradients of all examples.
 
-A zero is added to the result of every site; its gradient is that of the result (dy).  The operands of a site and dy
-give the norms, and the same two give the weighted sum, as the one product of matrices that a plain gradient takes, with
-dyᵢ · weightᵢ in place of dyᵢ.  The gradients of parameters without a site are formed for each example and summed.
+A zero is added to the result of every site; its gradient is that of the result (dy). The operands of
+a site and dy give the norms, and the same two give the weighted sum, as the one product of matrices
+that a plain gradient takes, with dyᵢ · weightᵢ in place of dyᵢ. The gradients of parameters without
+a site are formed for each example and summed.
 
-Bu et al., `Differentially Private Optimization on Large Model at Small Cost <https://arxiv.org/abs/2210.00038>`_, 2023
+Bu et al., `Differentially Private Optimization on Large Model at Small Cost
+<https://arxiv.org/abs/2210.00038>`_, 2023
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ from optaxclip.per_example.weights import (
     per_example,
     weighted_sum,
 )
-from optaxclip.trees import select
+from optaxclip.trees import is_measured, select
 from optaxclip.xla import accumulator, widen
 
 
@@ -33,7 +35,8 @@ class Backward(NamedTuple):
       losses: one an example.
       aux: what the loss returned beside, with a leading axis.
       norms: of the gradients, one an example.
-      sums: `sums(weights)`, the weighted sum of the gradients, one array a parameter, in float32 at least.
+      sums: `sums(weights)`, the weighted sum of the gradients, one array a parameter, in float32 at
+        least.
     """
 
     losses: jax.Array
@@ -73,12 +76,17 @@ class Traced(NamedTuple):
 
 
 def trace(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Traced:
-    """Traces the loss for the first example of a batch. A parameter without any use has neither site nor gradient."""
+    """Traces the loss for the first example of a batch.
+
+    A parameter that the loss does not use has neither a site nor a gradient.
+    """
     example = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[0], batch), batch)
     closed, shapes = jax.make_jaxpr(loss, return_shape=True)(params, example, *shared)
     program = flatten(closed, len(jax.tree.leaves(params)))
     sites, uses = find_sites(program), program.uses()
-    used = {i for i, slot in enumerate(program.inputs[: len(jax.tree.leaves(params))]) if uses[slot]}
+    used = {
+        i for i, slot in enumerate(program.inputs[: len(jax.tree.leaves(params))]) if uses[slot]
+    }
     rest = sorted(used - {site.origin.parameter for site in sites})
     return Traced(program, sites, rest, jax.tree.structure(shapes))
 
@@ -92,17 +100,22 @@ def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
         i = number.get(op.outputs)
         if i is None:
             return results
-        seen[i] = [jnp.zeros(()) if j == traced.sites[i].side else jnp.asarray(x) for j, x in enumerate(operands)]
+        seen[i] = [
+            jnp.zeros(()) if j == traced.sites[i].side else jnp.asarray(x)
+            for j, x in enumerate(operands)
+        ]
         return [results[0] + probes[i]]
 
     loss, aux = traced.outputs.unflatten(traced.program.run(arguments, at))
     return loss, (aux, seen)
 
 
-def _site_sum(site: Site, param: jax.Array, operands: list[jax.Array], dy: jax.Array, weights: jax.Array) -> jax.Array:
+def _site_sum(site: Site, param: jax.Array, operands, dy: jax.Array, weights: jax.Array):
     """Σᵢ weightsᵢ · Gᵢ of one site: the transpose of its operation, for all examples at once."""
-    weighted = drop_unweighted(widen(dy) * per_example(weights.astype(widen(dy).dtype), dy), weights).astype(dy.dtype)
-    clean = [drop_unweighted(x, weights) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in operands]
+    wide = widen(dy)
+    weighted = wide * per_example(weights.astype(wide.dtype), dy)
+    weighted = drop_unweighted(weighted, weights).astype(dy.dtype)
+    clean = [drop_unweighted(x, weights) if is_measured(x) else x for x in operands]
 
     def forward(param):
         value = site.origin(param)
@@ -119,13 +132,17 @@ def mostly_ghost(traced: Traced, params: Any) -> bool:
     If not, memory is that of the gradients of all examples, and a few of them at a time are as fast.
     """
     sizes = [jnp.size(x) for x in jax.tree.leaves(params)]
-    return sum(sizes[site.origin.parameter] for site in traced.sites) >= sum(sizes[i] for i in traced.rest)
+    at_sites = sum(sizes[site.origin.parameter] for site in traced.sites)
+    return at_sites >= sum(sizes[i] for i in traced.rest)
 
 
 def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
     """Forms no gradient of a parameter that has a site."""
     leaves = list(map(jnp.asarray, jax.tree.leaves(params)))
-    probes = [jnp.zeros(y.shape, y.dtype) for y in (shaped(site.op.eqn.outvars[0]) for site in traced.sites)]
+    probes = [
+        jnp.zeros(y.shape, y.dtype)
+        for y in (shaped(site.op.eqn.outvars[0]) for site in traced.sites)
+    ]
 
     def probed(rest, probes, example):
         arguments = [*leaves, *jax.tree.leaves((example, *shared))]
@@ -135,8 +152,13 @@ def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> 
 
     each = jax.vmap(jax.value_and_grad(probed, argnums=(0, 1), has_aux=True), (None, None, 0))
     (losses, (aux, operands)), (grads, dys) = each([leaves[i] for i in traced.rest], probes, batch)
-    lengths = [site.norms(seen, dy) for site, seen, dy in zip(traced.sites, operands, dys, strict=True)]
-    norms = example_norms(grads + ([jnp.stack(lengths, axis=1)] if lengths else []))
+    lengths = [s.norms(seen, dy) for s, seen, dy in zip(traced.sites, operands, dys, strict=True)]
+    paths = select(params).paths
+    named = [(paths[i], g) for i, g in zip(traced.rest, grads, strict=True)]
+    if lengths:
+        wide = accumulator(lengths)
+        named.append(("sites", jnp.stack([n.astype(wide) for n in lengths], axis=1)))
+    norms = _norms([x for _, x in named], [path for path, _ in named], losses)
 
     def sums(weights):
         total = [jnp.zeros(x.shape, widen(x).dtype) for x in leaves]

@@ -35,7 +35,9 @@ def as_pair(loss: Callable[..., Any], has_aux: bool, keep_batch_dim: bool) -> Lo
             raise ValueError(f"{call}: {error}. {_NO_BATCH_NORM}") from error
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             kind = type(out).__name__
-            raise validate.fail("loss must return a pair (loss, aux) with has_aux=True", kind, call=call)
+            raise validate.fail(
+                "loss must return a pair (loss, aux) with has_aux=True", kind, call=call
+            )
         value, aux = out if has_aux else (out, None)
         _check_loss(value, call)
         _check_aux(aux, call)
@@ -59,6 +61,7 @@ def _check_loss(value: Any, call: str) -> None:
 
 def _check_aux(aux: Any, call: str) -> None:
     """Raises for running statistics of a batch: in linen by their collection, in nnx by their type."""
+
     def is_statistic(x):
         return type(x).__name__ == "BatchStat"
 

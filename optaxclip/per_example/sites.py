@@ -64,7 +64,9 @@ def _gram(x: jax.Array) -> jax.Array:
     wide = accumulator([x])
     if x.shape[1] == 1:  # a product of matrices of one row is slow
         return jnp.sum(jnp.square(x.astype(wide)), axis=2, keepdims=True)
-    return jnp.einsum("bsd,btd->bst", x, x, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
+    return jnp.einsum(
+        "bsd,btd->bst", x, x, precision=lax.Precision.HIGHEST, preferred_element_type=wide
+    )
 
 
 def _total(products: jax.Array) -> jax.Array:
@@ -73,7 +75,10 @@ def _total(products: jax.Array) -> jax.Array:
 
 def _length(squares: jax.Array, exponents: jax.Array) -> jax.Array:
     """√squares back in the unit 1. Rounding may have made a sum of nearly nothing negative; NaN stays NaN."""
-    half, norms = exponents // 2, jnp.sqrt(jnp.maximum(squares, 0))  # in halves: 2ᵉ itself may be beyond the range
+    half, norms = (
+        exponents // 2,
+        jnp.sqrt(jnp.maximum(squares, 0)),
+    )  # in halves: 2ᵉ itself may be beyond the range
     return norms * _power_of_two(half, norms.dtype) * _power_of_two(exponents - half, norms.dtype)
 
 
@@ -82,7 +87,9 @@ def product_norms(parts: list[jax.Array], dy: jax.Array, pairs: bool) -> jax.Arr
     wide = accumulator([dy, *parts])
     if pairs:
         return _total(sum(_gram(x).astype(wide) for x in parts) * _gram(dy).astype(wide))
-    form = functools.partial(jnp.einsum, "btd,btp->bdp", precision=lax.Precision.HIGHEST, preferred_element_type=wide)
+    form = functools.partial(
+        jnp.einsum, "btd,btp->bdp", precision=lax.Precision.HIGHEST, preferred_element_type=wide
+    )
     return jnp.sum(jnp.stack([_total(jnp.square(form(x, dy))) for x in parts]), axis=0)
 
 
@@ -122,7 +129,9 @@ def _dense(eqn: core.JaxprEqn, side: int):
     def norms(operands, dy):
         (x, e), (dy, f) = _in_unit(operands[1 - side]), _in_unit(dy)
         part = _rows(x, free, contracted[1 - side])
-        return _length(product_norms([part], _rows(dy, _rest(y.ndim, columns), columns), pairs=True), e + f)
+        return _length(
+            product_norms([part], _rows(dy, _rest(y.ndim, columns), columns), pairs=True), e + f
+        )
 
     return norms
 
@@ -132,13 +141,17 @@ def _shifted(x: jax.Array, eqn: core.JaxprEqn) -> list[jax.Array]:
     p, kernel, out = eqn.params, shaped(eqn.invars[1]).shape, shaped(eqn.outvars[0]).shape
     lhs_spec, rhs_spec, out_spec = p["dimension_numbers"]
     order = (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
-    spread = [(low, high, n - 1) for (low, high), n in zip(p["padding"], p["lhs_dilation"], strict=True)]
+    spread = [
+        (low, high, n - 1) for (low, high), n in zip(p["padding"], p["lhs_dilation"], strict=True)
+    ]
     x = x.transpose(0, *(a + 1 for a in order))
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *spread, (0, 0, 0)])
 
     def tap(at):
         cuts = [slice(None), slice(None)]
-        for i, n, step, apart in zip(at, out_spec[2:], p["window_strides"], p["rhs_dilation"], strict=True):
+        for i, n, step, apart in zip(
+            at, out_spec[2:], p["window_strides"], p["rhs_dilation"], strict=True
+        ):
             cuts.append(slice(i * apart, i * apart + (out[n] - 1) * step + 1, step))
         return x[tuple(cuts)].reshape(x.shape[0], -1, x.shape[-1])
 
@@ -149,7 +162,12 @@ def _convolution(eqn: core.JaxprEqn, side: int):
     """Where pairs of positions do not pay, gradients are formed tap by tap: the convolution of `vmap(grad)` is slow."""
     p, w, y = eqn.params, shaped(eqn.invars[1]), shaped(eqn.outvars[0])
     outputs, channel = w.shape[p["dimension_numbers"][1][0]], p["dimension_numbers"][2][1]
-    if side != 1 or p["feature_group_count"] > 1 or p["batch_group_count"] > 1 or not w.size * y.size:
+    if (
+        side != 1
+        or p["feature_group_count"] > 1
+        or p["batch_group_count"] > 1
+        or not w.size * y.size
+    ):
         return None
     pairs = _worthwhile(y.size // outputs, w.size // outputs + outputs, w.size)
 
@@ -165,7 +183,9 @@ def _table(eqn: core.JaxprEqn, side: int):
     dims, w, y = eqn.params["dimension_numbers"], shaped(eqn.invars[0]), shaped(eqn.outvars[0])
     axis = dims.collapsed_slice_dims
     whole = all(
-        n == m for a, (n, m) in enumerate(zip(eqn.params["slice_sizes"], w.shape, strict=True)) if a not in axis
+        n == m
+        for a, (n, m) in enumerate(zip(eqn.params["slice_sizes"], w.shape, strict=True))
+        if a not in axis
     )
     one_axis = len(axis) == 1 and dims.start_index_map == axis and not dims.operand_batching_dims
     if side or not one_axis or not whole:
@@ -182,7 +202,9 @@ def _table(eqn: core.JaxprEqn, side: int):
         )
         if eqn.params["mode"] == lax.GatherScatterMode.CLIP:
             return row_norms(jnp.clip(ids, 0, entries - 1), dy)
-        inside = (ids >= 0) & (ids < entries)  # the gradient of an entry that is not there goes nowhere
+        inside = (ids >= 0) & (
+            ids < entries
+        )  # the gradient of an entry that is not there goes nowhere
         return row_norms(ids, jnp.where(inside[:, :, None], dy, jnp.zeros_like(dy)))
 
     return norms
@@ -206,7 +228,10 @@ _RULES = {
 
 
 def _floating(eqn: core.JaxprEqn, operands: int) -> bool:
-    return all(jnp.issubdtype(shaped(v).dtype, jnp.floating) for v in (*eqn.invars[:operands], *eqn.outvars))
+    return all(
+        jnp.issubdtype(shaped(v).dtype, jnp.floating)
+        for v in (*eqn.invars[:operands], *eqn.outvars)
+    )
 
 
 def _only_use(program: Program, uses, origin: Origin) -> bool:

@@ -14,7 +14,16 @@ import jax.numpy as jnp
 from jax.extend import core
 
 # Linear, and their transpose keeps the length: the gradient of what comes out is as long as that of what goes in.
-_KEEP_LENGTH = {"convert_element_type", "copy", "copy_p", "reshape", "rev", "sharding_constraint", "slice", "squeeze"}
+_KEEP_LENGTH = {
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "reshape",
+    "rev",
+    "sharding_constraint",
+    "slice",
+    "squeeze",
+}
 _KEEP_LENGTH |= {"broadcast_in_dim", "transpose"}
 
 
@@ -33,7 +42,9 @@ class Op(NamedTuple):
     def __call__(self, *values):
         """The results of the operation, a list."""
         with self.eqn.ctx.manager:
-            out = self.eqn.primitive.bind(*values, **self.eqn.primitive.get_bind_params(self.eqn.params))
+            out = self.eqn.primitive.bind(
+                *values, **self.eqn.primitive.get_bind_params(self.eqn.params)
+            )
         return out if self.eqn.primitive.multiple_results else [out]
 
     @property
@@ -72,7 +83,9 @@ class Program(NamedTuple):
 
     def uses(self) -> Counter:
         """How often each slot is read."""
-        return Counter(i for op in self.ops for i in op.slots) + Counter(i for i in self.outputs if isinstance(i, int))
+        return Counter(i for op in self.ops for i in op.slots) + Counter(
+            i for i in self.outputs if isinstance(i, int)
+        )
 
     def run(self, arguments: Iterable[Any], at: Callable[[Op, list, list], list]) -> list[Any]:
         """The results for `arguments`; `at(op, operands, results)` sees every operation and may replace its results."""
@@ -114,7 +127,9 @@ class _Flattener:
             return var if isinstance(var, core.Literal) else slots[var]
 
         for eqn in jaxpr.eqns:
-            slots.update(zip(eqn.outvars, self.step(eqn, tuple(map(read, eqn.invars))), strict=True))
+            slots.update(
+                zip(eqn.outvars, self.step(eqn, tuple(map(read, eqn.invars))), strict=True)
+            )
         return list(map(read, jaxpr.outvars))
 
     def step(self, eqn: core.JaxprEqn, inputs: tuple[Any, ...]) -> Iterable[Any]:
