@@ -38,7 +38,9 @@ class StateGuard:
             self.accepted.add(key)
 
     def _compare(self, state: Any, updates: Any) -> None:
-        want = _shapes(jax.eval_shape(self.init, updates))
+        # Shapes, and closed over: `eval_shape` takes no functions or strings as arguments, which an unfiltered model has.
+        shapes = jax.tree.map(_shape, updates)
+        want = _shapes(jax.eval_shape(lambda: self.init(shapes)))
         got = _shapes(state)
         if want != got:
             wrong = [path for path in (*want, *got) if want.get(path) != got.get(path)]
