@@ -118,16 +118,14 @@ class Scope(NamedTuple):
 class Metrics(NamedTuple):
     """What the last update did, and how often.
 
-    The first six fields have the shape of the norms: a scalar for `tree`, one entry a block for `leaf`
-    and `groups`. For `units`, whose blocks may be as many as a layer is wide, they are scalars: the
-    largest norm, the smallest bound and factor, the share of units clipped, and the steps on which any
-    was. A clip that does not measure has None where it would have to.
+    The first six fields have the shape of the norms, for `units` that of all units: they are sharded as the leaf,
+    and reduced only where they are read. A clip that does not measure has None where it would have to.
 
     Attributes:
       grad_norm: the norm before the clip, float32 (float64 for float64 leaves).
       clip_bound: the bound that it was held against.
       clip_factor: what the block was multiplied by.
-      clipped_share: 1 if the norm was over the bound, else 0; for units and elements, their share.
+      clipped_share: 1 if the norm was over the bound, else 0; of elements their share.
       clipped_steps: int32, the steps on which the norm was over the bound.
       nonfinite_steps: int32, the steps on which the norm was NaN or infinite.
       total_steps: int32 scalar, all steps.

@@ -58,10 +58,12 @@ class Rule(NamedTuple):
     Attributes:
       measure: `(leaves, layout) -> norms`; None if nothing is measured, and the threshold does not read norms.
       act: `(leaves, layout, norms, bounds) -> (new leaves, Step)`.
+      bounded: whether the `Step` has bounds; limits of single elements are not recorded.
     """
 
     measure: Callable[[Leaves, xla.Layout], Norms] | None
     act: Callable[[Leaves, xla.Layout, Norms, Norms], tuple[list[jax.Array], Step]]
+    bounded: bool = True
 
 
 @validate.named
@@ -159,7 +161,8 @@ def build(about: Description, rule: Rule, axis_names: AxisNames | None) -> optax
         leaves = select(params, exclude)
         norms = _zeros(_layout(scope, leaves.paths, leaves.shapes, xla.NOWHERE), xla.accumulator(leaves.arrays))
         names = scope.cut(leaves.paths, leaves.shapes).names
-        metrics = fresh_metrics(norms, pack_names(names or ()), measured=rule.measure is not None)
+        measured = rule.measure is not None
+        metrics = fresh_metrics(norms, pack_names(names or ()), measured=measured, bounded=rule.bounded)
         return ClipState(threshold.init(norms), metrics)
 
     guard = StateGuard(call, ClipState, init_fn)
@@ -173,8 +176,10 @@ def build(about: Description, rule: Rule, axis_names: AxisNames | None) -> optax
         leaves = select(updates, exclude)
         state = _fresh_if_none(state, init_fn, updates)
         guard.check(state, updates)
-        layout = _layout(scope, leaves.paths, leaves.shapes, xla.find_span(leaves.arrays, leaves.paths, axis_names))
-        dtype = state.metrics.clip_bound.dtype
+        # What measures nothing has nothing to agree on with other devices, and needs no axis names.
+        span = xla.find_span(leaves.arrays, leaves.paths, axis_names) if rule.measure else xla.NOWHERE
+        layout = _layout(scope, leaves.paths, leaves.shapes, span)
+        dtype = _dtype_of(state, leaves)
         seen = leaves if about.view is None else _viewed(about.view, leaves, match_params(leaves, params, exclude, call))
         norms = measure(seen, layout, dtype)
         sizes = None
@@ -188,6 +193,12 @@ def build(about: Description, rule: Rule, axis_names: AxisNames | None) -> optax
 
     update_fn.description = about  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _dtype_of(state: ClipState, leaves: Leaves) -> Any:
+    """The dtype of the norms: that of `init`, whose parameters may be wider than the gradients."""
+    bounds = jax.tree.leaves(state.metrics.clip_bound)
+    return bounds[0].dtype if bounds else xla.accumulator(leaves.arrays)
 
 
 def _zeros(layout: xla.Layout, dtype) -> Norms:

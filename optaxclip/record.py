@@ -53,22 +53,19 @@ def unpack_names(blocks: Any) -> tuple[str, ...]:
     return tuple(path(blocks[key]) for key in sorted(blocks))
 
 
-def fresh_metrics(norms: Norms, blocks: Any, *, measured: bool = True) -> Metrics:
+def fresh_metrics(norms: Norms, blocks: Any, *, measured: bool = True, bounded: bool = True) -> Metrics:
     """The record before the first update. Each field has a buffer of its own, so that states can be donated."""
-    leaves = jax.tree.leaves(norms)
-    shape = norms.shape if hasattr(norms, "shape") else ()
-    dtype = leaves[0].dtype if leaves else jnp.float32
 
-    def zeros(dtype):
-        return jnp.zeros(shape, dtype) if measured else None
+    def fill(value, dtype=None):
+        return jax.tree.map(lambda n: jnp.full(n.shape, value, dtype or n.dtype), norms)
 
     return Metrics(
-        grad_norm=zeros(dtype),
-        clip_bound=jnp.zeros(shape, dtype),  # not infinity, which `jax.debug_infs` takes for an overflow
-        clip_factor=jnp.ones(shape, dtype) if measured else None,
-        clipped_share=zeros(dtype),
-        clipped_steps=zeros(jnp.int32),
-        nonfinite_steps=zeros(jnp.int32),
+        grad_norm=fill(0) if measured else None,
+        clip_bound=fill(0) if bounded else None,  # not infinity, which `jax.debug_infs` takes for an overflow
+        clip_factor=fill(1) if measured else None,
+        clipped_share=fill(0) if measured else None,
+        clipped_steps=fill(0, jnp.int32) if measured else None,
+        nonfinite_steps=fill(0, jnp.int32) if measured else None,
         total_steps=jnp.zeros((), jnp.int32),
         blocks=blocks,
     )
@@ -76,19 +73,26 @@ def fresh_metrics(norms: Norms, blocks: Any, *, measured: bool = True) -> Metric
 
 @jax.jit(inline=True)
 def record(old: Metrics, step: Step) -> Metrics:
-    """The record after one more update."""
-    if isinstance(step.bounds, list):
-        step = _extremes(step)
+    """The record after one more update.
+
+    Nothing is reduced over units here, but where the record is read: on a mesh that would be a collective at every
+    step for each of maximum, minimum and sum.
+    """
+
+    def cast(new, old):
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
+
+    total = _count(old.total_steps, True)
     if step.norms is None:
-        return old._replace(clip_bound=step.bounds.astype(old.clip_bound.dtype), total_steps=_count(old.total_steps, True))
+        return old._replace(clip_bound=cast(step.bounds, old.clip_bound), total_steps=total)
     return Metrics(
-        grad_norm=step.norms.astype(old.grad_norm.dtype),
-        clip_bound=step.bounds.astype(old.clip_bound.dtype),
-        clip_factor=step.factors.astype(old.clip_factor.dtype),
-        clipped_share=step.over.astype(old.clipped_share.dtype),
-        clipped_steps=_count(old.clipped_steps, (step.over > 0) & ~step.bad),
-        nonfinite_steps=_count(old.nonfinite_steps, step.bad),
-        total_steps=_count(old.total_steps, True),
+        grad_norm=cast(step.norms, old.grad_norm),
+        clip_bound=cast(step.bounds, old.clip_bound),
+        clip_factor=cast(step.factors, old.clip_factor),
+        clipped_share=cast(step.over, old.clipped_share),
+        clipped_steps=jax.tree.map(lambda n, over, bad: _count(n, (over > 0) & ~bad), old.clipped_steps, step.over, step.bad),
+        nonfinite_steps=jax.tree.map(_count, old.nonfinite_steps, step.bad),
+        total_steps=total,
         blocks=old.blocks,
     )
 
@@ -96,22 +100,6 @@ def record(old: Metrics, step: Step) -> Metrics:
 def _count(count: jax.Array, one_more) -> jax.Array:
     """One more where `one_more`, up to the largest int32."""
     return jnp.where(one_more, optax.safe_increment(count), count)
-
-
-def _extremes(step: Step) -> Step:
-    """Arrays of units as scalars. The largest norm is NaN if any is."""
-    units = sum(n.size for n in step.norms)
-    if not units:
-        zero = jnp.zeros(())
-        return Step(zero, jnp.full((), jnp.inf), jnp.ones(()), zero, jnp.zeros((), bool))
-
-    def meet(reduce, arrays):
-        return reduce(jnp.stack([reduce(x) for x in arrays if x.size]))
-
-    over = meet(jnp.sum, step.over) / units
-    return Step(
-        meet(jnp.max, step.norms), meet(jnp.min, step.bounds), meet(jnp.min, step.factors), over, meet(jnp.any, step.bad)
-    )
 
 
 def _is_variable(x: Any) -> bool:
@@ -130,32 +118,43 @@ def find_nodes(opt_state: Any, *kinds: type) -> list:
 
 
 # For each key of `metrics` the field, and what stands for all of several blocks.
-_KEYS: dict[str, tuple[Callable[[Metrics], Any], Callable[..., Any]]] = {
-    "grad_norm": (lambda m: m.grad_norm, jnp.max),
-    "bound": (lambda m: m.clip_bound, jnp.min),
-    "factor": (lambda m: m.clip_factor, jnp.min),
-    "clipped": (lambda m: m.clipped_share, jnp.mean),
-    "clipped_fraction": (lambda m: None if m.clipped_steps is None else _fraction(m), jnp.mean),
-    "nonfinite_steps": (lambda m: m.nonfinite_steps, jnp.max),
+_KEYS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "grad_norm": ("grad_norm", jnp.max),
+    "bound": ("clip_bound", jnp.min),
+    "factor": ("clip_factor", jnp.min),
+    "clipped": ("clipped_share", jnp.mean),
+    "clipped_fraction": ("clipped_steps", jnp.mean),
+    "nonfinite_steps": ("nonfinite_steps", jnp.max),
 }
-
-
-def _fraction(m: Metrics) -> jax.Array:
-    total = jnp.maximum(m.total_steps, 1)
-    return m.clipped_steps / total.reshape(total.shape + (1,) * (jnp.ndim(m.clipped_steps) - total.ndim))
 
 
 def scalars_of(m: Metrics, prefix: str) -> dict[str, jax.Array]:
     """The record of one clip as a flat dict of scalars; of a batch of runs, of arrays with the batch's shape."""
-    names = unpack_names(m.blocks)
+    names, batch = unpack_names(m.blocks), jnp.ndim(m.total_steps)
+    total = jnp.maximum(m.total_steps, 1)
     out = {prefix + "steps": m.total_steps}
-    for key, (read, reduce) in _KEYS.items():
-        value = read(m)
+    for key, (field, reduce) in _KEYS.items():
+        value = getattr(m, field)
         if value is None:
             continue
-        out[prefix + key] = reduce(value, axis=-1) if names else value
-        out |= {f"{prefix}{key}/{name}": value[..., i] for i, name in enumerate(names)}
+        value = _of_blocks(value, batch)
+        if not value.size:  # a tree without a block
+            continue
+        if key == "clipped_fraction":
+            value = value / total.reshape(total.shape + (1,) * (value.ndim - batch))
+        out[prefix + key] = reduce(value, axis=-1) if value.ndim > batch else value
+        if names != ("",):  # of parameters that are one bare array the first key says all
+            out |= {f"{prefix}{key}/{name}": value[..., i] for i, name in enumerate(names)}
     return out
+
+
+def _of_blocks(value: Any, batch: int) -> jax.Array:
+    """A field with one axis of blocks behind those of the batch; of units those of all leaves."""
+    if not isinstance(value, list | tuple):
+        return value
+    parts = [x.reshape(*x.shape[:batch], -1) for x in value]
+    parts = [x for x in parts if x.size]
+    return jnp.concatenate(parts, axis=-1) if parts else jnp.zeros(())
 
 
 def number_keys(found: list, read: Callable[[Any, str], dict], prefix: str) -> dict[str, jax.Array]:

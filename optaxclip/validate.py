@@ -105,22 +105,22 @@ def share(**arguments: Any) -> None:
     _scalar(lambda x: 0 <= x < 1, "from 0 to below 1", arguments)
 
 
-def between(low: float, high: float, **arguments: Any) -> None:
+def between(low: float, high: float, /, **arguments: Any) -> None:
     """Each is a number from `low` to `high`, both included."""
     _scalar(lambda x: low <= x <= high, f"from {low:g} to {high:g}", arguments)
 
 
-def at_least(low: float, **arguments: Any) -> None:
+def at_least(low: float, /, **arguments: Any) -> None:
     """Each is a number of at least `low`."""
     _scalar(lambda x: x >= low, f"of at least {low:g}", arguments)
 
 
-def above(low: float, **arguments: Any) -> None:
+def above(low: float, /, **arguments: Any) -> None:
     """Each is a number larger than `low`."""
     _scalar(lambda x: x > low, f"larger than {low:g}", arguments)
 
 
-def steps(low: int = 0, **arguments: Any) -> None:
+def steps(low: int = 0, /, **arguments: Any) -> None:
     """Each is a count of steps: a whole number of at least `low`, an array or a tracer."""
     for name, value in arguments.items():
         seen = to_concrete(value)

@@ -5,10 +5,9 @@ import math
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate
+from optaxclip import scopes, thresholds, validate
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
-from optaxclip.thresholds import quantile
 from optaxclip.thresholds.combine import at_most
 from optaxclip.thresholds.fixed import as_threshold
 
@@ -28,25 +27,26 @@ def autoclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips to the p-th percentile of the last norms: τ = min(percentileₚ(n₁ … nₜ), max_norm).
 
-    With the paper's p = 10 nine steps in ten are clipped, and updates have nearly one length; p = 95 clips
-    outliers.
+    With the paper's p = 10 nine steps in ten are clipped, and updates have nearly one length; p =
+    95 clips outliers.
 
     Args:
       percentile: p, from 0 (the smallest norm so far) to 100 (no clipping).
       window: how many norms are remembered, a Python int: two float32 numbers each, a block.
       update_first: whether a norm is among those that its own bound is taken from, as in the paper.
       max_norm: a cap on the bound, and the bound of the warm-up.
-      warmup_steps: how many norms must have been seen; None: 1, without `update_first` the whole window.
+      warmup_steps: how many norms must have been seen; None: 1, without `update_first` the whole
+        window.
       scope: which numbers share one norm: `scopes.tree`, `leaf`, `groups()`, `units()`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
-      ValueError: for a percentile outside [0, 100], a window that is not a whole number of at least 1, a
-        negative cap.
+      ValueError: for a percentile outside [0, 100], a window that is not a whole number of at least
+        1, a negative cap.
 
-    Deviations: a window in place of the whole history, which grows without end; norms that are zero or not
-    finite are not remembered (in the authors' code one NaN stays for ever).
-    `autoclip(95.0, update_first=False, max_norm=1.0)` is the variant of TRELLIS.
+    Deviations: a window in place of the whole history, which grows without end; norms that are zero
+    or not finite are not remembered (in the authors' code one NaN stays for ever). `autoclip(95.0,
+    update_first=False, max_norm=1.0)` is the variant of TRELLIS.
 
     With a high percentile an explosion that lasts is followed upwards; give `max_norm`.
 
@@ -65,7 +65,7 @@ def autoclip(
     cap = as_threshold(max_norm=max_norm)
     if warmup_steps is None:
         warmup_steps = 1 if update_first else window
-    threshold = quantile.percentile(
+    threshold = thresholds.percentile(
         percentile, window, update_first=update_first, warmup_steps=warmup_steps, warmup=cap
     )
     return clip_by(

@@ -25,8 +25,8 @@ def bound_each(bounds: Mapping[str, Any], scope: Scope) -> tuple[Threshold, Scop
     """The bounds of all blocks as one threshold, and the scope, its blocks in the order of these bounds.
 
     Raises:
-      ValueError: for a bound that is no number and no schedule; where a tree is cut, if its blocks have
-        other names.
+      ValueError: for a bound that is no number and no schedule; where a tree is cut, if its blocks
+        have other names.
     """
     for name, bound in bounds.items():
         if not callable(bound):

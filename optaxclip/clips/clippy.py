@@ -22,17 +22,20 @@ def clippy(
 ) -> optax.GradientTransformationExtraArgs:
     """Shortens each leaf's step until |Δᵢ| ≤ λ·|wᵢ| + a for each element i.
 
-    Δ ← Δ · min(1, minᵢ (λ·|wᵢ| + a) / |Δᵢ|). Place it last in the chain, after the learning rate. `update` needs `params`.
+    Δ ← Δ · min(1, minᵢ (λ·|wᵢ| + a) / |Δᵢ|). Place it last in the chain, after the learning rate.
+    `update` needs `params`.
 
     Args:
       relative: λ.
-      absolute: a, larger than 0: by how much a parameter of zero may move. One such parameter holds its
-        whole leaf, so with the 1e-7 of the authors' code a fresh bias or embedding stays where it is.
+      absolute: a, larger than 0: by how much a parameter of zero may move. One such parameter holds
+        its whole leaf, so with the 1e-7 of the authors' code a fresh bias or embedding stays where
+        it is.
       scope: which numbers are shortened together; the paper's is `scopes.leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
-      ValueError: for a negative λ, or an a that is not positive; at the update, if `params` is missing.
+      ValueError: for a negative λ, or an a that is not positive; at the update, if `params` is
+      missing.
 
     Deviations: without the code's third term, which needs Adagrad's accumulator.
 

@@ -30,17 +30,17 @@ def clip_by_log_zscore(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips norms over exp(μ + z·σ), μ and σ of log n, to exp(μ), the geometric mean.
 
-    Norms are positive and skewed; their logarithms are nearly normal: a deviation is a factor, the same at
-    any scale.
+    Norms are positive and skewed; their logarithms are nearly normal: a deviation is a factor, the
+    same at any scale.
 
     Args:
       z: how many deviations over the mean make a spike.
       decay: β; the weight of the t-th norm is max(1 - β, 1/t).
-      target: what a spike is shortened to: "mean": exp(μ), as in the paper; "threshold": exp(μ + zσ),
-        which does not jump.
-      update_first: whether a norm is learned, as it is, before it is judged, as in the authors' code, where
-        the first few cannot be spikes. If not, it is judged by those before it, and a spike is learned at
-        the length that it is clipped to.
+      target: what a spike is shortened to: "mean": exp(μ), as in the paper; "threshold": exp(μ +
+        zσ), which does not jump.
+      update_first: whether a norm is learned, as it is, before it is judged, as in the authors'
+        code, where the first few cannot be spikes. If not, it is judged by those before it, and a
+        spike is learned at the length that it is clipped to.
       warmup_steps: how many norms must have been seen; give some 25 without `update_first`.
       max_norm: a cap on the bound.
       scope: which numbers share one norm: `scopes.tree`, `leaf`, `groups()`, `units()`.
@@ -49,13 +49,13 @@ def clip_by_log_zscore(
     Raises:
       ValueError: for numbers out of range or an unknown target.
 
-    Deviations: norms that are zero or not finite are not learned, so nothing is added inside the logarithm;
-    the deviation is tracked directly, not as the difference of two large averages. Without `update_first`
-    the statistic is reset after 100 consecutive spikes.
+    Deviations: norms that are zero or not finite are not learned, so nothing is added inside the
+    logarithm; the deviation is tracked directly, not as the difference of two large averages.
+    Without `update_first` the statistic is reset after 100 consecutive spikes.
 
     References:
-      Chorowski et al., `End-to-end Continuous Speech Recognition using Attention-based Recurrent NN:
-      First Results <https://arxiv.org/abs/1412.1602>`_, 2014
+      Chorowski et al., `End-to-end Continuous Speech Recognition using Attention-based Recurrent
+      NN: First Results <https://arxiv.org/abs/1412.1602>`_, 2014
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.clip_by_log_zscore(2.0, update_first=False, warmup_steps=2)

@@ -30,24 +30,26 @@ def clip_by_median(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips to a multiple of the median of the last norms: τ = scale · median(nₜ₋₁₀₀ … nₜ₋₁).
 
-    The bound is refreshed every 100 steps. At the start it is also refreshed after 10, 20 and 40 norms,
-    and is twice as large then; before, there is no bound.
+    The bound is refreshed every 100 steps. At the start it is also refreshed after 10, 20 and 40
+    norms, and is twice as large then; before, there is no bound.
 
     Args:
       scale: the multiple.
       window: how many norms are remembered, a Python int.
       every: how many steps lie between refreshes of the bound, a Python int.
-      scale_by_params: whether the norm is that of g · rms(w), leaf by leaf, as in ScaledAdam, whose steps
-        are in proportion to the parameters; `update` then needs `params`.
+      scale_by_params: whether the norm is that of g · rms(w), leaf by leaf, as in ScaledAdam, whose
+        steps are in proportion to the parameters; `update` then needs `params`.
       max_norm: a cap on the bound.
       scope: which numbers share one norm; ScaledAdam's is a parameter group.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
-      ValueError: for a negative scale, or a window or period that is not a whole number of at least 1.
+      ValueError: for a negative scale, or a window or period that is not a whole number of at least
+      1.
 
-    Deviations: norms that are zero or not finite are not remembered; a gradient that is not finite is
-    treated as `nonfinite` says (ScaledAdam: zeros); scalars are not scaled by a rate of their own.
+    Deviations: norms that are zero or not finite are not remembered; a gradient that is not finite
+    is treated as `nonfinite` says (ScaledAdam: zeros); scalars are not scaled by a rate of their
+    own.
 
     References:
       Yao et al., `Zipformer: A faster and better encoder for automatic speech recognition

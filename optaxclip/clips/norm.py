@@ -31,16 +31,18 @@ def global_norm(
     leaves, and with a derivative of 0 at zeros. An empty tree has the norm 0.
 
     Args:
-      tree: gradients, parameters, or any tree. Leaves that hold no floating-point numbers do not count.
+      tree: gradients, parameters, or any tree. Leaves that hold no floating-point numbers do not
+        count.
       norm: `norms.l2`, `l1`, `linf`, `rms`, or a number p for the p-norm.
       exclude, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
-      ValueError: for a norm or `exclude` that is not a valid value; inside `shard_map(check_vma=False)`
-        or `pmap`, without `axis_names`.
+      ValueError: for a norm or `exclude` that is not a valid value; inside
+        `shard_map(check_vma=False)` or `pmap`, without `axis_names`.
 
-    Deviations from `optax.global_norm`, which squares numbers in the dtype of the leaves: no overflow in
-    float16 from 256 on, no rounding to bfloat16, and inside `shard_map` the norm of all devices' parts.
+    Deviations from `optax.global_norm`, which squares numbers in the dtype of the leaves: no
+    overflow in float16 from 256 on, no rounding to bfloat16, and inside `shard_map` the norm of all
+    devices' parts.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> optaxclip.global_norm({"w": jnp.array([3.0, 4.0], jnp.float16)})
@@ -79,19 +81,21 @@ def clip_by_global_norm(
 
     Args:
       max_norm: the bound: a number, array, tracer, schedule or threshold.
-      norm: another norm than the Euclidean one: `norms.l1`, `norms.linf`, or a number p for the p-norm.
+      norm: another norm than the Euclidean one: `norms.l1`, `norms.linf`, or a number p for the
+        p-norm.
       eps: added to the norm before it is compared and divided by. 0, as in Optax; 1e-6 is PyTorch's
         `clip_grad_norm_`, whose factor is min(1, max_norm / (‖g‖ + 1e-6)).
-      min_norm: updates shorter than this (but not zero) are lengthened to it: against vanishing gradients.
+      min_norm: updates shorter than this (but not zero) are lengthened to it: against vanishing
+        gradients.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string.
 
     Deviations from `optax.clip_by_global_norm`: the norm is taken in float32 at least, so float16
-    gradients do not overflow and bfloat16 norms are not rounded; zeros at a bound of 0 stay zeros; a norm
-    equal to the bound changes nothing; an infinite gradient makes all updates NaN, not NaN here and 0
-    elsewhere; the state holds what happened.
+    gradients do not overflow and bfloat16 norms are not rounded; zeros at a bound of 0 stay zeros;
+    a norm equal to the bound changes nothing; an infinite gradient makes all updates NaN, not NaN
+    here and 0 elsewhere; the state holds what happened.
 
     References:
       Pascanu et al., `On the difficulty of training Recurrent Neural Networks
@@ -129,14 +133,15 @@ def clip_by_leaf_norm(
     The direction of the whole gradient changes; under sharding by leaf it needs no communication.
 
     Args:
-      max_norm: the bound of every leaf: a number, tracer, schedule or threshold. Or one for each leaf, a
-        number or schedule: a tree of them with the structure of the updates, or a mapping of paths
-        (`blocks/0/kernel`). inf is no bound.
+      max_norm: the bound of every leaf: a number, tracer, schedule or threshold. Or one for each
+        leaf, a number or schedule: a tree of them with the structure of the updates, or a mapping
+        of paths (`blocks/0/kernel`). inf is no bound.
       norm, eps, min_norm, exclude, nonfinite, axis_names: as in `clip_by_global_norm`.
 
     Raises:
-      ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string; where a tree is
-        first seen, if `max_norm` is a bare vector, or if its paths are not those of the leaves.
+      ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string; where a
+        tree is first seen, if `max_norm` is a bare vector, or if its paths are not those of the
+        leaves.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.clip_by_leaf_norm({"b": 0.1, "w": 1.0})
@@ -179,15 +184,16 @@ def clip_by_group_norm(
     """Clips each group of leaves by the norm of the group; by default a module's kernel and bias together.
 
     Args:
-      max_norm: the bound of every group, or a mapping of the name of each group to a number or schedule.
-      label: the group of a leaf, as a function of its path (`blocks/0/attn/kernel`), or a mapping of
-        regular expressions to names; None: the module. See `scopes.groups`.
+      max_norm: the bound of every group, or a mapping of the name of each group to a number or
+        schedule.
+      label: the group of a leaf, as a function of its path (`blocks/0/attn/kernel`), or a mapping
+        of regular expressions to names; None: the module. See `scopes.groups`.
       norm, eps, min_norm, exclude, nonfinite, axis_names: as in `clip_by_global_norm`.
 
     Raises:
-      ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string; for a scope in
-        place of a label; where a tree is first seen, if a leaf matches no pattern, or patterns of several
-        groups, or if the names of `max_norm` are not those of the groups.
+      ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string; for a
+        scope in place of a label; where a tree is first seen, if a leaf matches no pattern, or
+        patterns of several groups, or if the names of `max_norm` are not those of the groups.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> by_part = {"^out": "head", "^hidden": "body"}
@@ -221,7 +227,8 @@ def clip_by_block_rms(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each leaf by its root mean square: u ← u / max(1, RMS(u) / threshold), as Adafactor does.
 
-    Place it after what preconditions the update and before the learning rate; Adafactor's threshold is 1.
+    Place it after what preconditions the update and before the learning rate; Adafactor's threshold
+    is 1.
 
     Args:
       threshold: the bound: a number, array, tracer, schedule or threshold.

@@ -27,16 +27,16 @@ def limit_norm_growth(
 
     Args:
       ratio: γ, at least 1.
-      min_norm: a floor under the bound. After one tiny gradient (a batch of padding, say) norms grow back
-        by γ a step only, from 1e-8 to 1 in 1,850 steps; with a floor they start there.
+      min_norm: a floor under the bound. After one tiny gradient (a batch of padding, say) norms
+        grow back by γ a step only, from 1e-8 to 1 in 1,850 steps; with a floor they start there.
       scope: which numbers share one norm; the papers' is `scopes.leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for a ratio below 1, or a bad floor.
 
-    Deviations: a norm of exactly zero is passed over, or the leaf would be frozen for ever; no 1e-8 is added
-    to the last norm.
+    Deviations: a norm of exactly zero is passed over, or the leaf would be frozen for ever; no 1e-8
+    is added to the last norm.
 
     References:
       Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024; Zhu et al., `APOLLO

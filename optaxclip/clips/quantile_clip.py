@@ -5,10 +5,9 @@ import math
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate
+from optaxclip import scopes, thresholds, validate
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
-from optaxclip.thresholds import quantile as quantiles
 from optaxclip.thresholds.combine import at_most
 from optaxclip.thresholds.fixed import as_threshold
 
@@ -27,8 +26,8 @@ def quantile_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips to a bound C that tracks a quantile of the norms in one number: C ← C · exp(-η · (b - q)).
 
-    b is 1 if the norm was within C, else 0; so C rests where a share q of the norms is within it. It moves
-    by a factor of exp(η) a step at most, and no spike, however long, moves it further.
+    b is 1 if the norm was within C, else 0; so C rests where a share q of the norms is within it.
+    It moves by a factor of exp(η) a step at most, and no spike, however long, moves it further.
 
     Args:
       quantile: q, from 0 to 1.
@@ -41,8 +40,8 @@ def quantile_clip(
     Raises:
       ValueError: for numbers out of range.
 
-    Deviations: the paper's b (and γ for q) is a noisy mean over many clients, for privacy; here it is that
-    of one step, without noise. Norms that are zero or not finite do not move C.
+    Deviations: the paper's b (and γ for q) is a noisy mean over many clients, for privacy; here it
+    is that of one step, without noise. Norms that are zero or not finite do not move C.
 
     References:
       Andrew et al., `Differentially Private Learning with Adaptive Clipping
@@ -55,7 +54,9 @@ def quantile_clip(
     (1.0, 1.1052)
     """
     return clip_by(
-        at_most(quantiles.quantile(quantile, learning_rate, init), as_threshold(max_norm=max_norm)),
+        at_most(
+            thresholds.quantile(quantile, learning_rate, init), as_threshold(max_norm=max_norm)
+        ),
         scope=scope,
         exclude=exclude,
         nonfinite=nonfinite,

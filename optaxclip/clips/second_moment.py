@@ -5,14 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.elements import Limits, clip_elements
-from optaxclip.leaves import Exclude, as_exclude, measured_leaves
-from optaxclip.mesh import AxisNames
-from optaxclip.norms import widen
-from optaxclip.thresholds.learned import number
+from optaxclip import trees, validate, xla
+from optaxclip.base import AxisNames, Exclude
+from optaxclip.clips.elements import clip_each
+from optaxclip.states import StateGuard
+from optaxclip.thresholds.fixed import advance
+from optaxclip.thresholds.learned import like
 
 
 class SecondMomentState(NamedTuple):
@@ -20,12 +22,14 @@ class SecondMomentState(NamedTuple):
 
     Attributes:
       clip_step: int32, the updates so far; for `spam_clip` since the last reset.
-      rms: √v, the root of the running mean of squares, element by element, in float32 at least. (Not v itself: squares
-        of numbers over 1.8e19 overflow.)
+      rms: √v, the root of the running mean of squares, element by element, in float32 at least. (Not v
+        itself: squares of numbers over 1.8e19 overflow.)
+      clip: the `ClipState` of the clip, with what it did.
     """
 
     clip_step: jax.Array
     rms: Any
+    clip: Any
 
 
 def _clip_by_rms(
@@ -33,28 +37,26 @@ def _clip_by_rms(
     decay: ArrayLike,
     every: ArrayLike | None,
     exclude: Exclude,
-    axis_names: AxisNames | None,
+    clip: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips to ±bound_of(√v, step). v learns from what is left after the clip, and starts anew every `every` steps."""
+    """Clips to ±bound_of(√v, step). v learns from what is left, and is reset every `every` steps."""
 
-    def init_fn(norm, params):
-        leaves = measured_leaves(jax.tree.map(jnp.zeros_like, params), exclude)
-        return SecondMomentState(jnp.zeros((), jnp.int32), leaves.rebuild([widen(x.real) for x in leaves.arrays]))
+    def init_fn(params):
+        rms = trees.map_measured(lambda x: jnp.zeros(x.shape, xla.real_dtype(x)), params, exclude)
+        return SecondMomentState(jnp.zeros((), jnp.int32), rms, clip.init(params))
+
+    guard = StateGuard(validate.called(), SecondMomentState, init_fn)
+
+    @jax.jit(inline=True)
+    def bounds_of(rms, step):
+        old = rms if every is None else [jnp.where(step == 0, 0, x) for x in rms]
+        return old, [bound_of(x, step) for x in old]
 
     def learn(x, bound, rms):
-        size = jnp.minimum(jnp.abs(widen(x)), bound)
-        rest = jnp.asarray(1 - decay).astype(rms.dtype)
+        size = jnp.minimum(jnp.abs(xla.widen(x)), bound)
+        rest = like(1 - decay, rms)
         return jnp.where(jnp.isfinite(x), jnp.hypot(jnp.sqrt(1 - rest) * rms, jnp.sqrt(rest) * size), rms)
-
-    def update_fn(norm, state, updates, params, **extra_args):
-        step = state.clip_step if every is None else jnp.where(state.clip_step >= every, 0, state.clip_step)
-        leaves, kept = measured_leaves(updates, exclude), measured_leaves(state.rms, exclude)
-        old = kept.arrays if every is None else [jnp.where(step == 0, 0, rms) for rms in kept.arrays]
-        bounds = [bound_of(rms, step) for rms in old]
-        rms = kept.rebuild([learn(*each) for each in zip(leaves.arrays, bounds, old, strict=True)])
-        return [(-bound, bound) for bound in bounds], SecondMomentState(jnp.asarray(optax.safe_increment(step)), rms)
-
-    return clip_elements(Limits(init_fn, update_fn), exclude, axis_names)
+@@REST@@
 
 
 def spam_clip(

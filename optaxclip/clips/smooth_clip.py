@@ -22,8 +22,8 @@ def smooth_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Shortens every gradient, the more the longer it is: g ← g / (1 + (‖g‖ / max_norm)ᵖ)^(1/p).
 
-    The norm after it is below `max_norm`, and below ‖g‖. p = 1 is g·τ / (τ + ‖g‖), p = 2 is
-    g / √(1 + ‖g‖²/τ²); p = inf is the hard clip. It shortens the small, too: at ‖g‖ = τ by 0.5 for p = 1,
+    The norm after it is below `max_norm`, and below ‖g‖. p = 1 is g·τ / (τ + ‖g‖), p = 2 is g / √(1
+    + ‖g‖²/τ²); p = inf is the hard clip. It shortens the small, too: at ‖g‖ = τ by 0.5 for p = 1,
     0.71 for 2, 0.92 for 8.
 
     Args:
@@ -36,8 +36,8 @@ def smooth_clip(
       ValueError: for a bad bound, or p < 1.
 
     References:
-      Yu, Jakovetić and Kar, `Smoothed Gradient Clipping and Error Feedback for Distributed Optimization
-      under Heavy-Tailed Noise <https://arxiv.org/abs/2310.16920>`_, 2023
+      Yu, Jakovetić and Kar, `Smoothed Gradient Clipping and Error Feedback for Distributed
+      Optimization under Heavy-Tailed Noise <https://arxiv.org/abs/2310.16920>`_, 2023
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.smooth_clip(1.0, p=1)

@@ -1,29 +1,39 @@
 """Clipping by value: each element between two limits. It changes the direction of the gradient."""
 
-import numbers
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from optaxclip.elements import Limits, clip_elements
-from optaxclip.leaves import Exclude, as_exclude, measured_leaves
-from optaxclip.mesh import AxisNames
-from optaxclip.thresholds.combine import Threshold, as_threshold, hold_where_not_finite
-from optaxclip.thresholds.fixed import ScheduleState
+from optaxclip import trees, validate
+from optaxclip.base import AxisNames, Exclude, Threshold
+from optaxclip.clips.elements import clip_elements
+from optaxclip.thresholds.blocks import Fixed
+from optaxclip.thresholds.fixed import ScheduleState, advance, as_threshold
 
 
+@validate.named
 def clip(
-    max_delta: Threshold, *, exclude: Exclude = None, axis_names: AxisNames | None = None
+    max_delta: Threshold,
+    *,
+    measure: bool = False,
+    exclude: Exclude = None,
+    axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each element to [-max_delta, max_delta]; a complex element to that modulus, its phase kept.
 
-    NaN stays NaN, infinity becomes the limit.
+    NaN stays NaN, infinity becomes the limit. It costs nothing beyond what the optimizer reads anyway.
 
     Args:
       max_delta: the limit: a number, array, tracer, schedule, or a threshold of the largest modulus.
-      exclude, axis_names: as in `optaxclip.clip_by`.
+      measure: whether to record the largest modulus and the share of elements clipped, which takes one more
+        read of the gradients; else the metrics have the limit and the number of steps only. A threshold
+        that learns measures in any case.
+      exclude: as in `optaxclip.clip_by`.
+      axis_names: as in `optaxclip.clip_by`; needed only by what measures.
 
     Raises:
       ValueError: for a limit that is negative, NaN, a boolean or a string.
@@ -34,31 +44,24 @@ def clip(
     >>> tx.update(updates, tx.init(updates))[0]
     Array([-1. ,  0.5], dtype=float32)
     """
-    threshold, exclude = as_threshold(max_delta, "clip", "max_delta"), as_exclude(exclude, "clip")
+    validate.flag(measure=measure)
+    threshold = as_threshold(max_delta=max_delta)
 
-    def update_fn(norm, state, updates, params, **extra_args):
-        bound, new = threshold.update(norm, state, params, **extra_args)
-        bound = jnp.maximum(jnp.asarray(bound), 0)
-        limits = [(-bound, bound)] * len(measured_leaves(updates, exclude).arrays)
-        return limits, hold_where_not_finite(norm, new, state)
+    def update_fn(norms, state, params=None, **extra_args):
+        bound, state = threshold.update(norms, state, params, **extra_args)
+        bound = jnp.maximum(bound, 0)
+        return (-bound, bound), state
 
-    return clip_elements(Limits(lambda norm, params: threshold.init(norm), update_fn), exclude, axis_names)
-
-
-def _limit(value: Any, argument: str):
-    """A limit as a function of the step."""
-    if callable(value):
-        return value
-    bad = isinstance(value, bool | str) or value is None or (isinstance(value, numbers.Real) and value != value)
-    if bad or jnp.ndim(value):
-        raise ValueError(f"clip_by_value: {argument} must be a number, a scalar array or a schedule, got {value!r}.")
-    return lambda step: value
+    limits = type(threshold)(threshold.init, update_fn)  # of its kind, which says what it reads
+    return clip_elements(limits, measure=measure, exclude=exclude, axis_names=axis_names)
 
 
+@validate.named
 def clip_by_value(
-    lower: jax.typing.ArrayLike | optax.Schedule,
-    upper: jax.typing.ArrayLike | optax.Schedule,
+    lower: ArrayLike | optax.Schedule,
+    upper: ArrayLike | optax.Schedule,
     *,
+    measure: bool = False,
     exclude: Exclude = None,
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -66,11 +69,11 @@ def clip_by_value(
 
     Args:
       lower, upper: the limits: numbers of any sign, scalar arrays, tracers or schedules.
-      exclude, axis_names: as in `optaxclip.clip_by`.
+      measure, exclude, axis_names: as in `clip`.
 
     Raises:
-      ValueError: for a limit that is NaN, a boolean or a string, or if lower > upper; at the update, for complex leaves
-        (`clip` takes them, by modulus).
+      ValueError: for a limit that is NaN, a boolean or a string, or if lower > upper; at the update, for
+        complex leaves (`clip` takes them, by modulus).
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.clip_by_value(-1.0, 2.0)
@@ -78,17 +81,41 @@ def clip_by_value(
     >>> tx.update(updates, tx.init(updates))[0]
     Array([-1. ,  0.5,  2. ], dtype=float32)
     """
-    if isinstance(lower, numbers.Real) and isinstance(upper, numbers.Real) and lower > upper:
-        raise ValueError(f"clip_by_value: lower must not be larger than upper, got {lower!r} and {upper!r}.")
-    limits, exclude = (_limit(lower, "lower"), _limit(upper, "upper")), as_exclude(exclude, "clip_by_value")
+    validate.flag(measure=measure)
+    limits = {"lower": lower, "upper": upper}
+    validate.between(-math.inf, math.inf, **{k: v for k, v in limits.items() if not callable(v)})
+    known = [validate.to_concrete(limit) for limit in limits.values()]
+    if all(map(validate.is_static, known)) and known[0] > known[1]:
+        raise validate.fail(f"lower must not be larger than upper, {upper!r}", lower)
+    threshold = _limits(lower, upper)
+    inner = clip_elements(threshold, measure=measure, exclude=exclude, axis_names=axis_names)
+    call = validate.called()
 
-    def update_fn(norm, state, updates, params, **extra_args):
-        leaves = measured_leaves(updates, exclude)
-        wrong = [path for path, x in zip(leaves.paths, leaves.arrays, strict=True) if jnp.iscomplexobj(x)]
+    def update_fn(updates, state, params=None, **extra_args):
+        leaves = trees.select(updates, exclude)
+        wrong = [p for p, x in zip(leaves.paths, leaves.arrays, strict=True) if jnp.iscomplexobj(x)]
         if wrong:
-            raise ValueError(f"clip_by_value: complex numbers have no order; clip() clips their modulus: {wrong}.")
-        low, high = (jnp.asarray(limit(state.clip_step)).astype(norm.dtype) for limit in limits)
-        return [(low, high)] * len(leaves.arrays), ScheduleState(jnp.asarray(optax.safe_increment(state.clip_step)), ())
+            raise ValueError(f"{call}: complex numbers have no order; clip() takes their modulus: {wrong}.")
+        return inner.update(updates, state, params, **extra_args)
 
-    start = Limits(lambda norm, params: ScheduleState(jnp.zeros((), jnp.int32), ()), update_fn)
-    return clip_elements(start, exclude, axis_names)
+    update_fn.description = inner.update.description  # type: ignore[attr-defined]
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _limits(*limits: Any) -> Fixed:
+    """The threshold that returns a lower and an upper limit."""
+
+    def at(step, norm: jax.Array):
+        each = (limit(step) if callable(limit) else limit for limit in limits)
+        return tuple(jnp.asarray(limit).astype(norm.dtype) for limit in each)
+
+    if not any(map(callable, limits)):
+        return Fixed(
+            lambda norms: optax.EmptyState(),
+            lambda norms, state, params=None, **extra_args: (at(0, norms), state),
+        )
+
+    def update_fn(norms, state, params=None, **extra_args):
+        return at(state.clip_step, norms), ScheduleState(advance(state.clip_step))
+
+    return Fixed(lambda norms: ScheduleState(jnp.zeros((), jnp.int32)), update_fn)

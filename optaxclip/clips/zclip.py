@@ -30,8 +30,8 @@ def zclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips norms whose z-score zₜ = (n - μ) / σ is over z to μ + z²/zₜ · σ: the longer, the shorter.
 
-    μ and σ² are running averages of norms after the clip; the first `warmup_steps` norms, which are not
-    clipped, start them.
+    μ and σ² are running averages of norms after the clip; the first `warmup_steps` norms, which are
+    not clipped, start them.
 
     Args:
       z: how many deviations over the mean make a spike.
@@ -39,7 +39,8 @@ def zclip(
       warmup_steps: how many norms start them.
       target: what a spike is shortened to: "adaptive", as above; "mean": μ; "threshold": μ + zσ.
       eps: σ counts for at least this share of μ.
-      max_norm: a cap on the bound, also during the warm-up. The authors' code caps at 1.0 by default.
+      max_norm: a cap on the bound, also during the warm-up. The authors' code caps at 1.0 by
+        default.
       relearn_after: after this many consecutive spikes mean and deviation are reset; None: never.
       scope: which numbers share one norm: `scopes.tree`, `leaf`, `groups()`, `units()`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
@@ -47,11 +48,12 @@ def zclip(
     Raises:
       ValueError: for numbers out of range or an unknown target.
 
-    Deviations: a norm that is zero or not finite is not learned (one NaN turns the authors' code into a
-    fixed clip for ever); `relearn_after`, because by the paper's rule a lasting rise beyond a few σ is
-    never learned: what enters the mean is clipped to near the mean; `eps` is relative, and not added, so
-    that the scale of the loss does not matter. As in the authors' code, the variance is taken about the
-    mean after its update. For the same in log space, which suits norms better, see `clip_by_log_zscore`.
+    Deviations: a norm that is zero or not finite is not learned (one NaN turns the authors' code
+    into a fixed clip for ever); `relearn_after`, because by the paper's rule a lasting rise beyond
+    a few σ is never learned: what enters the mean is clipped to near the mean; `eps` is relative,
+    and not added, so that the scale of the loss does not matter. As in the authors' code, the
+    variance is taken about the mean after its update. For the same in log space, which suits norms
+    better, see `clip_by_log_zscore`.
 
     References:
       Kumar et al., `ZClip: Adaptive Spike Mitigation for LLM Pre-Training

@@ -5,32 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optaxclip.record import found_in
-from optaxclip.watching.state import WatchState
-
-
-def short(x: Any) -> str:
-    """A number in three digits.
-
-    >>> short(48.123), short(1.0), short(512.3), short(0.0), short(1.5e9)
-    ('48.1', '1.0', '512', '0', '1.5e+09')
-    """
-    x = float(x)
-    text = f"{x:.0f}" if 100 <= abs(x) < 1e5 else f"{x:.3g}"
-    return f"{text}.0" if len(text) == 1 and text != "0" else text
-
-
-def percent(share: Any) -> str:
-    """A share in percent."""
-    return f"{float(share):.0%}".replace("%", " %")
-
-
-def check_alone(steps: Any) -> None:
-    """Raises if a state is that of several runs."""
-    if np.ndim(steps):
-        raise ValueError(
-            f"This is the state of several runs, {np.shape(steps)}: pick one, jax.tree.map(lambda x: x[0], opt_state)."
-        )
+from optaxclip.monitoring.findings import format_number, format_share
+from optaxclip.monitoring.reading import check_is_state, find_parts
+from optaxclip.monitoring.state import WatchState
+from optaxclip.record import unpack_names
 
 
 class BadStep(NamedTuple):
@@ -41,7 +19,7 @@ class BadStep(NamedTuple):
       norm: the total norm.
       median_ratio: that norm over the median of the steps before.
       block: the first block that was not finite, or the one with the largest share.
-      share: that block's share of the squared norm; of what was not finite, one over the number of such blocks.
+      share: that block's share of the squared norm; if not finite, one over the number of such blocks.
       tag: what `update` was called with as `tag=`; None for nothing.
     """
 
@@ -55,16 +33,19 @@ class BadStep(NamedTuple):
     def __str__(self) -> str:
         tag = "" if self.tag is None else f" (tag {self.tag})"
         if not np.isfinite(self.norm):
-            return f"step {self.step}{tag}: not finite, first in {self.block}"
-        how = f"norm {short(self.norm)} = {short(self.median_ratio)} x the median"
-        return f"step {self.step}{tag}: {how}; {percent(self.share)} of it in {self.block}"
+            return f"step {self.step}{tag}: not finite{self.block and f', first in {self.block}'}"
+        how = f"norm {format_number(self.norm)} = {format_number(self.median_ratio)} x the median"
+        return f"step {self.step}{tag}: {how}{self.block and f'; {format_share(self.share)} of it in {self.block}'}"
 
 
 def bad_steps(opt_state: Any) -> tuple[BadStep, ...]:
-    """The last bad steps that the watches in an optimizer's state remember, oldest first.
+    """The last bad steps that the watches in an optimizer's state have kept, oldest first.
 
     Args:
-      opt_state: the state of an optimizer, or anything that holds one.
+      opt_state: the state of an optimizer, or any tree that holds one; on the host, between steps.
+
+    Raises:
+      ValueError: for the states of several runs at once (`vmap`), and for what cannot be a state.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.watch()
@@ -74,16 +55,26 @@ def bad_steps(opt_state: Any) -> tuple[BadStep, ...]:
     >>> print(*optaxclip.bad_steps(state))
     step 2 (tag 1): not finite, first in w
     """
-    found = [_bad_steps(w) for w in found_in(opt_state, WatchState)]
-    return tuple(sorted((step for steps in found for step in steps), key=lambda bad: bad.step))
+    check_is_state(opt_state, "bad_steps")
+    found = [bad for part in find_parts(opt_state) if isinstance(part, WatchState) for bad in read_ring(part)]
+    return tuple(sorted(found, key=lambda bad: bad.step))
 
 
-def _bad_steps(w: WatchState) -> list[BadStep]:
-    check_alone(w.total_steps)
-    ring, names = jax.device_get(w.bad), (*sorted(w.blocks), "")
+def read_ring(w: WatchState) -> list[BadStep]:
+    """The bad steps of one watch, oldest first."""
+    check_one_run(w.total_steps)
+    ring, names = jax.device_get(w.bad), (*unpack_names(w.blocks), "")
     rows = sorted(zip(*(x.tolist() for x in ring[1:]), strict=True))
     return [
         BadStep(step, norm, ratio, names[block], share, None if tag < 0 else tag)
         for step, norm, ratio, block, share, tag in rows
         if step >= 0
     ]
+
+
+def check_one_run(steps: Any) -> None:
+    """Raises if a state is that of several runs."""
+    if np.ndim(steps):
+        raise ValueError(
+            f"This is the state of several runs, {np.shape(steps)}: pick one, jax.tree.map(lambda x: x[0], opt_state)."
+        )

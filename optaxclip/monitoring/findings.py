@@ -1,4 +1,6 @@
-"""What is found, one line below the other."""
+"""What is found, one line below the other, and numbers as one reads them."""
+
+from typing import Any
 
 
 class Findings(tuple):
@@ -13,3 +15,23 @@ class Findings(tuple):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or "nothing found"
+
+
+def format_number(x: Any) -> str:
+    """A number in three digits.
+
+    >>> [format_number(x) for x in (48.123, 1.0, 512.3, 0.0, 1.5e9)]
+    ['48.1', '1.0', '512', '0', '1.5e+09']
+    """
+    x = float(x)
+    text = f"{x:.0f}" if 100 <= abs(x) < 1e5 else f"{x:.3g}"
+    return f"{text}.0" if len(text) == 1 and text != "0" else text
+
+
+def format_share(share: Any) -> str:
+    """A share in percent.
+
+    >>> format_share(0.256)
+    '26 %'
+    """
+    return f"{float(share):.0%}".replace("%", " %")

@@ -11,7 +11,14 @@ from optaxclip.base import Metrics
 from optaxclip.monitoring.state import WatchState, watch_scalars
 from optaxclip.record import find_nodes, number_keys, scalars_of
 from optaxclip.states import kind_of
-from optaxclip.wrappers.skip import SkipState
+
+try:  # INTERIM: until wrappers/skip.py is ported
+    from optaxclip.wrappers.skip import SkipState
+except ImportError:
+    from typing import NamedTuple
+
+    class SkipState(NamedTuple):
+        x: Any
 
 
 def metrics(
@@ -110,10 +117,9 @@ def check_is_state(opt_state: Any, call: str) -> None:
         )
     if not _may_be_state(opt_state):
         raise ValueError(
-            f"{call}: searched {_describe(opt_state)} for the states of clips, watches and skip wrappers, but it is no"
-            " optimizer state: pass the state that tx.init and tx.update return, a train state that holds it,"
-            " or optimizer.opt_state of a flax.nnx.Optimizer. (A checkpoint that was restored without a template comes"
-            " back as dicts, in which no clip can be told.)"
+            f"{call}: opt_state must be the state of an optimizer, in which clips, watches and skip wrappers are searched,"
+            f" got {_describe(opt_state)}: pass what tx.init and tx.update return, a train state that holds it, or optimizer.opt_state of a"
+            " flax.nnx.Optimizer. (A checkpoint that was restored without a template is only dicts of arrays.)"
         )
 
 
@@ -129,5 +135,6 @@ def _may_be_state(tree: Any) -> bool:
 
 
 def _describe(tree: Any) -> str:
-    leaves = jax.tree.leaves(tree)
-    return f"a {kind_of(tree)}" + (f" of {len(leaves)} leaves" if isinstance(tree, Mapping | list) else "")
+    if isinstance(tree, Mapping | list):
+        return f"a {kind_of(tree)} with {len(jax.tree.leaves(tree))} leaves"
+    return "an array" if isinstance(tree, jax.Array) else repr(tree)

@@ -1,22 +1,24 @@
-"""What a watch keeps: arrays of fixed shape and dtype from the first step, and names as the keys of dicts of Nones."""
+"""What a watch keeps: arrays of fixed shape and dtype from the first step, and names as the keys of dicts."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from optaxclip.record import unpack_names
+
 
 class NotFinite(NamedTuple):
     """The last step whose gradients were not finite; -1 where there was none.
 
-    Blocks are ordered as people count: `layers/2` comes before `layers/10`.
+    First and last are meant as people count, `layers/2` before `layers/10`.
 
     Attributes:
-      bad_total: int32, how many such steps there were.
+      bad_total: int32, the number of such steps.
       at_step: int32, the last of them, counted from 1.
-      first: int32, the first block that was not finite, an index into the sorted names.
-      last: int32, the last such block: backpropagation came to it before the others.
-      blocks_hit: int32, how many blocks were not finite.
+      first: int32, the first block that was not finite, by its number in tree order.
+      last: int32, the last such block, whose gradient backpropagation computed before the others.
+      blocks_hit: int32, the number of such blocks.
     """
 
     bad_total: jax.Array
@@ -27,15 +29,15 @@ class NotFinite(NamedTuple):
 
 
 class BadRing(NamedTuple):
-    """The last bad steps, a ring: those whose norm was not finite, or far over the median.
+    """The last bad steps, in a ring buffer: those whose norm was not finite, or far above the median.
 
     Attributes:
-      seen_total: int32, how many bad steps there were; the next goes to `seen_total % size`.
-      at_steps: int32, the steps, counted from 1; -1 where there was none.
+      seen_total: int32, the number of bad steps; the next one is written to `seen_total % size`.
+      at_steps: int32, the steps, counted from 1; -1 for an empty place.
       norms: the total norms.
       ratios: norm over median.
       culprits: int32, the first block that was not finite, or the one with the largest share.
-      shares: the culprit's share of the squared norm; of what was not finite, one over the number of such blocks.
+      shares: the culprit's share of the squared norm; if not finite, one over the number of such blocks.
       tags: int32, what `update` was called with as `tag=`; -1 for none.
     """
 
@@ -48,6 +50,24 @@ class BadRing(NamedTuple):
     tags: jax.Array
 
 
+class Trackers(NamedTuple):
+    """The median of the total norm, and other quantiles as multiples of it.
+
+    Attributes:
+      median: 0 before the first norm.
+      seen: int32, the norms that the median has learned from.
+      run: int32, the consecutive norms above the median; those below it, negative.
+      multiples: (q,), quantiles of norm over median.
+      multiples_seen: int32, the norms that these have learned from.
+    """
+
+    median: jax.Array
+    seen: jax.Array
+    run: jax.Array
+    multiples: jax.Array
+    multiples_seen: jax.Array
+
+
 class WatchState(NamedTuple):
     """State of `watch`. Read it with `optaxclip.metrics`, `explain` and `bad_steps`.
 
@@ -55,18 +75,18 @@ class WatchState(NamedTuple):
 
     Attributes:
       total_steps: int32, all steps.
-      total_norm: the norm of all that is watched, at the last step.
+      total_norm: the norm of all blocks together, at the last step.
       median_ratio: that norm over the median of the steps before; 1 at the first.
-      block_norms: (B,), in the order of the sorted names.
+      block_norms: (B,), in tree order.
       top_blocks: int32 (k,), the blocks with the largest shares of the squared norm, largest first.
       top_shares: (k,), their shares. At a step that is not finite, such blocks share it equally.
       nonfinite: see `NotFinite`.
       bad: see `BadRing`.
-      quantiles: the quantiles of the total norm, in the order of their sorted names; 0 before the first norm.
-      would_clip: int32, for each candidate threshold the steps that it would have clipped.
-      trackers: what tracks the quantiles.
+      quantiles: (q,), the quantiles of the total norm; 0 before the first norm.
+      would_clip: int32 (c,), the steps that each candidate threshold would have clipped.
+      trackers: see `Trackers`.
       shadows: the states of the candidate thresholds.
-      blocks, quantile_names, candidates: names, as the keys of dicts of Nones.
+      blocks, quantile_names, candidates: names, as `optaxclip.record.pack_names` packs them.
     """
 
     total_steps: jax.Array
@@ -79,16 +99,50 @@ class WatchState(NamedTuple):
     bad: BadRing
     quantiles: jax.Array
     would_clip: jax.Array
-    trackers: Any
+    trackers: Trackers
     shadows: Any
-    blocks: dict[str, None]
-    quantile_names: dict[str, None]
-    candidates: dict[str, None]
+    blocks: Any
+    quantile_names: Any
+    candidates: Any
 
 
-def scalars_of(w: WatchState, prefix: str) -> dict[str, jax.Array]:
-    """A watch's state as a flat dict of scalars."""
-    rates = w.would_clip / jnp.maximum(w.total_steps, 1)
+def fresh_watch(dtype, *, size: int, top: int, bad_steps: int, levels: int, **rest: Any) -> WatchState:
+    """The state before the first step. Each array has a buffer of its own, so that states can be donated.
+
+    Args:
+      dtype: of the norms.
+      size, top, bad_steps, levels: how many blocks, top blocks, bad steps and quantiles it has room for.
+      rest: the fields that are made elsewhere: names, and the states of the candidates.
+    """
+
+    def zeros(*shape, dtype=dtype):
+        return jnp.zeros(shape, dtype)
+
+    def count(*shape):
+        return jnp.zeros(shape, jnp.int32)
+
+    def none(*shape):
+        return jnp.full(shape, -1, jnp.int32)
+
+    n = bad_steps
+    return WatchState(
+        total_steps=count(),
+        total_norm=zeros(),
+        median_ratio=jnp.ones((), dtype),
+        block_norms=zeros(size),
+        top_blocks=none(top),
+        top_shares=zeros(top),
+        nonfinite=NotFinite(count(), none(), none(), none(), count()),
+        bad=BadRing(count(), none(n), zeros(n), zeros(n), none(n), zeros(n), none(n)),
+        quantiles=zeros(levels),
+        would_clip=count(len(rest["shadows"])),
+        trackers=Trackers(zeros(), count(), count(), zeros(levels), count()),
+        **rest,
+    )
+
+
+def watch_scalars(w: WatchState, prefix: str) -> dict[str, jax.Array]:
+    """The state of a watch as a flat dict of scalars; of a batch of runs, of arrays with the batch's shape."""
     out = {
         "steps": w.total_steps,
         "grad_norm": w.total_norm,
@@ -98,9 +152,15 @@ def scalars_of(w: WatchState, prefix: str) -> dict[str, jax.Array]:
         "nonfinite_block": w.nonfinite.first,
         "bad_steps": w.bad.seen_total,
     }
-    out |= {f"grad_norm/{name}": w.block_norms[i] for i, name in enumerate(sorted(w.blocks))}
-    out |= {f"top_block/{i}": block for i, block in enumerate(w.top_blocks)}
-    out |= {f"top_share/{i}": share for i, share in enumerate(w.top_shares)}
-    out |= {f"quantile/{name}": w.quantiles[i] for i, name in enumerate(sorted(w.quantile_names))}
-    out |= {f"would_clip/{name}": rates[i] for i, name in enumerate(sorted(w.candidates))}
+    rates = w.would_clip / jnp.maximum(w.total_steps, 1)[..., None]
+    several = {
+        "grad_norm": (unpack_names(w.blocks), w.block_norms),
+        "top_block": (range(w.top_blocks.shape[-1]), w.top_blocks),
+        "top_share": (range(w.top_shares.shape[-1]), w.top_shares),
+        "quantile": (unpack_names(w.quantile_names), w.quantiles),
+        "would_clip": (unpack_names(w.candidates), rates),
+    }
+    for key, (names, values) in several.items():
+        # Parameters that are one bare array are a block without a name: the first key says all of it.
+        out |= {f"{key}/{name}": values[..., i] for i, name in enumerate(names) if names != ("",)}
     return {prefix + key: value for key, value in out.items()}

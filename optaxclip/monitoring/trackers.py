@@ -1,107 +1,107 @@
-"""Quantiles in a number each, and thresholds in shadow: what learns of the norm, and touches nothing."""
+"""What a watch learns of the total norm: its quantiles, and what candidate thresholds would have done."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optaxclip.thresholds.combine import Threshold, as_threshold, checked, hold_where_not_finite
-from optaxclip.thresholds.learned import LearnedState, number
-from optaxclip.thresholds.quantile import quantile
+from optaxclip import validate
+from optaxclip.base import Threshold
+from optaxclip.monitoring.state import Trackers
+from optaxclip.thresholds.blocks import hold
+from optaxclip.thresholds.fixed import as_threshold
 
 Candidates = Mapping[str, Threshold] | Sequence[float]
+Levels = Mapping[str, float]
+Trials = Mapping[str, optax.GradientTransformationExtraArgs]
 
 _RATE = 0.1
-_RUN, _LONG = 8, 1000
+_RUN, _LONGEST_RUN = 8, 1000
 
 
-class Trackers(NamedTuple):
-    """The median, and other quantiles as multiples of it.
-
-    A high or low quantile that is tracked alone follows a change of scale slowly: the one of 5 % goes up by 1/20 of
-    the rate at most. As a multiple of the median, which is quick both ways, it is there when the median is.
-
-    Attributes:
-      median: of the norms.
-      multiples: of norms over the median.
-      run: int32, the last norms without a break above the median; below it, negative.
-    """
-
-    median: LearnedState
-    multiples: tuple[LearnedState, ...]
-    run: jax.Array
-
-
-def named_levels(quantiles: Iterable[float]) -> dict[str, float]:
-    """The quantiles, by name, in the order of the names.
+def name_levels(quantiles: Iterable[float]) -> Levels:
+    """The quantiles, by name, in rising order.
 
     Raises:
       ValueError: for one outside [0, 1].
     """
-    levels = [float(number(q, "watch", "quantiles", 0.0, 1.0 + 1e-9)) for q in quantiles]
-    return dict(sorted((f"{q:g}", q) for q in levels))
+    if not isinstance(quantiles, Iterable):
+        raise validate.fail("quantiles must be a list of numbers from 0 to 1", quantiles)
+    levels = list(quantiles)
+    for q in levels:
+        validate.between(0, 1, quantiles=q)
+    return {f"{q:g}": float(q) for q in sorted(levels)}
 
 
-def fresh_trackers(levels: Mapping[str, float], norm: jax.Array) -> Trackers:
-    """Trackers that have seen nothing; each array has a buffer of its own."""
-    fresh: Any = quantile(0.5, _RATE).init
-    return Trackers(fresh(norm), tuple(fresh(norm) for _ in levels), jnp.zeros((), jnp.int32))
-
-
-def followed(levels: Mapping[str, float], norm: jax.Array, old: Trackers) -> Trackers:
+def update_trackers(levels: Levels, norm: jax.Array, old: Trackers) -> Trackers:
     """The trackers after one more norm.
 
-    Where the median is far off its steps grow: they start large, and they grow again while all norms are on one side
-    of it, as eight in a row hardly are by chance. Meanwhile the multiples wait.
+    The median's steps start large, and grow again while all norms are on one side of it, as eight in a row
+    hardly are by chance. A high or low quantile that was tracked by itself would follow a change of scale
+    slowly: the one of 5 % rises by a twentieth of the rate at most. As a multiple of the median it has moved
+    when the median has. While the median is on its way, the multiples wait.
     """
-    seen, lags = old.median.blocks.seen, jnp.maximum(jnp.abs(old.run) - _RUN, 0).astype(norm.dtype)
-    rate = jnp.clip(_RATE * (1 + lags / 4), 1 / (1 + seen.astype(norm.dtype)), 1)
-    median: Any = quantile(0.5, rate).update(norm, old.median)[1]
-    multiple = jnp.where((lags > 0) | (seen < 2 * _RUN), jnp.nan, norm / median.blocks.value)
-    trackers = zip(levels.values(), old.multiples, strict=True)
-    multiples: Any = tuple(quantile(q, _RATE).update(multiple, state)[1] for q, state in trackers)
-    return Trackers(median, multiples, _run(norm, old))
+    excess = jnp.maximum(jnp.abs(old.run) - _RUN, 0).astype(norm.dtype)
+    rate = jnp.clip(_RATE * (1 + excess / 4), 1 / (1 + old.seen.astype(norm.dtype)), 1)
+    median, seen = _track(old.median, old.seen, norm, np.asarray(0.5, norm.dtype), rate)
+    multiple = jnp.where((excess > 0) | (old.seen < 2 * _RUN), jnp.nan, norm / median)
+    shares = np.array(list(levels.values()), norm.dtype)
+    multiples, multiples_seen = _track(old.multiples, old.multiples_seen, multiple, shares, _RATE)
+    return Trackers(median, seen, _count_run(norm, old), multiples, multiples_seen)
 
 
-def _run(norm: jax.Array, old: Trackers) -> jax.Array:
-    """How many norms were on this side of the median without a break; as it was, where there is nothing to learn."""
-    side = jnp.where(norm > old.median.blocks.value, 1, -1)
-    run = jnp.where(side * old.run > 0, jnp.clip(old.run + side, -_LONG, _LONG), side)
-    return jnp.where(jnp.isfinite(norm) & (norm > 0) & (old.median.blocks.seen > 0), run, old.run)
+def _track(value, seen, norm, share, rate) -> tuple[jax.Array, jax.Array]:
+    """The rule of `thresholds.quantile`, C ← C · exp(η · (q - b)), with a rate η that changes with the step.
+
+    Not that threshold itself: it would have to be built, and its rate checked, at every step.
+    """
+    moved = value * jnp.exp(rate * (share - (norm <= value).astype(norm.dtype)))
+    fine = jnp.isfinite(norm) & (norm > 0)
+    value = jnp.where(fine, jnp.where(seen == 0, norm, moved), value)
+    return value, jnp.where(fine, optax.safe_increment(seen), seen)
 
 
-def quantiles_of(levels: Mapping[str, float], now: Trackers) -> jax.Array:
-    """The quantiles, one vector; zeros before the first norm."""
-    median, seen = now.median.blocks.value, now.median.blocks.seen
-    pairs = zip(levels.values(), now.multiples, strict=True)
-    values = [median if q == 0.5 else median * state.blocks.value for q, state in pairs]
-    return jnp.where(seen > 0, jnp.stack(values), 0) if values else jnp.zeros(0, median.dtype)
+def _count_run(norm: jax.Array, old: Trackers) -> jax.Array:
+    """The number of consecutive norms on this side of the median; unchanged where there is nothing to learn."""
+    side = jnp.where(norm > old.median, 1, -1)
+    run = jnp.where(side * old.run > 0, jnp.clip(old.run + side, -_LONGEST_RUN, _LONGEST_RUN), side)
+    return jnp.where(jnp.isfinite(norm) & (norm > 0) & (old.seen > 0), run, old.run)
 
 
-def named_candidates(candidates: Candidates) -> dict[str, optax.GradientTransformationExtraArgs]:
-    """The thresholds to try, by name, in the order of the names; plain numbers are named by themselves.
+def read_quantiles(levels: Levels, now: Trackers) -> jax.Array:
+    """(q,), the quantiles of the norm; zeros before the first."""
+    multiples = jnp.where(np.array([q == 0.5 for q in levels.values()], bool), 1, now.multiples)
+    # Before its first norm a multiple is 0, and so is the quantile.
+    return jnp.where(now.seen > 0, now.median * multiples, 0)
+
+
+def name_candidates(candidates: Candidates) -> Trials:
+    """The thresholds to try, by name; a number has itself for a name.
 
     Raises:
       ValueError: for what is no threshold.
     """
-    if isinstance(candidates, Mapping):
-        named: dict[str, Any] = {str(name): threshold for name, threshold in candidates.items()}
-    else:
-        named = {f"{checked(c, 'watch', 'candidates'):g}": c for c in candidates}
-    return {name: as_threshold(named[name], "watch", "candidates") for name in sorted(named)}
+    if not isinstance(candidates, Mapping):
+        numbers = [validate.to_concrete(x) for x in candidates] if isinstance(candidates, Iterable) else [candidates]
+        if not isinstance(candidates, Iterable) or not all(map(validate.is_static, numbers)):
+            raise validate.fail("candidates must be a dict of name -> threshold, or a list of numbers", candidates)
+        candidates = {f"{number:g}": number for number in numbers}
+    return {str(name): as_threshold(candidates=threshold) for name, threshold in candidates.items()}
 
 
-def fresh_shadows(candidates: Mapping[str, Any], norm: jax.Array) -> tuple:
+def start_candidates(trials: Trials, dtype) -> tuple:
     """The states of the candidates before the first norm."""
-    return tuple(threshold.init(norm) for threshold in candidates.values())
+    return tuple(threshold.init(jnp.zeros((), dtype)) for threshold in trials.values())
 
 
-def shadowed(candidates: Mapping[str, Any], norm, states: tuple, params, extra_args) -> tuple[jax.Array, tuple]:
-    """Which candidates would clip this norm, one vector, and their new states."""
-    pairs = zip(candidates.values(), states, strict=True)
-    done = [threshold.update(norm, state, params, **extra_args) for threshold, state in pairs]
-    new = tuple(hold_where_not_finite(norm, new, old) for (_, new), old in zip(done, states, strict=True))
-    over = [(norm > bound) & jnp.isfinite(norm) for bound, _ in done]
-    return (jnp.stack(over) if over else jnp.zeros(0, bool)), new
+def try_candidates(trials: Trials, norm, states: tuple, params, extra_args) -> tuple[jax.Array, tuple]:
+    """(c,), which candidates would clip this norm, and their new states."""
+    over, new = [], []
+    for threshold, old in zip(trials.values(), states, strict=True):
+        bound, state = threshold.update(norm, old, params, **extra_args)
+        over.append((norm > bound) & jnp.isfinite(norm))
+        new.append(hold(threshold.init, norm, state, old))
+    return (jnp.stack(over) if over else jnp.zeros(0, bool)), tuple(new)

@@ -29,8 +29,10 @@ class ClippedExamples(NamedTuple):
       norms: the norm of the gradient of each example, before the clip, in float32 at least; NaN
         where it is not finite.
       clipped: how many examples were made shorter, int32.
-      nonfinite: how many examples weigh nothing because their loss or gradient is NaN or inf, int32.
-      aux: what the loss of each example returned beside, with a leading axis; None without `has_aux`.
+      nonfinite: how many examples weigh nothing because their loss or gradient is NaN or inf,
+        int32.
+      aux: what the loss of each example returned beside, with a leading axis; None without
+        `has_aux`.
     """
 
     losses: jax.Array
@@ -81,23 +83,23 @@ def clipped_value_and_grad(
 
     Returns:
       A function `(params, batch, *shared, weights=None) -> ((value, examples), grads)`, as
-      `jax.value_and_grad` of a loss with aux. `batch` is any tree of arrays with a leading axis that
-      numbers the examples; a random key for each example is one of them, `jax.random.split(key, B)`.
-      `shared` is the same for all examples. `examples` is a `ClippedExamples`. `grads` has the
-      dtypes of `params`; sums are taken in float32 at least.
+      `jax.value_and_grad` of a loss with aux. `batch` is any tree of arrays with a leading axis
+      that numbers the examples; a random key for each example is one of them,
+      `jax.random.split(key, B)`. `shared` is the same for all examples. `examples` is a
+      `ClippedExamples`. `grads` has the dtypes of `params`; sums are taken in float32 at least.
 
       `weights`, (B,), is a mask of booleans, or numbers from 0 (what is negative or NaN counts
       as 0): for batches that are padded to a fixed size. The clipped gradient of example i is
       multiplied by wᵢ, and means are over Σw in place of B: of no example, zero. An example of
-      weight 0 changes nothing but its own entries of `losses`, `norms` and `aux`, whatever is in it,
-      NaN included.
+      weight 0 changes nothing but its own entries of `losses`, `norms` and `aux`, whatever is in
+      it, NaN included.
 
       An example whose loss or gradient is not finite weighs nothing in `grads` and in `value`, and
       is counted. The mean of the gradients is over all B (or Σw) nevertheless; the mean of the
       losses is over those that are finite.
 
-      One example, added or removed, moves the sum of the gradients (`reduce="sum"`) by max_norm · wᵢ
-      at most. So differentially private training adds noise of the scale of max_norm to that sum.
+      One example, added or removed, moves the sum of the gradients (`reduce="sum"`) by
+      max_norm · wᵢ at most: so private training adds noise in proportion to max_norm to that sum.
       With Poisson samples, divide it by the *expected* batch size: the size of a sample, which
       `reduce="mean"` divides by, is not private.
 
@@ -217,7 +219,7 @@ def _plan(method, microbatch_size, loss, params, batch, shared):
 
 
 def _scan(step, batch, given: jax.Array, at_once: int | None, leaves: list[jax.Array]):
-    """The first results of `step` summed over microbatches, and the others for all examples in order.
+    """Sums the first results of `step` over microbatches, and joins the others in order.
 
     Microbatch k has the examples k, k + n, k + 2n, ... of n microbatches. What is missing in the
     last is filled up with examples of weight 0.

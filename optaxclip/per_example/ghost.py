@@ -1,9 +1,9 @@
 """One backward pass for the norms and the weighted sum of the gradients of all examples.
 
-A zero is added to the result of every site; its gradient is that of the result (dy). The operands of
-a site and dy give the norms, and the same two give the weighted sum, as the one product of matrices
-that a plain gradient takes, with dyᵢ · weightᵢ in place of dyᵢ. The gradients of parameters without
-a site are formed for each example and summed.
+A zero is added to the result of every site; its gradient is that of the result (dy). The operands
+of a site and dy give the norms, and the same two give the weighted sum, as the one product of
+matrices that a plain gradient takes, with dyᵢ · weightᵢ in place of dyᵢ. The gradients of
+parameters without a site are formed for each example and summed.
 
 Bu et al., `Differentially Private Optimization on Large Model at Small Cost
 <https://arxiv.org/abs/2210.00038>`_, 2023
@@ -129,7 +129,8 @@ def _site_sum(site: Site, param: jax.Array, operands, dy: jax.Array, weights: ja
 def mostly_ghost(traced: Traced, params: Any) -> bool:
     """Whether sites have at least half of all numbers.
 
-    If not, memory is that of the gradients of all examples, and a few of them at a time are as fast.
+    If not, memory is that of the gradients of all examples, and a few of them at a time are as
+    fast.
     """
     sizes = [jnp.size(x) for x in jax.tree.leaves(params)]
     at_sites = sum(sizes[site.origin.parameter] for site in traced.sites)

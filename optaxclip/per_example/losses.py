@@ -12,8 +12,8 @@ from optaxclip.trees import flatten_with_paths, is_measured
 Loss = Callable[..., tuple[jax.Array, Any]]
 
 _NO_BATCH_NORM = (
-    "Statistics of a batch, as BatchNorm keeps them, cannot be taken here: the loss sees one example"
-    " at a time, and through such statistics each example would change the gradients of all others,"
+    "Statistics of a batch, as BatchNorm keeps them, cannot be taken here: the loss sees one"
+    " example at a time, and through such statistics each example would change the gradients of all others,"
     " so that no clip could bound what one example does. Use GroupNorm or LayerNorm instead, or"
     " BatchNorm with fixed statistics, passed after batch."
 )
@@ -60,7 +60,7 @@ def _check_loss(value: Any, call: str) -> None:
 
 
 def _check_aux(aux: Any, call: str) -> None:
-    """Raises for running statistics of a batch: in linen by their collection, in nnx by their type."""
+    """Raises for statistics of a batch: linen has a collection for them, nnx a type."""
 
     def is_statistic(x):
         return type(x).__name__ == "BatchStat"
@@ -92,7 +92,7 @@ def batch_size(batch: Any) -> int:
 
 
 def example_weights(weights: Any, size: int) -> jax.Array:
-    """Weights of examples, or a mask, as floats: ones for None; what is negative or NaN counts as 0."""
+    """Weights of examples, or a mask, as floats from 0: ones for None, 0 for negative and NaN."""
     if weights is None:
         return jnp.ones(size)
     weights = jnp.asarray(weights)
@@ -112,8 +112,8 @@ def floating_leaves(params: Any) -> list[jax.Array]:
     others = [path for path, x in flat if not is_measured(x)]
     if others:
         raise ValueError(
-            f"{validate.called()}: params must hold floating-point numbers, {', '.join(others)} does"
-            " not. Split off what is not trained, and pass it after batch:"
+            f"{validate.called()}: params must hold floating-point numbers, {', '.join(others)}"
+            " does not. Split off what is not trained, and pass it after batch:"
             " value_and_grad(params, batch, shared)."
         )
     return [jnp.asarray(x) for _, x in flat]

@@ -1,15 +1,15 @@
 """Where a parameter meets an example, and how long its gradient is there, without the gradient.
 
-A parameter that is used once, by an operation that is linear in it, has a gradient made of what went in (x) and of the
-gradient of what came out (dy):
+A parameter that is used once, by an operation that is linear in it, has a gradient made of what
+went in (x) and of the gradient of what came out (dy):
 
     dense, (T, d) by (d, p)      G = Σₜ xₜ ⊗ dyₜ        ‖G‖² = Σₛₜ ⟨xₛ, xₜ⟩ · ⟨dyₛ, dyₜ⟩
     convolution                  the same, where xₜ is the patch that one output position sees
     rows of a table              the same, where xₜ is one-hot: ⟨xₛ, xₜ⟩ = [idₛ = idₜ]
     one slice                    ‖G‖ = ‖dy‖
 
-A site is kept only where this is less work, and less memory, than the gradient itself: T·(d + p) <= d·p, so that
-nothing is ever larger than the activations that the backward pass holds anyway.
+A site is kept only where this is less work, and less memory, than the gradient itself: T·(d + p) <=
+d·p, so that nothing is ever larger than the activations that the backward pass holds anyway.
 """
 
 import functools
@@ -35,7 +35,8 @@ class Site(NamedTuple):
       origin: the parameter, and how it is rearranged before the use.
       op: the operation, with one result.
       side: which operand of it is the parameter.
-      norms: `norms(operands, dy)`, one norm an example; operands and dy have a leading axis that numbers examples.
+      norms: `norms(operands, dy)`, one norm an example; operands and dy have a leading axis that
+        numbers examples.
     """
 
     origin: Origin
@@ -51,7 +52,7 @@ def _power_of_two(exponents: jax.Array, dtype) -> jax.Array:
 
 
 def _in_unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x` in a unit of its own for each example, 2ᵉ, such that its squares neither overflow nor vanish; and e."""
+    """`x` in a unit of its own for each example, 2ᵉ, and e: squares neither overflow nor vanish."""
     wide = accumulator([x])
     largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0).astype(wide)
     limit = jnp.finfo(x.dtype).maxexp - 2
@@ -74,16 +75,17 @@ def _total(products: jax.Array) -> jax.Array:
 
 
 def _length(squares: jax.Array, exponents: jax.Array) -> jax.Array:
-    """√squares back in the unit 1. Rounding may have made a sum of nearly nothing negative; NaN stays NaN."""
-    half, norms = (
-        exponents // 2,
-        jnp.sqrt(jnp.maximum(squares, 0)),
-    )  # in halves: 2ᵉ itself may be beyond the range
+    """√squares back in the unit 1. NaN stays NaN."""
+    norms = jnp.sqrt(jnp.maximum(squares, 0))  # rounding may make a sum of nearly nothing negative
+    half = exponents // 2  # in halves: 2ᵉ itself may be beyond the range
     return norms * _power_of_two(half, norms.dtype) * _power_of_two(exponents - half, norms.dtype)
 
 
 def product_norms(parts: list[jax.Array], dy: jax.Array, pairs: bool) -> jax.Array:
-    """‖Σₜ xₜ ⊗ dyₜ‖² for dy: (B, T, p), and x: (B, T, d) in parts along d; by pairs of rows, or by forming the sum."""
+    """‖Σₜ xₜ ⊗ dyₜ‖² for dy: (B, T, p), and x: (B, T, d) in parts along d.
+
+    By pairs of rows, or by forming the sum.
+    """
     wide = accumulator([dy, *parts])
     if pairs:
         return _total(sum(_gram(x).astype(wide) for x in parts) * _gram(dy).astype(wide))
@@ -137,7 +139,7 @@ def _dense(eqn: core.JaxprEqn, side: int):
 
 
 def _shifted(x: jax.Array, eqn: core.JaxprEqn) -> list[jax.Array]:
-    """What each tap of a convolution's kernel sees: (B, T, channels) for T output positions. No patches are stored."""
+    """What each tap of a convolution's kernel sees, (B, T, channels) for T output positions."""
     p, kernel, out = eqn.params, shaped(eqn.invars[1]).shape, shaped(eqn.outvars[0]).shape
     lhs_spec, rhs_spec, out_spec = p["dimension_numbers"]
     order = (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
@@ -159,7 +161,8 @@ def _shifted(x: jax.Array, eqn: core.JaxprEqn) -> list[jax.Array]:
 
 
 def _convolution(eqn: core.JaxprEqn, side: int):
-    """Where pairs of positions do not pay, gradients are formed tap by tap: the convolution of `vmap(grad)` is slow."""
+    # Where pairs of positions do not pay, gradients are formed tap by tap: the convolution of
+    # `vmap(grad)` is slow.
     p, w, y = eqn.params, shaped(eqn.invars[1]), shaped(eqn.outvars[0])
     outputs, channel = w.shape[p["dimension_numbers"][1][0]], p["dimension_numbers"][2][1]
     if (
@@ -241,7 +244,7 @@ def _only_use(program: Program, uses, origin: Origin) -> bool:
 
 
 def find_sites(program: Program) -> list[Site]:
-    """The sites of a program, one for each parameter that has no other use and whose norm there is worth while."""
+    """The sites of a program: one for each parameter of a single use whose norm there is cheap."""
     uses, found = program.uses(), []
     for op in program.ops:
         rule, operands = _RULES.get(op.eqn.primitive.name, (None, 0))

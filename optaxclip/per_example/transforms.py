@@ -1,4 +1,4 @@
-"""Clipping gradients of examples before they are summed, as differentially private training does."""
+"""Gradients of examples, clipped before they are summed, as private training does."""
 
 import math
 from typing import Any
@@ -14,7 +14,8 @@ from optaxclip.trees import Leaves, select
 
 @validate.named
 def per_example_global_norm_clip(grads: Any, l2_norm_clip: ArrayLike) -> tuple[Any, jax.Array]:
-    """Sums gradients of examples, each clipped by its global norm: Σᵢ gᵢ · min(1, l2_norm_clip / ‖gᵢ‖).
+    """Sums gradients of examples, each clipped by its global norm: Σᵢ gᵢ · min(1, l2_norm_clip /
+    ‖gᵢ‖).
 
     Args:
       grads: a tree whose leaves all have a leading axis that numbers the examples, as
@@ -52,7 +53,7 @@ def per_example_global_norm_clip(grads: Any, l2_norm_clip: ArrayLike) -> tuple[A
 def per_example_layer_norm_clip(
     grads: Any, global_l2_norm_clip: ArrayLike, uniform: bool = True
 ) -> tuple[Any, Any]:
-    """Sums gradients of examples, each leaf clipped by its own norm to a share Cᵢ of C, ΣCᵢ² = C².
+    """Sums gradients of examples, each leaf clipped by its own norm to Cᵢ, where ΣCᵢ² = C².
 
     Args:
       grads: a tree whose leaves all have a leading axis that numbers the examples.

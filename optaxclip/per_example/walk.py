@@ -1,8 +1,9 @@
 """A loss as a flat list of operations, and which of them takes which parameter.
 
-The loss is traced for one example.  Calls of jitted functions that a parameter enters are inlined, so that its use
-inside them is seen; everything else (loops, functions with derivatives of their own, rematerialization) stays one
-operation.  Running the list again runs the loss; nothing is known about frameworks.
+The loss is traced for one example.  Calls of jitted functions that a parameter enters are inlined,
+so that its use inside them is seen; everything else (loops, functions with derivatives of their
+own, rematerialization) stays one operation.  Running the list again runs the loss; nothing is known
+about frameworks.
 """
 
 import itertools
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend import core
 
-# Linear, and their transpose keeps the length: the gradient of what comes out is as long as that of what goes in.
+# Linear, and their transpose keeps the length: the gradient of what comes out is as long as that of
+# what goes in.
 _KEEP_LENGTH = {
     "convert_element_type",
     "copy",
@@ -88,7 +90,10 @@ class Program(NamedTuple):
         )
 
     def run(self, arguments: Iterable[Any], at: Callable[[Op, list, list], list]) -> list[Any]:
-        """The results for `arguments`; `at(op, operands, results)` sees every operation and may replace its results."""
+        """The results for `arguments`.
+
+        `at(op, operands, results)` sees every operation, and returns its results or others.
+        """
         values = self.constants | dict(zip(self.inputs, arguments, strict=True))
 
         def read(i):

@@ -1,8 +1,11 @@
 """Norms of the gradients of examples, and sums of them by weight.
 
-Gradients are a list of arrays: one array a parameter, with a leading axis that numbers the examples.
+Gradients are a list of arrays: one array a parameter, with a leading axis that numbers the
+examples.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -16,7 +19,7 @@ from optaxclip.actions import rescale
 from optaxclip.norms import l2
 
 _EXAMPLES = scopes.units(..., batch_axes=1)
-# Norms of units on a CPU take a leaf whose squares all vanish for one of zeros. Beside this norm nothing is lost by that.
+# Units on a CPU take a leaf whose squares all vanish for zeros: beside this norm nothing is lost.
 _LOST = 1e-10
 _LIFT = 2.0**80
 
@@ -26,16 +29,23 @@ def example_norms(arrays: Sequence[jax.Array], paths: Sequence[str]) -> jax.Arra
 
     def checked(arrays):
         norms = _norms(arrays, paths)
-        fine = ~(norms <= _LOST)
-
-        def lifted():
-            more = [xla.times(xla.widen(x), np.float32(_LIFT)) for x in arrays]
-            return jnp.where(fine, norms, _norms(more, paths) / _LIFT)
-
-        return lax.cond(jnp.all(fine), lambda: norms, lifted)
+        fine = ~(norms <= _LOST)  # NaN is fine: no other scale tells more
+        return lax.cond(
+            jnp.all(fine), lambda: norms, lambda: jnp.where(fine, norms, _tiny_norms(arrays))
+        )
 
     # Elsewhere units are measured at two scales, and a branch would make a GPU wait for its host.
     return lax.platform_dependent(list(arrays), cpu=checked, default=lambda x: _norms(x, paths))
+
+
+def _tiny_norms(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Norms of at most 1e-10, which overflow nowhere when they are scaled up."""
+
+    def pool(x):
+        lifted = xla.times(xla.widen(x), np.float32(_LIFT))
+        return jnp.sum(l2.lift(lifted), axis=tuple(range(1, x.ndim)), dtype=xla.accumulator(arrays))
+
+    return jnp.sqrt(functools.reduce(operator.add, map(pool, arrays))) / _LIFT
 
 
 def _norms(arrays: Sequence[jax.Array], paths: Sequence[str]) -> jax.Array:
@@ -57,7 +67,7 @@ def clip_weights(norms: jax.Array, bound: ArrayLike) -> jax.Array:
 
 
 def normal_weights(norms: jax.Array, bound: ArrayLike, gamma: ArrayLike) -> jax.Array:
-    """bound / (norm + γ); 0 for an example that is not finite, or all zeros. A negative bound counts as 0."""
+    """`bound / (norm + γ)`; 0 for an example that is not finite, or of zeros."""
     some = jnp.isfinite(norms) & (norms > 0)
     longer = norms + jnp.asarray(gamma).astype(norms.dtype)
     bound = jnp.maximum(jnp.asarray(bound).astype(norms.dtype), 0)
@@ -75,7 +85,7 @@ def drop_unweighted(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Σᵢ weightsᵢ · xᵢ in float32 at least; an example of weight 0 adds nothing, whatever is in it."""
+    """Σᵢ weightsᵢ · xᵢ in float32 at least, without what is in examples of weight 0."""
     wide = xla.widen(x)
     weights = weights.astype(wide.dtype)
     return jnp.tensordot(

@@ -22,6 +22,12 @@ class NormsOnly(optax.GradientTransformationExtraArgs):
     __slots__ = ()
 
 
+class Fixed(NormsOnly):
+    """A threshold that does not read the norms either, so that a clip of elements need not measure."""
+
+    __slots__ = ()
+
+
 def reads_params(*thresholds: optax.GradientTransformation) -> bool:
     """Whether any of these may read the norms of the parameters; of a foreign one this is not known."""
     return not all(isinstance(threshold, NormsOnly) for threshold in thresholds)

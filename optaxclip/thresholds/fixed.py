@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import validate
 from optaxclip.base import Norms, Threshold
-from optaxclip.thresholds.blocks import new_threshold
+from optaxclip.thresholds.blocks import Fixed
 
 
 def _bound_like(bound: Any, norms: jax.Array) -> jax.Array:
@@ -41,7 +41,7 @@ def unchecked(bound: Any) -> optax.GradientTransformationExtraArgs:
     def update_fn(norms, state, params=None, **extra_args):
         return jax.tree.map(functools.partial(_bound_like, bound), norms), state
 
-    return new_threshold(lambda norms: optax.EmptyState(), update_fn)
+    return Fixed(lambda norms: optax.EmptyState(), update_fn)
 
 
 class ScheduleState(NamedTuple):
@@ -83,7 +83,7 @@ def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs
         validate.bound(**{"the value of the schedule": bound}, may_be_threshold=False, wait=False)
         return jax.tree.map(lambda n: _bound_like(bound, n), norms), ScheduleState(advance(state.clip_step))
 
-    return new_threshold(lambda norms: ScheduleState(jnp.zeros((), jnp.int32)), update_fn)
+    return Fixed(lambda norms: ScheduleState(jnp.zeros((), jnp.int32)), update_fn)
 
 
 def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from tests.benchmarks.accelerators_cases import Case
-from tests.benchmarks.accelerators_steps import CLIPS, MAPPED, NONE, OURS
+from tests.benchmarks.accelerators_steps import CLIPS, CPU, MAPPED, NONE, OURS
 
 Rows = Mapping[str, Mapping[str, float]]
-PEER, CPU = "the row of Optax", "the ratio on the CPU"
+PEER, AS_ON_CPU = "the row of Optax", "the ratio on the CPU"
 
 ALL = tuple(name for name, clip in CLIPS.items() if clip.beside)
 LEAF = ("clip_by_leaf_norm",)
@@ -28,7 +28,7 @@ class Limit(NamedTuple):
     column: str
     plus: float = 0
     times: float = 1
-    beside: str = ""  # a row, PEER, CPU, or nothing: `plus` alone
+    beside: str = ""  # a row, PEER, AS_ON_CPU, or nothing: `plus` alone
 
 
 LIMITS = (
@@ -76,8 +76,8 @@ LIMITS = (
     Limit("mesh pod", "", (*WHOLE, *LEAF, "zclip", *UNITS), "cycles", 0, 1.05, PEER),
     Limit("mesh pod", "", (*WHOLE, *LEAF, "zclip", *UNITS), "compile", 0, 1.5, PEER),
     # Per example: beside vmap(grad), no worse than on the CPU.
-    Limit("examples", "", (OURS,), "bytes", 0, 1, CPU),
-    Limit("examples", "", (OURS,), "temporaries", 0, 1, CPU),
+    Limit("examples", "", (OURS,), "bytes", 0, 1, AS_ON_CPU),
+    Limit("examples", "", (OURS,), "temporaries", 0, 1, AS_ON_CPU),
 )
 
 
@@ -114,8 +114,8 @@ def _bound(limit: Limit, rows: Rows, name: str) -> float | None:
     """The most that a row may have; None where that which it is compared with is not there."""
     if not limit.beside:
         return limit.plus
-    if limit.beside == CPU:
-        on_cpu = [rows.get(f"{row}, CPU", {}).get(limit.column) for row in (OURS, MAPPED)]
+    if limit.beside == AS_ON_CPU:
+        on_cpu = [rows.get(row + CPU, {}).get(limit.column) for row in (OURS, MAPPED)]
         beside = rows.get(MAPPED, {}).get(limit.column)
         return None if None in (*on_cpu, beside) else limit.times * beside * on_cpu[0] / on_cpu[1]
     row = CLIPS[name].beside if limit.beside == PEER else limit.beside
@@ -127,7 +127,7 @@ def find_peer(name: str) -> str | None:
     """The row that ratios of a row are taken to."""
     if name in CLIPS:
         return CLIPS[name].beside or None
-    return MAPPED if name == OURS else f"{MAPPED}, CPU" if name == f"{OURS}, CPU" else None
+    return {OURS: MAPPED, OURS + CPU: MAPPED + CPU}.get(name)
 
 
 def keep_best(rows: dict[str, dict], measure: Callable[[str], dict], case: Case, tries: int = 2) -> None:

@@ -136,6 +136,7 @@ def _place(state: Any, specs: dict[str, P], placement: Placement) -> tuple[Any, 
 
 
 BATCH, LENGTH, WIDTH, HEADS = 32, 128, 512, 8
+CPU = ", CPU"  # what names of rows end in that stand for the CPU
 PLAIN, MAPPED, OURS = "gradient", "vmap(grad), optax clip", "clipped_value_and_grad"
 
 
