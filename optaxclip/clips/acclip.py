@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.apply import as_dtype_of
-from optaxclip.leaves import Exclude, measured_leaves
-from optaxclip.norms import times, widen
-from optaxclip.thresholds.learned import number
+from optaxclip import validate, xla
+from optaxclip.base import Exclude
+from optaxclip.clips.carry import start_carry
+from optaxclip.states import StateGuard
+from optaxclip.thresholds.learned import like
+from optaxclip.trees import select
 
 
 class ACClipState(NamedTuple):
@@ -20,6 +22,7 @@ class ACClipState(NamedTuple):
     size: Any
 
 
+@validate.named
 def scale_by_acclip(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.99,
@@ -36,7 +39,7 @@ def scale_by_acclip(
       b1: the decay of m.
       b2: the decay of τᵅ.
       alpha: α, larger than 0.
-      eps: ε.
+      eps: ε, in the units of the gradient.
       exclude: leaves that pass as they are, as in `optaxclip.clip_by`.
 
     Raises:
@@ -54,31 +57,37 @@ def scale_by_acclip(
     >>> round(float(updates[0]), 3)  # τ = 2
     2.0
     """
-    call = "scale_by_acclip"
-    b1, b2 = number(b1, call, "b1", 0.0, 1.0), number(b2, call, "b2", 0.0, 1.0)
-    alpha, eps = number(alpha, call, "alpha", 1e-3), number(eps, call, "eps", 0.0)
+    validate.share(b1=b1, b2=b2)
+    validate.positive(alpha=alpha)
+    validate.nonnegative(eps=eps)
 
     def init_fn(params):
-        zeros = measured_leaves(jax.tree.map(jnp.zeros_like, params), exclude)
-        wide = [widen(x) for x in zeros.arrays]
-        return ACClipState(zeros.rebuild(wide), zeros.rebuild([x.real for x in wide]))
+        return ACClipState(start_carry(params, exclude), start_carry(params, exclude, real=True))
 
-    def one(g, m, size):
-        rest, pace, power, least = (jnp.asarray(x).astype(size.dtype) for x in (1 - b1, 1 - b2, alpha, eps))
-        wide, fine = widen(g), jnp.isfinite(g)
-        moved = jnp.where(fine, m + times(wide - m, rest), m)
-        # The mean of powers in units of the larger of both: no power overflows.
-        modulus = jnp.abs(wide)
-        unit = jnp.where(jnp.maximum(size, modulus) > 0, jnp.maximum(size, modulus), 1)
-        grown = unit * ((1 - pace) * (size / unit) ** power + pace * (modulus / unit) ** power) ** (1 / power)
-        grown = jnp.where(fine, grown, size)
-        out = times(moved, jnp.minimum(1, grown / jnp.maximum(jnp.abs(moved) + least, jnp.finfo(size.dtype).tiny)))
-        return as_dtype_of(g, jnp.where(fine, out, jnp.nan)), moved, grown
+    guard = StateGuard(validate.called(), ACClipState, init_fn)
+
+    def step(g, m, size):
+        rest, pace, power, least = (like(x, size) for x in (1 - b1, 1 - b2, alpha, eps))
+        wide, fine = xla.widen(g), jnp.isfinite(g)
+        moved = jnp.where(fine, m + xla.times(wide - m, rest), m)
+        grown = jnp.where(fine, _mean_of_powers(size, jnp.abs(wide), pace, power), size)
+        longest = jnp.maximum(jnp.abs(moved) + least, jnp.finfo(size.dtype).tiny)
+        out = xla.times(moved, jnp.minimum(1, grown / longest))
+        return xla.as_dtype_of(g, jnp.where(fine, out, jnp.nan)), moved, grown
 
     def update_fn(updates, state, params=None, **extra_args):
-        leaves, m, size = (measured_leaves(tree, exclude) for tree in (updates, *state))
-        done = [one(*each) for each in zip(leaves.arrays, m.arrays, size.arrays, strict=True)]
+        guard.check(state, updates)
+        leaves, m, size = (select(tree, exclude) for tree in (updates, *state))
+        done = [step(*each) for each in zip(leaves.arrays, m.arrays, size.arrays, strict=True)]
         out, momentum, grown = ([each[i] for each in done] for i in range(3))
         return leaves.rebuild(out), ACClipState(m.rebuild(momentum), size.rebuild(grown))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _mean_of_powers(size, modulus, pace, power):
+    """((1 - pace)·sizeᵖ + pace·modulusᵖ)^(1/p), in units of the larger of both: no power overflows."""
+    larger = jnp.maximum(size, modulus)
+    unit = jnp.where(larger > 0, larger, 1)
+    mean = (1 - pace) * (size / unit) ** power + pace * (modulus / unit) ** power
+    return unit * mean ** (1 / power)

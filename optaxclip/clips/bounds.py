@@ -7,13 +7,36 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import validate
-from optaxclip.base import Blocks, Scope, Threshold
-from optaxclip.thresholds.blocks import new_threshold
+from optaxclip import scopes, trees, validate
+from optaxclip.base import Blocks, Exclude, Scope, Threshold
+from optaxclip.thresholds.blocks import Fixed
+from optaxclip.thresholds.fixed import as_threshold, scheduled
 
 
-def is_tree(bounds: Any) -> bool:
-    """Whether `bounds` is a tree of bounds: a container, and no threshold (a tuple of two functions)."""
+def bound_leaves(
+    exclude: Exclude, **argument: Any
+) -> tuple[optax.GradientTransformationExtraArgs, Scope]:
+    """The bounds of leaves as a threshold, and the scope that goes with it.
+
+    Args:
+      exclude: leaves whose bounds do not count.
+      **argument: by the name of the argument, a threshold of all leaves, or one number or schedule for each:
+        a tree of them like the updates, or a mapping of paths.
+    """
+    ((name, bounds),) = argument.items()
+    if not _is_tree(bounds):
+        return as_threshold(**argument), _refuse_vector(name, bounds)
+    validate.exclude(exclude)
+    excluded = trees.matcher(exclude)
+    flat, _ = trees.flatten_with_paths(bounds)
+    kept = [(path, bound) for path, bound in flat if not excluded(path)]
+    names = scopes.leaf.cut([path for path, _ in kept], [()] * len(kept)).names
+    named = dict(zip(names or (), (bound for _, bound in kept), strict=True))
+    return bound_each(scopes.leaf, **{name: named})
+
+
+def _is_tree(bounds: Any) -> bool:
+    """Whether `bounds` is a container, and no threshold (a tuple of two functions)."""
     if bounds is None or validate.is_transformation(bounds):
         return False
     if isinstance(bounds, jax.tree_util.Partial):  # a function, though a container to JAX
@@ -21,16 +44,19 @@ def is_tree(bounds: Any) -> bool:
     return not jax.tree_util.all_leaves([bounds])
 
 
-def bound_each(bounds: Mapping[str, Any], scope: Scope) -> tuple[Threshold, Scope]:
-    """The bounds of all blocks as one threshold, and the scope, its blocks in the order of these bounds.
+def bound_each(
+    scope: Scope, **argument: Mapping[str, Any]
+) -> tuple[optax.GradientTransformationExtraArgs, Scope]:
+    """The bounds of all blocks, by name, as one threshold, and the scope, its blocks in their order.
 
     Raises:
-      ValueError: for a bound that is no number and no schedule; where a tree is cut, if its blocks
-        have other names.
+      ValueError: for a bound that is no number and no schedule; where a tree is cut, if its blocks have
+        other names.
     """
+    ((argument_name, bounds),) = argument.items()
     for name, bound in bounds.items():
         if not callable(bound):
-            validate.nonnegative(**{f"max_norm[{name!r}]": bound})
+            validate.nonnegative(**{f"{argument_name}[{name!r}]": bound})
 
     def stack(step):
         # Here and not where the clip is built: an array that is made inside `jit` would outlive it.
@@ -41,11 +67,11 @@ def bound_each(bounds: Mapping[str, Any], scope: Scope) -> tuple[Threshold, Scop
         return stack(0).astype(norms.dtype), state
 
     changing = any(map(callable, bounds.values()))
-    fixed = new_threshold(lambda norms: optax.EmptyState(), update_fn)
-    return stack if changing else fixed, in_order(scope, tuple(bounds))
+    threshold = scheduled(stack) if changing else Fixed(lambda norms: optax.EmptyState(), update_fn)
+    return threshold, _in_order(scope, argument_name, tuple(bounds))
 
 
-def in_order(scope: Scope, names: tuple[str, ...]) -> Scope:
+def _in_order(scope: Scope, argument: str, names: tuple[str, ...]) -> Scope:
     """The scope, whose blocks must have these names, and are put in their order."""
     call = validate.called()
 
@@ -55,7 +81,7 @@ def in_order(scope: Scope, names: tuple[str, ...]) -> Scope:
         unknown = [name for name in names if name not in blocks.names]
         if missing or unknown:
             raise ValueError(
-                f"{call}: max_norm must have one entry for each of the blocks {list(blocks.names)}:"
+                f"{call}: {argument} must have one entry for each of the blocks {list(blocks.names)}:"
                 f" {missing} are missing, {unknown} are not among them."
             )
         places = [names.index(name) for name in blocks.names]
@@ -64,21 +90,21 @@ def in_order(scope: Scope, names: tuple[str, ...]) -> Scope:
     return scope._replace(cut=cut)
 
 
-def refuse_vector(scope: Scope, bounds: Any) -> Scope:
-    """The scope, which refuses to cut a tree for bounds that are a bare vector.
+def _refuse_vector(argument: str, bounds: Any) -> Scope:
+    """The scope `leaf`, which refuses to cut a tree for bounds that are a bare vector.
 
     It has to wait for a tree, since only that can tell which number would be whose.
     """
     if not getattr(bounds, "ndim", 0):
-        return scope
+        return scopes.leaf
     call = validate.called()
 
     def cut(paths, shapes) -> Blocks:
-        names = scope.cut(paths, shapes).names
+        names = list(scopes.leaf.cut(paths, shapes).names)
         raise ValueError(
-            f"{call}: max_norm is a bare array of shape {bounds.shape}, which does not say which number is"
-            f" whose. Pass a tree of bounds with the structure of the updates, or a mapping of paths, such"
-            f" as {dict.fromkeys(names[:2], 1.0)}. The paths are, in order: {list(names)}."
+            f"{call}: {argument} is a bare array of shape {bounds.shape}, which does not say which number"
+            f" is whose. Pass a tree of bounds with the structure of the updates, or a mapping of paths, such"
+            f" as {dict.fromkeys(names[:2], 1.0)}. The paths are, in order: {names}."
         )
 
-    return scope._replace(cut=cut)
+    return scopes.leaf._replace(cut=cut)

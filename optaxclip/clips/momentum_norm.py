@@ -1,21 +1,20 @@
 """Clipping to a multiple of the norm of the momentum, leaf by leaf."""
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.apply import Nonfinite
-from optaxclip.core import ClipState, clip_by
-from optaxclip.leaves import Exclude, measured_leaves
-from optaxclip.mesh import AxisNames
-from optaxclip.norms import times, widen
-from optaxclip.scopes import Scope, leaf
-from optaxclip.thresholds.fixed import param_relative
-from optaxclip.thresholds.learned import number
+from optaxclip import scopes, validate, xla
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
+from optaxclip.clips.carry import start_carry
+from optaxclip.core import clip_by
+from optaxclip.states import StateGuard
+from optaxclip.thresholds.combine import param_relative
+from optaxclip.trees import select
 
 
 class MomentumNormState(NamedTuple):
@@ -32,24 +31,25 @@ class MomentumNormState(NamedTuple):
     clip: Any
 
 
+@validate.named
 def clip_by_momentum_norm(
     ratio: ArrayLike = 10.0,
     decay: ArrayLike = 0.9,
     *,
-    scope: Scope = leaf,
+    scope: Scope = scopes.leaf,
     exclude: Exclude = None,
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each leaf to a multiple of its momentum's norm: g ← g · min(1, r·‖m̂‖ / ‖g‖), m̂ the mean of clipped g.
+    """Clips each leaf to a multiple of its momentum's norm: g ← g · min(1, r·‖m̂‖ / ‖g‖).
 
-    Unlike a mean of norms, m̂ is short where gradients point in all directions. No bound until there is momentum.
+    m̂ is the running mean of clipped gradients. Unlike a mean of norms, m̂ is short where gradients point in all directions. No bound until there is momentum.
 
     Args:
       ratio: r. Gradients that are all noise are √((1 + β) / (1 - β)) times as long as their mean of decay β, 4.4 times
         for 0.9: with a smaller ratio clip and momentum would shrink each other to nothing.
       decay: of the momentum.
-      scope: which numbers share one norm; OLMo's is `leaf`.
+      scope: which numbers share one norm; OLMo's is `scopes.leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
@@ -70,28 +70,44 @@ def clip_by_momentum_norm(
     >>> round(float(updates[0]), 4)
     5.0
     """
-    shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
-    decay = number(decay, "clip_by_momentum_norm", "decay", 0.0, 1.0)
-    noise = math.sqrt((1 + decay) / (1 - decay)) if isinstance(decay, float | int) else 1.0
-    ratio = number(ratio, "clip_by_momentum_norm", "ratio", noise)
-    clip = clip_by(param_relative(ratio, floor=None), scope=scope, **shared)
+    validate.share(decay=decay)
+    known = validate.is_static(decay)
+    validate.at_least(math.sqrt((1 + decay) / (1 - decay)) if known else 1, ratio=ratio)
+    # `param_relative` bounds a block by the norm of whatever tree it is given as `params`. Here that is the
+    # momentum, and `update_fn` passes it in their place.
+    clip = clip_by(
+        param_relative(ratio, floor=None),
+        scope=scope,
+        exclude=exclude,
+        nonfinite=nonfinite,
+        axis_names=axis_names,
+    )
 
     def init_fn(params):
-        zeros = measured_leaves(jax.tree.map(jnp.zeros_like, params), exclude)
-        momentum = zeros.rebuild([widen(x) for x in zeros.arrays])
+        momentum = start_carry(params, exclude)
         return MomentumNormState(jnp.zeros((), jnp.int32), momentum, clip.init(params))
 
+    guard = StateGuard(validate.called(), MomentumNormState, init_fn)
+
     def update_fn(updates, state, params=None, **extra_args):
-        kept = measured_leaves(state.momentum, exclude)
+        guard.check(state, updates)
+        kept = select(state.momentum, exclude)
         rest = jnp.asarray(1 - decay).astype(jnp.float32)
-        seen = -jnp.expm1(jnp.maximum(state.clip_step, 1).astype(jnp.float32) * jnp.log1p(-rest))
-        corrected = kept.rebuild([times(m, 1 / seen) for m in kept.arrays])
-        clipped, clip_state = clip.update(updates, state.clip, corrected, **extra_args)
-        gradients = [widen(g) for g in measured_leaves(clipped, exclude).arrays]
-        norms = cast(ClipState, clip_state).metrics.grad_norm  # the same on all devices; gradients may be parts
+        corrected = [xla.times(m, 1 / _seen(state.clip_step, rest)) for m in kept.arrays]
+        momentum = kept.rebuild(corrected)
+        clipped, clip_state = clip.update(updates, state.clip, momentum, **extra_args)
+        # Of what was measured, which is the same on all devices; gradients may be parts.
+        norms = clip_state.metrics.grad_norm
         fine = jnp.all(jnp.isfinite(norms)) & jnp.any(norms > 0)
-        moved = [jnp.where(fine, m + times(g - m, rest), m) for g, m in zip(gradients, kept.arrays, strict=True)]
+        gradients = map(xla.widen, select(clipped, exclude).arrays)
+        pairs = zip(gradients, kept.arrays, strict=True)
+        moved = kept.rebuild([jnp.where(fine, m + xla.times(g - m, rest), m) for g, m in pairs])
         step = jnp.where(fine, optax.safe_increment(state.clip_step), state.clip_step)
-        return clipped, MomentumNormState(step, kept.rebuild(moved), clip_state)
+        return clipped, MomentumNormState(step, moved, clip_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _seen(step, rest):
+    """The bias correction of a mean of decay 1 - `rest`; for no step at all that of one."""
+    return -jnp.expm1(jnp.maximum(step, 1).astype(rest.dtype) * jnp.log1p(-rest))

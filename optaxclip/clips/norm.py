@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from optaxclip import scopes, trees, validate, xla
 from optaxclip.actions import band, rescale
 from optaxclip.base import Action, AxisNames, Exclude, Label, Nonfinite, Norm, Threshold
-from optaxclip.clips.bounds import bound_each, is_tree, refuse_vector
+from optaxclip.clips.bounds import bound_each, bound_leaves
 from optaxclip.core import clip_by
 from optaxclip.norms import as_norm, l2, rms
 from optaxclip.thresholds.fixed import as_threshold
@@ -149,17 +149,9 @@ def clip_by_leaf_norm(
     >>> tx.update(grads, tx.init(grads))[0]
     {'b': Array([0.1], dtype=float32), 'w': Array([0.6, 0.8], dtype=float32)}
     """
-    scope = refuse_vector(scopes.leaf, max_norm)
-    if is_tree(max_norm):
-        validate.exclude(exclude)
-        flat, _ = trees.flatten_with_paths(max_norm)
-        excluded = trees.matcher(exclude)
-        flat = [(path, bound) for path, bound in flat if not excluded(path)]
-        names = scopes.leaf.cut([path for path, _ in flat], [()] * len(flat)).names
-        named = dict(zip(names or (), (bound for _, bound in flat), strict=True))
-        max_norm, scope = bound_each(named, scopes.leaf)
+    threshold, scope = bound_leaves(exclude, max_norm=max_norm)
     return clip_by(
-        as_threshold(max_norm=max_norm),
+        threshold,
         scope=scope,
         norm=norm,
         action=_action(eps, min_norm),
@@ -205,9 +197,11 @@ def clip_by_group_norm(
     """
     scope = scopes.groups(scopes.module_of if label is None else label)
     if isinstance(max_norm, Mapping):
-        max_norm, scope = bound_each(max_norm, scope)
+        threshold, scope = bound_each(scope, max_norm=max_norm)
+    else:
+        threshold = as_threshold(max_norm=max_norm)
     return clip_by(
-        as_threshold(max_norm=max_norm),
+        threshold,
         scope=scope,
         norm=norm,
         action=_action(eps, min_norm),

@@ -1,16 +1,17 @@
 """Functions of singular values, without a decomposition.
 
-Everything is products of matrices, for accelerators.  The polar factor of X = U·Σ·Vᵀ, which is U·Vᵀ, comes from an
-iteration that drives all singular values to 1.  The polar factor of X on top of the identity has two blocks, and both
-clips at 1 follow from them:
+Everything is products of matrices, for accelerators.  The polar factor of X = U·Σ·Vᵀ, which is
+U·Vᵀ, comes from an iteration that drives all singular values to 1.  The polar factor of X on top of
+the identity has two blocks, and both clips at 1 follow from them:
 
     Y = X·(XᵀX + I)^-½     singular values y = σ / √(1 + σ²), the soft clip
     Z =   (XᵀX + I)^-½     singular values z = 1 / √(1 + σ²)
     Y / max(Z, Y)          min(σ, 1), the hard clip, because σ = y / z
 
-Here nothing is larger than 1 and nothing that is divided by is smaller than √½.  The usual form of the hard clip,
-½(O + X - A·polar(A)ᵀ·O) with O = polar(X) and A = O - X, takes the polar factor of X itself, which does not converge
-where X is nearly singular, and subtracts numbers as large as the largest singular value.
+Here nothing is larger than 1 and nothing that is divided by is smaller than √½.  The usual form of
+the hard clip, ½(O + X - A·polar(A)ᵀ·O) with O = polar(X) and A = O - X, takes the polar factor of X
+itself, which does not converge where X is nearly singular, and subtracts numbers as large as the
+largest singular value.
 """
 
 import functools
@@ -22,7 +23,8 @@ import numpy as np
 from jax import lax
 
 from optaxclip.actions import rescale, smooth
-from optaxclip.norms import l2, times
+from optaxclip.norms import l2
+from optaxclip.xla import times
 
 Method = Literal["hard", "soft"]
 Solver = Literal["polar", "svd"]
@@ -145,7 +147,8 @@ def clipped(x: jax.Array, bound: jax.Array, method: Method, solver: Solver, step
 def largest_singular_value(x: jax.Array) -> jax.Array:
     """Of (batch, m, n) matrices the largest of all: power iteration from a vector of random numbers, always the same.
 
-    From the longest row it would stay there if that row were orthogonal to many shorter ones that are alike.
+    From the longest row it would stay there if that row were orthogonal to many shorter ones that
+    are alike.
     """
     entry = largest_entry(x)
     scaled = _per(x, entry)

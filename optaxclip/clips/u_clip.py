@@ -1,21 +1,20 @@
 """Clips that remember: what was cut off is carried over (U-Clip), or only the gradient's change is cut (Clip21)."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.apply import Nonfinite, as_dtype_of
-from optaxclip.core import ClipState, clip_by
-from optaxclip.leaves import Exclude, measured_leaves
-from optaxclip.mesh import AxisNames
-from optaxclip.norms import widen
-from optaxclip.scopes import Scope, tree
-from optaxclip.thresholds.combine import Threshold, as_threshold
-from optaxclip.thresholds.fixed import unchanging
-from optaxclip.thresholds.learned import number
+from optaxclip import scopes, validate, xla
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
+from optaxclip.clips.carry import start_carry
+from optaxclip.core import clip_by
+from optaxclip.states import StateGuard
+from optaxclip.thresholds.blocks import Fixed
+from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.trees import Leaves, select
 
 
 class CarryState(NamedTuple):
@@ -30,35 +29,54 @@ class CarryState(NamedTuple):
     clip: Any
 
 
-def _zeros(params: Any, exclude: Exclude) -> Any:
-    leaves = measured_leaves(jax.tree.map(jnp.zeros_like, params), exclude)
-    return leaves.rebuild([widen(x) for x in leaves.arrays])
+def _remember(clip, exclude: Exclude, step) -> optax.GradientTransformationExtraArgs:
+    """The transformation of one `step(leaves, carry, state, params, **extra_args)`.
+
+    It returns the updates, the carry, both lists of arrays, and the new state of the clip.
+    """
+
+    def init_fn(params):
+        return CarryState(start_carry(params, exclude), clip.init(params))
+
+    guard = StateGuard(validate.called(), CarryState, init_fn)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        guard.check(state, updates)
+        leaves, old = select(updates, exclude), select(state.carry, exclude)
+        out, carry, clip_state = step(leaves, old.arrays, state.clip, params, **extra_args)
+        # One decision for all devices: the norm is the same on all of them, gradients may be parts.
+        fine = jnp.all(jnp.isfinite(clip_state.metrics.grad_norm))
+        kept = [jnp.where(fine, a, b) for a, b in zip(carry, old.arrays, strict=True)]
+        out = list(map(xla.as_dtype_of, leaves.arrays, out))
+        return leaves.rebuild(out), CarryState(old.rebuild(kept), clip_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _all_finite(state: optax.OptState) -> jax.Array:
-    """Whether what a clip measured was finite: one decision for all devices, as the norm is."""
-    return jnp.all(jnp.isfinite(cast(ClipState, state).metrics.grad_norm))
+def _clipped(clip, leaves: Leaves, arrays: list[jax.Array], exclude: Exclude, *rest, **extra_args):
+    """Arrays in the place of the leaves after a clip, and its state."""
+    tree, state = clip.update(leaves.rebuild(arrays), *rest, **extra_args)
+    return select(tree, exclude).arrays, state
 
 
-def _kept(fine: jax.Array, new: list[jax.Array], old: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.where(fine, a, b) for a, b in zip(new, old, strict=True)]
-
-
+@validate.named
 def u_clip(
     max_norm: Threshold,
     max_carry: ArrayLike = 10.0,
     *,
-    scope: Scope = tree,
+    scope: Scope = scopes.tree,
     exclude: Exclude = None,
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips the gradient plus what was cut off before: u = clip(g + Δ), Δ ← g + Δ - u. On average nothing is lost.
+    """Clips the gradient plus what was cut off before: u = clip(g + Δ), Δ ← g + Δ - u.
+
+    On average nothing is lost.
 
     Args:
       max_norm: the bound γ. It must be larger than the mean gradient's norm, or Δ grows until it is capped.
       max_carry: the cap on ‖Δ‖, as a multiple of the bound.
-      scope: which numbers share one norm; `units(())` clips each element by itself.
+      scope: which numbers share one norm; `scopes.units(())` clips each element by itself.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
@@ -80,33 +98,32 @@ def u_clip(
     [1.]
     [0.5]
     """
+    validate.nonnegative(max_carry=max_carry)
     shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
-    max_carry = number(max_carry, "u_clip", "max_carry", 0.0)
-    clip = clip_by(as_threshold(max_norm, "u_clip", "max_norm"), scope=scope, **shared)
+    clip = clip_by(as_threshold(max_norm=max_norm), scope=scope, **shared)
 
-    def capped(carry: Any, bound: jax.Array) -> Any:
-        cap = clip_by(unchanging(jnp.asarray(max_carry).astype(bound.dtype) * bound), scope=scope, **shared)
-        return cap.update(carry, cap.init(carry))[0]
+    def limit(norms, state, params=None, *, carry_bound, **extra_args):
+        most = jnp.asarray(max_carry).astype(carry_bound.dtype) * carry_bound
+        return jax.tree.map(lambda n: jnp.broadcast_to(most.astype(n.dtype), n.shape), norms), state
 
-    def update_fn(updates, state, params=None, **extra_args):
-        leaves, old = measured_leaves(updates, exclude), measured_leaves(state.carry, exclude)
-        sums = [widen(g) + c for g, c in zip(leaves.arrays, old.arrays, strict=True)]
-        clipped, clip_state = clip.update(leaves.rebuild(sums), state.clip, params, **extra_args)
-        kept = measured_leaves(clipped, exclude).arrays
-        rest = old.rebuild([a - b for a, b in zip(sums, kept, strict=True)])
-        carry = measured_leaves(capped(rest, cast(ClipState, clip_state).metrics.clip_bound), exclude).arrays
-        carry = old.rebuild(_kept(_all_finite(clip_state), carry, old.arrays))
-        return leaves.rebuild(list(map(as_dtype_of, leaves.arrays, kept))), CarryState(carry, clip_state)
+    # Built here, with the bound passed at each update: a clip of its own for each would compile each time.
+    cap = clip_by(Fixed(lambda norms: optax.EmptyState(), limit), scope=scope, **shared)
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: CarryState(_zeros(params, exclude), clip.init(params)), update_fn
-    )
+    def step(leaves, carry, state, params, **extra_args):
+        sums = [xla.widen(g) + c for g, c in zip(leaves.arrays, carry, strict=True)]
+        out, state = _clipped(clip, leaves, sums, exclude, state, params, **extra_args)
+        rest = [a - b for a, b in zip(sums, out, strict=True)]
+        bound = state.metrics.clip_bound
+        return out, _clipped(cap, leaves, rest, exclude, None, carry_bound=bound)[0], state
+
+    return _remember(clip, exclude, step)
 
 
+@validate.named
 def clip21(
     max_norm: Threshold,
     *,
-    scope: Scope = tree,
+    scope: Scope = scopes.tree,
     exclude: Exclude = None,
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
@@ -117,7 +134,7 @@ def clip21(
 
     Args:
       max_norm: the bound of the change.
-      scope: which numbers share one norm; `units(())` clips each element by itself.
+      scope: which numbers share one norm; `scopes.units(())` clips each element by itself.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
@@ -139,18 +156,20 @@ def clip21(
     [2.]
     [2.5]
     """
-    shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
-    clip = clip_by(as_threshold(max_norm, "clip21", "max_norm"), scope=scope, **shared)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        leaves, old = measured_leaves(updates, exclude), measured_leaves(state.carry, exclude)
-        change = [widen(g) - v for g, v in zip(leaves.arrays, old.arrays, strict=True)]
-        clipped, clip_state = clip.update(leaves.rebuild(change), state.clip, params, **extra_args)
-        cut, fine = measured_leaves(clipped, exclude).arrays, _all_finite(clip_state)
-        moved = [v + c for v, c in zip(old.arrays, cut, strict=True)]
-        carry, out = _kept(fine, moved, old.arrays), _kept(fine, moved, cut)
-        return leaves.rebuild(list(map(as_dtype_of, leaves.arrays, out))), CarryState(old.rebuild(carry), clip_state)
-
-    return optax.GradientTransformationExtraArgs(
-        lambda params: CarryState(_zeros(params, exclude), clip.init(params)), update_fn
+    clip = clip_by(
+        as_threshold(max_norm=max_norm),
+        scope=scope,
+        exclude=exclude,
+        nonfinite=nonfinite,
+        axis_names=axis_names,
     )
+
+    def step(leaves, carry, state, params, **extra_args):
+        change = [xla.widen(g) - v for g, v in zip(leaves.arrays, carry, strict=True)]
+        cut, state = _clipped(clip, leaves, change, exclude, state, params, **extra_args)
+        moved = [v + c for v, c in zip(carry, cut, strict=True)]
+        fine = jnp.all(jnp.isfinite(state.metrics.grad_norm))
+        out = [jnp.where(fine, new, bad) for new, bad in zip(moved, cut, strict=True)]
+        return out, moved, state
+
+    return _remember(clip, exclude, step)

@@ -1,36 +1,36 @@
-"""The signs of gradients that explode or vanish, in a recorded window: each with its evidence, and what to try."""
+"""Signs of gradients that explode or vanish, in a recorded run: each with its evidence, and what to try."""
 
 from typing import Any, NamedTuple
 
-from optaxclip.findings import Findings
-from optaxclip.watching.signs import RULES
-from optaxclip.watching.window import as_window
+from optaxclip.monitoring.findings import Findings
+from optaxclip.monitoring.history import Recorded, read_run
+from optaxclip.monitoring.signs import RULES
 
 
 class Sign(NamedTuple):
     """One sign that something is wrong.
 
     Attributes:
-      name: a short name, which stays: "norms-exploding".
+      name: a short, stable name: "norms-exploding".
       what: what is seen, in words.
       evidence: the numbers.
-      mend: what to try.
+      fix: what to try.
     """
 
     name: str
     what: str
     evidence: dict[str, float]
-    mend: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.what}\n    Try: {self.mend}"
+        return f"{self.name}: {self.what}\n    Try: {self.fix}"
 
 
-def diagnose(history: Any, *, losses: Any = None, param_norms: Any = None) -> tuple[Sign, ...]:
-    """Looks for the signs of exploding and vanishing gradients in a recorded window of steps.
+def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) -> tuple[Sign, ...]:
+    """Looks for signs of exploding and vanishing gradients in a recorded run of steps.
 
-    The signs are listed, with the numbers that make them, in docs/watching.md. A window of 100 steps or more says most;
-    one of fewer than 20 only whether all was finite. A healthy run has no signs.
+    The docs list the signs and the numbers that define them. Most rules need 20 steps, some 100; with fewer it only
+    says whether all was finite. A healthy run has no signs.
 
     Args:
       history: what `optaxclip.metrics` read at each step: a `History`, a sequence of dicts, or a dict of arrays with
@@ -39,7 +39,7 @@ def diagnose(history: Any, *, losses: Any = None, param_norms: Any = None) -> tu
       param_norms: the norm of all parameters at each step; None: what the history has under "param_norm", if anything.
 
     Returns:
-      A tuple of `Sign`, empty if there are none; `str` of one reads well.
+      A tuple of `Sign`, empty if there are none; print it, or one of them, for a report.
 
     Raises:
       ValueError: if the history has no norms.
@@ -49,5 +49,5 @@ def diagnose(history: Any, *, losses: Any = None, param_norms: Any = None) -> tu
     ...     print(sign.name, sorted(sign.evidence))
     norms-exploding ['doubling_steps', 'growth', 'r2', 'steps']
     """
-    window = as_window(history, losses, param_norms)
-    return Findings(Sign(*found) for rule in RULES for found in rule(window))
+    run = read_run(history, losses, param_norms)
+    return Findings(Sign(*found) for rule in RULES for found in rule(run))

@@ -1,22 +1,28 @@
-"""A recorded run: what `metrics` said at each step, as arrays with one entry a step."""
+"""A recorded run: what `metrics` returned at each step, as arrays with one entry a step."""
 
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from optaxclip import validate
+from optaxclip.states import kind_of
 
 
 class History:
     """Collects the dict of scalars of each step, on the host, without waiting for the device.
 
-    What is appended is read when the next step is, and is done by then; so training is never held up for more than what
-    it costs to copy a few scalars.
+    A step is copied to the host when the next one is appended, and has been computed by then; so training waits
+    only for the copy of a few scalars.
 
     Args:
       window: how many of the last steps to keep; None: all.
+
+    Raises:
+      ValueError: for a window that is not a whole number of at least 1.
 
     >>> import optaxclip
     >>> history = optaxclip.History()
@@ -27,13 +33,31 @@ class History:
     """
 
     def __init__(self, window: int | None = None):
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise validate.fail("window must be a whole number of at least 1, or None", window, call="History")
         self._rows: deque[dict[str, float]] = deque(maxlen=window)
         self._last: dict[str, Any] = {}
 
     def append(self, metrics: Mapping[str, Any], **more: Any) -> None:
-        """Takes in one step: `optaxclip.metrics(opt_state)`, and for example `loss=` and `param_norm=`."""
+        """Takes in one step: `optaxclip.metrics(opt_state)`, and for example `loss=` and `param_norm=`.
+
+        Raises:
+          ValueError: for what is not a dict of scalars, such as a state.
+        """
+        if not isinstance(metrics, Mapping):
+            raise ValueError(
+                "History.append takes the scalars of one step, not a state: write"
+                f" history.append(optaxclip.metrics(opt_state), loss=loss). Got {kind_of(metrics)}."
+            )
+        row = {**metrics, **more}
+        wide = {key: np.shape(x) for key, x in row.items() if np.shape(x)}
+        if wide:
+            raise ValueError(
+                f"History.append takes one number under each key; not so {dict(list(wide.items())[:3])}. Of several runs"
+                " (vmap) append one each to a History of its own; of a lax.scan the stacked dict is a history already."
+            )
         self._read()
-        self._last = {**metrics, **more}
+        self._last = row
 
     def _read(self) -> None:
         if self._last:
@@ -51,13 +75,13 @@ class History:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """One array a key, one entry a step; NaN where a step lacks the key."""
-        return columns(self)
+        return to_columns(self)
 
 
 Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
-def columns(history: Recorded) -> dict[str, np.ndarray]:
+def to_columns(history: Recorded) -> dict[str, np.ndarray]:
     """One array a key, on the host; NaN where a step lacks the key.
 
     Raises:
@@ -77,12 +101,12 @@ def columns(history: Recorded) -> dict[str, np.ndarray]:
     return {key: np.asarray(jax.device_get(x), np.float64) for key, x in rows.items()}
 
 
-def stacked(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
+def select_clip(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
     """The history of one clip, on the host: keys without their prefix, each an array with one entry a step.
 
     Args:
-      history: a `History`; a list with a dict for each step, as `optaxclip.metrics` returns it, with your own entries
-        ("loss"), if you like; or a dict of arrays. Steps that lack a key have NaN there.
+      history: a `History`; a list with a dict for each step, as `optaxclip.metrics` returns it, with your own
+        entries ("loss"), if you like; or a dict of arrays. Steps that lack a key have NaN there.
       clip: which, if there are several clips in the state.
 
     Returns:
@@ -91,29 +115,36 @@ def stacked(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
     Raises:
       ValueError: for what is no history, or one without a step, or with several runs in it.
 
-    >>> from optaxclip.history import stacked
-    >>> stacked([{"clip/grad_norm": 1.0, "loss": 3.0}, {"clip/grad_norm": 2.0, "loss": 1.0}])
+    >>> from optaxclip.monitoring.history import select_clip
+    >>> select_clip([{"clip/grad_norm": 1.0, "loss": 3.0}, {"clip/grad_norm": 2.0, "loss": 1.0}])
     {'grad_norm': array([1., 2.]), 'loss': array([3., 1.])}
     """
-    arrays = columns(history)
-    if not arrays or any(x.ndim != 1 or not x.size for x in arrays.values()):
-        shapes = {key: x.shape for key, x in arrays.items()}
+    columns = to_columns(history)
+    if not columns or any(x.ndim != 1 or not x.size for x in columns.values()):
+        shapes = {key: x.shape for key, x in columns.items()}
         raise ValueError(f"A history has one number a step under each key, and at least one step; got {shapes}.")
-    return _of_clip(arrays, clip)
-
-
-def _of_clip(arrays: dict[str, np.ndarray], clip: int) -> dict[str, np.ndarray]:
-    """Without the prefix `clip/` or `clip/<number>/`, and without the other clips."""
     found = {}
-    for key, value in arrays.items():
+    for key, column in columns.items():
         match = re.fullmatch(r"(?:clip/)?(?:(\d+)/)?(.*)", key)
         number, name = match.groups() if match else (None, key)
         if number is None or int(number) == clip:
-            found[name] = value
+            found[name] = column
     return found
 
 
-def needed(seen: Mapping[str, np.ndarray], key: str, call: str) -> np.ndarray:
+def find_norms(seen: Mapping[str, np.ndarray], call: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The norms of a clip and those of its blocks; if it does not measure, those of a watch or skip wrapper.
+
+    Raises:
+      ValueError: naming the call, if there are none.
+    """
+    for start in ("", "watch/", "skip/"):
+        if f"{start}grad_norm" in seen:
+            return seen[f"{start}grad_norm"], block_norms(seen, start)
+    return require(seen, "grad_norm", call), {}
+
+
+def require(seen: Mapping[str, np.ndarray], key: str, call: str) -> np.ndarray:
     """What the history of a clip has under a key that `metrics` writes.
 
     Raises:
@@ -122,11 +153,59 @@ def needed(seen: Mapping[str, np.ndarray], key: str, call: str) -> np.ndarray:
     if key not in seen:
         raise ValueError(
             f"{call}: no {key!r} in the history of this clip, only {sorted(seen)[:20]}: append"
-            " optaxclip.metrics(opt_state) at each step."
+            " optaxclip.metrics(opt_state) at each step. If that has none, the clip does not measure: put"
+            " optaxclip.watch() before it."
         )
     return seen[key]
 
 
-def blocks(seen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def block_norms(seen: Mapping[str, np.ndarray], start: str = "") -> dict[str, np.ndarray]:
     """The norms by block, if the clip was by block."""
-    return {key.removeprefix("grad_norm/"): x for key, x in seen.items() if key.startswith("grad_norm/")}
+    head = f"{start}grad_norm/"
+    return {key.removeprefix(head): x for key, x in seen.items() if key.startswith(head)}
+
+
+class RecordedRun(NamedTuple):
+    """A recorded run, sorted by what its keys mean.
+
+    Attributes:
+      norms: (steps,), the total norm.
+      blocks: for each block (steps,), its norm.
+      clips: for each clip that measures its `clipped`, `grad_norm` and `bound`, each (steps,).
+      losses, param_norms: (steps,); None where they are unknown.
+    """
+
+    norms: np.ndarray
+    blocks: dict[str, np.ndarray]
+    clips: dict[str, dict[str, np.ndarray]]
+    losses: np.ndarray | None
+    param_norms: np.ndarray | None
+
+
+def read_run(history: Recorded, losses: Any = None, param_norms: Any = None) -> RecordedRun:
+    """A run out of a `History`, of dicts of scalars, one a step, or of a dict of arrays.
+
+    Raises:
+      ValueError: if no norm is found in it.
+    """
+    table = to_columns(history)
+    roots = sorted((key for key in table if re.search(r"(^|/)grad_norm$", key)), key=lambda key: "watch" not in key)
+    if not roots:
+        raise ValueError(
+            f"diagnose: there is no key 'grad_norm' among {sorted(table)[:20]}: record optaxclip.metrics(opt_state), of"
+            " a chain with optaxclip.watch() or a clip that measures in it."
+        )
+    of_blocks = [block_norms(table, root.removesuffix("grad_norm")) for root in roots]
+    heads = [key.removesuffix("bound") for key in table if re.search(r"(^|/)bound$", key)]
+    fields = ("clipped", "grad_norm", "bound")
+    clips = {
+        head: {field: table[head + field] for field in fields}
+        for head in heads
+        if all(head + field in table for field in fields)
+    }
+
+    def series(given, key):
+        return table.get(key) if given is None else np.asarray(jax.device_get(given), np.float64)
+
+    blocks = next(filter(None, of_blocks), {})
+    return RecordedRun(table[roots[0]], blocks, clips, series(losses, "loss"), series(param_norms, "param_norm"))

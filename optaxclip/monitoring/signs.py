@@ -1,7 +1,7 @@
-"""One rule a sign: each a function of a recorded window that says what it sees, the numbers, and what to try.
+"""One rule for each sign: a function of a recorded run that yields what it sees, the numbers, and what to try.
 
-Each rule asks for an effect that a healthy run does not have by far (a factor of 10 or 100, on top of a good fit), so
-that silence is the rule.
+Each rule asks for an effect far beyond what a healthy run shows (a factor of 10 or 100, and a good fit), so that
+there are few false alarms.
 """
 
 import re
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optaxclip.watching.bad import percent, short
-from optaxclip.watching.window import Window
+from optaxclip.monitoring.findings import format_number, format_share
+from optaxclip.monitoring.history import RecordedRun
 
 Found = Iterator[tuple[str, str, dict[str, float], str]]
 
@@ -19,7 +19,7 @@ _ENOUGH = 20  # steps
 
 
 class _Fit(NamedTuple):
-    """An exponential fit: how much it grows over the steps, and which part of the variance it explains."""
+    """An exponential fit: its growth over the steps, and the share of the variance that it explains."""
 
     growth: float
     r2: float
@@ -40,29 +40,29 @@ def _fit(x: np.ndarray) -> _Fit:
     )
 
 
-def _sound(x: np.ndarray) -> np.ndarray:
-    """What is finite and positive up to the first step that is not finite, which is where a run ends."""
+def _keep_positive(x: np.ndarray) -> np.ndarray:
+    """The finite and positive values up to the first that is not finite, where a run has ended."""
     bad = np.flatnonzero(~np.isfinite(x))
     x = x[: bad[0]] if len(bad) and bad[0] >= 8 else x[np.isfinite(x)]
     return x[x > 0]
 
 
-def _not_finite(w: Window) -> Found:
-    for name, x in (("norm", w.norms), ("loss", w.losses)):
+def _nonfinite(run: RecordedRun) -> Found:
+    for name, x in (("norm", run.norms), ("loss", run.losses)):
         bad = np.flatnonzero(~np.isfinite(x)) if x is not None else []
         if x is not None and len(bad):
             yield (
                 f"{name}-not-finite",
-                f"the {name} is NaN or infinite on {len(bad)} of {len(x)} steps, first on the {bad[0] + 1}. of them.",
+                f"the {name} is NaN or infinite on {len(bad)} of {len(x)} steps, first at step {bad[0] + 1}.",
                 {"steps": len(bad), "share": len(bad) / len(x), "first": int(bad[0])},
-                "optaxclip.skip_nonfinite(optimizer), so that such a step moves nothing; optaxclip.explain with a watch"
-                " names the block that was first and the batch (tag=): look there for logs, roots and divisions at 0,"
-                " and exponentials in half precision.",
+                "optaxclip.skip_nonfinite(optimizer), so that such a step changes nothing; with optaxclip.watch() in the"
+                " chain, optaxclip.explain names the first such block and the batch (tag=): look there for logarithms,"
+                " roots and divisions at 0, and for exponentials in half precision.",
             )
 
 
-def _exploding(w: Window) -> Found:
-    x = _sound(w.norms)
+def _exploding(run: RecordedRun) -> Found:
+    x = _keep_positive(run.norms)
     sizes = [len(x) >> halvings for halvings in range(12) if len(x) >> halvings >= 8]
     fits = [fit for fit in (_fit(x[-size:]) for size in sizes) if fit.growth >= 10 and fit.r2 >= 0.85]
     if fits:
@@ -70,11 +70,11 @@ def _exploding(w: Window) -> Found:
         double = fit.evidence()["doubling_steps"]
         yield (
             "norms-exploding",
-            f"the norm grows exponentially, {short(fit.growth)}-fold over the last {fit.steps} steps: it doubles every"
-            f" {short(double)} steps.",
+            f"the norm grows exponentially, {format_number(fit.growth)}-fold over the last {fit.steps} steps: it doubles every"
+            f" {format_number(double)} steps.",
             fit.evidence(),
-            "a lower learning rate or a longer warm-up; a clip at what was usual before (optaxclip.zclip() finds it);"
-            " in a recurrent network an orthogonal start, or shorter sequences.",
+            "a lower learning rate or a longer warm-up; a clip at the usual norm from before (optaxclip.zclip() finds it);"
+            " in a recurrent network orthogonal initialization, or shorter sequences.",
         )
 
 
@@ -85,8 +85,8 @@ def _halves(x: np.ndarray) -> tuple[float, float, float]:
     return float(np.median(a)), float(np.median(b)), float(1.25 * spread * np.sqrt(2 / max(len(b), 1)))
 
 
-def _loss(w: Window) -> Found:
-    x = w.losses[np.isfinite(w.losses)] if w.losses is not None else np.zeros(0)
+def _loss(run: RecordedRun) -> Found:
+    x = run.losses[np.isfinite(run.losses)] if run.losses is not None else np.zeros(0)
     if len(x) < 2 * _ENOUGH:
         return
     before, after, error = _halves(x)
@@ -95,50 +95,50 @@ def _loss(w: Window) -> Found:
     if abs(change) < 0.02 and abs(after - before) <= 2 * error:
         yield (
             "loss-not-moving",
-            f"the loss is {short(before)} in the first half of the window and {short(after)} in the second, no more"
-            f" apart than its noise.",
+            f"the loss is {format_number(before)} in the first half of the run and {format_number(after)} in the second: the"
+            " difference is within its noise.",
             evidence,
-            "if it has not converged: a higher learning rate, or a higher bound if the clip is always active; look for"
-            " vanishing norms, saturated units and detached parameters.",
+            "if it has not converged: a higher learning rate, or a higher bound if the clip is always active; check for"
+            " vanishing norms, saturated units, and parameters that get no gradient.",
         )
     if change > 0.1 and after - before > 4 * error:
         yield (
             "loss-rising",
-            f"the loss rises from {short(before)} to {short(after)}, the medians of the window's halves.",
+            f"the loss rises from {format_number(before)} to {format_number(after)}, the medians of the two halves of the run.",
             evidence,
-            "a lower learning rate; an earlier checkpoint, with optaxclip.skip_spikes(optimizer).",
+            "a lower learning rate; going back to an earlier checkpoint, with optaxclip.skip_spikes(optimizer).",
         )
 
 
-def _vanishing(w: Window) -> Found:
-    x = _sound(w.norms)
+def _vanishing(run: RecordedRun) -> Found:
+    x = _keep_positive(run.norms)
     if len(x) < _ENOUGH:
         return
     fit, least = _fit(x), 1e-4
-    if w.losses is not None and np.isfinite(w.losses).any():
-        before, after, error = _halves(w.losses[np.isfinite(w.losses)])
+    if run.losses is not None and np.isfinite(run.losses).any():
+        before, after, error = _halves(run.losses[np.isfinite(run.losses)])
         least = 1e-2 if before - after <= 2 * error else 0.0  # where the loss falls, so may the norms
     if fit.growth <= least and fit.r2 >= 0.85:
         yield (
             "norms-vanishing",
-            f"the norm falls exponentially, to {fit.growth:.1g} of what it was {fit.steps} steps before.",
+            f"the norm falls exponentially, to {fit.growth:.1g} of its value {fit.steps} steps earlier.",
             {"growth": fit.growth, "r2": fit.r2, "steps": fit.steps},
-            "normalisation layers, residual connections, units that do not saturate; in float16 a loss scale.",
+            "normalization layers, residual connections, activations that do not saturate; in float16, loss scaling.",
         )
 
 
-def _params(w: Window) -> Found:
-    x = _sound(w.param_norms) if w.param_norms is not None else np.zeros(0)
+def _params(run: RecordedRun) -> Found:
+    x = _keep_positive(run.param_norms) if run.param_norms is not None else np.zeros(0)
     if len(x) < _ENOUGH:
         return
     fit, late = _fit(x), x[-1] / x[len(x) // 2]
     if fit.growth >= 3 and fit.r2 >= 0.8 and late >= 1.3:
         yield (
             "weights-growing",
-            f"the norm of the parameters grows {short(fit.growth)}-fold over {fit.steps} steps, {short(late)}-fold in"
+            f"the norm of the parameters grows {format_number(fit.growth)}-fold over {fit.steps} steps, {format_number(late)}-fold in"
             " the second half.",
             fit.evidence(),
-            "weight decay (optax.adamw), a lower learning rate, normalisation of activations or of logits.",
+            "weight decay (optax.adamw), a lower learning rate, normalization of activations or logits.",
         )
 
 
@@ -152,8 +152,8 @@ def _series(blocks: dict[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
     return {head: {n: np.sqrt(x) for n, x in sorted(layers.items())} for head, layers in squares.items()}
 
 
-def _depth(w: Window) -> Found:
-    for head, layers in _series(w.blocks).items():
+def _depth(run: RecordedRun) -> Found:
+    for head, layers in _series(run.blocks).items():
         usual = {n: np.median(x[np.isfinite(x)]) for n, x in layers.items() if np.isfinite(x).any()}
         norms = np.array([x for x in usual.values() if x > 0])
         if len(norms) < 4:
@@ -165,16 +165,16 @@ def _depth(w: Window) -> Found:
             yield (
                 "norms-fall-with-depth" if vanishes else "norms-grow-with-depth",
                 f"from {head}{max(usual)} back to {head}{min(usual)} the norm {'falls' if vanishes else 'grows'}"
-                f" {short(ratio)}-fold, by {short(per_layer)} a layer.",
+                f" {format_number(ratio)}-fold, by {format_number(per_layer)} a layer.",
                 {"ratio": ratio, "per_layer": per_layer, "r2": fit.r2, "layers": len(norms)},
-                "residual connections, normalisation layers, a start that keeps the scale (He, orthogonal); for the"
-                " time being optaxclip.clip_by_leaf_norm, or larc, which give each layer a bound of its own.",
+                "residual connections, normalization layers, an initialization that keeps the scale (He, orthogonal);"
+                " meanwhile optaxclip.clip_by_leaf_norm or larc, which give each layer a bound of its own.",
             )
 
 
-def _bounded(w: Window) -> Iterator[tuple[str, np.ndarray, dict[str, float]]]:
+def _bounded(run: RecordedRun) -> Iterator[tuple[str, np.ndarray, dict[str, float]]]:
     """For each clip with bounds its name, the norms over the bounds, and the numbers."""
-    for head, clip in w.clips.items():
+    for head, clip in run.clips.items():
         fine = np.isfinite(clip["grad_norm"]) & np.isfinite(clip["bound"])
         norms, bounds, share = (clip[field][fine] for field in ("grad_norm", "bound", "clipped"))
         if len(norms) >= _ENOUGH:
@@ -183,33 +183,34 @@ def _bounded(w: Window) -> Iterator[tuple[str, np.ndarray, dict[str, float]]]:
             yield head.rstrip("/") or "the clip", norms / np.maximum(bounds, 1e-30), evidence
 
 
-def _clip_always(w: Window) -> Found:
-    for name, _, evidence in _bounded(w):
+def _clip_always(run: RecordedRun) -> Found:
+    for name, _, evidence in _bounded(run):
         if evidence["share"] >= 0.95:
             yield (
                 "clip-always-active",
-                f"{name} is active on {percent(evidence['share'])} of steps: the norm is {short(evidence['norm'])} as a"
-                f" rule, the bound {short(evidence['bound'])}. All gradients have one length.",
+                f"{name} is active on {format_share(evidence['share'])} of steps: the norm is typically"
+                f" {format_number(evidence['norm'])}, the bound {format_number(evidence['bound'])}. The norm after the"
+                " clip is always the bound.",
                 evidence,
-                "a bound of the size that norms have, or one that follows them: optaxclip.zclip(), quantile_clip(0.9).",
+                "a bound near the usual norm, or one that follows it: optaxclip.zclip(), quantile_clip(0.9).",
             )
 
 
-def _clip_never(w: Window) -> Found:
-    for name, ratios, evidence in _bounded(w):
+def _clip_never(run: RecordedRun) -> Found:
+    for name, ratios, evidence in _bounded(run):
         nearest = float(np.max(ratios))
         if not evidence["share"] and nearest < 0.2 and len(ratios) >= 100:
             yield (
                 "clip-never-active",
-                f"{name} was not active on any of {len(ratios)} steps: the norm came to {percent(nearest)} of the bound"
-                f" at most. A spike of {short(1 / max(nearest, 1e-30))} times that would pass.",
+                f"{name} was not active on any of {len(ratios)} steps: the largest norm was {format_share(nearest)} of the"
+                f" bound. A spike {format_number(1 / max(nearest, 1e-30))} times as large would pass unclipped.",
                 evidence | {"nearest": nearest},
                 "a bound of a few times the usual norm, or one that follows it: optaxclip.zclip(), quantile_clip().",
             )
 
 
-def _heavy_tail(w: Window) -> Found:
-    x = _sound(w.norms)
+def _heavy_tail(run: RecordedRun) -> Found:
+    x = _keep_positive(run.norms)
     if len(x) < 100:
         return
     usual = np.array([np.median(x[max(i - 25, 0) : i + 26]) for i in range(len(x))])
@@ -220,11 +221,11 @@ def _heavy_tail(w: Window) -> Found:
     if index < 2 and high >= 4:
         yield (
             "heavy-tail",
-            f"1 % of the norms are over {short(high)} times the median around them, the largest {short(ratio[-1])}"
-            f" times; with a tail index of {short(index)} their variance does not settle.",
+            f"1 % of the norms are over {format_number(high)} times the median around them, the largest {format_number(ratio[-1])}"
+            f" times; with a tail index of {format_number(index)} their variance is not finite.",
             {"tail_index": index, "quantile_99": high, "largest": float(ratio[-1])},
-            "a clip: without one a few steps decide where the run goes. quantile_clip(0.9) or zclip(); a larger batch.",
+            "a clip: without one a few steps decide where the run goes: quantile_clip(0.9) or zclip(); a larger batch.",
         )
 
 
-RULES = (_not_finite, _exploding, _vanishing, _depth, _loss, _params, _clip_always, _clip_never, _heavy_tail)
+RULES = (_nonfinite, _exploding, _vanishing, _depth, _loss, _params, _clip_always, _clip_never, _heavy_tail)

@@ -12,7 +12,13 @@ from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
 from optaxclip.per_example.ghost import Backward, by_ghost, by_vmap, mostly_ghost, trace
-from optaxclip.per_example.losses import as_pair, batch_size, example_weights, floating_leaves
+from optaxclip.per_example.losses import (
+    as_pair,
+    batch_size,
+    example_weights,
+    floating_leaves,
+    vary_like,
+)
 from optaxclip.per_example.weights import clip_weights, normal_weights
 from optaxclip.trees import select
 
@@ -103,6 +109,9 @@ def clipped_value_and_grad(
       With Poisson samples, divide it by the *expected* batch size: the size of a sample, which
       `reduce="mean"` divides by, is not private.
 
+      Inside `shard_map` each device clips its own examples, and returns their losses and gradients:
+      pool them with `psum` or `pmean`, also where JAX would do so by itself for an unclipped loss.
+
     Raises:
       ValueError: if an argument is not a valid value; at the call, if a leaf of `params` holds no
         floating-point numbers, the leaves of `batch` have different leading sizes, none or 0,
@@ -147,6 +156,7 @@ def clipped_value_and_grad(
     pair = as_pair(loss, has_aux, keep_batch_dim)
 
     def value_and_grad(params, batch, *shared, weights=None):
+        params = vary_like(params, (batch, shared))
         leaves, given = floating_leaves(params), example_weights(weights, batch_size(batch))
         backward, at_once = _plan(method, microbatch_size, pair, params, batch, shared)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip.per_example.losses import Loss
+from optaxclip.per_example.losses import Loss, vary_like
 from optaxclip.per_example.sites import Site, find_sites
 from optaxclip.per_example.walk import Program, flatten, shaped
 from optaxclip.per_example.weights import (
@@ -76,17 +76,23 @@ class Traced(NamedTuple):
 
 
 def trace(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Traced:
-    """Traces the loss for the first example of a batch.
+    """Traces the loss for one example of a batch.
 
     A parameter that the loss does not use has neither a site nor a gradient.
     """
-    example = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[0], batch), batch)
-    closed, shapes = jax.make_jaxpr(loss, return_shape=True)(params, example, *shared)
-    program = flatten(closed, len(jax.tree.leaves(params)))
+    found = []
+
+    def read(example):
+        found.append(jax.make_jaxpr(loss, return_shape=True)(params, example, *shared))
+
+    # Not of `x[0]`: only inside `vmap` an example has the type, sharding included, with which the
+    # operations are run.
+    jax.vmap(read, out_axes=None)(batch)
+    ((closed, shapes),) = found
+    parameters = len(jax.tree.leaves(params))
+    program = flatten(closed, parameters)
     sites, uses = find_sites(program), program.uses()
-    used = {
-        i for i, slot in enumerate(program.inputs[: len(jax.tree.leaves(params))]) if uses[slot]
-    }
+    used = {i for i, slot in enumerate(program.inputs[:parameters]) if uses[slot]}
     rest = sorted(used - {site.origin.parameter for site in sites})
     return Traced(program, sites, rest, jax.tree.structure(shapes))
 
@@ -101,8 +107,7 @@ def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
         if i is None:
             return results
         seen[i] = [
-            jnp.zeros(()) if j == traced.sites[i].side else jnp.asarray(x)
-            for j, x in enumerate(operands)
+            None if j == traced.sites[i].side else jnp.asarray(x) for j, x in enumerate(operands)
         ]
         return [results[0] + probes[i]]
 
@@ -140,10 +145,8 @@ def mostly_ghost(traced: Traced, params: Any) -> bool:
 def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
     """Forms no gradient of a parameter that has a site."""
     leaves = list(map(jnp.asarray, jax.tree.leaves(params)))
-    probes = [
-        jnp.zeros(y.shape, y.dtype)
-        for y in (shaped(site.op.eqn.outvars[0]) for site in traced.sites)
-    ]
+    outputs = [shaped(site.op.eqn.outvars[0]) for site in traced.sites]
+    probes = vary_like([jnp.zeros(y.shape, y.dtype) for y in outputs], params)
 
     def probed(rest, probes, example):
         arguments = [*leaves, *jax.tree.leaves((example, *shared))]

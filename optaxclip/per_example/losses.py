@@ -5,17 +5,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip import validate
 from optaxclip.trees import flatten_with_paths, is_measured
+from optaxclip.xla.mesh import vary, varying_axes
 
 Loss = Callable[..., tuple[jax.Array, Any]]
 
 _NO_BATCH_NORM = (
     "Statistics of a batch, as BatchNorm keeps them, cannot be taken here: the loss sees one"
-    " example at a time, and through such statistics each example would change the gradients of all others,"
-    " so that no clip could bound what one example does. Use GroupNorm or LayerNorm instead, or"
-    " BatchNorm with fixed statistics, passed after batch."
+    " example at a time, and through such statistics each example would change the gradients of"
+    " all others, so that no clip could bound what one example does. Use GroupNorm or LayerNorm"
+    " instead, or BatchNorm with fixed statistics, passed after batch."
 )
 
 
@@ -49,7 +51,8 @@ def as_pair(loss: Callable[..., Any], has_aux: bool, keep_batch_dim: bool) -> Lo
 def _check_loss(value: Any, call: str) -> None:
     if isinstance(value, tuple | list):
         raise ValueError(
-            f"{call}: loss returned a {type(value).__name__}; for a pair (loss, aux) pass has_aux=True."
+            f"{call}: loss returned a {type(value).__name__}; for a pair (loss, aux) pass"
+            " has_aux=True."
         )
     if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise ValueError(
@@ -95,14 +98,14 @@ def example_weights(weights: Any, size: int) -> jax.Array:
     """Weights of examples, or a mask, as floats from 0: ones for None, 0 for negative and NaN."""
     if weights is None:
         return jnp.ones(size)
-    weights = jnp.asarray(weights)
-    real = jnp.issubdtype(weights.dtype, jnp.floating) or jnp.issubdtype(weights.dtype, jnp.integer)
-    if weights.shape != (size,) or not (real or weights.dtype == bool):
-        raise validate.fail(
-            f"weights must be {size} real numbers or booleans, one an example",
-            f"{weights.dtype} of shape {weights.shape}",
+    weights = weights if isinstance(weights, jax.Array) else np.asarray(weights)
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    if weights.shape != (size,) or not any(jnp.issubdtype(weights.dtype, k) for k in kinds):
+        raise ValueError(
+            f"{validate.called()}: weights must be {size} real numbers or booleans, one an example;"
+            f" got {weights.dtype} of shape {weights.shape}."
         )
-    weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+    weights = jnp.asarray(weights).astype(jnp.promote_types(weights.dtype, jnp.float32))
     return jnp.where(weights > 0, weights, 0)
 
 
@@ -117,3 +120,13 @@ def floating_leaves(params: Any) -> list[jax.Array]:
             " value_and_grad(params, batch, shared)."
         )
     return [jnp.asarray(x) for _, x in flat]
+
+
+def vary_like(params: Any, examples: Any) -> Any:
+    """The parameters, typed in `shard_map` as if each device had its own.
+
+    The derivative by what is typed as the same on all devices is summed over them: the gradients of
+    single examples would be sums of examples of several devices, and be clipped as such.
+    """
+    axes = sorted(frozenset().union(*map(varying_axes, jax.tree.leaves(examples))))
+    return jax.tree.map(lambda x: vary(x, axes), params) if axes else params

@@ -12,7 +12,6 @@ A site is kept only where this is less work, and less memory, than the gradient 
 d·p, so that nothing is ever larger than the activations that the backward pass holds anyway.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,8 +22,8 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from optaxclip.per_example.products import in_unit, length, product_squares, row_norms, total
 from optaxclip.per_example.walk import Op, Origin, Program, shaped
-from optaxclip.per_example.weights import per_example
 from optaxclip.xla import accumulator
 
 
@@ -43,62 +42,6 @@ class Site(NamedTuple):
     op: Op
     side: int
     norms: Callable[[list[jax.Array], jax.Array], jax.Array]
-
-
-def _power_of_two(exponents: jax.Array, dtype) -> jax.Array:
-    """2ᵉ, exactly, for exponents in the range of the dtype."""
-    limit = jnp.finfo(dtype).maxexp - 2
-    return jnp.asarray(np.ldexp(1.0, np.arange(-limit, limit + 1)), dtype)[exponents + limit]
-
-
-def _in_unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x` in a unit of its own for each example, 2ᵉ, and e: squares neither overflow nor vanish."""
-    wide = accumulator([x])
-    largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0).astype(wide)
-    limit = jnp.finfo(x.dtype).maxexp - 2
-    exponents = jnp.clip(jnp.frexp(largest)[1], -limit, limit)
-    return x * per_example(_power_of_two(-exponents, x.dtype), x), exponents
-
-
-def _gram(x: jax.Array) -> jax.Array:
-    """The inner products of all pairs of rows, (B, T, T); in float32 at least."""
-    wide = accumulator([x])
-    if x.shape[1] == 1:  # a product of matrices of one row is slow
-        return jnp.sum(jnp.square(x.astype(wide)), axis=2, keepdims=True)
-    return jnp.einsum(
-        "bsd,btd->bst", x, x, precision=lax.Precision.HIGHEST, preferred_element_type=wide
-    )
-
-
-def _total(products: jax.Array) -> jax.Array:
-    return jnp.sum(products, axis=tuple(range(1, products.ndim)))
-
-
-def _length(squares: jax.Array, exponents: jax.Array) -> jax.Array:
-    """√squares back in the unit 1. NaN stays NaN."""
-    norms = jnp.sqrt(jnp.maximum(squares, 0))  # rounding may make a sum of nearly nothing negative
-    half = exponents // 2  # in halves: 2ᵉ itself may be beyond the range
-    return norms * _power_of_two(half, norms.dtype) * _power_of_two(exponents - half, norms.dtype)
-
-
-def product_norms(parts: list[jax.Array], dy: jax.Array, pairs: bool) -> jax.Array:
-    """‖Σₜ xₜ ⊗ dyₜ‖² for dy: (B, T, p), and x: (B, T, d) in parts along d.
-
-    By pairs of rows, or by forming the sum.
-    """
-    wide = accumulator([dy, *parts])
-    if pairs:
-        return _total(sum(_gram(x).astype(wide) for x in parts) * _gram(dy).astype(wide))
-    form = functools.partial(
-        jnp.einsum, "btd,btp->bdp", precision=lax.Precision.HIGHEST, preferred_element_type=wide
-    )
-    return jnp.sum(jnp.stack([_total(jnp.square(form(x, dy))) for x in parts]), axis=0)
-
-
-def row_norms(ids: jax.Array, dy: jax.Array) -> jax.Array:
-    """‖Σₜ onehot(idₜ) ⊗ dyₜ‖ for ids: (B, T) and dy: (B, T, p)."""
-    dy, e = _in_unit(dy)
-    return _length(_total(jnp.where(ids[:, :, None] == ids[:, None, :], _gram(dy), 0)), e)
 
 
 def _rows(x: jax.Array, row_axes, column_axes) -> jax.Array:
@@ -129,11 +72,10 @@ def _dense(eqn: core.JaxprEqn, side: int):
     columns = range(outputs) if side == 0 else range(y.ndim - outputs, y.ndim)
 
     def norms(operands, dy):
-        (x, e), (dy, f) = _in_unit(operands[1 - side]), _in_unit(dy)
+        (x, e), (dy, f) = in_unit(operands[1 - side]), in_unit(dy)
         part = _rows(x, free, contracted[1 - side])
-        return _length(
-            product_norms([part], _rows(dy, _rest(y.ndim, columns), columns), pairs=True), e + f
-        )
+        rows = _rows(dy, _rest(y.ndim, columns), columns)
+        return length(product_squares([part], rows, pairs=True), e + f)
 
     return norms
 
@@ -143,17 +85,14 @@ def _shifted(x: jax.Array, eqn: core.JaxprEqn) -> list[jax.Array]:
     p, kernel, out = eqn.params, shaped(eqn.invars[1]).shape, shaped(eqn.outvars[0]).shape
     lhs_spec, rhs_spec, out_spec = p["dimension_numbers"]
     order = (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
-    spread = [
-        (low, high, n - 1) for (low, high), n in zip(p["padding"], p["lhs_dilation"], strict=True)
-    ]
+    spread = [(*pad, n - 1) for pad, n in zip(p["padding"], p["lhs_dilation"], strict=True)]
     x = x.transpose(0, *(a + 1 for a in order))
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *spread, (0, 0, 0)])
 
     def tap(at):
         cuts = [slice(None), slice(None)]
-        for i, n, step, apart in zip(
-            at, out_spec[2:], p["window_strides"], p["rhs_dilation"], strict=True
-        ):
+        strides = zip(at, out_spec[2:], p["window_strides"], p["rhs_dilation"], strict=True)
+        for i, n, step, apart in strides:
             cuts.append(slice(i * apart, i * apart + (out[n] - 1) * step + 1, step))
         return x[tuple(cuts)].reshape(x.shape[0], -1, x.shape[-1])
 
@@ -165,19 +104,15 @@ def _convolution(eqn: core.JaxprEqn, side: int):
     # `vmap(grad)` is slow.
     p, w, y = eqn.params, shaped(eqn.invars[1]), shaped(eqn.outvars[0])
     outputs, channel = w.shape[p["dimension_numbers"][1][0]], p["dimension_numbers"][2][1]
-    if (
-        side != 1
-        or p["feature_group_count"] > 1
-        or p["batch_group_count"] > 1
-        or not w.size * y.size
-    ):
+    grouped = p["feature_group_count"] > 1 or p["batch_group_count"] > 1
+    if side != 1 or grouped or not w.size * y.size:
         return None
     pairs = _worthwhile(y.size // outputs, w.size // outputs + outputs, w.size)
 
     def norms(operands, dy):
-        (x, e), (dy, f) = _in_unit(operands[0]), _in_unit(dy)
+        (x, e), (dy, f) = in_unit(operands[0]), in_unit(dy)
         order = [p["dimension_numbers"][2][0], *p["dimension_numbers"][2][2:]]
-        return _length(product_norms(_shifted(x, eqn), _rows(dy, order, [channel]), pairs), e + f)
+        return length(product_squares(_shifted(x, eqn), _rows(dy, order, [channel]), pairs), e + f)
 
     return norms
 
@@ -199,15 +134,12 @@ def _table(eqn: core.JaxprEqn, side: int):
         return None
 
     def norms(operands, dy):
-        ids, dy = (
-            operands[1].reshape(dy.shape[0], looked_up),
-            _rows(dy, _rest(y.ndim, dims.offset_dims), dims.offset_dims),
-        )
+        ids = operands[1].reshape(dy.shape[0], looked_up)
+        dy = _rows(dy, _rest(y.ndim, dims.offset_dims), dims.offset_dims)
         if eqn.params["mode"] == lax.GatherScatterMode.CLIP:
             return row_norms(jnp.clip(ids, 0, entries - 1), dy)
-        inside = (ids >= 0) & (
-            ids < entries
-        )  # the gradient of an entry that is not there goes nowhere
+        # The gradient of an entry that is not there goes nowhere.
+        inside = (ids >= 0) & (ids < entries)
         return row_norms(ids, jnp.where(inside[:, :, None], dy, jnp.zeros_like(dy)))
 
     return norms
@@ -215,8 +147,8 @@ def _table(eqn: core.JaxprEqn, side: int):
 
 def _slice(eqn: core.JaxprEqn, side: int):
     def norms(operands, dy):
-        dy, e = _in_unit(dy)
-        return _length(_total(jnp.square(dy.astype(accumulator([dy])))), e)
+        dy, e = in_unit(dy)
+        return length(total(jnp.square(dy.astype(accumulator([dy])))), e)
 
     return None if side else norms
 

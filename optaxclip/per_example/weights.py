@@ -88,6 +88,5 @@ def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
     """Σᵢ weightsᵢ · xᵢ in float32 at least, without what is in examples of weight 0."""
     wide = xla.widen(x)
     weights = weights.astype(wide.dtype)
-    return jnp.tensordot(
-        weights, drop_unweighted(wide, weights), axes=1, precision=lax.Precision.HIGHEST
-    )
+    # No dot: on an explicit mesh it would have to be told how its result is sharded.
+    return jnp.sum(per_example(weights, wide) * drop_unweighted(wide, weights), axis=0)

@@ -1,4 +1,4 @@
-"""Pictures of how norms are distributed: over layers, and over their size."""
+"""How norms are distributed: over layers, and by size."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.history import Recorded, blocks, needed, stacked
-from optaxclip.plots.axes import DARK, LIGHT, above, axes_or_new, plain_numbers
+from optaxclip.monitoring.history import History, Recorded, block_norms, find_norms, select_clip
+from optaxclip.plots.axes import DARK, LIGHT, axes_or_new, draw_legend_above, format_ticks
 
 LINES = ("-", "--", "-.", ":")
 
 
 def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: int = 0) -> Any:
-    """Draws the norms of all layers over the steps as a heat map, dark for long, on a log scale.
+    """Draws the norms of all layers over the steps as a heat map, dark for large, on a log scale.
 
     Args:
       history: as for `plot_norms`, of a clip by layer (`clip_by_leaf_norm`, `clip_by_group_norm`, `scope=`), or a dict
         of layer -> norms.
       ax: where to draw; None: a new figure, as high as the layers need.
-      columns: at most so many; a column is the largest norm of its steps. Hatched: NaN or infinite.
+      columns: at most this many; a column is the largest norm of its steps. Hatched: NaN or infinite.
       clip: as for `plot_norms`.
 
     Raises:
@@ -30,20 +30,24 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['head', 'body']
     """
-    seen = stacked(history, clip)
-    layers = blocks(seen) or ({} if "grad_norm" in seen else seen)
+    seen = select_clip(history, clip)
+    known = any(key.endswith("grad_norm") for key in seen)
+    layers = block_norms(seen) or block_norms(seen, "watch/") or ({} if known else seen)
     if not layers:
-        raise ValueError("plot_layers: no norms by layer: clip with scope=optaxclip.leaf, or by group.")
+        raise ValueError(
+            "plot_layers: no norms by layer in the history: put optaxclip.watch() before the clip, or clip with"
+            " scope=scopes.leaf or by group."
+        )
     ax, norms = axes_or_new(ax, 8.0, 1.2 + 0.22 * len(layers)), np.stack(list(layers.values()))
     edges = np.linspace(0, norms.shape[1], min(columns, norms.shape[1]) + 1).astype(int)
     cells = np.stack([norms[:, a:b].max(axis=1) for a, b in itertools.pairwise(edges)], axis=1)
-    _heat(ax, edges, cells)
+    _draw_heat_map(ax, edges, cells)
     ax.set_yticks(np.arange(len(layers)) + 0.5, list(layers), fontsize=8)
     ax.set(xlabel="step", ylim=(len(layers), 0), facecolor="white")
     return ax
 
 
-def _heat(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
+def _draw_heat_map(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
     """The cells on a log scale, with a colour bar; a hatch shows through where there is no number."""
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
@@ -68,7 +72,7 @@ def plot_histogram(
     thresholds: Sequence[float] = (),
     bins: int = 40,
 ) -> Any:
-    """Draws how often norms of which size occur, with quantiles, and what candidate thresholds would clip.
+    """Draws a histogram of norms, with quantiles, and what candidate thresholds would clip.
 
     Args:
       norms: (steps,), or a history as for `plot_norms`.
@@ -85,7 +89,7 @@ def plot_histogram(
     >>> [line.get_label() for line in ax.lines]
     ['50% are below 1', '5 would clip 16%']
     """
-    norms = needed(stacked(norms), "grad_norm", "plot_histogram") if _is_history(norms) else norms
+    norms = find_norms(select_clip(norms), "plot_histogram")[0] if _is_history(norms) else norms
     array = np.asarray(norms, float)
     known = array[np.isfinite(array) & (array > 0)]
     if not known.size:
@@ -102,10 +106,10 @@ def plot_histogram(
         style = {"linewidth": 2.0, "marker": marker, "markevery": [1], "markersize": 7}
         ax.axvline(bound, ymax=0.93, color="0.35", label=label, **style)
     ax.set(xscale="log", xlabel="gradient norm", ylabel="steps")
-    plain_numbers(ax.xaxis)
-    above(ax, 3)
+    format_ticks(ax.xaxis)
+    draw_legend_above(ax, 3)
     return ax
 
 
 def _is_history(norms: Any) -> bool:
-    return hasattr(norms, "keys") or (isinstance(norms, list | tuple) and bool(norms) and hasattr(norms[0], "keys"))
+    return hasattr(norms, "keys") or isinstance(norms, History) or (isinstance(norms, list | tuple) and bool(norms) and hasattr(norms[0], "keys"))

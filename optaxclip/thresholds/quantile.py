@@ -103,7 +103,8 @@ def window_zscore(
     Args:
       z: how many (unbiased) standard deviations over the mean.
       window: how many norms are remembered, a Python int.
-      warmup_steps: no bound before this many were seen; None: half the window.
+      warmup_steps: no bound before this many were seen; None: one less than half the window, so that the
+        first to be judged fills the half, as in OLMo-core: the 64th of 128.
       signed: whether zeros and negative numbers are learned, too: for losses.
 
     Raises:
@@ -134,7 +135,7 @@ def window_zscore(
         variance = jnp.sum(jnp.where(known, jnp.square(shares - mean), 0)) / jnp.maximum(count - 1, 1)
         return (mean + like(z, norm) * jnp.sqrt(variance)) * unit
 
-    steps = (window + 1) // 2 if warmup_steps is None else warmup_steps
+    steps = max(window // 2, 2) - 1 if warmup_steps is None else warmup_steps
     return learned(Statistic(empty(window), learn, bound, signed), warmup_steps=steps)
 
 

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.given import as_optimizer
-from optaxclip.leaves import is_measured
-from optaxclip.thresholds.learned import number
+from optaxclip import trees, validate, xla
+from optaxclip.states import StateGuard
 
 
 class ResetState(NamedTuple):
@@ -24,16 +23,17 @@ class ResetState(NamedTuple):
     inner: optax.OptState
 
 
+@validate.named
 def reset_moments(
     inner: optax.GradientTransformation, every: ArrayLike = 500, warmup_steps: ArrayLike = 150
 ) -> optax.GradientTransformationExtraArgs:
-    """Starts `inner` anew every `every` updates, each time with a cosine warm-up: u · (1 - 0.99·½(1 + cos(π·t/N))).
+    """Resets `inner` every so many updates, each time with a cosine warm-up: u · (1 - 0.99·½(1 + cos(π·t/N))).
 
     A spike stays in Adam's moments for hundreds of steps; a reset ends that.
 
     Args:
       inner: what is reset: the part that holds the moments, such as `optax.scale_by_adam()`. Keep schedules outside:
-        their counters would start anew, too.
+        their counters would be reset, too.
       every: how many updates between resets.
       warmup_steps: N, over which updates grow from 1 % to all of their size after a reset, and at the start; 0: none.
 
@@ -56,22 +56,39 @@ def reset_moments(
     1.5
     1.0
     """
-    every = number(every, "reset_moments", "every", 1)
-    warmup_steps = number(warmup_steps, "reset_moments", "warmup_steps", 0)
-    inner = as_optimizer(inner, "reset_moments")
+    validate.at_least(1, every=every)
+    validate.nonnegative(warmup_steps=warmup_steps)
+    inner = validate.as_optimizer(inner)
 
     def init_fn(params):
         return ResetState(jnp.zeros((), jnp.int32), inner.init(params))
 
+    guard = StateGuard(validate.called(), ResetState, init_fn)
+
     def update_fn(updates, state, params=None, **extra_args):
+        guard.check(state, updates if params is None else params)
         due = state.reset_step >= every
         step = jnp.where(due, 0, state.reset_step)
         fresh = inner.init(updates if params is None else params)
-        start = jax.tree.map(lambda a, b: jnp.where(due, jnp.asarray(a).astype(b.dtype), b), fresh, state.inner)
+        start = jax.tree.map(lambda a, b: _select(due, a, b), fresh, state.inner)
         updates, new = inner.update(updates, start, params, **extra_args)
-        done = jnp.clip(step.astype(jnp.float32) / jnp.maximum(jnp.asarray(warmup_steps, jnp.float32), 1e-9), 0, 1)
-        warm = jnp.where(step < warmup_steps, 1 - 0.99 * 0.5 * (1 + jnp.cos(jnp.pi * done)), 1)
-        updates = jax.tree.map(lambda u: u * warm.astype(u.dtype) if is_measured(u) else u, updates)
+        warm = _warmup(step, jnp.asarray(warmup_steps).astype(jnp.float32))
+        updates = jax.tree.map(lambda u: _times(u, warm) if trees.is_measured(u) else u, updates)
         return updates, ResetState(jnp.asarray(optax.safe_increment(step)), new)
 
+    update_fn.inner = inner  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _select(due, fresh, old):
+    return jnp.where(due, jnp.asarray(fresh).astype(old.dtype), old)
+
+
+def _warmup(step, steps):
+    """From 1 % to all of an update over so many steps, along half a cosine."""
+    done = jnp.clip(step.astype(jnp.float32) / jnp.maximum(steps, 1), 0, 1)
+    return jnp.where(step < steps, 1 - 0.99 * 0.5 * (1 + jnp.cos(jnp.pi * done)), 1)
+
+
+def _times(update, factor):
+    return xla.as_dtype_of(update, xla.times(xla.widen(update), factor))

@@ -1,9 +1,10 @@
-"""What must hold the optimizer: a skipped step moves nothing, no parameters, no moments, no counters, no statistics.
+"""Wrappers that skip whole optimizer steps: no parameters, moments, counters or statistics move.
 
-A clip in a chain can only make a bad gradient zero; the optimizer behind it still steps, its moments decay and its
-momentum moves the parameters.  To skip a step its state must be put back, and that takes a wrapper.
+A clip in a chain can only make a bad gradient zero; the optimizer behind it still steps, its moments decay and
+its momentum moves the parameters. To skip a step the optimizer's state must be put back, and that takes a wrapper.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,15 +12,18 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from optaxclip import validate
+from optaxclip.actions import keep
+from optaxclip.base import AxisNames, Exclude, Norm, Threshold
 from optaxclip.core import clip_by
-from optaxclip.given import as_optimizer
-from optaxclip.leaves import Exclude
-from optaxclip.mesh import AxisNames
-from optaxclip.norms import Norm, l2
-from optaxclip.thresholds.combine import Threshold, as_threshold, hold_where_not_finite
-from optaxclip.thresholds.fixed import unchanging
-from optaxclip.thresholds.learned import number
+from optaxclip.norms import l2
+from optaxclip.states import StateGuard
+from optaxclip.thresholds.blocks import hold
+from optaxclip.thresholds.fixed import as_threshold, unchecked
 from optaxclip.thresholds.quantile import window_zscore
+
+# Why a step was skipped, in `SkipState.last_reason`.
+NORM, LOSS, NONFINITE = 1, 2, 3
 
 
 class SkipState(NamedTuple):
@@ -27,19 +31,23 @@ class SkipState(NamedTuple):
 
     Attributes:
       skipped_steps: int32, the steps that were skipped.
-      consecutive_skips: int32, those without a step taken since, up to now.
-      spike: a `ClipState`: the threshold of the norms, and what was seen (read it with `optaxclip.metrics`).
+      consecutive_skips: int32, those since the last step that was taken.
+      last_reason: int32, why the last of them was skipped: 1 its norm was over the bound, 2 its loss was, 3 one of
+        both was not finite; 0 if none was skipped yet.
+      spike: a `ClipState`: the threshold of the norms, what was seen, and the number of all steps.
       loss: the threshold of the losses.
       inner: the state of the optimizer.
     """
 
     skipped_steps: jax.Array
     consecutive_skips: jax.Array
+    last_reason: jax.Array
     spike: Any
     loss: optax.OptState
     inner: optax.OptState
 
 
+@validate.named
 def skip_spikes(
     inner: optax.GradientTransformation,
     threshold: Threshold | None = None,
@@ -54,28 +62,30 @@ def skip_spikes(
 
     The rules of production are thresholds like any other:
 
-    - mean + 6σ of the last 128, after 64 (OLMo): `window_zscore()`, the default, for norms and, if `update` is passed
-      `loss=`, for losses;
-    - a constant: 100.0;
-    - k times a running mean of what was accepted (axlearn): `running(20.0, feed=accepted)`;
-    - the log z-score, fed with spikes at the length of their bound (Lingvo): `log_zscore(4.0, 0.995, order="after",
-      target="threshold", feed=clipped, warmup_steps=100)`.
+    - a constant: `skip_spikes(optimizer, 2.0)`;
+    - mean + 6σ of the last 128, from the 64th step on (OLMo): `thresholds.window_zscore()`, the default, for norms
+      and, if `update` is passed the loss, for losses;
+    - k times a running mean of what was accepted (axlearn): `thresholds.running(20.0, feed=feeds.accepted)`;
+    - the log z-score, fed with spikes at the length of their bound (Lingvo): `thresholds.log_zscore(4.0, 0.995,
+      update_first=False, target="threshold", feed=feeds.clipped, warmup_steps=100)`.
 
     Args:
       inner: the optimizer, or a chain with a clip in it: the norm is that of the gradient before any clip inside.
-      threshold: of norms: a number, schedule or threshold; None: `window_zscore(6.0, 128)`.
-      loss_threshold: of losses, in the same forms; None: `window_zscore(6.0, 128, signed=True)` if a loss is passed.
-      max_consecutive_skips: after so many skips without a break the next finite gradient is taken, whatever its norm,
-        and the thresholds start anew: a run is never locked out by a change of scale. Gradients that are not finite
-        are never taken.
+      threshold: of norms: a number, schedule or threshold; None: `thresholds.window_zscore(6.0, 128)`.
+      loss_threshold: of losses, in the same forms; None: `thresholds.window_zscore(6.0, 128, signed=True)` if a loss
+        is passed.
+      max_consecutive_skips: after so many consecutive skips the next finite gradient is taken, whatever its norm, and
+        the thresholds are reset: a run is never locked out by a change of scale. Gradients that are not finite are
+        never taken.
       norm, exclude, axis_names: as in `optaxclip.clip_by`.
 
     Returns:
-      A transformation whose `update` takes `loss=` beside what `inner` takes, and passes all of it on.
+      A transformation whose `update` takes the loss as `loss=`, or as `value=` (as Optax's line searches do), beside
+      what `inner` takes, and passes all of it on.
 
     Raises:
-      ValueError: for an `inner` that is no optimizer, a bad threshold, or `max_consecutive_skips` below 1; at the
-        update, if there is a `loss_threshold` and no `loss=`.
+      ValueError: for an `inner` that is no optimizer, a bad threshold, a transformation of gradients in place of one,
+        or `max_consecutive_skips` below 1; at the update, if there is a `loss_threshold` and no loss.
 
     Deviations: losses and norms that are not finite never enter a statistic (in OLMo's code one of them makes it skip
     128 steps, in Levanter's it turns the test off). Under `optax.MultiSteps`, put this inside: it then judges the mean.
@@ -97,78 +107,29 @@ def skip_spikes(
     [0.] 1
     [-1.9] 1
     """
-    inner = as_optimizer(inner, "skip_spikes")
-    most = number(max_consecutive_skips, "skip_spikes", "max_consecutive_skips", 1)
-    rule = window_zscore() if threshold is None else as_threshold(threshold, "skip_spikes", "threshold")
-    loss_rule = window_zscore(signed=True) if loss_threshold is None else loss_threshold
-    loss_rule = as_threshold(loss_rule, "skip_spikes", "loss_threshold")
-    watch = clip_by(rule, norm=norm, action=_leave_alone, exclude=exclude, axis_names=axis_names)
-    skipping = _skipping(inner, watch, loss_rule, most)
-
-    def update_fn(updates, state, params=None, *, loss=None, **extra_args):
-        if loss is None and loss_threshold is not None:
-            raise ValueError(
-                "skip_spikes: there is a loss_threshold: write tx.update(grads, state, params, loss=loss)."
-            )
-        return skipping.update(updates, state, params, loss=loss, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(skipping.init, update_fn)
+    _refuse_chain(inner, threshold)
+    inner = validate.as_optimizer(inner)
+    validate.at_least(1, max_consecutive_skips=max_consecutive_skips)
+    rule = window_zscore() if threshold is None else as_threshold(threshold=threshold)
+    loss_rule = window_zscore(signed=True)
+    if loss_threshold is not None:
+        loss_rule = as_threshold(loss_threshold=loss_threshold)
+    watch = clip_by(rule, norm=norm, action=keep, exclude=exclude, axis_names=axis_names)
+    needs_loss = loss_threshold is not None
+    return _skip(inner, watch, loss_rule, max_consecutive_skips, needs_loss=needs_loss)
 
 
-def _skipping(inner: optax.GradientTransformationExtraArgs, watch, loss_rule, most: ArrayLike):
-    """Skips what is over the bound of `watch`, a clip that changes nothing, or whose loss is over that of its rule."""
-
-    def thresholds(params):
-        return watch.init(params), loss_rule.init(jnp.zeros(()))
-
-    def init_fn(params):
-        return SkipState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), *thresholds(params), inner.init(params))
-
-    def judge(updates, state, params, loss, passed):
-        """Whether the step is over a bound, whether it is finite, and the new states of both thresholds."""
-        _, spike = watch.update(updates, state.spike, params, **passed)
-        over, finite = spike.metrics.clipped_share > 0, jnp.isfinite(spike.metrics.grad_norm)
-        if loss is None:
-            return over, finite, spike, state.loss
-        loss = jnp.asarray(loss).astype(jnp.float32)
-        bound, loss_state = loss_rule.update(loss, state.loss, **passed)
-        loss_state = hold_where_not_finite(loss, loss_state, state.loss)
-        return over | (loss > bound), finite & jnp.isfinite(loss), spike, loss_state
-
-    def update_fn(updates, state, params=None, *, loss=None, **extra_args):
-        passed = extra_args if loss is None else extra_args | {"loss": loss}
-        over, finite, spike, loss_state = judge(updates, state, params, loss, passed)
-        anew = over & finite & (state.consecutive_skips >= most)
-        skip = ~finite | (over & ~anew)
-        fresh, fresh_loss = thresholds(updates if params is None else params)
-        steps, new = inner.update(updates, state.inner, params, **passed)
-        return jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), steps), SkipState(
-            jnp.where(skip, optax.safe_increment(state.skipped_steps), state.skipped_steps),
-            jnp.where(skip, optax.safe_increment(state.consecutive_skips), 0),
-            spike._replace(threshold=_select(anew, fresh.threshold, spike.threshold)),
-            _select(anew, fresh_loss, loss_state),
-            _select(skip, state.inner, new),
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _leave_alone(norms, bounds):
-    return jnp.ones_like(norms)
-
-
-def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
-    """One of two trees. A select, not a `cond`: it fuses, takes vmap, and asks nothing of the types in `shard_map`."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
-
-
+@validate.named
 def skip_nonfinite(
-    inner: optax.GradientTransformation, *, exclude: Exclude = None, axis_names: AxisNames | None = None
+    inner: optax.GradientTransformation,
+    *,
+    exclude: Exclude = None,
+    axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Skips steps whose gradients are not finite: updates of zero, and `inner` untouched, for as long as it takes.
 
     Unlike `optax.apply_if_finite`, which applies a NaN after some number of them; `consecutive_skips` in the state
-    tells a loop when to give up. If `update` is passed `loss=`, it must be finite, too.
+    tells a loop when to give up. If `update` is passed the loss, as `loss=` or `value=`, it must be finite, too.
 
     Args:
       inner: the optimizer, or a chain.
@@ -187,6 +148,91 @@ def skip_nonfinite(
     [0.] 1
     [-1.9] 1
     """
-    inner = as_optimizer(inner, "skip_nonfinite")
-    watch = clip_by(jnp.inf, action=_leave_alone, exclude=exclude, axis_names=axis_names)
-    return _skipping(inner, watch, unchanging(jnp.inf), 1)
+    inner = validate.as_optimizer(inner)
+    watch = clip_by(math.inf, action=keep, exclude=exclude, axis_names=axis_names)
+    return _skip(inner, watch, unchecked(math.inf), 1, needs_loss=False)
+
+
+def _refuse_chain(inner: Any, threshold: Any) -> None:
+    """Raises for `skip_spikes(clip, optimizer)`, by somebody who takes it for a chain.
+
+    An optimizer is a transformation, as thresholds are; it is known by the moments in its state.
+    """
+    if not (validate.is_transformation(inner) and validate.is_transformation(threshold)):
+        return
+    is_clip = getattr(inner.update, "description", None) is not None
+    state = jax.eval_shape(threshold.init, jax.ShapeDtypeStruct((), jnp.float32))
+    has_moments = any(optax.tree.get_all_with_path(state, name) for name in ("mu", "nu", "trace"))
+    if is_clip or has_moments:
+        raise ValueError(
+            f"{validate.called()}: the second argument is the threshold of norms, not a transformation of gradients."
+            f" {validate.called()} holds one optimizer: put a clip into a chain with it,"
+            f" {validate.called()}(optax.chain(clip, optimizer), threshold)."
+        )
+
+
+class _Verdict(NamedTuple):
+    """What is found about one step: the reason to skip it (0: none), and the new states of both thresholds."""
+
+    reason: jax.Array
+    spike: Any
+    loss: Any
+
+
+def _judge(watch, loss_rule, updates, state: SkipState, params, loss, passed) -> _Verdict:
+    """Holds norm and loss to their bounds. `watch` is a clip that changes nothing."""
+    _, spike = watch.update(updates, state.spike, params, **passed)
+    finite, over = jnp.isfinite(spike.metrics.grad_norm), spike.metrics.clipped_share > 0
+    reason, loss_state = jnp.where(over, NORM, 0), state.loss
+    if loss is not None:
+        loss = jnp.asarray(loss).astype(jnp.float32)
+        bound, new = loss_rule.update(loss, state.loss, **passed)
+        loss_state = hold(loss_rule.init, loss, new, state.loss)
+        reason = jnp.where(~over & (loss > bound), LOSS, reason)
+        finite = finite & jnp.isfinite(loss)
+    return _Verdict(jnp.where(finite, reason, NONFINITE).astype(jnp.int32), spike, loss_state)
+
+
+def _skip(inner, watch, loss_rule, most: ArrayLike, *, needs_loss: bool):
+    """Runs `inner`, and takes back what it did where the step is to be skipped."""
+    call = validate.called()
+
+    def thresholds(params):
+        return watch.init(params), loss_rule.init(jnp.zeros(()))
+
+    def init_fn(params):
+        counts = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return SkipState(*counts, *thresholds(params), inner.init(params))
+
+    guard = StateGuard(call, SkipState, init_fn)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        guard.check(state, updates if params is None else params)
+        loss = extra_args.get("loss")
+        loss = extra_args.get("value") if loss is None else loss
+        if needs_loss and loss is None:
+            raise ValueError(
+                f"{call}: there is a loss_threshold: write tx.update(grads, state, params, loss=loss)."
+            )
+        reason, spike, loss_state = _judge(watch, loss_rule, updates, state, params, loss, extra_args)
+        lost = (reason > 0) & (reason != NONFINITE) & (state.consecutive_skips >= most)
+        skip = (reason > 0) & ~lost
+        fresh, fresh_loss = thresholds(updates if params is None else params)
+        steps, new = inner.update(updates, state.inner, params, **extra_args)
+        return jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), steps), SkipState(
+            jnp.where(skip, optax.safe_increment(state.skipped_steps), state.skipped_steps),
+            jnp.where(skip, optax.safe_increment(state.consecutive_skips), 0),
+            jnp.where(skip, reason, state.last_reason),
+            spike._replace(threshold=_select(lost, fresh.threshold, spike.threshold)),
+            _select(lost, fresh_loss, loss_state),
+            _select(skip, state.inner, new),
+        )
+
+    update_fn.description = watch.update.description  # type: ignore[attr-defined]
+    update_fn.inner = inner  # type: ignore[attr-defined]
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
+    """One of two trees. A select, not a `cond`: it fuses, takes vmap, and asks nothing of types in `shard_map`."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

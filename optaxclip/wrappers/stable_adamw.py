@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from optaxclip import scopes, validate
+from optaxclip.base import AxisNames
 from optaxclip.core import clip_by
-from optaxclip.given import as_optimizer
-from optaxclip.norms import rms, widen
-from optaxclip.scopes import leaf
-from optaxclip.thresholds.learned import number
+from optaxclip.norms import rms
+from optaxclip.states import StateGuard
+from optaxclip.thresholds.learned import like
+from optaxclip.xla import widen
 
 
 class StableRmsState(NamedTuple):
@@ -21,8 +23,13 @@ class StableRmsState(NamedTuple):
     clip: Any
 
 
+@validate.named
 def scale_by_stable_rms(
-    inner: optax.GradientTransformation, b2: ArrayLike = 0.99, eps: ArrayLike = 1e-6
+    inner: optax.GradientTransformation,
+    b2: ArrayLike = 0.99,
+    eps: ArrayLike = 1e-6,
+    *,
+    axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Shortens each leaf of Adam's update: u ← u / max(1, RMS), RMS = √mean(g² / max(v̂, ε²)).
 
@@ -33,6 +40,7 @@ def scale_by_stable_rms(
         also in a chain with weight decay, which is then shortened, too.
       b2: the decay of that moment.
       eps: ε.
+      axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for an `inner` that is no optimizer, a b2 outside [0, 1) or a negative eps; at the update, if the
@@ -50,36 +58,41 @@ def scale_by_stable_rms(
     >>> round(float(updates[0]), 4)  # without: 1.2247
     1.0
     """
-    b2, eps = number(b2, "scale_by_stable_rms", "b2", 0.0, 1.0), number(eps, "scale_by_stable_rms", "eps", 0.0)
-    inner = as_optimizer(inner, "scale_by_stable_rms")
-    clip = clip_by(1.0, scope=leaf, norm=rms, view=lambda update, share: share)
+    validate.share(b2=b2)
+    validate.nonnegative(eps=eps)
+    inner = validate.as_optimizer(inner)
+    call = validate.called()
+    # What is measured is not the step but g / √v̂, leaf by leaf; `update_fn` passes it in place of `params`.
+    clip = clip_by(
+        1.0, scope=scopes.leaf, norm=rms, view=lambda step, share: share, axis_names=axis_names
+    )
 
-    def shares(updates: Any, state: optax.OptState) -> Any:
-        moments, step = optax.tree.get(state, "nu"), optax.tree.get(state, "count")
-        if moments is None or step is None:
-            raise ValueError(
-                "scale_by_stable_rms: inner must keep Adam's `nu` and `count`: wrap optax.scale_by_adam()."
-            )
-        log = jnp.log1p(-jnp.asarray(1 - b2).astype(jnp.float32))
-        seen = -jnp.expm1(step.astype(jnp.float32) * log)
-
-        def share(g, v):
-            lowest = jnp.asarray(eps).astype(widen(v).dtype)
-            return jnp.abs(widen(g)) / jnp.maximum(jnp.sqrt(widen(v) / seen.astype(widen(v).dtype)), lowest)
-
-        return jax.tree.map(share, updates, moments)
+    def share(g, v, seen):
+        corrected = jnp.sqrt(widen(v) / like(seen, widen(v)))
+        return jnp.abs(widen(g)) / jnp.maximum(corrected, like(eps, corrected))
 
     def init_fn(params):
         return StableRmsState(inner.init(params), clip.init(params))
 
+    guard = StateGuard(call, StableRmsState, init_fn)
+
     def update_fn(updates, state, params=None, **extra_args):
+        guard.check(state, updates if params is None else params)
         steps, new = inner.update(updates, state.inner, params, **extra_args)
-        clipped, record = clip.update(steps, state.clip, shares(updates, new))
+        moments, count = optax.tree.get(new, "nu"), optax.tree.get(new, "count")
+        if moments is None or count is None:
+            raise ValueError(f"{call}: inner must keep Adam's `nu` and `count`: wrap optax.scale_by_adam().")
+        seen = -jnp.expm1(count.astype(jnp.float32) * jnp.log1p(-jnp.asarray(1 - b2).astype(jnp.float32)))
+        shares = jax.tree.map(lambda g, v: share(g, v, seen), updates, moments)
+        clipped, record = clip.update(steps, state.clip, shares)
         return clipped, StableRmsState(new, record)
 
+    update_fn.description = clip.update.description  # type: ignore[attr-defined]
+    update_fn.inner = inner  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@validate.named
 def stable_adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: float = 0.9,
@@ -87,11 +100,17 @@ def stable_adamw(
     eps: float = 1e-6,
     weight_decay: float = 0.0,
     mask: Any = None,
+    *,
+    axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW, the rate of each leaf divided by max(1, RMS(g / √v̂)): Adafactor's update clipping for Adam.
 
     Args:
       learning_rate, b1, b2, eps, weight_decay, mask: of `optax.adamw`. Weight decay is shortened like the rest.
+      axis_names: as in `optaxclip.clip_by`.
+
+    Raises:
+      ValueError: for a b2 outside [0, 1) or a negative eps.
 
     References:
       Wortsman et al., `Stable and low-precision training for large-scale vision-language models
@@ -104,4 +123,7 @@ def stable_adamw(
     -0.1
     """
     adamw = optax.chain(optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay, mask))
-    return optax.chain(scale_by_stable_rms(adamw, b2, eps), optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(
+        scale_by_stable_rms(adamw, b2, eps, axis_names=axis_names),
+        optax.scale_by_learning_rate(learning_rate),
+    )

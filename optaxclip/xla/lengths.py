@@ -136,7 +136,7 @@ def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
     pools, first = parts
     names, span = layout.blocks.names, layout.span
     if span.axes and norm.pool == "sum":
-        pools = pools / np.array([span.copies(i) for i in first], pools.dtype)
+        pools = pools / np.array([[span.copies(i) for i in first]], pools.dtype)
     if names is None:
         pools = jnp.sum(pools, axis=1) if norm.pool == "sum" else jnp.max(pools, axis=1, initial=0)
     else:
@@ -190,6 +190,5 @@ def counts_of(layout: Layout, dtype) -> Any:
 
 def _unit_counts(layout: Layout, row, sizes) -> np.ndarray:
     shape, axes = layout.shapes[row[0]], layout.blocks.axes[row[0]]
-    kept = [1 if axis in axes else n for axis, n in enumerate(shape)]
-    units = max(math.prod(kept), 1)
-    return np.stack([np.full(kept, sizes[i] / units) for i in row])
+    kept = [n for axis, n in enumerate(shape) if axis not in axes]
+    return np.stack([np.full(kept, sizes[i] / max(math.prod(kept), 1)) for i in row])

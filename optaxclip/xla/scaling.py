@@ -43,24 +43,42 @@ def _scaled(x: jax.Array, factor: jax.Array, zeros: bool) -> jax.Array:
 
 def spread(values: Any, layout: Layout) -> list[jax.Array]:
     """One value a block, in a shape that broadcasts against each leaf of the block."""
-    blocks, rows = layout.blocks, layout.rows
+    blocks = layout.blocks
     if blocks.axes is not None:
-        held = [lax.optimization_barrier(row) for row in values]
-        return per_leaf(rows, lambda r, i: held[r][i])
-    if blocks.names is not None:
-        held = functools.partial(_held_entries, layout=layout)
-        return lax.platform_dependent(
-            values, cpu=held, cuda=held, rocm=held, default=lambda vector: [vector[i] for i in blocks.index]
-        )
+        direct, held = _unit_entries, _held_unit_entries
+    elif blocks.names is not None:
+        direct, held = _direct_entries, _held_entries
+    else:
+        # On a CPU small vectors gain nothing for a scalar, on a TPU mesh they cost 6 % of the cycles.
+        direct, held = _same_for_all, _own_entries
+    direct, held = functools.partial(direct, layout=layout), functools.partial(held, layout=layout)
+    cpu = direct if blocks.names is None else held
+    return lax.platform_dependent(values, cpu=cpu, cuda=held, rocm=held, default=direct)
 
-    def own_entries(value):
-        vectors = [[lax.optimization_barrier(jnp.full(len(c), value)) for c in chunks(row, SIBLINGS)] for row in rows]
-        return per_leaf(rows, lambda r, i: vectors[r][i // SIBLINGS][i % SIBLINGS])
 
-    # Elsewhere the vectors gain nothing, and on a TPU mesh they cost 6 % of the cycles.
-    return lax.platform_dependent(
-        values, cuda=own_entries, rocm=own_entries, default=lambda value: [value] * len(layout.shapes)
-    )
+def _same_for_all(value: jax.Array, layout: Layout) -> list[jax.Array]:
+    return [value] * len(layout.shapes)
+
+
+def _own_entries(value: jax.Array, layout: Layout) -> list[jax.Array]:
+    """One scalar as an entry of its own for each leaf, of small vectors behind barriers."""
+    vectors = [
+        [lax.optimization_barrier(jnp.full(len(part), value)) for part in chunks(row, SIBLINGS)] for row in layout.rows
+    ]
+    return per_leaf(layout.rows, lambda r, i: vectors[r][i // SIBLINGS][i % SIBLINGS])
+
+
+def _unit_entries(values: list[jax.Array], layout: Layout) -> list[jax.Array]:
+    axes = layout.blocks.axes
+    return per_leaf(layout.rows, lambda r, i: jnp.expand_dims(values[r][i], axes[layout.rows[r][i]]))
+
+
+def _held_unit_entries(values: list[jax.Array], layout: Layout) -> list[jax.Array]:
+    return _unit_entries([lax.optimization_barrier(row) for row in values], layout)
+
+
+def _direct_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:
+    return [vector[i] for i in layout.blocks.index]
 
 
 def _held_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:

@@ -21,7 +21,7 @@ from importlib.metadata import version
 import tests.benchmarks.accelerators_quiet  # noqa: F401
 
 # isort: split
-from tests.benchmarks.accelerators_cases import FEW, SMALL, SUITES, TARGETS, Case, is_wide
+from tests.benchmarks.accelerators_cases import SMALL, SUITES, TARGETS, Case, choose_rows
 from tests.benchmarks.accelerators_limits import Verdict, find_peer, judge
 from tests.benchmarks.accelerators_steps import CLIPS, NONE
 from tests.benchmarks.accelerators_targets import environment, find_missing
@@ -54,7 +54,9 @@ def main(argv=None) -> int:
     """Compiles each case in a process of its own, prints its table and verdicts, and says whether limits were kept."""
     args = _parse(argv)
     cases = _choose(args)
-    missing = sorted({wheel for case in cases for wheel in find_missing(TARGETS[case.target].platform)})
+    missing = sorted(
+        {wheel for case in cases for wheel in find_missing(TARGETS[case.target].platform)}
+    )
     if missing:
         print(HOW_TO_INSTALL.format(", ".join(missing)), file=sys.stderr)
         return MISSING
@@ -67,7 +69,11 @@ def main(argv=None) -> int:
         texts.setdefault(case.suite, []).append(text)
         verdicts += found
     for suite, parts in texts.items() if args.into else ():
-        put_into(args.into, f"accelerators {suite}", "\n".join([f"Compiled with {versions()}.\n", *parts]))
+        put_into(
+            args.into,
+            f"accelerators {suite}",
+            "\n".join([f"Compiled with {versions()}.\n", *parts]),
+        )
     print(f"All together: {count_kept(verdicts)}")
     # Nothing judged is nothing kept: a run that compiled nothing is no success.
     return int(args.limits and (not verdicts or not all(v.kept for v in verdicts)))
@@ -75,14 +81,40 @@ def main(argv=None) -> int:
 
 def _parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], metavar="suite", help=f"{', '.join(SUITES)}: all")
-    parser.add_argument("--clips", nargs="+", choices=CLIPS, metavar="CLIP", help="only these, and what stands beside")
-    parser.add_argument("--models", nargs="+", help="only cases of these models: gpt2, gpt2-2, gpt2-xl, resnet50, 70b")
-    parser.add_argument("--hosts", nargs="+", type=int, help="only cases traced on hosts with so many devices")
-    parser.add_argument("--forms", nargs="+", help="only these forms: auto, explicit, fsdp, shard_map")
-    parser.add_argument("--small", action="store_true", help="GPT-2 with 2 layers, an H100 and a v5e of 2 x 2")
-    parser.add_argument("--limits", action="store_true", help="print every limit, and fail if one is broken")
-    parser.add_argument("--into", help="a document between whose marks the tables are put: docs/performance.md")
+    parser.add_argument(
+        "suites",
+        nargs="*",
+        choices=[*SUITES, []],
+        metavar="suite",
+        help=f"{', '.join(SUITES)}: all",
+    )
+    parser.add_argument(
+        "--clips",
+        nargs="+",
+        choices=CLIPS,
+        metavar="CLIP",
+        help="only these, and what stands beside",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        help="only cases of these models: gpt2, gpt2-2, gpt2-xl, resnet50, 70b",
+    )
+    parser.add_argument(
+        "--hosts", nargs="+", type=int, help="only cases traced on hosts with so many devices"
+    )
+    parser.add_argument(
+        "--forms", nargs="+", help="only these forms: auto, explicit, fsdp, shard_map"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="GPT-2 with 2 layers, an H100 and a v5e of 2 x 2"
+    )
+    parser.add_argument(
+        "--limits", action="store_true", help="print every limit, and fail if one is broken"
+    )
+    parser.add_argument(
+        "--into", help="a document between whose marks the tables are put: docs/performance.md"
+    )
     return parser.parse_args(argv)
 
 
@@ -90,22 +122,33 @@ def _choose(args: argparse.Namespace) -> list[Case]:
     source = SMALL if args.small else SUITES
     cases = [case for suite in args.suites or source for case in source.get(suite, ())]
     wanted = {"model": args.models, "hosts": args.hosts, "form": args.forms}
-    return [c for c in cases if all(not values or getattr(c, name) in values for name, values in wanted.items())]
+    return [
+        c
+        for c in cases
+        if all(not values or getattr(c, name) in values for name, values in wanted.items())
+    ]
 
 
 def compile_case(case: Case, clips: list[str] | None) -> dict[str, dict]:
     """What a process of its own finds of a case: flags and the number of devices count once in a process."""
-    names = clips or (CLIPS if is_wide(case) else FEW)
+    names = choose_rows(case, clips, list(CLIPS))
     beside = {NONE, *(CLIPS[name].beside for name in names)}
     names = [name for name in CLIPS if name in names or name in beside]
     variables = os.environ | environment(TARGETS[case.target].platform, case.hosts)
-    command = [sys.executable, "-m", "tests.benchmarks.accelerators_compile", json.dumps([case, names])]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.accelerators_compile",
+        json.dumps([case, names]),
+    ]
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    # The compilers write warnings to both streams: ours is the last line of the output.
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return {name: {"error": f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"} for name in names}
-    return json.loads(lines[-1])
+    # The compilers write warnings to both streams.
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    lines = done.stderr.strip().splitlines() or [""]
+    crashed = {"error": f"exit code {done.returncode}: {lines[-1]}"}
+    return {name: crashed for name in names if done.returncode} | {
+        k: v for rows in found for k, v in rows.items()
+    }
 
 
 def show(rows: dict[str, dict], case: Case) -> str:
@@ -115,7 +158,8 @@ def show(rows: dict[str, dict], case: Case) -> str:
     lines = []
     for name, row in rows.items():
         if "error" in row:
-            lines.append([name, f"not compiled: {row['error']}", *[""] * (len(heads) - 1)])
+            error = row["error"][:200].replace("\n", " ").replace("|", "/")
+            lines.append([name, f"not compiled: {error}", *[""] * (len(heads) - 1)])
         else:
             peer = rows.get(find_peer(name) or "", {})
             lines.append([name, *(_cell(row, peer, head) for head in heads)])
@@ -141,14 +185,23 @@ def count_kept(verdicts: list[Verdict]) -> str:
 def say_broken(verdicts: list[Verdict]) -> str:
     """How many limits were kept, and each that was not."""
     broken = [v for v in verdicts if not v.kept]
-    lines = [f"- {v.row}: {SAID[v.column]} {_write(v.value, v.column)}, at most {_write(v.most, v.column)}" for v in broken]
+    lines = [
+        f"- {v.row}: {SAID[v.column]} {_write(v.value, v.column)}, at most {_write(v.most, v.column)}"
+        for v in broken
+    ]
     return "\n".join([count_kept(verdicts) + (" Broken:\n" if broken else ""), *lines]) + "\n"
 
 
 def show_verdicts(verdicts: list[Verdict]) -> str:
     """Each limit and what became of it."""
     lines = [
-        [v.row, SAID[v.column], _write(v.value, v.column), _write(v.most, v.column), "kept" if v.kept else "BROKEN"]
+        [
+            v.row,
+            SAID[v.column],
+            _write(v.value, v.column),
+            _write(v.most, v.column),
+            "kept" if v.kept else "BROKEN",
+        ]
         for v in verdicts
     ]
     return table(["", "limit on", "is", "at most", ""], lines)

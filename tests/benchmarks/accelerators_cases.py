@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jax.sharding import PartitionSpec as P
@@ -70,7 +71,9 @@ class Case(NamedTuple):
         if self.hosts > 1:
             parts.append(f"traced on a host with {self.hosts} devices")
         if self.form != "auto":
-            parts.append({"explicit": "AxisType.Explicit", "fsdp": "fully sharded"}.get(self.form, self.form))
+            parts.append(
+                {"explicit": "AxisType.Explicit", "fsdp": "fully sharded"}.get(self.form, self.form)
+            )
         return ", ".join(parts)
 
 
@@ -105,10 +108,16 @@ SMALL = {"gpu": [Case("gpu", "H100", "gpt2-2")], "mesh": [Case("mesh", "v5e 2x2"
 FEW = ("clip_by_global_norm", "clip_by_leaf_norm", "zclip", "adaptive_grad_clip", "clip")
 
 
-def is_wide(case: Case) -> bool:
-    """Whether a case has a row for every clip; the others have the few that differ in form."""
-    plain = case.form == "auto" and case.hosts == 1 and case.grads == "float32"
-    return plain and case in (SUITES["gpu"][0], SUITES["tpu"][0], SUITES["mesh"][0], SMALL["gpu"][0])
+WIDE = (SUITES["gpu"][0], SUITES["tpu"][0], SUITES["mesh"][0], SMALL["gpu"][0])
+
+
+def choose_rows(
+    case: Case, clips: Sequence[str] | None, everything: Sequence[str]
+) -> Sequence[str]:
+    """Those of our clips that a case has a row for: in most cases the few that differ in form."""
+    names = clips or (everything if case in WIDE else FEW)
+    # In `shard_map` each device has the norms of its own units: nobody can say where such a state lies.
+    return [name for name in names if case.form != "shard_map" or name != "adaptive_grad_clip"]
 
 
 def cut(path: str, shape: tuple[int, ...], form: str, devices: int) -> P:

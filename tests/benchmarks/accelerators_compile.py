@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.accelerators_compile '[[case], [rows]]'
 
-Its last line of output is what it found, as JSON.
+A line of its output that begins with `{` is what it found of rows, as JSON: what a crash leaves behind counts.
 """
 
 import json
@@ -32,13 +32,16 @@ def main(argument: str) -> None:
     if case.suite == "examples":
         names = [name + where for where in ("", CPU) for name in (PLAIN, MAPPED, OURS)]
     # The first compilation of a process also starts the compiler.
-    jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8, 128), "float32", sharding=placement.shard())).compile()
+    jax.jit(lambda x: x + 1).lower(
+        jax.ShapeDtypeStruct((8, 128), "float32", sharding=placement.shard())
+    ).compile()
     rows = {}
     for name in names:
         try:
             rows[name] = measure(name)
         except Exception as error:  # that one clip does not compile is a result, too
-            rows[name] = {"error": f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")}
+            rows[name] = {"error": f"{type(error).__name__}: {error}"}
+        print(f"\n{json.dumps({name: rows[name]})}", flush=True)
     keep_best(rows, measure, case)
     print(f"\n{json.dumps(rows)}")
 
@@ -61,10 +64,11 @@ def account(program: Program, placement: Placement) -> dict[str, float]:
 
 
 def _count_moved(compiled: jax.stages.Compiled, program: Program) -> int:
-    """The leaves of parameters and state that leave a step on other devices than they entered it."""
+    """The parameters, and moments of parameters, that leave a step on other devices than they entered it."""
+    params = {x.shape for x in jax.tree.leaves(program.arguments[0])}
     before = jax.tree.leaves(program.arguments[: len(program.donated)])
     after = jax.tree.leaves(compiled.output_shardings)
-    pairs = zip(before, after, strict=True)
+    pairs = [(x, sharding) for x, sharding in zip(before, after, strict=True) if x.shape in params]
     return sum(not x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in pairs)
 
 

@@ -49,7 +49,10 @@ def count(compiled: jax.stages.Compiled) -> dict[str, int]:
         seen.add((name, launched))
         for instruction in computations[name].values():
             _add(totals, instruction, computations[name], launched)
-            pending += [(called, launched and instruction.opcode in CALLS) for called in _called(instruction)]
+            pending += [
+                (called, launched and instruction.opcode in CALLS)
+                for called in _called(instruction)
+            ]
     return totals
 
 
@@ -62,7 +65,9 @@ def _add(totals: dict[str, int], instruction: Instruction, others: dict, launche
         return
     totals["loops"] += opcode == "while"
     totals["branches"] += opcode == "conditional"
-    totals["cycles"] += sum(map(int, re.findall(r'estimated_cycles":"(\d+)', instruction.attributes)))
+    totals["cycles"] += sum(
+        map(int, re.findall(r'estimated_cycles":"(\d+)', instruction.attributes))
+    )
     # A start that is no collective is a prefetch: what it brings is counted where it is read.
     moves = opcode in COLLECTIVES or not opcode.endswith(("-start", "-done"))
     if moves and opcode not in NAMES | CALLS:
@@ -90,7 +95,9 @@ def _called(instruction: Instruction) -> list[str]:
 def measure(result: str) -> int:
     """Bytes of a type such as `f32[768,3072]{1,0}` or a tuple of such."""
     arrays = re.findall(r"\b([a-z][a-z0-9]*)\[([\d,]*)\]", result)
-    return sum(_width(kind) * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in arrays)
+    return sum(
+        _width(kind) * math.prod(int(n) for n in shape.split(",") if n) for kind, shape in arrays
+    )
 
 
 def _width(kind: str) -> int:
@@ -122,7 +129,10 @@ def _parse_line(line: str) -> Iterator[tuple[str, Instruction]]:
         opening = line.index("(", stop)
         closing = _close(line, opening)
         opcode = line[stop:opening].strip()
-        yield head.group(1), Instruction(line[start:stop], opcode, line[opening:closing], line[closing:])
+        yield (
+            head.group(1),
+            Instruction(line[start:stop], opcode, line[opening:closing], line[closing:]),
+        )
 
 
 def _close(line: str, start: int) -> int:

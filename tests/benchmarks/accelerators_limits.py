@@ -96,8 +96,12 @@ class Verdict(NamedTuple):
 
 
 def judge(case: Case, rows: Rows, limits: Iterable[Limit] = LIMITS) -> list[Verdict]:
-    """Every limit that has something to say of the rows of a case, the first that all rows compile."""
-    verdicts = [Verdict(name, "error", 1, 0) for name, row in rows.items() if "error" in row]
+    """Every limit that has something to say of the rows of a case, the first that ours compile."""
+    verdicts = [
+        Verdict(name, "error", int("error" in row), 0)
+        for name, row in rows.items()
+        if find_peer(name)
+    ]
     for limit in limits:
         if case.suite not in limit.suites.split():
             continue
@@ -130,7 +134,9 @@ def find_peer(name: str) -> str | None:
     return {OURS: MAPPED, OURS + CPU: MAPPED + CPU}.get(name)
 
 
-def keep_best(rows: dict[str, dict], measure: Callable[[str], dict], case: Case, tries: int = 2) -> None:
+def keep_best(
+    rows: dict[str, dict], measure: Callable[[str], dict], case: Case, tries: int = 2
+) -> None:
     """Compiles again what took too long to compile, and what it is compared with: noise only adds time."""
     for _ in range(tries):
         late = {v.row for v in judge(case, rows) if v.column == "compile" and not v.kept}

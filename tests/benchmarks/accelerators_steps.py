@@ -27,7 +27,7 @@ class Program(NamedTuple):
 class Clip(NamedTuple):
     """A row: the optimizer made safe by a clip, and which row of Optax it stands beside."""
 
-    wrap: Callable[..., optax.GradientTransformation]
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation]
     beside: str = ""
 
 
@@ -37,11 +37,11 @@ GLOBAL, AGC, VALUE = "optax.clip_by_global_norm", "optax.adaptive_grad_clip", "o
 
 def _before(name: str, *args: Any) -> Callable:
     """A clip of ours, by name, in front of the optimizer."""
-    return lambda inner, **shared: optax.chain(getattr(optaxclip, name)(*args, **shared), inner)
+    return lambda inner: optax.chain(getattr(optaxclip, name)(*args), inner)
 
 
-def _watch(inner, **shared):
-    return optax.chain(optaxclip.watch(**shared), _before("clip_by_global_norm", 1.0)(inner, **shared))
+def _watch(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(optaxclip.watch(), optaxclip.clip_by_global_norm(1.0), inner)
 
 
 CLIPS = {
@@ -55,7 +55,7 @@ CLIPS = {
     "quantile_clip": Clip(_before("quantile_clip"), GLOBAL),
     "clip_by_median": Clip(_before("clip_by_median"), GLOBAL),
     "adagc": Clip(_before("adagc"), GLOBAL),
-    "skip_spikes": Clip(lambda inner, **shared: optaxclip.skip_spikes(inner, **shared), GLOBAL),
+    "skip_spikes": Clip(lambda inner: optaxclip.skip_spikes(inner), GLOBAL),
     "watch": Clip(_watch, GLOBAL),
     AGC: Clip(lambda inner: optax.chain(optax.adaptive_grad_clip(0.01), inner)),
     "adaptive_grad_clip": Clip(_before("adaptive_grad_clip", 0.01), AGC),
@@ -86,11 +86,12 @@ def _train(case: Case, clip: Clip, placement: Placement) -> Program:
     devices = math.prod(sizes.values())
     specs = {k: cut(k, s, case.form, devices) if mesh else P() for k, s in shapes.items()}
     params, grads = (
-        {k: _shape(s, kind, placement, specs[k]) for k, s in shapes.items()} for kind in (case.params, case.grads)
+        {k: _shape(s, kind, placement, specs[k]) for k, s in shapes.items()}
+        for kind in (case.params, case.grads)
     )
     # Optax's clips know no `shard_map`: they stand beside ours as plain jit has them.
     mapped = case.form == "shard_map" and bool(clip.beside)
-    tx = clip.wrap(optax.adamw(1e-3), **({"axis_names": _name_axes(clip, specs)} if mapped else {}))
+    tx = clip.wrap(optax.adamw(1e-3))
     state, state_specs = _place(jax.eval_shape(tx.init, params), specs, placement)
     step = _step(tx)
     if mapped:
@@ -98,7 +99,9 @@ def _train(case: Case, clip: Clip, placement: Placement) -> Program:
         step = jax.shard_map(step, mesh=mesh, in_specs=ins, out_specs=ins[:2])
     count = sum(map(math.prod, shapes.values()))
     local = sum(count_local(s, specs[k], sizes) for k, s in shapes.items())
-    return Program(step, (params, state, grads), count, local * jnp.dtype(case.grads).itemsize, (0, 1))
+    return Program(
+        step, (params, state, grads), count, local * jnp.dtype(case.grads).itemsize, (0, 1)
+    )
 
 
 def _step(tx: optax.GradientTransformation) -> Callable:
@@ -107,13 +110,6 @@ def _step(tx: optax.GradientTransformation) -> Callable:
         return optax.apply_updates(params, updates), state
 
     return step
-
-
-def _name_axes(clip: Clip, specs: dict[str, P]) -> Any:
-    """The axes that a clip is told of: for units, those that cut a leaf along its inputs and so cut its units."""
-    if clip.beside != AGC:
-        return ("x", "y")
-    return {k: tuple(axis for axis in spec[:1] if axis) for k, spec in specs.items()}
 
 
 def _shape(shape, kind, placement: Placement, spec: P = P()) -> jax.ShapeDtypeStruct:
@@ -199,7 +195,9 @@ def _scan(clip: Clip, seeds: bool, placement: Placement) -> Program:
         return jax.lax.scan(step, (params, state), batches)[0]
 
     lead, run = ((64,), jax.vmap(train)) if seeds else ((), train)
-    state = jax.eval_shape(tx.init, {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()})
+    state = jax.eval_shape(
+        tx.init, {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    )
     params = {k: _shape((*lead, *s), jnp.float32, placement) for k, s in shapes.items()}
     state = jax.tree.map(lambda x: _shape((*lead, *x.shape), x.dtype, placement), state)
     batches = _shape((*lead, 1000, 64, widths[0]), jnp.float32, placement)

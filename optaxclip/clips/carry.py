@@ -1,0 +1,31 @@
+"""Trees that a clip keeps element by element, shaped like the parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import trees, xla
+from optaxclip.base import Exclude
+
+
+def start_carry(params: Any, exclude: Exclude, *, real: bool = False) -> Any:
+    """A tree of zeros like the parameters, in float32 at least where they are measured.
+
+    Zeros stand for the other arrays, too, so that whatever has the structure of the parameters (shardings,
+    say) has that of the state.
+
+    Args:
+      params: arrays, or their shapes.
+      exclude: as in `clip_by`.
+      real: whether what is kept of complex numbers is real.
+    """
+    zeros = trees.select(jax.tree.map(_zeros, params), exclude)
+    wide = [xla.widen(x) for x in zeros.arrays]
+    return zeros.rebuild([x.real for x in wide] if real else wide)
+
+
+def _zeros(x: Any) -> Any:
+    dtype = getattr(x, "dtype", None)
+    numeric = dtype is not None and jnp.issubdtype(dtype, jnp.number)
+    return jnp.zeros_like(x) if numeric or trees.is_measured(x) else x
