@@ -22,11 +22,11 @@ from data import LETTERS, library_text, windows
 HIDDEN, LENGTH, BATCH = 64, 64, 16
 
 # 1.5 times the running mean of past norms, in which a spike counts as its bound, and never more than 1.
-running_mean = optaxclip.lag(optax.chain(optax.ema(0.95), optax.scale(1.5)), feed=optaxclip.clipped)
+running_mean = optaxclip.thresholds.lag(optax.chain(optax.ema(0.95), optax.scale(1.5)), feed=optaxclip.feeds.clipped)
 CLIPS = {
     "no clip": optaxclip.clip_by(jnp.inf),  # an infinite bound only measures
     "global norm 1": optaxclip.clip_by_global_norm(1.0),
-    "1.5 x the mean, capped": optaxclip.clip_by(optaxclip.at_most(running_mean, 1.0)),
+    "1.5 x the mean, capped": optaxclip.clip_by(optaxclip.thresholds.at_most(running_mean, 1.0)),
 }
 
 

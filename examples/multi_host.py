@@ -35,7 +35,7 @@ LENGTH, BATCH, WIDTH = 8, 32, 64
 def optimizer():
     """A step 20 times as long as usual is left out; one that is a spike among the usual is shortened."""
     clipped = optax.chain(optaxclip.zclip(warmup_steps=10), optax.adamw(3e-3))
-    return optaxclip.skip_spikes(clipped, optaxclip.running(20.0, feed=optaxclip.accepted))
+    return optaxclip.skip_spikes(clipped, optaxclip.thresholds.running(20.0, feed=optaxclip.feeds.accepted))
 
 
 def init(key):

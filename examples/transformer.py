@@ -23,7 +23,7 @@ METHODS = {
     "no clip": lambda adam: optax.chain(optaxclip.clip_by(jnp.inf), adam),  # an infinite bound only measures
     "global norm 1": lambda adam: optax.chain(optaxclip.clip_by_global_norm(1.0), adam),
     "ZClip": lambda adam: optax.chain(optaxclip.zclip(), adam),
-    "skip 20 x the mean": lambda adam: optaxclip.skip_spikes(adam, optaxclip.running(20.0, feed=optaxclip.accepted)),
+    "skip 20 x the mean": lambda adam: optaxclip.skip_spikes(adam, optaxclip.thresholds.running(20.0, feed=optaxclip.feeds.accepted)),
 }
 
 

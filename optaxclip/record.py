@@ -1,6 +1,6 @@
 """What a clip did: the record that it keeps in its state, and how to read it out of any optimizer's state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip.base import Metrics, Norms
+from optaxclip.trees import pack_names, unpack_names
 
 
 class Step(NamedTuple):
@@ -26,31 +27,6 @@ class Step(NamedTuple):
     factors: Norms
     over: Norms
     bad: Norms
-
-
-def pack_names(names: Sequence[str]) -> dict[str, Any]:
-    """Names as the keys of nested dicts that hold nothing, one branch a block, in order.
-
-    So they ride along in every state and checkpoint without an array, and without a node type of our own that a
-    serializer would have to know. Paths are nested, since a key with "/" does not survive `flatten_dict(sep="/")`;
-    each begins with a number, since two blocks may have one path.
-    """
-    digits = len(str(len(names)))
-
-    def branch(parts):
-        return {parts[0]: branch(parts[1:]) if len(parts) > 1 else None}
-
-    return {f"{i:0{digits}}": branch(name.split("/")) for i, name in enumerate(names)}
-
-
-def unpack_names(blocks: Any) -> tuple[str, ...]:
-    """The reverse of `pack_names`."""
-
-    def path(branch):
-        ((key, below),) = branch.items()
-        return key if below is None else f"{key}/{path(below)}"
-
-    return tuple(path(blocks[key]) for key in sorted(blocks))
 
 
 def fresh_metrics(norms: Norms, blocks: Any, *, measured: bool = True, bounded: bool = True) -> Metrics:
@@ -162,3 +138,16 @@ def number_keys(found: list, read: Callable[[Any, str], dict], prefix: str) -> d
     if len(found) == 1:
         return read(found[0], prefix)
     return {key: value for i, x in enumerate(found) for key, value in read(x, f"{prefix}{i}/").items()}
+
+
+__all__ = [
+    "Step",
+    "find_nodes",
+    "fresh_metrics",
+    "number_keys",
+    "pack_names",
+    "record",
+    "scalars_of",
+    "to_arrays",
+    "unpack_names",
+]

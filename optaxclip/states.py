@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from optaxclip.trees import unpack_names
+
 
 _ADVICE = (
     "initialise with state = tx.init(params), and keep what update returns. For a checkpoint from before the clip see"

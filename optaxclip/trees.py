@@ -5,7 +5,7 @@ keys, functions, strings and whatever the user excludes pass through a clip unto
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -117,3 +117,28 @@ def match_params(leaves: Leaves, params: Any, exclude: Exclude, call: str) -> li
             seen = f"has shape {known[path].shape}" if path in known else "is missing"
             raise ValueError(f"{call}: the update {path!r} has shape {shape}, but among the parameters it {seen}.")
     return [known[path] for path in leaves.paths]
+
+
+def pack_names(names: Sequence[str]) -> dict[str, Any]:
+    """Names as the keys of nested dicts that hold nothing, one branch a block, in order.
+
+    So they ride along in every state and checkpoint without an array, and without a node type of our own that a
+    serializer would have to know. Paths are nested, since a key with "/" does not survive `flatten_dict(sep="/")`;
+    each begins with a number, since two blocks may have one path.
+    """
+    digits = len(str(len(names)))
+
+    def branch(parts):
+        return {parts[0]: branch(parts[1:]) if len(parts) > 1 else None}
+
+    return {f"{i:0{digits}}": branch(name.split("/")) for i, name in enumerate(names)}
+
+
+def unpack_names(blocks: Any) -> tuple[str, ...]:
+    """The reverse of `pack_names`."""
+
+    def path(branch):
+        ((key, below),) = branch.items()
+        return key if below is None else f"{key}/{path(below)}"
+
+    return tuple(path(blocks[key]) for key in sorted(blocks))

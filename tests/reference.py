@@ -25,7 +25,7 @@ def autoclip_after(norms, percentile=95.0, window=100, max_norm=1.0):
     return out
 
 
-def zclip(norms, z_threshold=2.5, decay=0.97, warmup_steps=25):
+def zclip(norms, z=2.5, decay=0.97, warmup_steps=25):
     """Kumar et al. 2025: a z-score over the threshold is turned into threshold² / z-score."""
     out, mean, var = [], 0.0, 0.0
     for t, n in enumerate(norms):
@@ -35,14 +35,14 @@ def zclip(norms, z_threshold=2.5, decay=0.97, warmup_steps=25):
             continue
         std = np.sqrt(var)
         z = (n - mean) / std
-        clipped = mean + z_threshold**2 / z * std if z > z_threshold else n
+        clipped = mean + z**2 / z * std if z > z else n
         mean = decay * mean + (1 - decay) * clipped
         var = decay * var + (1 - decay) * (clipped - mean) ** 2
         out.append(clipped)
     return out
 
 
-def clip_by_log_zscore(norms, z_threshold=2.0, decay=0.95):
+def clip_by_log_zscore(norms, z=2.0, decay=0.95):
     """Chorowski et al. 2014: norms over exp(mean + z deviations) of the logarithms become exp(mean)."""
     out, mean, square = [], 0.0, 0.0
     for t, n in enumerate(norms):
@@ -50,7 +50,7 @@ def clip_by_log_zscore(norms, z_threshold=2.0, decay=0.95):
         mean = d * mean + (1 - d) * np.log(n)
         square = d * square + (1 - d) * np.log(n) ** 2
         std = np.sqrt(max(1e-8, square - mean**2))
-        out.append(np.exp(mean) if n >= np.exp(mean + z_threshold * std) else n)
+        out.append(np.exp(mean) if n >= np.exp(mean + z * std) else n)
     return out
 
 
@@ -125,7 +125,7 @@ def band_clip(norms, low=0.5, high=2.0, decay=0.99):
     return out
 
 
-def skip_spikes(norms, sigmas=6.0, window=128, min_steps=64):
+def skip_spikes(norms, sigmas=6.0, window=128, warmup_steps=64):
     """OLMo's rule: which steps are skipped; spikes are remembered, too."""
     out = []
     for t, n in enumerate(norms):

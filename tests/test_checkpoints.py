@@ -18,7 +18,7 @@ from optaxclip.thresholds.fixed import ScheduleState
 
 PARAMS = {"enc": {"kernel": jnp.ones((3, 2), jnp.bfloat16)}, "head": [jnp.ones(2), jnp.full(1, 2.0)]}
 GRADS = jax.tree.map(lambda p: p * jnp.asarray(3, p.dtype), PARAMS)
-HISTORY = optaxclip.until(2, 5.0, optaxclip.lag(optax.chain(optax.ema(0.5), optax.scale(0.9))))
+HISTORY = optaxclip.thresholds.until(2, 5.0, optaxclip.thresholds.lag(optax.chain(optax.ema(0.5), optax.scale(0.9))))
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def promotion():
 
 
 def optimizer():
-    return optax.chain(optaxclip.clip_by(HISTORY, scope=optaxclip.leaf), optax.adamw(0.1))
+    return optax.chain(optaxclip.clip_by(HISTORY, scope=optaxclip.scopes.leaf), optax.adamw(0.1))
 
 
 def steps(params, state, factors):
@@ -71,7 +71,7 @@ def test_a_run_goes_on_where_it_stopped(keep, tmp_path):
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
     chex.assert_trees_all_equal(restored, state)
-    assert type(restored[0]) is optaxclip.ClipState and type(restored[0].metrics) is optaxclip.Metrics
+    assert type(restored[0]) is optaxclip.base.ClipState and type(restored[0].metrics) is optaxclip.base.Metrics
     chex.assert_trees_all_equal(steps(params, restored, [4.0, 1.0]), steps(params, state, [4.0, 1.0]))
     assert optaxclip.metrics(restored).keys() == optaxclip.metrics(state).keys()
 
@@ -122,8 +122,8 @@ def test_the_record_is_arrays_and_dicts_only():
 
 
 FIELDS = {
-    optaxclip.ClipState: "threshold metrics",
-    optaxclip.Metrics: "grad_norm clip_bound clip_factor clipped_share clipped_steps nonfinite_steps total_steps"
+    optaxclip.base.ClipState: "threshold metrics",
+    optaxclip.base.Metrics: "grad_norm clip_bound clip_factor clipped_share clipped_steps nonfinite_steps total_steps"
     " blocks",
     LagState: "inner clip_bound",
     ScheduleState: "clip_step inner",
@@ -138,7 +138,7 @@ def test_the_names_of_the_fields_are_frozen(state):
 
 def test_the_names_by_which_optax_users_look_up_adam_are_not_taken():
     """(A threshold made of `optax.ema` does bring a second `count`: that is Optax's own.)"""
-    threshold = optaxclip.until(2, 5.0, optaxclip.lag(optax.scale(2.0)))
+    threshold = optaxclip.thresholds.until(2, 5.0, optaxclip.thresholds.lag(optax.scale(2.0)))
     state = optax.chain(optaxclip.clip_by(threshold), optax.adamw(0.1)).init(PARAMS)
     assert optax.tree.get(state, "count") == 0 and optax.tree.get(state, "clip_step") == 0
     chex.assert_trees_all_equal(optax.tree.get(state, "mu"), state[1][0].mu)

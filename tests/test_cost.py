@@ -28,7 +28,7 @@ CLIPS = {
     "quantile": lambda: optaxclip.quantile_clip(),
     "growth": lambda: optaxclip.limit_norm_growth(),
     "adagc, a leaf": lambda: optaxclip.adagc(),
-    "zclip, a leaf": lambda: optaxclip.zclip(scope=optaxclip.leaf),
+    "zclip, a leaf": lambda: optaxclip.zclip(scope=optaxclip.scopes.leaf),
 }
 
 

@@ -43,8 +43,8 @@ def lengths(grads):
 
 BY_NORM = {
     "autoclip": ({}, {"percentile": 35.0, "window": 50}),
-    "zclip": ({}, {"z_threshold": 1.5, "decay": 0.9, "warmup_steps": 10}),
-    "clip_by_log_zscore": ({}, {"z_threshold": 1.2, "decay": 0.8}),
+    "zclip": ({}, {"z": 1.5, "decay": 0.9, "warmup_steps": 10}),
+    "clip_by_log_zscore": ({}, {"z": 1.2, "decay": 0.8}),
     "adagc": ({}, {"ratio": 1.2, "decay": 0.9, "warmup_steps": 20, "max_norm": 3.0}),
     "quantile_clip": ({}, {"quantile": 0.9, "learning_rate": 0.05, "init": 2.0}),
     "clip_by_median": ({}, {"scale": 1.5, "window": 30, "every": 60}),
@@ -67,8 +67,8 @@ def test_norms_follow_the_paper(name, own, seed):
 
 
 PARTS = {
-    "autoclip_after": (lambda: oc.autoclip(95.0, 100, order="after", max_norm=30.0), {"max_norm": 30.0}),
-    "running": (lambda: oc.clip_by(oc.running(2.0)), {}),
+    "autoclip_after": (lambda: oc.autoclip(95.0, 100, update_first=False, max_norm=30.0), {"max_norm": 30.0}),
+    "running": (lambda: oc.clip_by(oc.thresholds.running(2.0)), {}),
 }
 
 
@@ -139,9 +139,9 @@ def test_clippy_and_larc_follow_the_paper():
 
 
 SKIPS = {
-    "skip_spikes": oc.window_zscore,
-    "lingvo": lambda: oc.log_zscore(
-        4.0, 0.995, order="after", target="threshold", feed=oc.clipped, warmup_steps=60, relearn_after=None
+    "skip_spikes": oc.thresholds.window_zscore,
+    "lingvo": lambda: oc.thresholds.log_zscore(
+        4.0, 0.995, update_first=False, target="threshold", feed=oc.feeds.clipped, warmup_steps=60, relearn_after=None
     ),
 }
 
@@ -176,13 +176,13 @@ def test_skip_spikes_skips_what_olmos_code_did():
 
 def test_auto_s_follows_the_paper():
     grads = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32) * np.array([[1e-3], [1], [10], [1e3], [2]])
-    got = oc.per_example_normalize(jnp.asarray(grads, jnp.float32))
+    got = oc.per_example.per_example_normalize(jnp.asarray(grads, jnp.float32))
     np.testing.assert_allclose(got, reference.per_example_normalize(grads), rtol=1e-5)
     split = {"a": jnp.asarray(grads[:, :2], jnp.float32), "b": jnp.asarray(grads[:, 2:], jnp.float32)}
-    both = oc.per_example_normalize(split)
+    both = oc.per_example.per_example_normalize(split)
     np.testing.assert_allclose(np.r_[both["a"], both["b"]], got, rtol=1e-5)
     poisoned = jnp.asarray(np.r_[grads, [[np.nan, 1, 1, 1], [0, 0, 0, 0]]], jnp.float32)
-    np.testing.assert_allclose(oc.per_example_normalize(poisoned), got, rtol=1e-6)
+    np.testing.assert_allclose(oc.per_example.per_example_normalize(poisoned), got, rtol=1e-6)
 
 
 def test_the_parameter_scaled_median():

@@ -106,12 +106,12 @@ def in_equinox(tx):
 
 
 LAYERS = {"^inner/": "first", "^outer/": "last"}
-LAG = optaxclip.lag(optax.chain(optax.ema(0.5), optax.scale(0.8)))
+LAG = optaxclip.thresholds.lag(optax.chain(optax.ema(0.5), optax.scale(0.8)))
 CLIPS = {
     "leaf": (optaxclip.clip_by_leaf_norm(0.5), ["inner/bias", "inner/kernel", "outer/bias", "outer/kernel"]),
     "module": (optaxclip.clip_by_group_norm(0.5), ["inner", "outer"]),
     "groups": (optaxclip.clip_by_group_norm({"first": 0.5, "last": 9.0}, LAYERS), ["first", "last"]),
-    "adaptive": (optaxclip.clip_by(LAG, scope=optaxclip.groups()), ["inner", "outer"]),
+    "adaptive": (optaxclip.clip_by(LAG, scope=optaxclip.scopes.groups()), ["inner", "outer"]),
     "excluded": (optaxclip.adaptive_grad_clip(0.1, exclude="^outer/|bias$"), []),
 }
 

@@ -10,10 +10,10 @@ import optax
 import pytest
 
 import optaxclip
-from optaxclip import Metrics
+from optaxclip.base import Metrics
 from tests.cases import ADAPTIVE, HOLDERS, OTHERS
 
-SCOPES = {"tree": optaxclip.tree, "groups": optaxclip.groups(), "units": optaxclip.units()}
+SCOPES = {"tree": optaxclip.scopes.tree, "groups": optaxclip.scopes.groups(), "units": optaxclip.scopes.units()}
 MAKE = {f"{case.name} {name}": (case.make, scope) for case in ADAPTIVE for name, scope in SCOPES.items()}
 MAKE = {name: lambda make=make, scope=scope: make(scope=scope) for name, (make, scope) in MAKE.items()}
 MAKE |= OTHERS | HOLDERS
@@ -73,7 +73,7 @@ def test_nothing_is_learned_from_what_is_not_finite(make):
 @pytest.mark.parametrize("case", ADAPTIVE, ids=lambda case: case.name)
 @pytest.mark.parametrize("nonfinite", ["propagate", "zero"])
 def test_a_threshold_stays_as_it_was(case, nonfinite):
-    tx, grads = case.make(scope=optaxclip.leaf, nonfinite=nonfinite), tree("float32")
+    tx, grads = case.make(scope=optaxclip.scopes.leaf, nonfinite=nonfinite), tree("float32")
     step = jax.jit(tx.update)
     _, state = step(grads, tx.init(grads), grads)
     out, poisoned = step(jax.tree.map(lambda g: g.at[0].set(jnp.nan), grads), state, grads)
@@ -137,8 +137,8 @@ def test_a_size_that_is_injected_is_refused_with_the_way_out(name):
 
 BAD = {
     "autoclip": [{"percentile": -1.0}, {"percentile": 101.0}, {"window": 0}, {"window": 2.5}, {"order": "during"}],
-    "zclip": [{"z_threshold": -1.0}, {"decay": 1.0}, {"decay": "0.9"}, {"target": "median"}, {"max_norm": -1.0}],
-    "clip_by_log_zscore": [{"z_threshold": jnp.nan}, {"target": "adaptive"}, {"order": "during"}],
+    "zclip": [{"z": -1.0}, {"decay": 1.0}, {"decay": "0.9"}, {"target": "median"}, {"max_norm": -1.0}],
+    "clip_by_log_zscore": [{"z": jnp.nan}, {"target": "adaptive"}, {"order": "during"}],
     "adagc": [{"ratio": 1.0}, {"ratio": True}, {"decay": -0.1}, {"max_norm": -1.0}],
     "quantile_clip": [{"quantile": 1.5}, {"learning_rate": -1.0}, {"init": -1.0}],
     "clip_by_median": [{"scale": -1.0}, {"every": 0}],

@@ -39,7 +39,10 @@ def test_tensorboard(row, tmp_path):
     run("SummaryWriter", tensorboardX=tensorboard, row=row, folder=str(tmp_path))
     (events,) = tmp_path.glob("events*")
     content = events.read_bytes()
-    assert all(name.encode() in content for name in ("watch/grad_norm/a", "clip/factor", "watch/would_clip/z2.5"))
+    assert all(
+        name.encode() in content
+        for name in ("watch/grad_norm/a", "clip/factor", "watch/would_clip/z2.5")
+    )
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
-from optaxclip.mesh import alone
 from tests.conftest import AS_USERS
 
 GRADS = {
@@ -29,7 +28,7 @@ CLIPS = {
     "rms": optaxclip.clip_by_block_rms(0.5),
     "linf": optaxclip.clip_by_global_norm(1.0, norm=jnp.inf),
     "value": optaxclip.clip(2.0),
-    "adaptive": optaxclip.clip_by(optaxclip.at_most(optaxclip.lag(optax.scale(1.5)), 3.0), scope=optaxclip.leaf),
+    "adaptive": optaxclip.clip_by(optaxclip.thresholds.at_most(optaxclip.thresholds.lag(optax.scale(1.5)), 3.0), scope=optaxclip.scopes.leaf),
 }
 
 
@@ -125,14 +124,14 @@ def test_the_derivative_goes_through_shard_map():
 
 def test_units_in_shard_map_need_names_and_then_are_right():
     specs, params = {"w": P("x", None)}, {"w": GRADS["dense"]}
-    whole = optaxclip.clip_by(1.0, scope=optaxclip.units())
+    whole = optaxclip.clip_by(1.0, scope=optaxclip.scopes.units())
     run = partial(jax.shard_map, mesh=mesh_of(4), in_specs=(specs,), out_specs=specs)
     with pytest.raises(ValueError, match="cannot know whether these cut units"):
         run(lambda g: whole.update(g, None)[0])(params)
-    cut = optaxclip.clip_by(1.0, scope=optaxclip.units(), axis_names="x")
+    cut = optaxclip.clip_by(1.0, scope=optaxclip.scopes.units(), axis_names="x")
     chex.assert_trees_all_close(run(lambda g: cut.update(g, None)[0])(params), whole.update(params, None)[0], rtol=1e-6)
-    own = optaxclip.clip_by(1.0, scope=optaxclip.units(axes=1), axis_names=())
-    rows = optaxclip.clip_by(1.0, scope=optaxclip.units(axes=1))
+    own = optaxclip.clip_by(1.0, scope=optaxclip.scopes.units(axes=1), axis_names=())
+    rows = optaxclip.clip_by(1.0, scope=optaxclip.scopes.units(axes=1))
     chex.assert_trees_all_close(run(lambda g: own.update(g, None)[0])(params), rows.update(params, None)[0], rtol=1e-6)
 
 

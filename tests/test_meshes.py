@@ -26,12 +26,12 @@ LAYOUTS = {
     "2x4": {"bias": P("y"), "experts": P("x"), "kernel": P("x", "y")},
     "4x2x1": {"bias": P(), "experts": P(("x", "y")), "kernel": P("x", "z")},
 }
-CLIPS = {case.name: case.make(scope=oc.leaf) for case in ADAPTIVE if " " not in case.name}
+CLIPS = {case.name: case.make(scope=oc.scopes.leaf) for case in ADAPTIVE if " " not in case.name}
 CLIPS |= {case.name: case.make(1.0) for case in CASES if " " not in case.name and case.name.startswith(("clip", "ada"))}
 CLIPS |= {
     name: OTHERS[name]() for name in ("adamw_clip", "clippy", "smooth_clip", "clip_by_running_max", "spectral_clip")
 }
-CLIPS |= {"zclip tree": oc.zclip(), "autoclip units": oc.autoclip(window=4, scope=oc.units())}
+CLIPS |= {"zclip tree": oc.zclip(), "autoclip units": oc.autoclip(window=4, scope=oc.scopes.units())}
 
 
 def mesh_of(name, kind=AxisType.Auto):

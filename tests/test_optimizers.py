@@ -140,7 +140,7 @@ CLIPS = {
     "global": (optaxclip.clip_by_global_norm(1.0), by_global_norm),
     "leaf": (optaxclip.clip_by_leaf_norm(0.5), by_leaf_norm),
     "adaptive": (optaxclip.adaptive_grad_clip(0.3), by_unit),
-    "lag": (optaxclip.clip_by(optaxclip.lag(optax.scale(1.5))), by_the_norm_before),
+    "lag": (optaxclip.clip_by(optaxclip.thresholds.lag(optax.scale(1.5))), by_the_norm_before),
 }
 PARAMS = {"b": np.float32([0.5, -1.0]), "w": np.float32([[1.0, -0.2], [0.3, 2.0], [-1.5, 0.7]])}
 TARGET = {"b": np.float32([0.0, 1.0]), "w": np.float32([[0.0, 1.0], [1.0, -1.0], [2.0, 0.0]])}

@@ -13,10 +13,10 @@ import optaxclip
 SHAPES = [(), (3,), (2, 3), (1, 2, 2), (2, 1, 2, 2), (1, 2, 1, 2, 1), (1, 1, 2, 1, 2, 1), (0, 4)]
 DTYPES = ["float32", "bfloat16", "float16", "complex64"]
 SCOPES = {
-    "tree": optaxclip.tree,
-    "leaf": optaxclip.leaf,
-    "groups": optaxclip.groups(lambda path: str(int(path.split("/")[-1]) % 2)),
-    "units": optaxclip.units(...),
+    "tree": optaxclip.scopes.tree,
+    "leaf": optaxclip.scopes.leaf,
+    "groups": optaxclip.scopes.groups(lambda path: str(int(path.split("/")[-1]) % 2)),
+    "units": optaxclip.scopes.units(...),
 }
 
 

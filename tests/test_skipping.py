@@ -62,12 +62,12 @@ def test_a_run_with_bad_steps_is_the_run_without_them(inner):
 
 RULES = {
     "constant": (lambda: oc.skip_spikes(optax.identity(), 5.0), 1),
-    "20 x mean": (lambda: oc.skip_spikes(optax.identity(), oc.running(20.0, feed=oc.accepted)), 2),
+    "20 x mean": (lambda: oc.skip_spikes(optax.identity(), oc.thresholds.running(20.0, feed=oc.feeds.accepted)), 2),
     "6 sigma": (lambda: oc.skip_spikes(optax.identity()), 70),
     "log z": (
         lambda: oc.skip_spikes(
             optax.identity(),
-            oc.log_zscore(4.0, 0.995, order="after", target="threshold", feed=oc.clipped, warmup_steps=60),
+            oc.thresholds.log_zscore(4.0, 0.995, update_first=False, target="threshold", feed=oc.feeds.clipped, warmup_steps=60),
         ),
         70,
     ),
@@ -116,7 +116,7 @@ def test_the_loss_is_passed_on():
 def test_no_run_is_locked_out():
     """After so many skips without a break the next is taken, and the statistics start anew."""
     rise = np.r_[np.ones(80), np.full(60, 1000.0)]
-    tx = oc.skip_spikes(optax.identity(), oc.running(5.0, feed=oc.accepted), max_consecutive_skips=20)
+    tx = oc.skip_spikes(optax.identity(), oc.thresholds.running(5.0, feed=oc.feeds.accepted), max_consecutive_skips=20)
     state, (updates, skipped) = run(tx, rise)
     assert skipped[99] == 20 and skipped[-1] == 20 and updates["w"][100].any()
     assert oc.metrics(state)["clip/bound"] > 1000

@@ -148,7 +148,7 @@ def test_the_corners(method):
 
 def test_the_norm_in_the_metrics_is_the_largest_singular_value():
     grads = {"a": jnp.asarray(matrix((9, 6), np.array([3.0, 1.0, 0.5, 0.1])), jnp.float32), "b": jnp.array([3.0, 4.0])}
-    tx = oc.spectral_clip(oc.running(1.5))
+    tx = oc.spectral_clip(oc.thresholds.running(1.5))
     _, state = tx.update(grads, tx.init(grads))
     _, state = tx.update(grads, state)
     seen = oc.metrics(state)
@@ -210,7 +210,7 @@ def test_stacked_by_vmap_or_by_axis():
 
 def test_a_bound_may_follow_the_parameters():
     params = jnp.asarray(matrix((5, 4), np.array([8.0, 4.0, 2.0, 1.0])), jnp.float32)
-    tx = oc.spectral_clip(oc.param_relative(0.5, 1e-3))
+    tx = oc.spectral_clip(oc.thresholds.param_relative(0.5, 1e-3))
     updates, _ = tx.update(params, tx.init(params), params)
     np.testing.assert_allclose(np.linalg.norm(updates, 2), 4.0, rtol=1e-3)
     with pytest.raises(ValueError, match=r"tx\.update\(grads, state, params\)"):

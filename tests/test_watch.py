@@ -20,18 +20,25 @@ from optaxclip.record import unpack_names
 from tests.conftest import AS_USERS
 from tests.series import POISONS, factors
 
-PARAMS = {f"layers/{i}": jnp.full((2, 2), 0.1 * (i + 1)) for i in range(12)} | {"embed": jnp.full((3,), 0.2)}
+PARAMS = {f"layers/{i}": jnp.full((2, 2), 0.1 * (i + 1)) for i in range(12)} | {
+    "embed": jnp.full((3,), 0.2)
+}
 NAMES = sorted(PARAMS)
 
 
 def scaled(factor, **blocks):
     """Gradients in which some blocks are multiplied by more."""
     by_name = {name.replace("_", "/"): x for name, x in blocks.items()}
-    return {name: g * jnp.asarray(factor * by_name.get(name, 1.0), g.dtype) for name, g in PARAMS.items()}
+    return {
+        name: g * jnp.asarray(factor * by_name.get(name, 1.0), g.dtype)
+        for name, g in PARAMS.items()
+    }
 
 
 def norm_of(grads):
-    return np.sqrt(sum(np.sum(np.square(np.asarray(g, np.float64))) for g in jax.tree.leaves(grads)))
+    return np.sqrt(
+        sum(np.sum(np.square(np.asarray(g, np.float64))) for g in jax.tree.leaves(grads))
+    )
 
 
 def lengths(steps=400, sigma=0.4, seed=0):
@@ -47,7 +54,9 @@ def run(tx, series, start=None, tags=None):
         return state, oc.metrics(state)
 
     tags = jnp.arange(len(series), dtype=jnp.int32) if tags is None else tags
-    return jax.jit(lambda state: jax.lax.scan(step, state, (jnp.asarray(series), tags)))(start or tx.init(PARAMS))
+    return jax.jit(lambda state: jax.lax.scan(step, state, (jnp.asarray(series), tags)))(
+        start or tx.init(PARAMS)
+    )
 
 
 def test_updates_come_out_bit_for_bit():
@@ -75,7 +84,9 @@ def test_norms_and_shares_are_numpys():
     np.testing.assert_allclose(state.total_norm, norm_of(grads), rtol=1e-6)
     order = np.argsort(-norms)[:4]
     np.testing.assert_array_equal(state.top_blocks, order)
-    np.testing.assert_allclose(state.top_shares, np.square(norms[order]) / np.sum(np.square(norms)), rtol=1e-5)
+    np.testing.assert_allclose(
+        state.top_shares, np.square(norms[order]) / np.sum(np.square(norms)), rtol=1e-5
+    )
     assert NAMES[state.top_blocks[0]] == "layers/7" and float(state.median_ratio) == 1
 
 
@@ -84,7 +95,9 @@ def test_norms_of_any_size(scale):
     tx = oc.watch()
     _, state = tx.update(scaled(scale), tx.init(PARAMS))
     np.testing.assert_allclose(np.float64(state.total_norm) / scale, norm_of(PARAMS), rtol=1e-5)
-    np.testing.assert_allclose(np.sum(np.asarray(state.top_shares)), 3 * 0.0 + sum(_shares()[:3]), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.sum(np.asarray(state.top_shares)), 3 * 0.0 + sum(_shares()[:3]), rtol=1e-5
+    )
     assert int(state.nonfinite.bad_total) == 0
 
 
@@ -96,10 +109,18 @@ def _shares():
 def test_a_total_beyond_the_largest_float_is_finite_where_its_blocks_are():
     tx, grads = oc.watch(), {"a": jnp.full(4, 1.5e38), "b": jnp.full(4, 1.5e38)}
     _, state = tx.update(grads, tx.init(grads))
-    assert float(state.total_norm) == np.finfo(np.float32).max and int(state.nonfinite.bad_total) == 0
+    assert (
+        float(state.total_norm) == np.finfo(np.float32).max and int(state.nonfinite.bad_total) == 0
+    )
     np.testing.assert_allclose(state.top_shares, 0.5)
-    _, state = tx.update(grads | {"a": jnp.full(4, 3e38)}, state)  # its own norm is no float any more
-    assert (int(state.nonfinite.bad_total), int(state.nonfinite.first), int(state.nonfinite.blocks_hit)) == (1, 0, 1)
+    _, state = tx.update(
+        grads | {"a": jnp.full(4, 3e38)}, state
+    )  # its own norm is no float any more
+    assert (
+        int(state.nonfinite.bad_total),
+        int(state.nonfinite.first),
+        int(state.nonfinite.blocks_hit),
+    ) == (1, 0, 1)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -113,7 +134,9 @@ def test_the_planted_block_that_is_not_finite_is_found(bad):
     assert (int(found.bad_total), int(found.at_step), int(found.blocks_hit)) == (1, 3, 3)
     assert (NAMES[found.first], NAMES[found.last]) == ("layers/2", "layers/10")  # as people count
     (step,) = oc.bad_steps(state)
-    assert step[:1] + step[3:] == (3, "layers/2", pytest.approx(1 / 3), 22) and not np.isfinite(step.norm)
+    assert step[:1] + step[3:] == (3, "layers/2", pytest.approx(1 / 3), 22) and not np.isfinite(
+        step.norm
+    )
 
 
 def test_quantiles_are_near_numpys():
@@ -163,7 +186,9 @@ def test_rates_of_numbers_are_numpys():
     state, seen = run(oc.watch(candidates=(0.5, 1, 2.5)), series)
     norms = series * norm_of(PARAMS)
     for bound in (0.5, 1, 2.5):
-        np.testing.assert_allclose(seen[f"watch/would_clip/{bound:g}"][-1], np.mean(norms > bound), rtol=1e-6)
+        np.testing.assert_allclose(
+            seen[f"watch/would_clip/{bound:g}"][-1], np.mean(norms > bound), rtol=1e-6
+        )
     assert unpack_names(state.candidates) == ("0.5", "1", "2.5")
 
 
@@ -171,7 +196,9 @@ def test_groups():
     tx = oc.watch(scope=scopes.groups(lambda path: path.split("/")[0]))
     _, state = tx.update(scaled(1.0), tx.init(PARAMS))
     layers = [g for name, g in PARAMS.items() if name != "embed"]
-    np.testing.assert_allclose(state.block_norms, [norm_of(PARAMS["embed"]), norm_of(layers)], rtol=1e-6)
+    np.testing.assert_allclose(
+        state.block_norms, [norm_of(PARAMS["embed"]), norm_of(layers)], rtol=1e-6
+    )
     assert unpack_names(state.blocks) == ("embed", "layers") and state.top_blocks.tolist() == [1, 0]
 
 
@@ -182,9 +209,16 @@ def test_the_ring_keeps_the_last_bad_steps_and_their_tags():
     series[3] = 50.0  # too early: the median is not known yet
     state, _ = run(oc.watch(bad_steps=4), series, tags=jnp.arange(1000, 1060, dtype=jnp.int32))
     steps = oc.bad_steps(state)
-    assert [s.step for s in steps] == [26, 31, 32, 56] and [s.tag for s in steps] == [1025, 1030, 1031, 1055]
+    assert [s.step for s in steps] == [26, 31, 32, 56] and [s.tag for s in steps] == [
+        1025,
+        1030,
+        1031,
+        1055,
+    ]
     assert [s.block for s in steps] == ["embed", "layers/11", "layers/11", "layers/11"]
-    np.testing.assert_allclose([s.norm for s in steps[1:]], np.array([7, 6, 100]) * norm_of(PARAMS), rtol=1e-5)
+    np.testing.assert_allclose(
+        [s.norm for s in steps[1:]], np.array([7, 6, 100]) * norm_of(PARAMS), rtol=1e-5
+    )
     np.testing.assert_allclose([s.median_ratio for s in steps[1:]], [7, 6, 100], rtol=0.35)
     assert int(state.bad.seen_total) == 5
 
@@ -230,14 +264,26 @@ def test_wrong_arguments(wrong):
 
 WRONG_STATES = {
     "None": (None, r"watch: update was called with the state None"),
-    "of another transformation": (optax.adam(0.1).init(PARAMS), "watch: this is not the state of a watch"),
-    "of a clip": (oc.clip_by_leaf_norm(1.0).init(PARAMS), "watch: this is not the state of a watch but ClipState"),
-    "of other blocks": (oc.watch().init({"other": jnp.ones(1)}), r"watch: .*missing are \['other'\]"),
+    "of another transformation": (
+        optax.adam(0.1).init(PARAMS),
+        "watch: this is not the state of a watch",
+    ),
+    "of a clip": (
+        oc.clip_by_leaf_norm(1.0).init(PARAMS),
+        "watch: this is not the state of a watch but ClipState",
+    ),
+    "of other blocks": (
+        oc.watch().init({"other": jnp.ones(1)}),
+        r"watch: .*missing are \['other'\]",
+    ),
     "of as many blocks of other names": (
         oc.watch().init({f"x/{name}": p for name, p in PARAMS.items()}),
         r"watch: .*new are \['embed', ",
     ),
-    "of another watch": (oc.watch(candidates=[1.0]).init(PARAMS), "watch: this state was not made by tx.init"),
+    "of another watch": (
+        oc.watch(candidates=[1.0]).init(PARAMS),
+        "watch: this state was not made by tx.init",
+    ),
 }
 
 
@@ -302,7 +348,9 @@ def test_one_read_with_a_clip_of_the_same_blocks():
         tx = optax.chain(*chain)
         state = tx.init(PARAMS)
         compiled = jax.jit(lambda g, s: tx.update(g, s)).lower(PARAMS, state).compile(AS_USERS)
-        return compiled.as_text().count(" conditional(")  # each measurement has one, for norms out of range
+        return compiled.as_text().count(
+            " conditional("
+        )  # each measurement has one, for norms out of range
 
     assert reads(oc.watch()) == 1 == reads(oc.watch(), oc.clip_by_leaf_norm(1.0))
     assert reads(oc.watch(), oc.clip_by_global_norm(1.0)) == 2
@@ -325,7 +373,10 @@ def test_poison_leaves_every_statistic_sound():
     base = lengths(steps, 0.3)
     tx = oc.watch(candidates={"mean": thresholds.running(1.2), "z": thresholds.zscore(1.0)})
     series = jnp.stack(
-        [jnp.asarray(base * s) for s in [np.ones(steps), *(factors(p, steps) for p in POISONS.values())]]
+        [
+            jnp.asarray(base * s)
+            for s in [np.ones(steps), *(factors(p, steps) for p in POISONS.values())]
+        ]
     )
 
     def one(factors):
@@ -367,10 +418,14 @@ def test_sharded_and_in_shard_map():
     inside = jax.shard_map(two, mesh=mesh, in_specs=(layout,), out_specs=out)
     chex.assert_trees_all_close(jax.jit(inside)(grads), want, rtol=1e-6)
     names = {"a": "x", "b": ()}
-    untyped = jax.shard_map(lambda g: two(g, names), mesh=mesh, in_specs=(layout,), out_specs=out, check_vma=False)
+    untyped = jax.shard_map(
+        lambda g: two(g, names), mesh=mesh, in_specs=(layout,), out_specs=out, check_vma=False
+    )
     chex.assert_trees_all_close(jax.jit(untyped)(grads), want, rtol=1e-6)
     with pytest.raises(ValueError, match="axis_names="):
-        jax.jit(jax.shard_map(two, mesh=mesh, in_specs=(layout,), out_specs=out, check_vma=False))(grads)
+        jax.jit(jax.shard_map(two, mesh=mesh, in_specs=(layout,), out_specs=out, check_vma=False))(
+            grads
+        )
 
 
 @pytest.mark.filterwarnings("ignore")  # what Orbax warns of is not ours
@@ -398,11 +453,17 @@ def test_read_out_of_any_nesting():
         np.testing.assert_allclose(seen["watch/grad_norm/bias"], 8**0.5, rtol=1e-6)
         assert all(isinstance(x, jax.Array) and x.shape == () for x in seen.values())
         assert "kernel" in oc.explain(optimizer.opt_state, nnx.state(model))
-    two = optax.chain(oc.watch(), oc.clip(1.0), oc.watch(candidates={}, quantiles=(), exclude="embed"))
+    two = optax.chain(
+        oc.watch(), oc.clip(1.0), oc.watch(candidates={}, quantiles=(), exclude="embed")
+    )
     seen = oc.metrics(two.init(PARAMS), watch_prefix="w/")
     assert seen["w/0/steps"] == seen["w/1/steps"] == 0 and "w/1/grad_norm/embed" not in seen
-    assert not [key for key in seen if key.startswith("w/1/would") or key.startswith("w/1/quantile")]
-    assert not oc.check(optax.chain(oc.watch(), oc.clip_by_global_norm(1.0), optax.adam(0.1)), PARAMS)
+    assert not [
+        key for key in seen if key.startswith("w/1/would") or key.startswith("w/1/quantile")
+    ]
+    assert not oc.check(
+        optax.chain(oc.watch(), oc.clip_by_global_norm(1.0), optax.adam(0.1)), PARAMS
+    )
 
 
 def test_shapes_are_enough_to_initialise():
@@ -419,7 +480,9 @@ def test_unfiltered_equinox_models_pass():
     tx = oc.watch()
     out, state = tx.update(grads, tx.init(grads))
     assert jax.tree.leaves(out) == jax.tree.leaves(grads)
-    np.testing.assert_allclose(state.total_norm, norm_of(eqx.filter(model, eqx.is_array)), rtol=1e-6)
+    np.testing.assert_allclose(
+        state.total_norm, norm_of(eqx.filter(model, eqx.is_array)), rtol=1e-6
+    )
 
 
 def test_parameters_without_a_gradient_do_not_count():

@@ -25,9 +25,9 @@ def scaled(tree, factor):
     return jax.tree.map(lambda x: x * jnp.asarray(factor, x.dtype), tree)
 
 
-def lagging(scope=optaxclip.leaf):
+def lagging(scope=optaxclip.scopes.leaf):
     """An adaptive clip: at most the norm before."""
-    return optaxclip.clip_by(optaxclip.lag(optax.identity()), scope=scope)
+    return optaxclip.clip_by(optaxclip.thresholds.lag(optax.identity()), scope=scope)
 
 
 def once(tx, grads=GRADS, params=PARAMS):
@@ -171,16 +171,16 @@ def test_lookahead_takes_the_clip_inside():
 def test_named_chain_and_flatten():
     tx = optax.named_chain(("clip", optaxclip.clip_by_leaf_norm(1.0)), ("step", optax.sgd(2.0)))
     chex.assert_trees_all_close(once(tx), scaled(UNIT, -2.0))
-    assert isinstance(tx.init(PARAMS)["clip"], optaxclip.ClipState)
+    assert isinstance(tx.init(PARAMS)["clip"], optaxclip.base.ClipState)
     tx = optax.flatten(optaxclip.clip_by_leaf_norm(1.0))  # one flat vector: a leaf norm becomes the global norm
     chex.assert_trees_all_close(once(tx), scaled(GRADS, 1 / 125**0.5), rtol=1e-6)
 
 
 SCOPES = {
-    "tree": optaxclip.tree,
-    "leaf": optaxclip.leaf,
-    "groups": optaxclip.groups(lambda path: "all"),
-    "units": optaxclip.units(),
+    "tree": optaxclip.scopes.tree,
+    "leaf": optaxclip.scopes.leaf,
+    "groups": optaxclip.scopes.groups(lambda path: "all"),
+    "units": optaxclip.scopes.units(),
 }
 
 
@@ -239,7 +239,7 @@ def test_vmap_over_the_bound_is_one_training_run_for_each(scope):
 
 
 def test_vmap_over_states_keeps_each_its_own_history():
-    tx = lagging(optaxclip.tree)
+    tx = lagging(optaxclip.scopes.tree)
     state = jax.vmap(lambda _: tx.init(PARAMS))(jnp.arange(3))
     step = jax.jit(jax.vmap(lambda factor, state: tx.update(scaled(GRADS, factor), state)))
     _, state = step(jnp.array([1.0, 2.0, 3.0]), state)

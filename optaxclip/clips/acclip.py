@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
@@ -10,13 +9,14 @@ from jax.typing import ArrayLike
 from optaxclip import validate, xla
 from optaxclip.base import Exclude
 from optaxclip.clips.carry import start_carry
+from optaxclip.core import Description
 from optaxclip.states import StateGuard
 from optaxclip.thresholds.learned import like
 from optaxclip.trees import select
 
 
 class ACClipState(NamedTuple):
-    """State of `scale_by_acclip`: momentum m, and τ, the running α-mean of |g|, in float32 at least."""
+    """State of `scale_by_acclip`: momentum m, and τ, the α-mean of |g|, in float32 at least."""
 
     momentum: Any
     size: Any
@@ -33,7 +33,8 @@ def scale_by_acclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Momentum, clipped element by element: u = m · min(1, τ / (|m| + ε)).
 
-    m ← b1·m + (1 - b1)·g, and τᵅ ← b2·τᵅ + (1 - b2)·|g|ᵅ. Place it before the learning rate, in place of an optimizer.
+    m ← b1·m + (1 - b1)·g, and τᵅ ← b2·τᵅ + (1 - b2)·|g|ᵅ. Place it before the learning rate, in
+    place of an optimizer.
 
     Args:
       b1: the decay of m.
@@ -45,11 +46,13 @@ def scale_by_acclip(
     Raises:
       ValueError: for numbers out of range.
 
-    Deviations: an element that is not finite comes out as NaN, and leaves no trace in m and τ. The authors' code has
-    α = 2 and divides by Adam's root mean square too, unless told otherwise; that is not the paper's method.
+    Deviations: an element that is not finite comes out as NaN, and leaves no trace in m and τ. The
+    authors' code has α = 2 and divides by Adam's root mean square too, unless told otherwise; that
+    is not the paper's method.
 
     References:
-      Zhang et al., `Why are Adaptive Methods Good for Attention Models? <https://arxiv.org/abs/1912.03194>`_, 2020
+      Zhang et al., `Why are Adaptive Methods Good for Attention Models?
+      <https://arxiv.org/abs/1912.03194>`_, 2020
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.scale_by_acclip(b1=0.0, b2=0.5)
@@ -82,11 +85,13 @@ def scale_by_acclip(
         out, momentum, grown = ([each[i] for each in done] for i in range(3))
         return leaves.rebuild(out), ACClipState(m.rebuild(momentum), size.rebuild(grown))
 
+    update_fn.description = Description(exclude=exclude)  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _mean_of_powers(size, modulus, pace, power):
-    """((1 - pace)·sizeᵖ + pace·modulusᵖ)^(1/p), in units of the larger of both: no power overflows."""
+    """((1 - pace)·sizeᵖ + pace·modulusᵖ)^(1/p)."""
+    # In units of the larger of both, so that no power overflows.
     larger = jnp.maximum(size, modulus)
     unit = jnp.where(larger > 0, larger, 1)
     mean = (1 - pace) * (size / unit) ** power + pace * (modulus / unit) ** power

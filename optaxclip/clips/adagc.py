@@ -86,7 +86,7 @@ def adagc(
 
 
 def _share_of_global(max_norm: optax.GradientTransformationExtraArgs):
-    """The threshold that holds each block to its share of a global norm: n · min(1, max_norm / ‖n‖)."""
+    """Holds each block to its share of a global norm: n · min(1, max_norm / ‖n‖)."""
 
     def init_fn(norms):
         dtype = jax.tree.leaves(norms)[0].dtype if jax.tree.leaves(norms) else jnp.float32

@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping (AGC), the clip of normaliser-free networks, and its two helpers in Optax's shape."""
+"""Adaptive gradient clipping (AGC), the clip of normaliser-free networks, and its two helpers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +31,7 @@ def adaptive_grad_clip(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each unit to a share of its parameters' norm: gᵢ ← gᵢ · min(1, clipping · max(‖wᵢ‖, eps) / ‖gᵢ‖).
+    """Clips each unit to a share of its parameters' norm: ‖gᵢ‖ ≤ clipping · max(‖wᵢ‖, eps).
 
     A unit is what feeds one output: a column of a dense kernel, a filter of a convolution. `update`
     needs `params`.

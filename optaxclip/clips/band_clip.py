@@ -23,10 +23,10 @@ def band_clip(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps each group's norm between low · S and high · S, S the running mean of its norms after the clip.
+    """Keeps each group's norm between low · S and high · S.
 
-    Groups that explode are held, groups that vanish are lifted, each by its own measure. The first
-    norm is free.
+    S is the running mean of its norms after the clip. Groups that explode are held, groups that
+    vanish are lifted, each by its own measure. The first norm is free.
 
     Args:
       low: the floor, from 0 (none) to 1.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import scopes, trees, validate
-from optaxclip.base import Blocks, Exclude, Scope, Threshold
+from optaxclip.base import Blocks, Exclude, Scope
 from optaxclip.thresholds.blocks import Fixed
 from optaxclip.thresholds.fixed import as_threshold, scheduled
 
@@ -20,8 +20,8 @@ def bound_leaves(
 
     Args:
       exclude: leaves whose bounds do not count.
-      **argument: by the name of the argument, a threshold of all leaves, or one number or schedule for each:
-        a tree of them like the updates, or a mapping of paths.
+      **argument: by the name of the argument, a threshold of all leaves, or one number or schedule
+        for each: a tree of them like the updates, or a mapping of paths.
     """
     ((name, bounds),) = argument.items()
     if not _is_tree(bounds):
@@ -47,11 +47,11 @@ def _is_tree(bounds: Any) -> bool:
 def bound_each(
     scope: Scope, **argument: Mapping[str, Any]
 ) -> tuple[optax.GradientTransformationExtraArgs, Scope]:
-    """The bounds of all blocks, by name, as one threshold, and the scope, its blocks in their order.
+    """The bounds of blocks, by name, as one threshold, and the scope with its blocks in that order.
 
     Raises:
-      ValueError: for a bound that is no number and no schedule; where a tree is cut, if its blocks have
-        other names.
+      ValueError: for a bound that is no number and no schedule; where a tree is cut, if its blocks
+        have other names.
     """
     ((argument_name, bounds),) = argument.items()
     for name, bound in bounds.items():
@@ -81,8 +81,8 @@ def _in_order(scope: Scope, argument: str, names: tuple[str, ...]) -> Scope:
         unknown = [name for name in names if name not in blocks.names]
         if missing or unknown:
             raise ValueError(
-                f"{call}: {argument} must have one entry for each of the blocks {list(blocks.names)}:"
-                f" {missing} are missing, {unknown} are not among them."
+                f"{call}: {argument} must have one entry for each of the blocks"
+                f" {list(blocks.names)}: {missing} are missing, {unknown} are not among them."
             )
         places = [names.index(name) for name in blocks.names]
         return Blocks(names, tuple(places[block] for block in blocks.index))
@@ -102,9 +102,9 @@ def _refuse_vector(argument: str, bounds: Any) -> Scope:
     def cut(paths, shapes) -> Blocks:
         names = list(scopes.leaf.cut(paths, shapes).names)
         raise ValueError(
-            f"{call}: {argument} is a bare array of shape {bounds.shape}, which does not say which number"
-            f" is whose. Pass a tree of bounds with the structure of the updates, or a mapping of paths, such"
-            f" as {dict.fromkeys(names[:2], 1.0)}. The paths are, in order: {names}."
+            f"{call}: {argument} is a bare array of shape {bounds.shape}, which does not say which"
+            f" number is whose. Pass a tree of bounds with the structure of the updates, or a"
+            f" mapping of paths, such as {dict.fromkeys(names[:2], 1.0)}. The paths are, in order: {names}."
         )
 
     return scopes.leaf._replace(cut=cut)

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import trees, xla
-from optaxclip.base import Exclude
+from optaxclip.base import ClipState, Exclude
 
 
 def start_carry(params: Any, exclude: Exclude, *, real: bool = False) -> Any:
     """A tree of zeros like the parameters, in float32 at least where they are measured.
 
-    Zeros stand for the other arrays, too, so that whatever has the structure of the parameters (shardings,
-    say) has that of the state.
+    Zeros stand for the other arrays, too, so that whatever has the structure of the parameters
+    (shardings, say) has that of the state.
 
     Args:
       params: arrays, or their shapes.
@@ -29,3 +29,14 @@ def _zeros(x: Any) -> Any:
     dtype = getattr(x, "dtype", None)
     numeric = dtype is not None and jnp.issubdtype(dtype, jnp.number)
     return jnp.zeros_like(x) if numeric or trees.is_measured(x) else x
+
+
+def can_learn(state: ClipState, *, zeros: bool = True) -> jax.Array:
+    """Whether all that a clip has measured was finite and, without `zeros`, not all zero.
+
+    One decision for the whole tree, which so is that of one step. It is made of norms, which are
+    the same on all devices; gradients may be parts.
+    """
+    norms = jax.tree.leaves(state.metrics.grad_norm)
+    finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(n)) for n in norms]))
+    return finite & (zeros | jnp.any(jnp.array([jnp.any(n > 0) for n in norms])))

@@ -22,31 +22,33 @@ def clip_qk(
 ) -> tuple[Any, Any]:
     """Scales each head's query and key weights so that its largest logit would have been τ at most.
 
-    γ = min(1, τ / S) for the largest logit S of a head; queries are multiplied by γᵅ, keys by γ¹⁻ᵅ. A function
-    of parameters, for use after the optimizer's step; not a gradient transformation.
+    γ = min(1, τ / S) for the largest logit S of a head; queries are multiplied by γᵅ, keys by γ¹⁻ᵅ.
+    A function of parameters, for use after the optimizer's step; not a gradient transformation.
 
-    In grouped-query attention consecutive query heads share a key head, which is multiplied by the smallest
-    γ¹⁻ᵅ of its group, and each query by what is left of its own γ: every head's logits are scaled by its own γ,
-    and those of a head that is within τ stay as they are.
+    In grouped-query attention consecutive query heads share a key head, which is multiplied by the
+    smallest γ¹⁻ᵅ of its group, and each query by what is left of its own γ: every head's logits are
+    scaled by its own γ, and those of a head that is within τ stay as they are.
 
     Args:
-      query, key: the weights of the projections, arrays or trees of them (kernel and bias), each with an axis
-        of heads: Flax's are (features, heads, size) and (heads, size). The heads of `query` may be a multiple
-        of those of `key`.
-      max_logits: for each query head the largest logit (before the softmax, scaled) of the batch, over all
-        examples and positions, and over all devices.
+      query, key: the weights of the projections, arrays or trees of them (kernel and bias), each
+        with an axis of heads: Flax's are (features, heads, size) and (heads, size). The heads of
+        `query` may be a multiple of those of `key`.
+      max_logits: for each query head the largest logit (before the softmax, scaled) of the batch,
+        over all examples and positions, and over all devices.
       threshold: τ.
-      alpha: α, the share of the queries; 1.0 leaves the keys alone (their axis of heads may then be any).
+      alpha: α, the share of the queries; 1.0 leaves the keys alone (their axis of heads may then be
+        any).
       head_axis: which axis numbers the heads.
 
     Returns:
       The new query and key weights, in their dtypes.
 
     Raises:
-      ValueError: for an α outside [0, 1], a negative threshold, or an axis that does not number heads.
+      ValueError: for an α outside [0, 1], a negative threshold, or an axis that does not number
+      heads.
 
-    Deviations: a head whose logit is NaN or infinite is left alone: that says nothing of by how much to scale
-    it. Megatron-LM scales all heads of a group by the smallest γ of them.
+    Deviations: a head whose logit is NaN or infinite is left alone: that says nothing of by how
+    much to scale it. Megatron-LM scales all heads of a group by the smallest γ of them.
 
     References:
       Kimi Team, `Kimi K2: Open Agentic Intelligence <https://arxiv.org/abs/2507.20534>`_, 2025
@@ -87,8 +89,9 @@ def _scale(x: jax.Array, factors: jax.Array, axis: int) -> jax.Array:
     """Weights times one factor a head."""
     if not -x.ndim <= axis < x.ndim or x.shape[axis] != factors.shape[0]:
         raise ValueError(
-            f"{validate.called()}: axis {axis} of weights of shape {x.shape} must number {factors.shape[0]} heads:"
-            " max_logits has one entry a query head, of which each key head has equally many; or pass head_axis=."
+            f"{validate.called()}: axis {axis} of weights of shape {x.shape} must number"
+            f" {factors.shape[0]} heads: max_logits has one entry a query head, of which each key"
+            " head has equally many. Or pass head_axis=."
         )
     shape = [1] * x.ndim
     shape[axis] = -1

@@ -1,4 +1,4 @@
-"""Clipping each element between limits: it changes the direction of a gradient, and needs no norm."""
+"""Clipping each element between limits: it changes the gradient's direction, and needs no norm."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ def clip_elements(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips all elements between the limits that a threshold makes of the largest modulus.
 
-    That modulus is not free: it is taken, and recorded, if a threshold is not fixed or `measure` says so.
+    That modulus is not free: it is taken, and recorded, if a threshold is not fixed or `measure`
+    says so.
 
     Args:
       threshold: as any, but that it returns `Limits` in place of a bound.
@@ -47,9 +48,10 @@ def clip_elements(
 def clip_each(
     *, measure: bool, exclude: Exclude, axis_names: AxisNames | None
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each leaf between limits of its own, which `update` is passed: `limits=`, a list of `Limits`.
+    """Clips each leaf between limits of its own.
 
-    Without `measure` nothing is recorded but the number of steps: the largest limit is not free, either.
+    They are passed to `update`, as `limits=`, a list of `Limits`. Without `measure` nothing is
+    recorded but the number of steps: the largest limit is not free, either.
     """
 
     def act(leaves, layout, norm, limits):
@@ -78,12 +80,12 @@ def _size(limits: Limits) -> jax.Array:
 
 @jax.jit(inline=True)
 def clip_all(arrays: list[jax.Array], limits: list[Limits]) -> list[jax.Array]:
-    """Real numbers into limits; complex ones to a modulus of at most the upper, phase kept. NaN stays NaN."""
+    """Clips real numbers to limits, the modulus of complex ones to the upper. NaN stays NaN."""
     return [_clipped(x, *pair) for x, pair in zip(arrays, limits, strict=True)]
 
 
 def _clipped(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
-    # In float32 at least: a limit that is first rounded to the leaf's bfloat16 may be larger than it was.
+    # In float32 at least: a limit that is first rounded to the leaf's bfloat16 may become larger.
     wide = xla.widen(x)
     lower, upper = (limit.astype(wide.real.dtype) for limit in (lower, upper))
     if not jnp.iscomplexobj(x):
@@ -93,7 +95,7 @@ def _clipped(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
 
 
 def _observe(arrays, limits: list[Limits], layout, norm: jax.Array, bound: jax.Array) -> Step:
-    """What was done: by how much the largest element was shortened, and the share of elements clipped."""
+    """By how much the largest element was shortened, and the share of elements clipped."""
     outside = [_outside(xla.widen(x), *pair) for x, pair in zip(arrays, limits, strict=True)]
     count = jnp.maximum(jnp.asarray(xla.counts_of(layout, norm.dtype)), 1)
     share = xla.measure(l1, outside, layout).astype(norm.dtype) / count
@@ -104,4 +106,6 @@ def _observe(arrays, limits: list[Limits], layout, norm: jax.Array, bound: jax.A
 def _outside(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
     """1 for each element that limits change, else 0."""
     size = jnp.abs(x) if jnp.iscomplexobj(x) else x
-    return ((size > upper.astype(size.dtype)) | (size < lower.astype(size.dtype))).astype(size.dtype)
+    return ((size > upper.astype(size.dtype)) | (size < lower.astype(size.dtype))).astype(
+        size.dtype
+    )

@@ -28,17 +28,18 @@ def larc(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each layer's own rate to the global one: g ← (g + λw) · min(1, t·‖w‖ / ((‖g‖ + λ‖w‖ + ε) · η)).
+    """Clips each layer's own rate to the global one.
 
-    Place it before SGD with the same learning rate η; LARS in its clipping form. `update` needs
-    `params`.
+    g ← (g + λw) · min(1, t·‖w‖ / ((‖g‖ + λ‖w‖ + ε) · η)). Place it before SGD with the same
+    learning rate η; LARS in its clipping form. `update` needs `params`.
 
     Args:
       learning_rate: η, a number or a schedule: that of the optimizer that follows.
       trust_coefficient: t, the longest step as a share of the layer's norm.
       weight_decay: λ, added to the gradient here: do not let the optimizer decay, too.
       eps: ε.
-      mask: of weight decay, as in `optax.add_decayed_weights`.
+      mask: of weight decay, as in `optax.add_decayed_weights`. The bound counts λ‖w‖ for all
+        leaves.
       scope: which numbers share one norm; the paper's is `scopes.leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import scopes, validate, xla
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
-from optaxclip.clips.carry import start_carry
+from optaxclip.clips.carry import can_learn, start_carry
 from optaxclip.core import clip_by
 from optaxclip.states import StateGuard
 from optaxclip.thresholds.combine import param_relative
@@ -43,11 +43,13 @@ def clip_by_momentum_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each leaf to a multiple of its momentum's norm: g ← g · min(1, r·‖m̂‖ / ‖g‖).
 
-    m̂ is the running mean of clipped gradients. Unlike a mean of norms, m̂ is short where gradients point in all directions. No bound until there is momentum.
+    m̂ is the running mean of clipped gradients. Unlike a mean of norms, m̂ is short where gradients
+    point in all directions. No bound until there is momentum.
 
     Args:
-      ratio: r. Gradients that are all noise are √((1 + β) / (1 - β)) times as long as their mean of decay β, 4.4 times
-        for 0.9: with a smaller ratio clip and momentum would shrink each other to nothing.
+      ratio: r. Gradients that are all noise are √((1 + β) / (1 - β)) times as long as their mean of
+        decay β, 4.4 times for 0.9: with a smaller ratio clip and momentum would shrink each other
+        to nothing.
       decay: of the momentum.
       scope: which numbers share one norm; OLMo's is `scopes.leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
@@ -55,9 +57,9 @@ def clip_by_momentum_norm(
     Raises:
       ValueError: for a decay outside [0, 1), or a ratio below √((1 + β) / (1 - β)).
 
-    Deviations: the momentum is the clip's own (an Optax transformation does not see Adam's), and bias-corrected (else
-    the second gradient is held to a tenth of the first). A gradient of zeros, or one that is not finite, leaves it as
-    it is. No 1e-6 is added to the norm.
+    Deviations: the momentum is the clip's own (an Optax transformation does not see Adam's), and
+    bias-corrected (else the second gradient is held to a tenth of the first). A gradient of zeros,
+    or one that is not finite, leaves it as it is. No 1e-6 is added to the norm.
 
     References:
       `max_grad_norm_ratio` in the code of `OLMo <https://github.com/allenai/OLMo>`_, 2024
@@ -71,17 +73,12 @@ def clip_by_momentum_norm(
     5.0
     """
     validate.share(decay=decay)
-    known = validate.is_static(decay)
-    validate.at_least(math.sqrt((1 + decay) / (1 - decay)) if known else 1, ratio=ratio)
-    # `param_relative` bounds a block by the norm of whatever tree it is given as `params`. Here that is the
-    # momentum, and `update_fn` passes it in their place.
-    clip = clip_by(
-        param_relative(ratio, floor=None),
-        scope=scope,
-        exclude=exclude,
-        nonfinite=nonfinite,
-        axis_names=axis_names,
-    )
+    noise = math.sqrt((1 + decay) / (1 - decay)) if validate.is_static(decay) else 1
+    validate.at_least(noise, ratio=ratio)
+    # `param_relative` bounds a block by the norm of whatever tree it is given as `params`. Here
+    # that is the momentum, and `update_fn` passes it in their place.
+    shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
+    clip = clip_by(param_relative(ratio, floor=None), scope=scope, **shared)
 
     def init_fn(params):
         momentum = start_carry(params, exclude)
@@ -91,21 +88,24 @@ def clip_by_momentum_norm(
 
     def update_fn(updates, state, params=None, **extra_args):
         guard.check(state, updates)
-        kept = select(state.momentum, exclude)
+        old = select(state.momentum, exclude)
         rest = jnp.asarray(1 - decay).astype(jnp.float32)
-        corrected = [xla.times(m, 1 / _seen(state.clip_step, rest)) for m in kept.arrays]
-        momentum = kept.rebuild(corrected)
+        scale = 1 / _seen(state.clip_step, rest)
+        momentum = old.rebuild([xla.times(m, scale) for m in old.arrays])
         clipped, clip_state = clip.update(updates, state.clip, momentum, **extra_args)
-        # Of what was measured, which is the same on all devices; gradients may be parts.
-        norms = clip_state.metrics.grad_norm
-        fine = jnp.all(jnp.isfinite(norms)) & jnp.any(norms > 0)
-        gradients = map(xla.widen, select(clipped, exclude).arrays)
-        pairs = zip(gradients, kept.arrays, strict=True)
-        moved = kept.rebuild([jnp.where(fine, m + xla.times(g - m, rest), m) for g, m in pairs])
+        fine = can_learn(clip_state, zeros=False)
+        new = _move(old.arrays, select(clipped, exclude).arrays, rest, fine)
         step = jnp.where(fine, optax.safe_increment(state.clip_step), state.clip_step)
-        return clipped, MomentumNormState(step, moved, clip_state)
+        return clipped, MomentumNormState(step, old.rebuild(new), clip_state)
 
+    update_fn.description = clip.update.description  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _move(momentum: list, gradients: list, rest: jax.Array, fine: jax.Array) -> list:
+    """The momentum after one more gradient."""
+    pairs = zip(gradients, momentum, strict=True)
+    return [jnp.where(fine, m + xla.times(xla.widen(g) - m, rest), m) for g, m in pairs]
 
 
 def _seen(step, rest):

@@ -77,7 +77,7 @@ def clip_by_global_norm(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips the updates by their global norm: g ← g · min(1, max_norm / ‖g‖), one norm over all leaves.
+    """Clips the updates by one norm over all leaves: g ← g · min(1, max_norm / ‖g‖).
 
     Args:
       max_norm: the bound: a number, array, tracer, schedule or threshold.
@@ -128,9 +128,10 @@ def clip_by_leaf_norm(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each leaf by its own norm: gᵢ ← gᵢ · min(1, max_norm / ‖gᵢ‖). Keras calls it `clipnorm`.
+    """Clips each leaf by its own norm: gᵢ ← gᵢ · min(1, max_norm / ‖gᵢ‖).
 
-    The direction of the whole gradient changes; under sharding by leaf it needs no communication.
+    Keras calls it `clipnorm`. The direction of the whole gradient changes; under sharding by leaf
+    it needs no communication.
 
     Args:
       max_norm: the bound of every leaf: a number, tracer, schedule or threshold. Or one for each
@@ -173,7 +174,7 @@ def clip_by_group_norm(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each group of leaves by the norm of the group; by default a module's kernel and bias together.
+    """Clips each group of leaves by the norm of the group, by default a module's kernel and bias.
 
     Args:
       max_norm: the bound of every group, or a mapping of the name of each group to a number or
@@ -219,10 +220,10 @@ def clip_by_block_rms(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each leaf by its root mean square: u ← u / max(1, RMS(u) / threshold), as Adafactor does.
+    """Clips each leaf by its root mean square: u ← u / max(1, RMS(u) / threshold).
 
-    Place it after what preconditions the update and before the learning rate; Adafactor's threshold
-    is 1.
+    It is Adafactor's update clipping. Place it after what preconditions the update and before the
+    learning rate; Adafactor's threshold is 1.
 
     Args:
       threshold: the bound: a number, array, tracer, schedule or threshold.

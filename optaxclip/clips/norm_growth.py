@@ -21,7 +21,9 @@ def limit_norm_growth(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each leaf to γ times its last norm: nₜ ≤ γ · nₜ₋₁, norms after the clip. Norms may fall freely.
+    """Clips each leaf to γ times its last norm after the clip: nₜ ≤ γ · nₜ₋₁.
+
+    Norms may fall freely.
 
     The papers place it after what scales the update, before the learning rate.
 

@@ -24,7 +24,7 @@ def quantile_clip(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips to a bound C that tracks a quantile of the norms in one number: C ← C · exp(-η · (b - q)).
+    """Clips to a bound C that tracks a quantile of the norms: C ← C · exp(-η · (b - q)).
 
     b is 1 if the norm was within C, else 0; so C rests where a share q of the norms is within it.
     It moves by a factor of exp(η) a step at most, and no spike, however long, moves it further.

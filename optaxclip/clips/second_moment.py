@@ -1,4 +1,4 @@
-"""Clipping each element by the second moment that Adam would have of it: SPAM's spike clip, and AdamWClip."""
+"""Clipping each element by the second moment that Adam would have of it: SPAM and AdamWClip."""
 
 import math
 from collections.abc import Callable
@@ -23,8 +23,8 @@ class SecondMomentState(NamedTuple):
 
     Attributes:
       clip_step: int32, the updates so far; for `spam_clip` since the last reset.
-      rms: √v, the root of the running mean of squares, element by element, in float32 at least. (Not v
-        itself: squares of numbers over 1.8e19 overflow.)
+      rms: √v, the root of the running mean of squares, element by element, in float32 at least.
+        (Not v itself: squares of numbers over 1.8e19 overflow.)
       clip: the `ClipState` of the clip, with what it did.
     """
 
@@ -40,7 +40,7 @@ def _clip_by_rms(
     exclude: Exclude,
     clip: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips to ±bound_of(√v, step). v learns from what is left, and is reset every `every` steps."""
+    """Clips to ±bound_of(√v, step). v learns from what is left; it is reset every `every` steps."""
 
     def init_fn(params):
         rms = start_carry(params, exclude, real=True)
@@ -67,6 +67,7 @@ def _clip_by_rms(
         rms = kept.rebuild([rms for _, rms in done])
         return clipped, SecondMomentState(advance(step), rms, clip_state)
 
+    update_fn.description = clip.update.description  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
@@ -91,21 +92,23 @@ def spam_clip(
       decay: of v; that of Adam.
       warmup_steps: how many updates after each reset pass as they are.
       every: v is reset every so many updates, together with Adam's moments; None: never.
-      measure: whether to record the largest modulus and the share of elements clipped, which takes two more
-        reads of the gradients; else the metrics have the number of steps only.
+      measure: whether to record the largest modulus and the share of elements clipped, which takes
+        two more reads of the gradients; else the metrics have the number of steps only.
       exclude: as in `optaxclip.clip_by`.
       axis_names: as in `optaxclip.clip_by`; needed only with `measure`.
 
     Raises:
-      ValueError: for a negative threshold, a decay outside [0, 1), or numbers of steps that are none.
+      ValueError: for a negative threshold, a decay outside [0, 1), or numbers of steps that are
+      none.
 
-    Deviations: where v = 0 (a row of an embedding that was not used since the reset) nothing is clipped: in
-    the authors' code such an element stays zero until the next reset. As there, v has no bias correction:
-    after a reset θ acts as if it were smaller. An element that is NaN stays NaN, an infinite one is clipped;
-    v learns from neither.
+    Deviations: where v = 0 (a row of an embedding that was not used since the reset) nothing is
+    clipped: in the authors' code such an element stays zero until the next reset. As there, v has
+    no bias correction: after a reset θ acts as if it were smaller. An element that is NaN stays
+    NaN, an infinite one is clipped; v learns from neither.
 
     References:
-      Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset <https://arxiv.org/abs/2501.06842>`_, 2025
+      Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset
+      <https://arxiv.org/abs/2501.06842>`_, 2025
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.spam_clip(4.0, decay=0.75, warmup_steps=1)
@@ -151,13 +154,15 @@ def adamw_clip(
       measure, exclude, axis_names: as in `spam_clip`.
 
     Raises:
-      ValueError: for a negative ratio or floor, a decay outside [0, 1), or a number of steps that is none.
+      ValueError: for a negative ratio or floor, a decay outside [0, 1), or a number of steps that
+      is none.
 
-    Deviations: there is no bound where v = 0, as at the first update (in the authors' code such an element is
-    held to the floor, and takes thousands of steps to grow from there). v is corrected for the updates that
-    it has seen (the authors' code counts one more). An element that is NaN stays NaN, an infinite one is
-    clipped; v learns from neither. Floor and warm-up are those of the authors' version 0.1.4; earlier ones
-    had a floor of 0.01 under √v̂, with which the scale of the loss matters, and a warm-up of 10 steps.
+    Deviations: there is no bound where v = 0, as at the first update (in the authors' code such an
+    element is held to the floor, and takes thousands of steps to grow from there). v is corrected
+    for the updates that it has seen (the authors' code counts one more). An element that is NaN
+    stays NaN, an infinite one is clipped; v learns from neither. Floor and warm-up are those of the
+    authors' version 0.1.4; earlier ones had a floor of 0.01 under √v̂, with which the scale of the
+    loss matters, and a warm-up of 10 steps.
 
     References:
       The code of `AdamWClip <https://github.com/wandeln/AdamWClip>`_; there is no paper.

@@ -1,4 +1,4 @@
-"""Clipping the singular values of matrices: what a few bad examples inflate is a few singular directions."""
+"""Clipping the singular values of matrices: bad examples inflate a few singular directions."""
 
 import math
 from collections.abc import Callable
@@ -82,11 +82,7 @@ def spectral_clip(
     validate.choice(get_args(Method), method=method)
     validate.choice(get_args(Solver), solver=solver)
     validate.choice(get_args(Nonfinite), nonfinite=nonfinite)
-    if steps is not None:
-        validate.size(steps=steps)
-        validate.at_least(FEWEST_STEPS, steps=steps)
-    if axis_names not in (None, ()):
-        raise validate.fail("axis_names must be () or None: matrices are whole on each device", axis_names)
+    _check_arguments(steps, axis_names)
     call, bad = validate.called(), math.nan if nonfinite == "propagate" else 0.0
 
     def matrices(leaves: Leaves) -> list[jax.Array]:
@@ -95,11 +91,7 @@ def spectral_clip(
 
     def measure(leaves: Leaves, layout: xla.Layout) -> Norms:
         _check_whole(call, leaves, layout.span)
-        found = [singular.largest_singular_value(m) for m in matrices(leaves)]
-        dtype = xla.accumulator(leaves.arrays)
-        norms = jnp.stack([n.astype(dtype) for n in found]) if found else jnp.zeros(0, dtype)
-        # The same on all devices: by a collective it is so by type, too.
-        return layout.span.pool(norms, "max")
+        return _norms_of(matrices(leaves), layout, xla.accumulator(leaves.arrays))
 
     def act(leaves: Leaves, layout: xla.Layout, norms: Norms, bounds: Norms):
         step = decide(norms, bounds, rescale, bad)
@@ -117,22 +109,38 @@ def spectral_clip(
     return build(description, Rule(measure, act), axis_names)
 
 
+def _check_arguments(steps, axis_names) -> None:
+    if steps is not None:
+        validate.size(steps=steps)
+        validate.at_least(FEWEST_STEPS, steps=steps)
+    if axis_names not in (None, ()):
+        must = "axis_names must be () or None: matrices are whole on each device"
+        raise validate.fail(must, axis_names)
+
+
+def _norms_of(matrices: list[jax.Array], layout: xla.Layout, dtype) -> Norms:
+    """The largest singular value of each, the same on all devices, by a collective also by type."""
+    found = [singular.largest_singular_value(m).astype(dtype) for m in matrices]
+    return layout.span.pool(jnp.stack(found) if found else jnp.zeros(0, dtype), "max")
+
+
 def _check_whole(call: str, leaves: Leaves, span: xla.Span) -> None:
     """Raises if a matrix may be spread over devices, each of which would clip its own part."""
     spread = [p for i, p in enumerate(leaves.paths) if span.leaves and span.leaves[i]]
     if spread and not span.explicit:
         raise ValueError(
-            f"{call}: singular values are those of whole matrices, but inside shard_map these leaves vary over"
-            f" the mesh axes {span.axes}: {spread}. Gather them first (jax.lax.all_gather), or clip outside of"
-            f" shard_map, where any sharding will do. If every device does hold the same whole matrices, as after"
-            f" psum or pmean, say so: {call}(..., axis_names=())."
+            f"{call}: singular values are those of whole matrices, but inside shard_map these"
+            f" leaves vary over the mesh axes {span.axes}: {spread}. Gather them first"
+            f" (jax.lax.all_gather), or clip outside of shard_map, where any sharding will do. If"
+            f" every device does hold the same whole matrices, as after psum or pmean, say so:"
+            f" {call}(..., axis_names=())."
         )
 
 
 def _matrices(
     call: str, path: str, x: jax.Array, batch_axes: int | Callable[[str], int] | None
 ) -> jax.Array:
-    """A leaf as (batch, m, n): leading axes stack, the last is n, those between are m. A vector is one column."""
+    """A leaf as (batch, m, n): the last axis is n, those before m. A vector is a column."""
     stack = (batch_axes(path) if callable(batch_axes) else batch_axes) or 0
     if not 0 <= stack <= x.ndim:
         raise ValueError(f"{call}: batch_axes={stack}, but the leaf {path!r} has shape {x.shape}.")

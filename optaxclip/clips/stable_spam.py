@@ -1,4 +1,4 @@
-"""Stable-SPAM's clips: elements held to the running maximum of their leaf, norms to their signal-to-noise ratio."""
+"""Stable-SPAM's clips: of elements that stand out of their leaf, and of norms, made a ratio."""
 
 import math
 from typing import get_args
@@ -28,8 +28,8 @@ def clip_by_running_max(
 ) -> optax.GradientTransformationExtraArgs:
     """Shortens elements that stand out of their leaf: g ← g · T̂ / max|g| where |g| > T̂.
 
-    T̂ is the running mean of max|g|. The elements concerned keep their ratios, and the largest becomes T̂. In
-    the paper it is AdaClip (a name that two other methods have, too).
+    T̂ is the running mean of max|g|. The elements concerned keep their ratios, and the largest
+    becomes T̂. In the paper it is AdaClip (a name that two other methods have, too).
 
     Args:
       decay: of the running mean, which learns the present maximum before it decides.
@@ -38,8 +38,8 @@ def clip_by_running_max(
     Raises:
       ValueError: for a decay outside [0, 1).
 
-    Deviations: the bias correction counts the maxima that were learned (in the authors' code it is reset with
-    the moments, which makes T̂ 500 times too large: the clip is off most of the time).
+    Deviations: the bias correction counts the maxima that were learned (in the authors' code it is
+    reset with the moments, which makes T̂ 500 times too large: the clip is off most of the time).
 
     References:
       Huang et al., `Stable-SPAM <https://arxiv.org/abs/2502.17055>`_, 2025
@@ -65,7 +65,7 @@ def clip_by_running_max(
     def act(leaves: Leaves, layout: xla.Layout, norms: Norms, bounds: Norms):
         step = decide(norms, bounds, rescale, bad)
         short = xla.scale(leaves.arrays, step.factors, layout=layout, zeros=bad == 0)
-        # Nothing is within the limit of a leaf that is not finite: all of it is what the factor made of it.
+        # Of a leaf that is not finite nothing is within the limit: all of it is `short`, NaN or 0.
         limits = xla.spread(jnp.where(step.bad, -1, step.bounds), layout)
         return list(map(_pick, leaves.arrays, short, limits)), step
 
@@ -92,13 +92,14 @@ def normalize_by_moments(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gives each leaf the norm m̂ / (√v̂ + ε), m̂ and v̂ the running means of its norm and of the square of its norm.
+    """Gives each leaf the norm m̂ / (√v̂ + ε).
 
-    That is about 1, whatever the scale of the gradient, so it belongs before an optimizer that does not mind
-    scale. After steady norms a spike of any size comes out at √(b1²/b2 + (1 - b1)²/(1 - b2)) at most, 1.2019
-    with the defaults (when it is 3.9 times as long as they; the longest come out at 0.95); after any norms
-    at (1 - b1) / √((1 - b2) · (1 - b1²/b2)) at most, 1.4056. In the paper it is AdaGN, later the
-    GradientStabilizer.
+    m̂ and v̂ are the running means of its norm and of the square of its norm. That is about 1,
+    whatever the scale of the gradient (if norms are well over ε), so it belongs before an optimizer
+    that does not mind scale. After steady norms a spike of any size comes out at √(b1²/b2 + (1 -
+    b1)²/(1 - b2)) at most, 1.2019 with the defaults (when it is 3.9 times as long as they; the
+    longest come out at 0.95); after any norms at (1 - b1) / √((1 - b2) · (1 - b1²/b2)) at most,
+    1.4056. In the paper it is AdaGN, later the GradientStabilizer.
 
     Args:
       b1, b2: the decays of m and v; both learn the present norm before they decide.

@@ -1,4 +1,4 @@
-"""Clips that remember: what was cut off is carried over (U-Clip), or only the gradient's change is cut (Clip21)."""
+"""Clips that carry over what was cut off (U-Clip), or cut the gradient's change only (Clip21)."""
 
 from typing import Any, NamedTuple
 
@@ -9,11 +9,12 @@ from jax.typing import ArrayLike
 
 from optaxclip import scopes, validate, xla
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
-from optaxclip.clips.carry import start_carry
+from optaxclip.clips.carry import can_learn, start_carry
 from optaxclip.core import clip_by
 from optaxclip.states import StateGuard
 from optaxclip.thresholds.blocks import Fixed
 from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.learned import like
 from optaxclip.trees import Leaves, select
 
 
@@ -44,12 +45,12 @@ def _remember(clip, exclude: Exclude, step) -> optax.GradientTransformationExtra
         guard.check(state, updates)
         leaves, old = select(updates, exclude), select(state.carry, exclude)
         out, carry, clip_state = step(leaves, old.arrays, state.clip, params, **extra_args)
-        # One decision for all devices: the norm is the same on all of them, gradients may be parts.
-        fine = jnp.all(jnp.isfinite(clip_state.metrics.grad_norm))
+        fine = can_learn(clip_state)
         kept = [jnp.where(fine, a, b) for a, b in zip(carry, old.arrays, strict=True)]
         out = list(map(xla.as_dtype_of, leaves.arrays, out))
         return leaves.rebuild(out), CarryState(old.rebuild(kept), clip_state)
 
+    update_fn.description = clip.update.description  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
@@ -74,7 +75,8 @@ def u_clip(
     On average nothing is lost.
 
     Args:
-      max_norm: the bound γ. It must be larger than the mean gradient's norm, or Δ grows until it is capped.
+      max_norm: the bound γ. It must be larger than the mean gradient's norm, or Δ grows until it is
+        capped.
       max_carry: the cap on ‖Δ‖, as a multiple of the bound.
       scope: which numbers share one norm; `scopes.units(())` clips each element by itself.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
@@ -85,8 +87,8 @@ def u_clip(
     Deviations: the cap; a gradient that is not finite leaves Δ as it is.
 
     References:
-      Elesedy and Hutter, `U-Clip: On-Average Unbiased Stochastic Gradient Clipping <https://arxiv.org/abs/2302.02971>`_,
-      2023
+      Elesedy and Hutter, `U-Clip: On-Average Unbiased Stochastic Gradient Clipping
+      <https://arxiv.org/abs/2302.02971>`_, 2023
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.u_clip(1.0)
@@ -103,10 +105,9 @@ def u_clip(
     clip = clip_by(as_threshold(max_norm=max_norm), scope=scope, **shared)
 
     def limit(norms, state, params=None, *, carry_bound, **extra_args):
-        most = jnp.asarray(max_carry).astype(carry_bound.dtype) * carry_bound
-        return jax.tree.map(lambda n: jnp.broadcast_to(most.astype(n.dtype), n.shape), norms), state
+        return jax.tree.map(lambda bound: like(max_carry, bound) * bound, carry_bound), state
 
-    # Built here, with the bound passed at each update: a clip of its own for each would compile each time.
+    # Built once, and passed the bound at each update: a new clip for each would compile each time.
     cap = clip_by(Fixed(lambda norms: optax.EmptyState(), limit), scope=scope, **shared)
 
     def step(leaves, carry, state, params, **extra_args):
@@ -128,9 +129,10 @@ def clip21(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips the change of the gradient: v ← v + clip(g - v), and the update is v, which starts at zero.
+    """Clips the change of the gradient: v ← v + clip(g - v), from v = 0, and the update is v.
 
-    Where gradients settle, v settles on them, whatever the bound: clipping does not shift where training converges.
+    Where gradients settle, v settles on them, whatever the bound: clipping does not shift where
+    training converges.
 
     Args:
       max_norm: the bound of the change.
@@ -140,11 +142,12 @@ def clip21(
     Raises:
       ValueError: for a bad bound.
 
-    Deviations: the paper has many workers, each with a v of its own; this is one of them. A gradient that is not finite
-    leaves v as it is.
+    Deviations: the paper has many workers, each with a v of its own; this is one of them. A
+    gradient that is not finite leaves v as it is.
 
     References:
-      Khirirat et al., `Clip21: Error Feedback for Gradient Clipping <https://arxiv.org/abs/2305.18929>`_, 2023
+      Khirirat et al., `Clip21: Error Feedback for Gradient Clipping
+      <https://arxiv.org/abs/2305.18929>`_, 2023
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.clip21(1.0)
@@ -168,7 +171,7 @@ def clip21(
         change = [xla.widen(g) - v for g, v in zip(leaves.arrays, carry, strict=True)]
         cut, state = _clipped(clip, leaves, change, exclude, state, params, **extra_args)
         moved = [v + c for v, c in zip(carry, cut, strict=True)]
-        fine = jnp.all(jnp.isfinite(state.metrics.grad_norm))
+        fine = can_learn(state)
         out = [jnp.where(fine, new, bad) for new, bad in zip(moved, cut, strict=True)]
         return out, moved, state
 

@@ -23,15 +23,17 @@ def clip(
     exclude: Exclude = None,
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each element to [-max_delta, max_delta]; a complex element to that modulus, its phase kept.
+    """Clips each element to [-max_delta, max_delta].
 
-    NaN stays NaN, infinity becomes the limit. It costs nothing beyond what the optimizer reads anyway.
+    A complex element is clipped to that modulus, its phase kept. NaN stays NaN, infinity becomes
+    the limit. It costs nothing beyond what the optimizer reads anyway.
 
     Args:
-      max_delta: the limit: a number, array, tracer, schedule, or a threshold of the largest modulus.
-      measure: whether to record the largest modulus and the share of elements clipped, which takes one more
-        read of the gradients; else the metrics have the limit and the number of steps only. A threshold
-        that learns measures in any case.
+      max_delta: the limit: a number, array, tracer, schedule, or a threshold of the largest
+        modulus.
+      measure: whether to record the largest modulus and the share of elements clipped, which takes
+        one more read of the gradients; else the metrics have the limit and the number of steps
+        only. A threshold that learns measures in any case.
       exclude: as in `optaxclip.clip_by`.
       axis_names: as in `optaxclip.clip_by`; needed only by what measures.
 
@@ -72,8 +74,8 @@ def clip_by_value(
       measure, exclude, axis_names: as in `clip`.
 
     Raises:
-      ValueError: for a limit that is NaN, a boolean or a string, or if lower > upper; at the update, for
-        complex leaves (`clip` takes them, by modulus).
+      ValueError: for a limit that is NaN, a boolean or a string, or if lower > upper; at the
+        update, for complex leaves (`clip` takes them, by modulus).
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.clip_by_value(-1.0, 2.0)
@@ -95,7 +97,9 @@ def clip_by_value(
         leaves = trees.select(updates, exclude)
         wrong = [p for p, x in zip(leaves.paths, leaves.arrays, strict=True) if jnp.iscomplexobj(x)]
         if wrong:
-            raise ValueError(f"{call}: complex numbers have no order; clip() takes their modulus: {wrong}.")
+            raise ValueError(
+                f"{call}: complex numbers have no order; clip() takes their modulus: {wrong}."
+            )
         return inner.update(updates, state, params, **extra_args)
 
     update_fn.description = inner.update.description  # type: ignore[attr-defined]

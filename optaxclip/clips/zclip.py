@@ -28,7 +28,7 @@ def zclip(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips norms whose z-score zₜ = (n - μ) / σ is over z to μ + z²/zₜ · σ: the longer, the shorter.
+    """Clips norms whose z-score zₜ = (n - μ) / σ is over z to μ + z²/zₜ · σ.
 
     μ and σ² are running averages of norms after the clip; the first `warmup_steps` norms, which are
     not clipped, start them.

@@ -19,7 +19,8 @@ class BadStep(NamedTuple):
       norm: the total norm.
       median_ratio: that norm over the median of the steps before.
       block: the first block that was not finite, or the one with the largest share.
-      share: that block's share of the squared norm; if not finite, one over the number of such blocks.
+      share: that block's share of the squared norm; if not finite, one over the number of such
+        blocks.
       tag: what `update` was called with as `tag=`; None for nothing.
     """
 
@@ -56,7 +57,12 @@ def bad_steps(opt_state: Any) -> tuple[BadStep, ...]:
     step 2 (tag 1): not finite, first in w
     """
     check_is_state(opt_state, "bad_steps")
-    found = [bad for part in find_parts(opt_state) if isinstance(part, WatchState) for bad in read_ring(part)]
+    found = [
+        bad
+        for part in find_parts(opt_state)
+        if isinstance(part, WatchState)
+        for bad in read_ring(part)
+    ]
     return tuple(sorted(found, key=lambda bad: bad.step))
 
 

@@ -29,14 +29,15 @@ class Sign(NamedTuple):
 def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) -> tuple[Sign, ...]:
     """Looks for signs of exploding and vanishing gradients in a recorded run of steps.
 
-    The docs list the signs and the numbers that define them. Most rules need 20 steps, some 100; with fewer it only
-    says whether all was finite. A healthy run has no signs.
+    The docs list the signs and the numbers that define them. Most rules need 20 steps, some 100;
+    with fewer it only says whether all was finite. A healthy run has no signs.
 
     Args:
-      history: what `optaxclip.metrics` read at each step: a `History`, a sequence of dicts, or a dict of arrays with
-        one entry a step, as `lax.scan` stacks them.
+      history: what `optaxclip.metrics` read at each step: a `History`, a sequence of dicts, or a
+        dict of arrays with one entry a step, as `lax.scan` stacks them.
       losses: the loss at each step; None: what the history has under "loss", if anything.
-      param_norms: the norm of all parameters at each step; None: what the history has under "param_norm", if anything.
+      param_norms: the norm of all parameters at each step; None: what the history has under
+        "param_norm", if anything.
 
     Returns:
       A tuple of `Sign`, empty if there are none; print it, or one of them, for a report.

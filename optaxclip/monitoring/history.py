@@ -15,8 +15,8 @@ from optaxclip.states import kind_of
 class History:
     """Collects the dict of scalars of each step, on the host, without waiting for the device.
 
-    A step is copied to the host when the next one is appended, and has been computed by then; so training waits
-    only for the copy of a few scalars.
+    A step is copied to the host when the next one is appended, and has been computed by then; so
+    training waits only for the copy of a few scalars.
 
     Args:
       window: how many of the last steps to keep; None: all.
@@ -33,8 +33,12 @@ class History:
     """
 
     def __init__(self, window: int | None = None):
-        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-            raise validate.fail("window must be a whole number of at least 1, or None", window, call="History")
+        if window is not None and (
+            isinstance(window, bool) or not isinstance(window, int) or window < 1
+        ):
+            raise validate.fail(
+                "window must be a whole number of at least 1, or None", window, call="History"
+            )
         self._rows: deque[dict[str, float]] = deque(maxlen=window)
         self._last: dict[str, Any] = {}
 
@@ -105,8 +109,9 @@ def select_clip(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
     """The history of one clip, on the host: keys without their prefix, each an array with one entry a step.
 
     Args:
-      history: a `History`; a list with a dict for each step, as `optaxclip.metrics` returns it, with your own
-        entries ("loss"), if you like; or a dict of arrays. Steps that lack a key have NaN there.
+      history: a `History`; a list with a dict for each step, as `optaxclip.metrics` returns it,
+        with your own entries ("loss"), if you like; or a dict of arrays. Steps that lack a key have
+        NaN there.
       clip: which, if there are several clips in the state.
 
     Returns:
@@ -122,7 +127,9 @@ def select_clip(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
     columns = to_columns(history)
     if not columns or any(x.ndim != 1 or not x.size for x in columns.values()):
         shapes = {key: x.shape for key, x in columns.items()}
-        raise ValueError(f"A history has one number a step under each key, and at least one step; got {shapes}.")
+        raise ValueError(
+            f"A history has one number a step under each key, and at least one step; got {shapes}."
+        )
     found = {}
     for key, column in columns.items():
         match = re.fullmatch(r"(?:clip/)?(?:(\d+)/)?(.*)", key)
@@ -132,16 +139,13 @@ def select_clip(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
     return found
 
 
-def find_norms(seen: Mapping[str, np.ndarray], call: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The norms of a clip and those of its blocks; if it does not measure, those of a watch or skip wrapper.
-
-    Raises:
-      ValueError: naming the call, if there are none.
-    """
+def find_norms(seen: Mapping[str, np.ndarray]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+    """The norms of a clip, and of its blocks; if it does not measure, those of a watch or skip wrapper."""
     for start in ("", "watch/", "skip/"):
-        if f"{start}grad_norm" in seen:
-            return seen[f"{start}grad_norm"], block_norms(seen, start)
-    return require(seen, "grad_norm", call), {}
+        norms, blocks = seen.get(f"{start}grad_norm"), block_norms(seen, start)
+        if norms is not None or blocks:
+            return norms, blocks
+    return None, {}
 
 
 def require(seen: Mapping[str, np.ndarray], key: str, call: str) -> np.ndarray:
@@ -153,8 +157,8 @@ def require(seen: Mapping[str, np.ndarray], key: str, call: str) -> np.ndarray:
     if key not in seen:
         raise ValueError(
             f"{call}: no {key!r} in the history of this clip, only {sorted(seen)[:20]}: append"
-            " optaxclip.metrics(opt_state) at each step. If that has none, the clip does not measure: put"
-            " optaxclip.watch() before it."
+            " optaxclip.metrics(opt_state) at each step. If that has none, the clip does not measure: pass"
+            " it measure=True, or put optaxclip.watch() before it."
         )
     return seen[key]
 
@@ -189,7 +193,10 @@ def read_run(history: Recorded, losses: Any = None, param_norms: Any = None) -> 
       ValueError: if no norm is found in it.
     """
     table = to_columns(history)
-    roots = sorted((key for key in table if re.search(r"(^|/)grad_norm$", key)), key=lambda key: "watch" not in key)
+    roots = sorted(
+        (key for key in table if re.search(r"(^|/)grad_norm$", key)),
+        key=lambda key: "watch" not in key,
+    )
     if not roots:
         raise ValueError(
             f"diagnose: there is no key 'grad_norm' among {sorted(table)[:20]}: record optaxclip.metrics(opt_state), of"
@@ -208,4 +215,6 @@ def read_run(history: Recorded, losses: Any = None, param_norms: Any = None) -> 
         return table.get(key) if given is None else np.asarray(jax.device_get(given), np.float64)
 
     blocks = next(filter(None, of_blocks), {})
-    return RecordedRun(table[roots[0]], blocks, clips, series(losses, "loss"), series(param_norms, "param_norm"))
+    return RecordedRun(
+        table[roots[0]], blocks, clips, series(losses, "loss"), series(param_norms, "param_norm")
+    )

@@ -11,14 +11,7 @@ from optaxclip.base import Metrics
 from optaxclip.monitoring.state import WatchState, watch_scalars
 from optaxclip.record import find_nodes, number_keys, scalars_of
 from optaxclip.states import kind_of
-
-try:  # INTERIM: until wrappers/skip.py is ported
-    from optaxclip.wrappers.skip import SkipState
-except ImportError:
-    from typing import NamedTuple
-
-    class SkipState(NamedTuple):
-        x: Any
+from optaxclip.wrappers.skip import SkipState
 
 
 def metrics(
@@ -27,9 +20,10 @@ def metrics(
     """What clips, watches and skip wrappers saw and did at the last step: a flat dict of scalars for any logger.
 
     Finds every clip, however deep: in `optax.chain`, `masked`, `partition`, `MultiSteps`,
-    `inject_hyperparams`, `apply_if_finite`, a Flax `nnx.Optimizer` (pass `optimizer.opt_state`) or a
-    linen `TrainState`. Safe under `jit`, `scan` and `vmap`; nothing is copied to the host until you look,
-    so log every few steps, not every one. Of a batch of runs (`vmap`) each value has the batch's shape.
+    `inject_hyperparams`, `apply_if_finite`, a Flax `nnx.Optimizer` (pass `optimizer.opt_state`) or
+    a linen `TrainState`. Safe under `jit`, `scan` and `vmap`; nothing is copied to the host until
+    you look, so log every few steps, not every one. Of a batch of runs (`vmap`) each value has the
+    batch's shape.
 
     Args:
       opt_state: the state of an optimizer, or any tree that holds one.
@@ -38,30 +32,35 @@ def metrics(
       skip_prefix: what all keys of `skip_spikes` and `skip_nonfinite` start with.
 
     Returns:
-      A dict; empty for a state without a clip. With two clips (watches, wrappers) or more, their keys start
-      with `clip/0/`, `clip/1/`, in the order of the state.
+      A dict; empty for a state without a clip. With two clips (watches, wrappers) or more, their
+      keys start with `clip/0/`, `clip/1/`, in the order of the state.
 
       Of a clip:
 
       - `grad_norm` (before the clip), `bound`, `factor`, `nonfinite_steps` and `steps`;
       - `clipped`: 1 if clipped at this step, else 0; with many blocks, the share of them;
       - `clipped_fraction`: the share of all steps that were clipped;
-      - with named blocks these are the largest norm, the smallest bound and factor, the mean shares and the
-        largest count, and each but `steps` occurs again as `grad_norm/<block>` and so on;
+      - with several blocks or units these are the largest norm, the smallest bound and factor, the
+        mean shares and the largest count; for blocks with names each but `steps` occurs again as
+        `grad_norm/<block>`, and so on;
       - a clip that does not measure has only `bound` and `steps`.
 
       Of a watch:
 
-      - `grad_norm`, `grad_norm/<block>`, `median_ratio`, `quantile/0.5`, `would_clip/<candidate>`, `steps`;
+      - `grad_norm`, `grad_norm/<block>`, `median_ratio`, `quantile/0.5`, `would_clip/<candidate>`,
+        `steps`;
       - `top_block/0` (the number of a block, in tree order), `top_share/0`, and so on;
-      - `nonfinite_steps`, and of the last of them `nonfinite_step` and `nonfinite_block`; `bad_steps`.
+      - `nonfinite_steps`, and of the last of them `nonfinite_step` and `nonfinite_block`;
+        `bad_steps`.
 
-      Of a skip wrapper: `steps` (skipped), `fraction` (of all steps), `consecutive` (skips up to now),
-      `last_reason` (see `optaxclip.wrappers.skip`), and what its own test saw, `grad_norm` and `bound`.
-      That test is not numbered as a clip: wrapping a chain changes no key of its clips.
+      Of a skip wrapper: `steps` (skipped), `fraction` (of all steps), `consecutive` (skips up to
+        now), `last_reason` (why the last one was skipped: 1 its norm, 2 its loss, 3 not finite; 0
+        for none), and what its own test saw, `grad_norm` and `bound`. That test is not numbered as
+        a clip: wrapping a chain changes no key of its clips.
 
     Raises:
-      ValueError: for an optimizer in place of its state, and for what cannot be a state, such as parameters.
+      ValueError: for an optimizer in place of its state, and for what cannot be a state, such as
+        parameters.
 
     >>> import jax.numpy as jnp, optax, optaxclip
     >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
@@ -75,14 +74,18 @@ def metrics(
     parts = find_parts(opt_state)
     kinds = ((Metrics, scalars_of, prefix), (WatchState, watch_scalars, watch_prefix))
     kinds = (*kinds, (SkipState, _skip_scalars, skip_prefix))
-    found = [number_keys([x for x in parts if isinstance(x, kind)], read, start) for kind, read, start in kinds]
+    found = [
+        number_keys([x for x in parts if isinstance(x, kind)], read, start)
+        for kind, read, start in kinds
+    ]
     return {key: x for scalars in found for key, x in scalars.items()}
 
 
 def find_parts(opt_state: Any) -> list[Any]:
     """The clips' `Metrics`, `WatchState`s and `SkipState`s of a state, in its order, a wrapper before its inside.
 
-    What a skip wrapper measures with is a clip as well, but it clips nothing: only the inside is searched.
+    What a skip wrapper measures with is a clip as well, but it clips nothing: only the inside is
+      searched.
     """
     parts = []
     for part in find_nodes(opt_state, Metrics, WatchState, SkipState):

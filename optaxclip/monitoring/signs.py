@@ -1,50 +1,21 @@
 """One rule for each sign: a function of a recorded run that yields what it sees, the numbers, and what to try.
 
-Each rule asks for an effect far beyond what a healthy run shows (a factor of 10 or 100, and a good fit), so that
-there are few false alarms.
+Each rule asks for an effect far beyond what a healthy run shows (a factor of 10 or 100, and a good
+fit), so that there are few false alarms.
 """
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
 from optaxclip.monitoring.findings import format_number, format_share
+from optaxclip.monitoring.fits import compare_halves, fit_growth, keep_positive
 from optaxclip.monitoring.history import RecordedRun
 
 Found = Iterator[tuple[str, str, dict[str, float], str]]
 
 _ENOUGH = 20  # steps
-
-
-class _Fit(NamedTuple):
-    """An exponential fit: its growth over the steps, and the share of the variance that it explains."""
-
-    growth: float
-    r2: float
-    steps: int
-
-    def evidence(self) -> dict[str, float]:
-        doubling = np.log(2) * (self.steps - 1) / np.log(self.growth)
-        return {"growth": self.growth, "doubling_steps": doubling, "r2": self.r2, "steps": self.steps}
-
-
-def _fit(x: np.ndarray) -> _Fit:
-    y, t = np.log(x), np.arange(len(x)) - (len(x) - 1) / 2
-    slope = np.dot(t, y) / np.dot(t, t)
-    rest = y - y.mean() - slope * t
-    whole = np.sum(np.square(y - y.mean()))
-    return _Fit(
-        float(np.exp(slope * (len(x) - 1))), float(1 - np.sum(np.square(rest)) / whole) if whole else 0.0, len(x)
-    )
-
-
-def _keep_positive(x: np.ndarray) -> np.ndarray:
-    """The finite and positive values up to the first that is not finite, where a run has ended."""
-    bad = np.flatnonzero(~np.isfinite(x))
-    x = x[: bad[0]] if len(bad) and bad[0] >= 8 else x[np.isfinite(x)]
-    return x[x > 0]
 
 
 def _nonfinite(run: RecordedRun) -> Found:
@@ -62,9 +33,13 @@ def _nonfinite(run: RecordedRun) -> Found:
 
 
 def _exploding(run: RecordedRun) -> Found:
-    x = _keep_positive(run.norms)
+    x = keep_positive(run.norms)
     sizes = [len(x) >> halvings for halvings in range(12) if len(x) >> halvings >= 8]
-    fits = [fit for fit in (_fit(x[-size:]) for size in sizes) if fit.growth >= 10 and fit.r2 >= 0.85]
+    fits = [
+        fit
+        for fit in (fit_growth(x[-size:]) for size in sizes)
+        if fit.growth >= 10 and fit.r2 >= 0.85
+    ]
     if fits:
         fit = max(fits, key=lambda fit: fit.r2)
         double = fit.evidence()["doubling_steps"]
@@ -78,18 +53,11 @@ def _exploding(run: RecordedRun) -> Found:
         )
 
 
-def _halves(x: np.ndarray) -> tuple[float, float, float]:
-    """The medians of both halves, and the standard error of their difference."""
-    a, b = np.array_split(x, 2)
-    spread = 1.4826 * np.mean([np.median(np.abs(half - np.median(half))) for half in (a, b)])
-    return float(np.median(a)), float(np.median(b)), float(1.25 * spread * np.sqrt(2 / max(len(b), 1)))
-
-
 def _loss(run: RecordedRun) -> Found:
     x = run.losses[np.isfinite(run.losses)] if run.losses is not None else np.zeros(0)
     if len(x) < 2 * _ENOUGH:
         return
-    before, after, error = _halves(x)
+    before, after, error = compare_halves(x)
     change = (after - before) / max(abs(before), 1e-30)
     evidence = {"before": before, "after": after, "change": change, "standard_error": error}
     if abs(change) < 0.02 and abs(after - before) <= 2 * error:
@@ -111,13 +79,15 @@ def _loss(run: RecordedRun) -> Found:
 
 
 def _vanishing(run: RecordedRun) -> Found:
-    x = _keep_positive(run.norms)
+    x = keep_positive(run.norms)
     if len(x) < _ENOUGH:
         return
-    fit, least = _fit(x), 1e-4
+    fit, least = fit_growth(x), 1e-4
     if run.losses is not None and np.isfinite(run.losses).any():
-        before, after, error = _halves(run.losses[np.isfinite(run.losses)])
-        least = 1e-2 if before - after <= 2 * error else 0.0  # where the loss falls, so may the norms
+        before, after, error = compare_halves(run.losses[np.isfinite(run.losses)])
+        least = (
+            1e-2 if before - after <= 2 * error else 0.0
+        )  # where the loss falls, so may the norms
     if fit.growth <= least and fit.r2 >= 0.85:
         yield (
             "norms-vanishing",
@@ -128,10 +98,10 @@ def _vanishing(run: RecordedRun) -> Found:
 
 
 def _params(run: RecordedRun) -> Found:
-    x = _keep_positive(run.param_norms) if run.param_norms is not None else np.zeros(0)
+    x = keep_positive(run.param_norms) if run.param_norms is not None else np.zeros(0)
     if len(x) < _ENOUGH:
         return
-    fit, late = _fit(x), x[-1] / x[len(x) // 2]
+    fit, late = fit_growth(x), x[-1] / x[len(x) // 2]
     if fit.growth >= 3 and fit.r2 >= 0.8 and late >= 1.3:
         yield (
             "weights-growing",
@@ -149,7 +119,9 @@ def _series(blocks: dict[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
         for match in re.finditer(r"\d+", name):
             layers = squares.setdefault(name[: match.start()], {})
             layers[int(match[0])] = layers.get(int(match[0]), np.zeros(len(x))) + np.square(x)
-    return {head: {n: np.sqrt(x) for n, x in sorted(layers.items())} for head, layers in squares.items()}
+    return {
+        head: {n: np.sqrt(x) for n, x in sorted(layers.items())} for head, layers in squares.items()
+    }
 
 
 def _depth(run: RecordedRun) -> Found:
@@ -158,7 +130,7 @@ def _depth(run: RecordedRun) -> Found:
         norms = np.array([x for x in usual.values() if x > 0])
         if len(norms) < 4:
             continue
-        fit = _fit(norms)
+        fit = fit_growth(norms)
         if max(fit.growth, 1 / fit.growth) >= 100 and fit.r2 >= 0.85:
             vanishes, ratio = fit.growth > 1, max(fit.growth, 1 / fit.growth)
             per_layer = ratio ** (1 / (len(norms) - 1))
@@ -210,7 +182,7 @@ def _clip_never(run: RecordedRun) -> Found:
 
 
 def _heavy_tail(run: RecordedRun) -> Found:
-    x = _keep_positive(run.norms)
+    x = keep_positive(run.norms)
     if len(x) < 100:
         return
     usual = np.array([np.median(x[max(i - 25, 0) : i + 26]) for i in range(len(x))])
@@ -228,4 +200,14 @@ def _heavy_tail(run: RecordedRun) -> Found:
         )
 
 
-RULES = (_nonfinite, _exploding, _vanishing, _depth, _loss, _params, _clip_always, _clip_never, _heavy_tail)
+RULES = (
+    _nonfinite,
+    _exploding,
+    _vanishing,
+    _depth,
+    _loss,
+    _params,
+    _clip_always,
+    _clip_never,
+    _heavy_tail,
+)

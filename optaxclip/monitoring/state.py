@@ -37,7 +37,8 @@ class BadRing(NamedTuple):
       norms: the total norms.
       ratios: norm over median.
       culprits: int32, the first block that was not finite, or the one with the largest share.
-      shares: the culprit's share of the squared norm; if not finite, one over the number of such blocks.
+      shares: the culprit's share of the squared norm; if not finite, one over the number of such
+        blocks.
       tags: int32, what `update` was called with as `tag=`; -1 for none.
     """
 
@@ -106,12 +107,15 @@ class WatchState(NamedTuple):
     candidates: Any
 
 
-def fresh_watch(dtype, *, size: int, top: int, bad_steps: int, levels: int, **rest: Any) -> WatchState:
+def fresh_watch(
+    dtype, *, size: int, top: int, bad_steps: int, levels: int, **rest: Any
+) -> WatchState:
     """The state before the first step. Each array has a buffer of its own, so that states can be donated.
 
     Args:
       dtype: of the norms.
-      size, top, bad_steps, levels: how many blocks, top blocks, bad steps and quantiles it has room for.
+      size, top, bad_steps, levels: how many blocks, top blocks, bad steps and quantiles it has room
+        for.
       rest: the fields that are made elsewhere: names, and the states of the candidates.
     """
 

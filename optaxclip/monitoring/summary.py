@@ -19,7 +19,8 @@ class Summary(NamedTuple):
       norms: (B,), of the blocks.
       total: of all blocks together.
       top_blocks, top_shares: (k,), the blocks with the largest shares.
-      first, last, hit: int32, the first and the last block that is not finite, -1 for none, and their number.
+      first, last, hit: int32, the first and the last block that is not finite, -1 for none, and
+        their number.
     """
 
     norms: jax.Array
@@ -45,7 +46,9 @@ def summarize(norms: jax.Array, names: tuple[str, ...], top: int) -> Summary:
     bad = ~jnp.isfinite(norms)
     unit = _unit(norms, bad)
     squares = jnp.square(norms / unit)
-    total = jnp.where(jnp.any(bad), jnp.sum(norms), _bound_finite(unit * jnp.sqrt(jnp.sum(squares))))
+    total = jnp.where(
+        jnp.any(bad), jnp.sum(norms), _bound_finite(unit * jnp.sqrt(jnp.sum(squares)))
+    )
     weights = jnp.where(jnp.any(bad), bad.astype(norms.dtype), squares)
     sums = jnp.sum(weights)
     shares, blocks = lax.top_k(weights / jnp.where(sums > 0, sums, 1), top)

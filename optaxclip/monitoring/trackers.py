@@ -1,7 +1,6 @@
 """What a watch learns of the total norm: its quantiles, and what candidate thresholds would have done."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +38,11 @@ def name_levels(quantiles: Iterable[float]) -> Levels:
 def update_trackers(levels: Levels, norm: jax.Array, old: Trackers) -> Trackers:
     """The trackers after one more norm.
 
-    The median's steps start large, and grow again while all norms are on one side of it, as eight in a row
-    hardly are by chance. A high or low quantile that was tracked by itself would follow a change of scale
-    slowly: the one of 5 % rises by a twentieth of the rate at most. As a multiple of the median it has moved
-    when the median has. While the median is on its way, the multiples wait.
+    The median's steps start large, and grow again while all norms are on one side of it, as eight
+    in a row hardly are by chance. A high or low quantile that was tracked by itself would follow a
+    change of scale slowly: the one of 5 % rises by a twentieth of the rate at most. As a multiple
+    of the median it has moved when the median has. While the median is on its way, the multiples
+    wait.
     """
     excess = jnp.maximum(jnp.abs(old.run) - _RUN, 0).astype(norm.dtype)
     rate = jnp.clip(_RATE * (1 + excess / 4), 1 / (1 + old.seen.astype(norm.dtype)), 1)
@@ -85,9 +85,15 @@ def name_candidates(candidates: Candidates) -> Trials:
       ValueError: for what is no threshold.
     """
     if not isinstance(candidates, Mapping):
-        numbers = [validate.to_concrete(x) for x in candidates] if isinstance(candidates, Iterable) else [candidates]
+        numbers = (
+            [validate.to_concrete(x) for x in candidates]
+            if isinstance(candidates, Iterable)
+            else [candidates]
+        )
         if not isinstance(candidates, Iterable) or not all(map(validate.is_static, numbers)):
-            raise validate.fail("candidates must be a dict of name -> threshold, or a list of numbers", candidates)
+            raise validate.fail(
+                "candidates must be a dict of name -> threshold, or a list of numbers", candidates
+            )
         candidates = {f"{number:g}": number for number in numbers}
     return {str(name): as_threshold(candidates=threshold) for name, threshold in candidates.items()}
 
@@ -97,7 +103,9 @@ def start_candidates(trials: Trials, dtype) -> tuple:
     return tuple(threshold.init(jnp.zeros((), dtype)) for threshold in trials.values())
 
 
-def try_candidates(trials: Trials, norm, states: tuple, params, extra_args) -> tuple[jax.Array, tuple]:
+def try_candidates(
+    trials: Trials, norm, states: tuple, params, extra_args
+) -> tuple[jax.Array, tuple]:
     """(c,), which candidates would clip this norm, and their new states."""
     over, new = [], []
     for threshold, old in zip(trials.values(), states, strict=True):

@@ -10,6 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
+from optaxclip.actions import keep
 from optaxclip.base import AxisNames, Exclude, Norms, Scope
 from optaxclip.core import Description, Rule, build, decide
 from optaxclip.monitoring.state import WatchState, fresh_watch
@@ -50,33 +51,36 @@ def watch(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the updates as they are, and keeps statistics of their norms: g ← g.
 
-    First in a chain it sees gradients, behind the optimizer steps. It reads the gradients once, and nothing
-    goes to the host. Norms are Euclidean; the share of block i is ‖gᵢ‖² / Σ‖gⱼ‖². Each quantile is tracked in
-    one number, which is within about a tenth of the true one, and follows a lasting 100-fold change within
-    100 steps. No NaN, infinity or zero enters it, and no spike moves it by more than one step.
+    First in a chain it sees gradients, behind the optimizer steps. It reads the gradients once, and
+    nothing goes to the host. Norms are Euclidean; the share of block i is ‖gᵢ‖² / Σ‖gⱼ‖². Each
+    quantile is tracked in one number, which is within about a tenth of the true one, and follows a
+    lasting 100-fold change within 100 steps. No NaN, infinity or zero enters it, and no spike moves
+    it by more than one step.
 
     Args:
       scope: which numbers share one norm: `scopes.leaf`, or `scopes.groups(label)`.
       top: how many blocks to keep of those with the largest share.
       quantiles: which quantiles of the total norm to track.
-      candidates: thresholds to try without clipping, by name: numbers, schedules, or thresholds such as
-        `thresholds.zscore(2.5)`; or a list of numbers. Kept is the share of steps on which a clip of the whole
-        tree by them would have clipped. None: 0.1, 0.5, 1, 5 and `zscore(2.5)`.
+      candidates: thresholds to try without clipping, by name: numbers, schedules, or thresholds
+        such as `thresholds.zscore(2.5)`; or a list of numbers. Kept is the share of steps on which
+        a clip of the whole tree by them would have clipped. None: 0.1, 0.5, 1, 5 and `zscore(2.5)`.
       bad_steps: how many of the last bad steps to keep, each with its norm, culprit and tag.
-      spike_factor: a step is bad if its norm is not finite, or over this many times the median of at least ten
-        norms.
+      spike_factor: a step is bad if its norm is not finite, or over this many times the median of
+        at least ten norms.
       exclude, axis_names: as in `optaxclip.clip_by`.
 
     Returns:
-      A transformation with a `WatchState`. Its `update` takes `tag=`, an integer such as the number of the
-      batch, which is kept with a bad step; other arguments (the loss, say) go to the candidates.
+      A transformation with a `WatchState`. Its `update` takes `tag=`, an integer such as the number
+      of the batch, which is kept with a bad step; other arguments (the loss, say) go to the
+      candidates.
 
     Raises:
-      ValueError: for numbers out of range, a scope without named blocks, or a bad `exclude`; at the update, for
-        the state None or that of something else, or a tag that is not one integer.
+      ValueError: for numbers out of range, a scope without named blocks, or a bad `exclude`; at the
+        update, for the state None or that of something else, or a tag that is not one integer.
 
-    Under `optax.MultiSteps` it sees what is applied if it is inside. `skip_spikes(optimizer)` restores the state
-    of everything inside it: to see the steps that it skips, write `optax.chain(watch(), skip_spikes(optimizer))`.
+    Under `optax.MultiSteps` it sees what is applied if it is inside. `skip_spikes(optimizer)`
+    restores the state of everything inside it: to see the steps that it skips, write
+    `optax.chain(watch(), skip_spikes(optimizer))`.
 
     >>> import jax.numpy as jnp, optax, optaxclip
     >>> tx = optax.chain(optaxclip.watch(candidates=[1.0, 10.0]), optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
@@ -91,7 +95,10 @@ def watch(
     """
     validate.size(top=top, bad_steps=bad_steps)
     validate.at_least(1, spike_factor=spike_factor)
-    levels, trials = name_levels(quantiles), name_candidates(_TYPICAL if candidates is None else candidates)
+    levels, trials = (
+        name_levels(quantiles),
+        name_candidates(_TYPICAL if candidates is None else candidates),
+    )
     blocks = _meter(as_scope(scope, named=True), exclude, axis_names)
     whole = _meter(tree, exclude, axis_names)
 
@@ -113,7 +120,9 @@ def watch(
 
     def update_fn(updates, state, params=None, *, tag=None, **extra_args):
         norms, names = _measure(blocks, updates)
-        if isinstance(getattr(state, "blocks", None), dict):  # names say more than shapes: they come first
+        if isinstance(
+            getattr(state, "blocks", None), dict
+        ):  # names say more than shapes: they come first
             check_names("watch", names, unpack_names(state.blocks))
         guard.check(state, updates)
         dtype = state.block_norms.dtype
@@ -136,14 +145,16 @@ def watch(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _meter(scope: Scope, exclude: Exclude, axis_names: AxisNames | None) -> optax.GradientTransformationExtraArgs:
+def _meter(
+    scope: Scope, exclude: Exclude, axis_names: AxisNames | None
+) -> optax.GradientTransformationExtraArgs:
     """A clip that only measures: the engine without an action."""
 
     def measure(leaves, layout) -> Norms:
         return xla.measure(l2, leaves.arrays, layout)
 
     def leave_alone(leaves, layout, norms, bounds):
-        return leaves.arrays, decide(norms, bounds, lambda norms, bounds: jnp.ones_like(norms), 1.0)
+        return leaves.arrays, decide(norms, bounds, keep, 1.0)
 
     about = Description(scope, l2, unchecked(np.inf), exclude=exclude)
     return build(about, Rule(measure, leave_alone), axis_names)
@@ -155,7 +166,9 @@ def _start(meter: optax.GradientTransformationExtraArgs, params: Any) -> tuple[j
     return metrics.grad_norm, metrics.blocks
 
 
-def _measure(meter: optax.GradientTransformationExtraArgs, updates: Any) -> tuple[jax.Array, tuple[str, ...]]:
+def _measure(
+    meter: optax.GradientTransformationExtraArgs, updates: Any
+) -> tuple[jax.Array, tuple[str, ...]]:
     """The norms of the blocks of a tree, and their names."""
     _, state = meter.update(updates, meter.init(updates))
     return state.metrics.grad_norm, unpack_names(state.metrics.blocks)
@@ -189,5 +202,7 @@ def as_tag(tag: Any) -> jax.Array:
         return jnp.int32(-1)
     known = isinstance(tag, int | np.generic | np.ndarray | jax.Array)
     if not known or jnp.ndim(tag) or not jnp.issubdtype(jnp.result_type(tag), jnp.integer):
-        raise validate.fail("tag must be one integer, such as the number of the batch", tag, call="watch")
+        raise validate.fail(
+            "tag must be one integer, such as the number of the batch", tag, call="watch"
+        )
     return jnp.asarray(tag).astype(jnp.int32)

@@ -6,8 +6,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
@@ -19,6 +17,7 @@ from optaxclip.per_example.losses import (
     floating_leaves,
     vary_like,
 )
+from optaxclip.per_example.microbatches import scan_microbatches
 from optaxclip.per_example.weights import clip_weights, normal_weights
 from optaxclip.trees import select
 
@@ -172,7 +171,7 @@ def clipped_value_and_grad(
             sums = back.sums(factors * given.astype(factors.dtype))
             return sums, (back.losses, norms, factors, back.aux)
 
-        sums, (losses, norms, factors, aux) = _scan(step, batch, given, at_once, leaves)
+        sums, (losses, norms, factors, aux) = scan_microbatches(step, batch, given, at_once, leaves)
         if reduce == "mean":
             sums = [x / _total(given).astype(x.dtype) for x in sums]
         grads = [xla.as_dtype_of(x, g) for x, g in zip(leaves, sums, strict=True)]
@@ -226,38 +225,6 @@ def _plan(method, microbatch_size, loss, params, batch, shared):
     if traced is None or (method == "auto" and not mostly_ghost(traced, params)):
         return functools.partial(by_vmap, loss), microbatch_size or _FEW
     return functools.partial(by_ghost, traced), microbatch_size
-
-
-def _scan(step, batch, given: jax.Array, at_once: int | None, leaves: list[jax.Array]):
-    """Sums the first results of `step` over microbatches, and joins the others in order.
-
-    Microbatch k has the examples k, k + n, k + 2n, ... of n microbatches. What is missing in the
-    last is filled up with examples of weight 0.
-    """
-    size = given.size
-    count = -(-size // min(at_once or size, size))
-    at_once = -(-size // count)
-    if count == 1:
-        return step(batch, given)
-    missing = at_once * count - size
-
-    def cut(x):
-        return x.reshape(at_once, count, *x.shape[1:]).swapaxes(0, 1)
-
-    def fill(x):
-        return x[np.minimum(np.arange(size + missing), size - 1)] if missing else x
-
-    def join(x):
-        return x.swapaxes(0, 1).reshape(size + missing, *x.shape[2:])[:size]
-
-    def add(sums, chunk):
-        more, each = step(*chunk)
-        return jax.tree.map(jnp.add, sums, more), each
-
-    zeros = [jnp.zeros_like(xla.widen(x)) for x in leaves]
-    chunks = jax.tree.map(lambda x: cut(fill(x)), batch), cut(jnp.pad(given, (0, missing)))
-    sums, each = lax.scan(add, zeros, chunks)
-    return sums, jax.tree.map(join, each)
 
 
 def _total(given: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """What a loss of one example is given and what it returns, checked before it fails inside JAX."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -30,11 +31,11 @@ def as_pair(loss: Callable[..., Any], has_aux: bool, keep_batch_dim: bool) -> Lo
             example = jax.tree.map(lambda x: x[None], example)
         try:
             out = loss(params, example, *shared)
-        except NameError as error:
-            # A mean over `axis_name="batch"`: Flax's and Equinox's BatchNorm, written for `vmap`.
-            if "axis name" not in str(error):
+        except Exception as error:
+            # BatchNorm: a mean over `axis_name="batch"`, or a state that changes.
+            if re.search("unbound axis name|BatchStat|batch_stats", str(error)) is None:
                 raise
-            raise ValueError(f"{call}: {error}. {_NO_BATCH_NORM}") from error
+            raise ValueError(f"{call}: the loss failed. {_NO_BATCH_NORM}") from error
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             kind = type(out).__name__
             raise validate.fail(
@@ -63,15 +64,18 @@ def _check_loss(value: Any, call: str) -> None:
 
 
 def _check_aux(aux: Any, call: str) -> None:
-    """Raises for statistics of a batch: linen has a collection for them, nnx a type."""
+    paths = [path for path, _ in flatten_with_paths(aux)[0]]
+    if _has_statistics(aux) or any(re.search("batch_stats|BatchNorm", path) for path in paths):
+        raise ValueError(f"{call}: the loss returned batch statistics. {_NO_BATCH_NORM}")
+
+
+def _has_statistics(tree: Any) -> bool:
+    """Whether there are statistics of a batch by the type that Flax's nnx has for them."""
 
     def is_statistic(x):
         return type(x).__name__ == "BatchStat"
 
-    kinds = jax.tree.leaves(aux, is_leaf=is_statistic)
-    paths = [path.split("/") for path, _ in flatten_with_paths(aux)[0]]
-    if any("batch_stats" in path for path in paths) or any(map(is_statistic, kinds)):
-        raise ValueError(f"{call}: the loss returned batch statistics. {_NO_BATCH_NORM}")
+    return any(map(is_statistic, jax.tree.leaves(tree, is_leaf=is_statistic)))
 
 
 def batch_size(batch: Any) -> int:
@@ -111,6 +115,8 @@ def example_weights(weights: Any, size: int) -> jax.Array:
 
 def floating_leaves(params: Any) -> list[jax.Array]:
     """The parameters, as arrays."""
+    if _has_statistics(params):
+        raise ValueError(f"{validate.called()}: params hold batch statistics. {_NO_BATCH_NORM}")
     flat, _ = flatten_with_paths(params)
     others = [path for path, x in flat if not is_measured(x)]
     if others:

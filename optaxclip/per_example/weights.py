@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from optaxclip import scopes, xla
@@ -88,5 +89,14 @@ def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
     """Σᵢ weightsᵢ · xᵢ in float32 at least, without what is in examples of weight 0."""
     wide = xla.widen(x)
     weights = weights.astype(wide.dtype)
-    # No dot: on an explicit mesh it would have to be told how its result is sharded.
-    return jnp.sum(per_example(weights, wide) * drop_unweighted(wide, weights), axis=0)
+    (over, *rest) = jax.typeof(wide).sharding.spec
+    return jnp.tensordot(
+        weights,
+        drop_unweighted(wide, weights),
+        axes=1,
+        precision=lax.Precision.HIGHEST,
+        # Where the type of an array says that examples are spread (on an explicit mesh), a dot over
+        # them has to be told how its result is. A product and a sum need not, but take 9 times as
+        # long on a CPU.
+        out_sharding=None if over is None else PartitionSpec(*rest),
+    )

@@ -14,7 +14,9 @@ def axes_or_new(ax: Any, width: float = 7.0, height: float = 3.6) -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError("optaxclip.plots needs matplotlib, which is an extra: pip install 'optaxclip[plot]'.") from error
+        raise ImportError(
+            "optaxclip.plots needs matplotlib, which is an extra: pip install 'optaxclip[plot]'."
+        ) from error
 
     return ax if ax is not None else plt.subplots(figsize=(width, height), layout="constrained")[1]
 

@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.monitoring.history import History, Recorded, block_norms, find_norms, select_clip
+from optaxclip.monitoring.history import (
+    History,
+    Recorded,
+    block_norms,
+    find_norms,
+    require,
+    select_clip,
+)
 from optaxclip.plots.axes import DARK, LIGHT, axes_or_new, draw_legend_above, format_ticks
 
 LINES = ("-", "--", "-.", ":")
@@ -16,10 +23,11 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     """Draws the norms of all layers over the steps as a heat map, dark for large, on a log scale.
 
     Args:
-      history: as for `plot_norms`, of a clip by layer (`clip_by_leaf_norm`, `clip_by_group_norm`, `scope=`), or a dict
-        of layer -> norms.
+      history: as for `plot_norms`, of a clip by layer (`clip_by_leaf_norm`, `clip_by_group_norm`,
+        `scope=`), or a dict of layer -> norms.
       ax: where to draw; None: a new figure, as high as the layers need.
-      columns: at most this many; a column is the largest norm of its steps. Hatched: NaN or infinite.
+      columns: at most this many; a column is the largest norm of its steps. Hatched: NaN or
+        infinite.
       clip: as for `plot_norms`.
 
     Raises:
@@ -31,8 +39,8 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     ['head', 'body']
     """
     seen = select_clip(history, clip)
-    known = any(key.endswith("grad_norm") for key in seen)
-    layers = block_norms(seen) or block_norms(seen, "watch/") or ({} if known else seen)
+    total, layers = find_norms(seen)
+    layers = layers or block_norms(seen, "watch/") or (seen if total is None else {})
     if not layers:
         raise ValueError(
             "plot_layers: no norms by layer in the history: put optaxclip.watch() before the clip, or clip with"
@@ -54,12 +62,25 @@ def _draw_heat_map(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
 
     known = np.isfinite(cells) & (cells > 0)
     low, high = (cells[known].min(), cells[known].max()) if known.any() else (1.0, 1.0)
-    back = Rectangle((0, 0), edges[-1], len(cells), fill=False, hatch="xxxx", linewidth=0, zorder=0, edgecolor=DARK)
+    back = Rectangle(
+        (0, 0),
+        edges[-1],
+        len(cells),
+        fill=False,
+        hatch="xxxx",
+        linewidth=0,
+        zorder=0,
+        edgecolor=DARK,
+    )
     ax.add_patch(back)
     rows = np.arange(len(cells) + 1)
     scale = LogNorm(low, max(high, low * 1.01))
     mesh = ax.pcolormesh(
-        edges, rows, np.where(known, cells, np.where(cells == 0, low, np.nan)), norm=scale, cmap="Greys"
+        edges,
+        rows,
+        np.where(known, cells, np.where(cells == 0, low, np.nan)),
+        norm=scale,
+        cmap="Greys",
     )
     ax.figure.colorbar(mesh, ax=ax, label="gradient norm")
 
@@ -89,7 +110,10 @@ def plot_histogram(
     >>> [line.get_label() for line in ax.lines]
     ['50% are below 1', '5 would clip 16%']
     """
-    norms = find_norms(select_clip(norms), "plot_histogram")[0] if _is_history(norms) else norms
+    if _is_history(norms):
+        seen = select_clip(norms)
+        norms = find_norms(seen)[0]
+        norms = require(seen, "grad_norm", "plot_histogram") if norms is None else norms
     array = np.asarray(norms, float)
     known = array[np.isfinite(array) & (array > 0)]
     if not known.size:
@@ -99,7 +123,13 @@ def plot_histogram(
     ax.hist(known, edges, color=LIGHT, edgecolor="0.5", linewidth=0.5)
     for line, q in zip(itertools.cycle(LINES), quantiles, strict=False):
         at = np.quantile(known, q)
-        ax.axvline(at, color=DARK, linewidth=1.0, linestyle=line, label=f"{100 * q:.3g}% are below {at:.3g}")
+        ax.axvline(
+            at,
+            color=DARK,
+            linewidth=1.0,
+            linestyle=line,
+            label=f"{100 * q:.3g}% are below {at:.3g}",
+        )
     for marker, bound in zip(itertools.cycle("os^Dv"), thresholds, strict=False):
         share = np.mean(array[np.isfinite(array)] > bound)
         label = f"{bound:.3g} would clip {share:.0%}"
@@ -112,4 +142,8 @@ def plot_histogram(
 
 
 def _is_history(norms: Any) -> bool:
-    return hasattr(norms, "keys") or isinstance(norms, History) or (isinstance(norms, list | tuple) and bool(norms) and hasattr(norms[0], "keys"))
+    return (
+        hasattr(norms, "keys")
+        or isinstance(norms, History)
+        or (isinstance(norms, list | tuple) and bool(norms) and hasattr(norms[0], "keys"))
+    )

@@ -14,8 +14,8 @@ def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     Steps whose norm is NaN or infinite are triangles at the upper edge.
 
     Args:
-      history: a `History`, a list with what `optaxclip.metrics` returned at each step, or a dict of arrays with one
-        entry a step. The clip must measure (value clips do not by default).
+      history: a `History`, a list with what `optaxclip.metrics` returned at each step, or a dict of
+        arrays with one entry a step. The clip must measure (value clips do not by default).
       ax: where to draw; None: a new figure.
       clip: which, if there are several clips in the state.
 
@@ -45,7 +45,15 @@ def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     if not finite.all():
         at = {"transform": ax.get_xaxis_transform(), "clip_on": False}
         label = f"NaN or infinite: {np.sum(~finite)}"
-        ax.plot(steps[~finite], np.ones(np.sum(~finite)), "v", color=DARK, markersize=6, label=label, **at)
+        ax.plot(
+            steps[~finite],
+            np.ones(np.sum(~finite)),
+            "v",
+            color=DARK,
+            markersize=6,
+            label=label,
+            **at,
+        )
     ax.set(xlabel="step", ylabel="gradient norm")
     format_ticks(ax.yaxis)
     draw_legend_above(ax)
@@ -56,7 +64,8 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
     """Draws the loss, with the clipped steps marked on it.
 
     Args:
-      history: as for `plot_norms`, with the loss beside the metrics: `optaxclip.metrics(state) | {"loss": loss}`.
+      history: as for `plot_norms`, with the loss beside the metrics: `optaxclip.metrics(state) |
+        {"loss": loss}`.
       ax, clip: as for `plot_norms`.
       key: what the loss is called.
 
@@ -70,16 +79,22 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
     """
     seen = select_clip(history, clip)
     if key not in seen:
-        raise ValueError(f"plot_loss: no {key!r} in the history: append optaxclip.metrics(state) | {{{key!r}: loss}}.")
+        raise ValueError(
+            f"plot_loss: no {key!r} in the history: append optaxclip.metrics(state) | {{{key!r}: loss}}."
+        )
     ax, losses = axes_or_new(ax), np.where(np.isfinite(seen[key]), seen[key], np.nan)
     ax.plot(np.arange(len(losses)), losses, color=GREY, linewidth=0.9, label=key)
-    _mark_clipped(ax, losses, _find_clipped(seen) if "clipped" in seen else np.zeros(len(losses), bool))
+    _mark_clipped(
+        ax, losses, _find_clipped(seen) if "clipped" in seen else np.zeros(len(losses), bool)
+    )
     ax.set(xlabel="step", ylabel=key)
     draw_legend_above(ax)
     return ax
 
 
-def plot_clipped_share(history: Recorded, ax: Any = None, *, window: int | None = None, clip: int = 0) -> Any:
+def plot_clipped_share(
+    history: Recorded, ax: Any = None, *, window: int | None = None, clip: int = 0
+) -> Any:
     """Draws the share of steps that were clipped: over the last `window` steps, and since the start.
 
     Args:
@@ -102,7 +117,14 @@ def plot_clipped_share(history: Recorded, ax: Any = None, *, window: int | None 
     starts = np.maximum(ends - window, 0)
     recent = (total[ends] - total[starts]) / (ends - starts)
     ax.plot(ends - 1, recent, color=GREY, linewidth=1.2, label=f"of the last {window} steps")
-    ax.plot(ends - 1, total[1:] / ends, color=DARK, linestyle="--", linewidth=1.2, label="of all steps so far")
+    ax.plot(
+        ends - 1,
+        total[1:] / ends,
+        color=DARK,
+        linestyle="--",
+        linewidth=1.2,
+        label="of all steps so far",
+    )
     ax.set(xlabel="step", ylabel="share clipped", ylim=(-0.03, 1.03))
     draw_legend_above(ax)
     return ax
@@ -110,7 +132,11 @@ def plot_clipped_share(history: Recorded, ax: Any = None, *, window: int | None 
 
 def _find_clipped(seen: dict[str, np.ndarray]) -> np.ndarray:
     """Whether anything was clipped, at each step."""
-    return np.nan_to_num(seen["clipped"]) > 0 if "clipped" in seen else np.zeros(len(seen["grad_norm"]), bool)
+    return (
+        np.nan_to_num(seen["clipped"]) > 0
+        if "clipped" in seen
+        else np.zeros(len(seen["grad_norm"]), bool)
+    )
 
 
 def _mark_clipped(ax: Any, values: np.ndarray, clipped: np.ndarray) -> None:

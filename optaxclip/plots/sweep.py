@@ -11,8 +11,8 @@ from optaxclip.tuning.sweep import Sweep
 def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
     """Draws the final loss against the value (median, best to worst over seeds) and the clip rate (right axis).
 
-    The dotted line is no clip, the star the recommendation, the shade its plateau; a cross at the upper edge says how
-    many runs diverged.
+    The dotted line is no clip, the star the recommendation, the shade its plateau; a cross at the
+    upper edge says how many runs diverged.
 
     Args:
       sweep: what `optaxclip.tune` returned.
@@ -35,7 +35,16 @@ def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
     values, rows = sweep.values[real], [_summarize_seeds(sweep, int(i)) for i in real]
     low, median, high = np.array(rows).T
     bars = np.array([median - low, high - median])
-    ax.errorbar(values, median, bars, color=DARK, marker="o", capsize=3, linewidth=1.3, label="median, best to worst")
+    ax.errorbar(
+        values,
+        median,
+        bars,
+        color=DARK,
+        marker="o",
+        capsize=3,
+        linewidth=1.3,
+        label="median, best to worst",
+    )
     _draw_baseline(ax, sweep)
     _mark_recommended(ax, sweep)
     bottom, top = ax.get_ylim()
@@ -52,7 +61,9 @@ def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
 def _summarize_seeds(sweep: Sweep, i: int) -> tuple[float, float, float]:
     """Best, median and worst of those that did not diverge; NaN if the median of all did."""
     diverged, final = sweep.diverged[i], sweep.final[i]
-    median = np.quantile(np.where(diverged, np.inf, final), 0.5, method="higher" if diverged.any() else "linear")
+    median = np.quantile(
+        np.where(diverged, np.inf, final), 0.5, method="higher" if diverged.any() else "linear"
+    )
     if not np.isfinite(median):
         return np.nan, np.nan, np.nan
     return final[~diverged].min(), float(median), final[~diverged].max()
@@ -87,10 +98,29 @@ def _mark_diverged(ax: Any, values: np.ndarray, diverged: np.ndarray) -> None:
     some = np.flatnonzero(diverged.any(axis=1))
     if some.size:
         over = ax.get_xaxis_transform()
-        ax.plot(values[some], np.full(len(some), 0.95), "x", color=DARK, markersize=6, transform=over, label="diverged")
+        ax.plot(
+            values[some],
+            np.full(len(some), 0.95),
+            "x",
+            color=DARK,
+            markersize=6,
+            transform=over,
+            label="diverged",
+        )
         for i in some:
-            style = {"textcoords": "offset points", "xytext": (0, -6), "fontsize": 7, "va": "top", "ha": "center"}
-            ax.annotate(f"{diverged[i].sum()}/{diverged.shape[1]}", (values[i], 0.95), xycoords=over, **style)
+            style = {
+                "textcoords": "offset points",
+                "xytext": (0, -6),
+                "fontsize": 7,
+                "va": "top",
+                "ha": "center",
+            }
+            ax.annotate(
+                f"{diverged[i].sum()}/{diverged.shape[1]}",
+                (values[i], 0.95),
+                xycoords=over,
+                **style,
+            )
 
 
 def _mark_recommended(ax: Any, sweep: Sweep) -> None:
@@ -98,7 +128,15 @@ def _mark_recommended(ax: Any, sweep: Sweep) -> None:
     if not np.isfinite(choice.value):
         return
     if choice.low < choice.high:
-        ax.axvspan(choice.low, choice.high, facecolor="0.95", edgecolor="0.8", hatch="///", zorder=0, linewidth=0)
+        ax.axvspan(
+            choice.low,
+            choice.high,
+            facecolor="0.95",
+            edgecolor="0.8",
+            hatch="///",
+            zorder=0,
+            linewidth=0,
+        )
     median = _summarize_seeds(sweep, int(np.flatnonzero(sweep.values == choice.value)[0]))[1]
     style = {"markersize": 15, "color": DARK, "zorder": 5, "linestyle": ""}
     ax.plot([choice.value], [median], "*", label=f"recommended: {choice.value:g}", **style)

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip import validate
-from optaxclip.monitoring.history import History, block_norms, find_norms, select_clip
+from optaxclip.monitoring.history import History, find_norms, select_clip
 from optaxclip.tuning.series import FEWEST, Numbers, log_known, measure_series
 
 SHARES = (0.01, 0.05, 0.10)
@@ -24,7 +23,8 @@ class Recommendation(NamedTuple):
     """What `recommend` returns; `str` of it is the report.
 
     Attributes:
-      thresholds: share of steps -> the global norm that clips it; without shares for which there are too few steps.
+      thresholds: share of steps -> the global norm that clips it; without shares for which there
+        are too few steps.
       layers: layer -> the same for its norm; empty without layers.
       reasons: what stands out.
       numbers: the statistics behind them.
@@ -39,9 +39,17 @@ class Recommendation(NamedTuple):
 
     def __str__(self) -> str:
         n = self.numbers
-        head = f"{n.steps} steps" + (f", median norm {n.median:.3g}" if n.median == n.median else "")
-        head += f", 99th percentile {n.tail_ratio:.3g} times that" if n.tail_ratio == n.tail_ratio else ""
-        shares = ", ".join(f"{share:.0%} of steps at {bound:.4g}" for share, bound in self.thresholds.items())
+        head = f"{n.steps} steps" + (
+            f", median norm {n.median:.3g}" if n.median == n.median else ""
+        )
+        head += (
+            f", 99th percentile {n.tail_ratio:.3g} times that"
+            if n.tail_ratio == n.tail_ratio
+            else ""
+        )
+        shares = ", ".join(
+            f"{share:.0%} of steps at {bound:.4g}" for share, bound in self.thresholds.items()
+        )
         lines = [head + (f"; would clip {shares}" if shares else "") + "."]
         lines += [f"- {reason.name}: {reason.what} {reason.method}" for reason in self.reasons]
         return "\n".join([*lines, f"Write: {self.code}"] if self.code else lines)
@@ -50,22 +58,25 @@ class Recommendation(NamedTuple):
 def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendation:
     """Thresholds that would clip given shares of the steps, and which method suits: from norms before any clip.
 
-    Record a hundred steps or more with `optaxclip.clip_by(jnp.inf)`, which only measures, or with any clip: the norms
-    in its metrics are those before it. (A clip changes the run, so clip as little as you can while recording.)
+    Record a hundred steps or more with `optaxclip.clip_by(jnp.inf)`, which only measures, or with
+    any clip: the norms in its metrics are those before it. (A clip changes the run, so clip as
+    little as you can while recording.)
 
     Args:
-      norms: norms of the whole gradient, (steps,); or by layer, (steps, layers), or a dict of (steps,); or the history
-        itself, a list of what `optaxclip.metrics` returned at each step. Norms by layer are taken as L2 norms of
-        disjoint leaves.
-      shares: of steps to clip, ; the line of code aims at the middle one.
+      norms: norms of the whole gradient, (steps,); or by layer, (steps, layers), or a dict of
+        (steps,); or the history itself, a list of what `optaxclip.metrics` returned at each step.
+        Norms by layer are taken as L2 norms of disjoint leaves.
+      shares: of steps to clip; the line of code aims at the middle one.
 
     Returns:
-      A `Recommendation`. Rules of thumb decide what stands out, and each gives its numbers: a tail is heavy if the 99th
-      percentile is over 4 medians or one step over 10; norms drift if they change twofold and more than 4 standard
-      errors; layers differ if their medians do 30-fold; norms are steady if the 99th percentile is within 2 medians.
+      A `Recommendation`. Rules of thumb decide what stands out, and each gives its numbers: a tail
+      is heavy if the 99th percentile is over 4 medians or one step over 10; norms drift if they
+      change twofold and more than 4 standard errors; layers differ if their medians do 30-fold;
+      norms are steady if the 99th percentile is within 2 medians.
 
     Raises:
-      ValueError: for norms of another shape, a recorded run without norms, or shares outside (0, 1).
+      ValueError: for norms of another shape, a recorded run without norms, or shares outside (0,
+        1).
 
     >>> import numpy as np, optaxclip
     >>> found = optaxclip.recommend(np.random.default_rng(0).lognormal(0.0, 0.2, 1000))
@@ -84,22 +95,30 @@ def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendati
     if len(whole) - numbers.nonfinite - numbers.zeros < FEWEST:
         return Recommendation(thresholds, by_layer, _report_too_few(numbers), numbers, "")
     reasons = _find_reasons(numbers)
-    return Recommendation(thresholds, by_layer, reasons, numbers, _write_code(whole, numbers, reasons, shares))
+    return Recommendation(
+        thresholds, by_layer, reasons, numbers, _write_code(whole, numbers, reasons, shares)
+    )
 
 
 def _read(norms: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The norm of the whole at each step, and the norms of layers, if there are any."""
     rows = isinstance(norms, list | tuple) and norms and isinstance(norms[0], Mapping)
     if rows or isinstance(norms, Mapping | History):
-        seen = stacked(norms)
-        layers = blocks(seen)
-        if not layers and "grad_norm" not in seen:
+        seen = select_clip(norms)
+        total, layers = find_norms(seen)
+        if total is None and not layers:
             layers = _read_layers(seen, isinstance(norms, Mapping))
-        return (_pool_layers(np.stack(list(layers.values()), axis=1)) if layers else seen["grad_norm"]), layers
+        return (_pool_layers(np.stack(list(layers.values()), axis=1)) if layers else total), layers
     array = np.asarray(norms, float)
     if array.ndim not in (1, 2) or not array.size:
-        raise ValueError(f"recommend: norms must have the shape (steps,) or (steps, layers), got {array.shape}.")
-    return (array, {}) if array.ndim == 1 else (_pool_layers(array), {str(i): x for i, x in enumerate(array.T)})
+        raise ValueError(
+            f"recommend: norms must have the shape (steps,) or (steps, layers), got {array.shape}."
+        )
+    return (
+        (array, {})
+        if array.ndim == 1
+        else (_pool_layers(array), {str(i): x for i, x in enumerate(array.T)})
+    )
 
 
 def _read_layers(seen: dict[str, np.ndarray], plain: bool) -> dict[str, np.ndarray]:
@@ -123,15 +142,15 @@ def _pool_layers(by_layer: np.ndarray) -> np.ndarray:
 def _find_thresholds(norms: np.ndarray, shares: tuple[float, ...]) -> dict[float, float]:
     """The quantiles that at least one step is over; none of 0, which would clip every gradient to zero."""
     finite = norms[np.isfinite(norms)]
-    bounds = {share: float(np.quantile(finite, 1 - share)) for share in shares if share * len(finite) >= 1}
+    bounds = {
+        share: float(np.quantile(finite, 1 - share)) for share in shares if share * len(finite) >= 1
+    }
     return {share: bound for share, bound in bounds.items() if bound > 0}
 
 
 def _report_too_few(n: Numbers) -> tuple[Reason, ...]:
     usable = n.steps - n.nonfinite - n.zeros
-    what = (
-        f"only {usable} of {n.steps} steps have a norm that is finite and not zero: too few to recommend a method."
-    )
+    what = f"only {usable} of {n.steps} steps have a norm that is finite and not zero: too few to recommend a method."
     return (Reason("too-few-steps", what, "Record at least 100."), *_report_nonfinite(n))
 
 
@@ -145,10 +164,14 @@ def _find_reasons(n: Numbers) -> tuple[Reason, ...]:
     """What stands out; "steady" or "ordinary" if nothing does that a fixed norm cannot handle."""
     found = _report_nonfinite(n)
     if n.scale_ratio > 30:
-        what = (
-            f"the layer with the largest gradients has {n.scale_ratio:.3g} times the norm of the one with the smallest."
+        what = f"the layer with the largest gradients has {n.scale_ratio:.3g} times the norm of the one with the smallest."
+        found.append(
+            Reason(
+                "layer-scales",
+                what,
+                "One norm sees only the largest: a bound for each layer, or adaptive_grad_clip.",
+            )
         )
-        found.append(Reason("layer-scales", what, "One norm sees only the largest: a bound for each layer, or adaptive_grad_clip."))
     drift, noise = np.log(n.drift), np.log(n.drift_noise)
     drifts = abs(drift) > max(np.log(2), 4 * noise)
     heavy = n.tail_ratio > 4 or n.spike_ratio > 10
@@ -160,7 +183,13 @@ def _find_reasons(n: Numbers) -> tuple[Reason, ...]:
     if heavy:
         what = f"the 99th percentile is {n.tail_ratio:.3g} medians, the largest {n.spike_ratio:.3g}"
         what = f"{what}; tail index {n.tail_index:.2g}."
-        found.append(Reason("heavy-tail", what, "A percentile of past norms, or zclip; with a cap until they have learned."))
+        found.append(
+            Reason(
+                "heavy-tail",
+                what,
+                "A percentile of past norms, or zclip; with a cap until they have learned.",
+            )
+        )
     if not drifts and not heavy and not n.scale_ratio > 30:
         found.append(_report_calm(n))
     return tuple(found)
@@ -177,19 +206,26 @@ def _report_calm(n: Numbers) -> Reason:
     return Reason("ordinary", what, "A fixed global norm does; tune it.")
 
 
-def _write_code(norms: np.ndarray, n: Numbers, reasons: tuple[Reason, ...], shares: tuple[float, ...]) -> str:
+def _write_code(
+    norms: np.ndarray, n: Numbers, reasons: tuple[Reason, ...], shares: tuple[float, ...]
+) -> str:
     """The line to write, aimed at the middle one of the shares."""
     names = {reason.name for reason in reasons}
     small, middle = min(shares), sorted(shares)[len(shares) // 2]
-    known, percentile = norms[np.isfinite(norms) & (norms > 0)], f"thresholds.percentile({100 * (1 - middle):.3g})"
-    scope = ", scope=scopes.leaf" if "layer-scales" in names else ""
+    known, percentile = (
+        norms[np.isfinite(norms) & (norms > 0)],
+        f"optaxclip.thresholds.percentile({100 * (1 - middle):.3g})",
+    )
+    scope = ", scope=optaxclip.scopes.leaf" if "layer-scales" in names else ""
     if "drift" in names:
         clip = f"optaxclip.clip_by_median({_quantile_over_trend(norms, n, middle):.3g}{scope})"
     elif scope:
         clip = f"optaxclip.clip_by({percentile}{scope})"
     elif "heavy-tail" in names:
-        cap = min(np.quantile(known, 1 - small), 10 * n.median)  # the quantile may itself lie among the spikes
-        clip = f"optaxclip.clip_by(thresholds.at_most({percentile}, {cap:.3g}))"
+        cap = min(
+            np.quantile(known, 1 - small), 10 * n.median
+        )  # the quantile may itself lie among the spikes
+        clip = f"optaxclip.clip_by(optaxclip.thresholds.at_most({percentile}, {cap:.3g}))"
     else:
         clip = f"optaxclip.clip_by_global_norm({np.quantile(known, 1 - middle):.3g})"
     chain = f"optax.chain({clip}, optimizer)"

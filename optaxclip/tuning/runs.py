@@ -1,8 +1,8 @@
 """All runs of a sweep side by side, in one compiled program: `vmap` of the user's own train step.
 
-The value is a tracer in there, so anything that a clip takes as a number can be swept, and nothing is compiled
-twice. The steps are a Python loop: a `lax.scan` over steps would need all batches at once, and is slow on a CPU
-where the step has a convolution.
+The value is a tracer in there, so anything that a clip takes as a number can be swept, and nothing
+is compiled twice. The steps are a Python loop: a `lax.scan` over steps would need all batches at
+once, and is slow on a CPU where the step has a convolution.
 """
 
 import inspect
@@ -63,7 +63,8 @@ def compile_program(step: TrainStep, init: Init, evaluate: Evaluate | None, call
     """The functions as one program.
 
     Raises:
-      ValueError: for functions that take something else; where they are traced, for such that return something else.
+      ValueError: for functions that take something else; where they are traced, for such that
+        return something else.
     """
     check_arguments(call, "step", step, "value", "state", "batch")
     check_arguments(call, "init", init, "value", "key")
@@ -86,11 +87,15 @@ def compile_program(step: TrainStep, init: Init, evaluate: Evaluate | None, call
     def evaluate_once(state):
         loss = evaluate(state)
         if not _is_loss(loss):
-            raise ValueError(f"{call}: evaluate must return a loss, a real scalar; it returned {_describe(loss)}.")
+            raise ValueError(
+                f"{call}: evaluate must return a loss, a real scalar; it returned {_describe(loss)}."
+            )
         return loss
 
     stepped = jax.jit(jax.vmap(step_once, (0, 0, None)), donate_argnums=1)
-    return Program(call, jax.jit(jax.vmap(start)), stepped, evaluate and jax.jit(jax.vmap(evaluate_once)))
+    return Program(
+        call, jax.jit(jax.vmap(start)), stepped, evaluate and jax.jit(jax.vmap(evaluate_once))
+    )
 
 
 def _is_loss(x: Any) -> bool:
@@ -106,11 +111,19 @@ def _describe(x: Any) -> str:
 def _read_clips(state: Any) -> dict[str, jax.Array]:
     """Norm and clip rate of a step; with several clips, the norm before the first, and the largest rate."""
     clips = [scalars_of(part, "") for part in find_parts(state) if isinstance(part, Metrics)]
-    rates, norms = ([seen[key] for seen in clips if key in seen] for key in ("clipped", "grad_norm"))
+    rates, norms = (
+        [seen[key] for seen in clips if key in seen] for key in ("clipped", "grad_norm")
+    )
     return {"clipped": jnp.max(jnp.stack(rates)), "norm": norms[0]} if rates else {}
 
 
-def run(program: Program, value: Any, seed: np.ndarray, batches: Iterable[Any], report: Report | None = None) -> Runs:
+def run(
+    program: Program,
+    value: Any,
+    seed: np.ndarray,
+    batches: Iterable[Any],
+    report: Report | None = None,
+) -> Runs:
     """Runs side by side, from start to end. Nothing waits for the device before the last step, but for `report`."""
     value = jax.tree.map(jnp.asarray, value)
     state = program.start(value, jnp.asarray(seed))
@@ -126,14 +139,17 @@ def run(program: Program, value: Any, seed: np.ndarray, batches: Iterable[Any], 
     steps = jax.device_get(steps)
     unknown = np.full(len(seed), np.nan)
     losses, clipped, norms = (
-        np.stack([seen.get(key, unknown) for seen in steps], axis=1) for key in ("loss", "clipped", "norm")
+        np.stack([seen.get(key, unknown) for seen in steps], axis=1)
+        for key in ("loss", "clipped", "norm")
     )
     if program.evaluate:
         return Runs(np.asarray(first), np.asarray(program.evaluate(state)), losses, clipped, norms)
     return Runs(losses[:, 0], final_loss(losses), losses, clipped, norms)
 
 
-def run_in_parts(program: Program, value: np.ndarray, seed: np.ndarray, batches: Iterable[Any], size: int) -> Runs:
+def run_in_parts(
+    program: Program, value: np.ndarray, seed: np.ndarray, batches: Iterable[Any], size: int
+) -> Runs:
     """All runs, `size` at a time. The last part is filled up with runs done before, so that one compile does."""
     if size < len(value):
         batches = list(batches)

@@ -12,12 +12,16 @@ class Numbers(NamedTuple):
     """The statistics behind a recommendation.
 
     Attributes:
-      steps: recorded; `nonfinite`, `zeros`: how many of them had a norm that is NaN or infinite, or zero.
+      steps: recorded; `nonfinite`, `zeros`: how many of them had a norm that is NaN or infinite, or
+        zero.
       median: of the norms that are neither.
-      tail_ratio, spike_ratio: the 99th percentile, and the largest norm, over the median, without the drift.
-      tail_index: Hill's estimate α from the largest twentieth, P(n > x) ~ x^(-α): below 2 the variance is infinite.
-      drift: the factor by which norms change from one end of the run to the other, on a log scale, without its first
-        tenth; `drift_noise`: its standard error as a factor, from the medians of ten stretches.
+      tail_ratio, spike_ratio: the 99th percentile, and the largest norm, over the median, without
+        the drift.
+      tail_index: Hill's estimate α from the largest twentieth, P(n > x) ~ x^(-α): below 2 the
+        variance is infinite.
+      drift: the factor by which norms change from one end of the run to the other, on a log scale,
+        without its first tenth; `drift_noise`: its standard error as a factor, from the medians of
+        ten stretches.
       scale_ratio: the largest median norm of a layer over the smallest; NaN without layers.
     """
 
@@ -37,7 +41,11 @@ def measure_series(norms: np.ndarray, layers: Mapping[str, np.ndarray]) -> Numbe
     """The statistics of the norms of the whole gradient and of its layers."""
     known = np.isfinite(norms) & (norms > 0)
     counts = len(norms), int(np.sum(~np.isfinite(norms))), int(np.sum(norms == 0))
-    scales = [np.median(x[np.isfinite(x) & (x > 0)]) for x in layers.values() if np.any(np.isfinite(x) & (x > 0))]
+    scales = [
+        np.median(x[np.isfinite(x) & (x > 0)])
+        for x in layers.values()
+        if np.any(np.isfinite(x) & (x > 0))
+    ]
     scale_ratio = float(max(scales) / min(scales)) if scales else np.nan
     if known.sum() < FEWEST:
         median = float(np.median(norms[known])) if known.any() else np.nan
@@ -48,14 +56,21 @@ def measure_series(norms: np.ndarray, layers: Mapping[str, np.ndarray]) -> Numbe
     level = np.sort(level - np.median(level))
     ratios = float(np.exp(np.quantile(level, 0.99))), float(np.exp(level[-1]))
     factors = float(np.exp(slope)), float(np.exp(noise))
-    return Numbers(*counts, float(np.median(norms[known])), *ratios, _estimate_tail(level), *factors, scale_ratio)
+    return Numbers(
+        *counts,
+        float(np.median(norms[known])),
+        *ratios,
+        _estimate_tail(level),
+        *factors,
+        scale_ratio,
+    )
 
 
 def _fit_drift(time: np.ndarray, logs: np.ndarray) -> tuple[float, float]:
     """Slope of the log norm over the run, and its standard error, without the first tenth.
 
-    A line through the medians of ten stretches: spikes do not move the medians, and neighbouring steps, which are
-    correlated, do not count as independent observations.
+    A line through the medians of ten stretches: spikes do not move the medians, and neighbouring
+      steps, which are correlated, do not count as independent observations.
     """
     late = time >= 0.1
     stretches = np.array_split(np.flatnonzero(late), 10)

@@ -9,8 +9,10 @@ class Choice(NamedTuple):
     """The value to take.
 
     Attributes:
-      value: the middle of the plateau; the baseline if every clip is worse; NaN if every run diverged.
-      mean: its final loss, the mean over seeds, in which a diverged run counts as no training at all.
+      value: the middle of the plateau; the baseline if every clip is worse; NaN if every run
+        diverged.
+      mean: its final loss, the mean over seeds, in which a diverged run counts as no training at
+        all.
       error: the standard error of the mean of the best value.
       low, high: the plateau: neighbours of the best value within one standard error of it.
       why: the reason, in words.
@@ -31,8 +33,9 @@ class Sweep(NamedTuple):
       values: (V,), including the baseline.
       seeds: (S,).
       final: (V, S), the final loss of each run.
-      losses, clipped, norms: (V, S, steps), the training loss, whether (or what share of blocks) was clipped, and
-        the norm before the clip; the last two are NaN if there is no clip that measures in the state.
+      losses, clipped, norms: (V, S, steps), the training loss, whether (or what share of blocks)
+        was clipped, and the norm before the clip; the last two are NaN if there is no clip that
+        measures in the state.
       failed: a run that ended above this, or not finite, has diverged.
       baseline: the value that stands for no clip, or None.
     """
@@ -60,11 +63,12 @@ class Sweep(NamedTuple):
     def recommended(self) -> Choice:
         """The middle of the plateau around the best mean final loss.
 
-        Which value is best depends partly on the seeds. Of all within one standard error of the best, the usual rule
-        takes the simplest, here the largest, which interferes least. But loss against threshold rises steeply on
-        that side and gently on the other, so the edge is risky. The middle (of two, the larger) is as far from both
-        ends as the grid can tell. A diverged run counts as no training at all, and not more: otherwise one bad seed
-        would outweigh any gain.
+        Which value is best depends partly on the seeds. Of all within one standard error of the
+        best, the usual rule takes the simplest, here the largest, which interferes least. But loss
+        against threshold rises steeply on that side and gently on the other, so the edge is risky.
+        The middle (of two, the larger) is as far from both ends as the grid can tell. A diverged
+        run counts as no training at all, and not more: otherwise one bad seed would outweigh any
+        gain.
         """
         return _choose(self)
 
@@ -74,7 +78,14 @@ class Sweep(NamedTuple):
 
     def __str__(self) -> str:
         head = "| value | final loss: median | best to worst | clipped | diverged |\n|---|---|---|---|---|"
-        return "\n".join([head, *(_format_row(self, i) for i in range(len(self.values))), "", self.recommended.why])
+        return "\n".join(
+            [
+                head,
+                *(_format_row(self, i) for i in range(len(self.values))),
+                "",
+                self.recommended.why,
+            ]
+        )
 
 
 def final_loss(losses: np.ndarray) -> np.ndarray:
@@ -92,7 +103,13 @@ def _format_row(sweep: Sweep, i: int) -> str:
     final = np.where(np.isnan(sweep.final[i]), np.inf, sweep.final[i])
     rate = "" if np.isnan(sweep.clip_rate[i]) else f"{sweep.clip_rate[i]:.0%}"
     spread = f"{final.min():.4g} to {final.max():.4g}"
-    cells = [sweep.name_of(sweep.values[i]), f"{_median(final):.4g}", spread, rate, f"{sweep.diverged[i].mean():.0%}"]
+    cells = [
+        sweep.name_of(sweep.values[i]),
+        f"{_median(final):.4g}",
+        spread,
+        rate,
+        f"{sweep.diverged[i].mean():.0%}",
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -132,7 +149,11 @@ def _explain_choice(sweep: Sweep, choice: Choice, best: int, near: np.ndarray) -
     numbers = f"mean final loss {choice.mean:.4g}; standard error of the best {choice.error:.2g}, {len(sweep.seeds)} seeds"
     if choice.value == sweep.baseline:
         return f"Recommended: no clip ({numbers}). Every clip that was tried is worse."
-    plateau = f"the middle of {choice.low:g} to {choice.high:g}, which are" if choice.low < choice.high else "alone"
+    plateau = (
+        f"the middle of {choice.low:g} to {choice.high:g}, which are"
+        if choice.low < choice.high
+        else "alone"
+    )
     text = f"Recommended: {choice.value:g}, {plateau} within one standard error of the best ({numbers})."
     real = [i for i, value in enumerate(sweep.values) if value != sweep.baseline]
     if near[sweep.values == sweep.baseline].any():

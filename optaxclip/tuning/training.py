@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import validate
-from optaxclip.tuning.runs import Evaluate, Init, TrainStep, check_arguments, compile_program, find_limit, run, run_in_parts
+from optaxclip.tuning.runs import (
+    Evaluate,
+    Init,
+    TrainStep,
+    check_arguments,
+    compile_program,
+    find_limit,
+    run,
+    run_in_parts,
+)
 from optaxclip.tuning.sweep import Sweep, cap_diverged
 
 
@@ -27,29 +36,33 @@ def tune(
 ) -> Sweep:
     """Trains with every value of any number in a clip, on every seed, side by side in one compiled program.
 
-    Build the optimizer from the value inside both functions, with `make_tx(value)`: it is a tracer there.
+    Build the optimizer from the value inside both functions, with `make_tx(value)`: it is a tracer
+    there.
 
     Args:
-      step: (value, state, batch) -> (new state, loss). One of your train steps, without `jit`; the state is any
-        pytree that holds the state of the optimizer, from which the clip rate is read.
+      step: (value, state, batch) -> (new state, loss). One of your train steps, without `jit`; the
+        state is any pytree that holds the state of the optimizer, from which the clip rate is read.
       init: (value, key) -> state.
       values: what to try, in any order.
-      batches: one a step, the same for all runs, so that values are compared on equal terms. For other data for
-        each seed, keep a key in the state, and pass `range(steps)`.
+      batches: one a step, the same for all runs, so that values are compared on equal terms. For
+        other data for each seed, keep a key in the state, and pass `range(steps)`.
       seeds: how many keys, or which: the key of a run is `jax.random.key(seed)`.
-      evaluate: state -> loss, the lower the better, taken before the first step and after the last. None: the
-        median of the training loss over the last tenth of the steps.
-      baseline: the value that stands for no clip, which is run as well. inf is right for all clips but
-        percentiles and quantiles (100 and 1 there); None: no baseline.
-      failed: a run that ends above this, or not finite, has diverged. None: the largest loss at the start.
-      at_once: how many runs side by side, if memory does not hold all; the others follow, without a new compile.
+      evaluate: state -> loss, the lower the better, taken before the first step and after the last.
+        None: the median of the training loss over the last tenth of the steps.
+      baseline: the value that stands for no clip, which is run as well. inf is right for all clips
+        but percentiles and quantiles (100 and 1 there); None: no baseline.
+      failed: a run that ends above this, or not finite, has diverged. None: the largest loss at the
+        start.
+      at_once: how many runs side by side, if memory does not hold all; the others follow, without a
+        new compile.
 
     Returns:
-      A `Sweep`: `print` it for the table and the recommendation, draw it with `optaxclip.plots.plot_sweep`, take
-      `.recommended.value`.
+      A `Sweep`: `print` it for the table and the recommendation, draw it with
+        `optaxclip.plots.plot_sweep`, take `.recommended.value`.
 
     Raises:
-      ValueError: for no values or seeds, a value that is NaN, no batches, or functions of another form.
+      ValueError: for no values or seeds, a value that is NaN, no batches, or functions of another
+        form.
 
     >>> import jax, jax.numpy as jnp, optax, optaxclip
     >>> def make_tx(value):
@@ -73,7 +86,9 @@ def tune(
     value, seed = (part.ravel() for part in np.meshgrid(grid, keys, indexing="ij"))
     runs = run_in_parts(program, value, seed, batches, at_once or len(value))
     limit = find_limit(runs.first) if failed is None else failed
-    final, losses, clipped, norms = (part.reshape(len(grid), len(keys), *part.shape[1:]) for part in runs[1:])
+    final, losses, clipped, norms = (
+        part.reshape(len(grid), len(keys), *part.shape[1:]) for part in runs[1:]
+    )
     return Sweep(grid, keys, final, losses, clipped, norms, limit, baseline)
 
 
@@ -89,12 +104,12 @@ def objective(
 ) -> Callable[[Any], float]:
     """What `tune` measures, as an objective for Optuna: the mean final loss over seeds, one compile for all trials.
 
-    A diverged run counts as `failed`. The median training loss over seeds is reported at every tenth of a run, so
-    that Optuna can prune.
+    A diverged run counts as `failed`. The median training loss over seeds is reported at every
+    tenth of a run, so that Optuna can prune.
 
     Args:
-      suggest: trial -> value: a number, or any pytree of numbers, which `step` and `init` get: a threshold and a
-        learning rate, say.
+      suggest: trial -> value: a number, or any pytree of numbers, which `step` and `init` get: a
+        threshold and a learning rate, say.
       step, init, batches, seeds, evaluate, failed: as in `tune`.
 
     Returns:
@@ -113,10 +128,16 @@ def objective(
     try:
         import optuna
     except ImportError as error:
-        raise ImportError("objective needs Optuna, which is an extra: pip install 'optaxclip[tune]'.") from error
+        raise ImportError(
+            "objective needs Optuna, which is an extra: pip install 'optaxclip[tune]'."
+        ) from error
 
     check_arguments("objective", "suggest", suggest, "trial")
-    program, data, keys = compile_program(step, init, evaluate, "objective"), list(batches), _read_seeds(seeds, "objective")
+    program, data, keys = (
+        compile_program(step, init, evaluate, "objective"),
+        list(batches),
+        _read_seeds(seeds, "objective"),
+    )
     period = max(len(data) // 10, 1)
 
     def report(trial, i, losses):
@@ -129,7 +150,9 @@ def objective(
     def run_trial(trial) -> float:
         value = jax.tree.map(lambda number: jnp.full(keys.shape, number, float), suggest(trial))
         runs = run(program, value, keys, data, lambda i, losses: report(trial, i, losses))
-        return float(np.mean(cap_diverged(runs.final, find_limit(runs.first) if failed is None else failed)))
+        return float(
+            np.mean(cap_diverged(runs.final, find_limit(runs.first) if failed is None else failed))
+        )
 
     return run_trial
 
@@ -148,5 +171,7 @@ def _read_values(values: Sequence[float], baseline: float | None) -> np.ndarray:
 def _read_seeds(seeds: int | Sequence[int], call: str) -> np.ndarray:
     keys = np.asarray(range(seeds) if isinstance(seeds, int) else seeds, np.int32)
     if not keys.size or keys.ndim != 1:
-        raise validate.fail("seeds must be a number of seeds, or a list of them, at least one", seeds, call=call)
+        raise validate.fail(
+            "seeds must be a number of seeds, or a list of them, at least one", seeds, call=call
+        )
     return keys

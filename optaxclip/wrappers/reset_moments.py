@@ -27,24 +27,28 @@ class ResetState(NamedTuple):
 def reset_moments(
     inner: optax.GradientTransformation, every: ArrayLike = 500, warmup_steps: ArrayLike = 150
 ) -> optax.GradientTransformationExtraArgs:
-    """Resets `inner` every so many updates, each time with a cosine warm-up: u · (1 - 0.99·½(1 + cos(π·t/N))).
+    """Resets an optimizer every so many updates, each time with a warm-up.
 
-    A spike stays in Adam's moments for hundreds of steps; a reset ends that.
+    Updates are multiplied by 1 - 0.99·½·(1 + cos(π·t/N)) for N steps. A spike stays in Adam's
+    moments for hundreds of steps; a reset ends that.
 
     Args:
-      inner: what is reset: the part that holds the moments, such as `optax.scale_by_adam()`. Keep schedules outside:
-        their counters would be reset, too.
+      inner: what is reset: the part that holds the moments, such as `optax.scale_by_adam()`. Keep
+        schedules outside: their counters would be reset, too.
       every: how many updates between resets.
-      warmup_steps: N, over which updates grow from 1 % to all of their size after a reset, and at the start; 0: none.
+      warmup_steps: N, over which updates grow from 1 % to all of their size after a reset, and at
+        the start; 0: none.
 
     Raises:
-      ValueError: if `inner` is no optimizer, `every` is a number below 1, or `warmup_steps` is negative.
+      ValueError: if `inner` is no optimizer, `every` is a number below 1, or `warmup_steps` is
+      negative.
 
-    Deviations: all of `inner`'s state is reset, the counter of its bias correction too (in the authors' code that goes
-    on, and the first update after a reset is three times too long).
+    Deviations: all of `inner`'s state is reset, the counter of its bias correction too (in the
+    authors' code that goes on, and the first update after a reset is three times too long).
 
     References:
-      Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset <https://arxiv.org/abs/2501.06842>`_, 2025
+      Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset
+      <https://arxiv.org/abs/2501.06842>`_, 2025
 
     >>> import jax.numpy as jnp, optax, optaxclip
     >>> tx = optaxclip.reset_moments(optax.trace(0.5), every=2, warmup_steps=0)

@@ -1,4 +1,4 @@
-"""StableAdamW: the step of each leaf is shortened where Adam's second moment lags behind the gradient."""
+"""StableAdamW: a leaf's step is shortened where Adam's second moment lags behind the gradient."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from optaxclip.xla import widen
 
 
 class StableRmsState(NamedTuple):
-    """State of `scale_by_stable_rms`: that of the optimizer inside, and the `ClipState` of what was shortened."""
+    """State of `scale_by_stable_rms`: that of the optimizer inside, and a `ClipState`."""
 
     inner: optax.OptState
     clip: Any
@@ -33,18 +33,19 @@ def scale_by_stable_rms(
 ) -> optax.GradientTransformationExtraArgs:
     """Shortens each leaf of Adam's update: u ← u / max(1, RMS), RMS = √mean(g² / max(v̂, ε²)).
 
-    RMS is over 1 where gradients have grown faster than v̂, their running mean square: the cause of many loss spikes.
+    RMS is over 1 where gradients have grown faster than v̂, their running mean square: the cause of
+    many loss spikes.
 
     Args:
-      inner: a transformation with Adam's second moment in its state, as `nu` beside `count`: `optax.scale_by_adam()`,
-        also in a chain with weight decay, which is then shortened, too.
+      inner: a transformation with Adam's second moment in its state, as `nu` beside `count`:
+        `optax.scale_by_adam()`, also in a chain with weight decay, which is then shortened, too.
       b2: the decay of that moment.
       eps: ε.
       axis_names: as in `optaxclip.clip_by`.
 
     Raises:
-      ValueError: for an `inner` that is no optimizer, a b2 outside [0, 1) or a negative eps; at the update, if the
-        state has no `nu` and `count`.
+      ValueError: for an `inner` that is no optimizer, a b2 outside [0, 1) or a negative eps; at the
+        update, if the state has no `nu` and `count`.
 
     References:
       Wortsman et al., `Stable and low-precision training for large-scale vision-language models
@@ -62,14 +63,10 @@ def scale_by_stable_rms(
     validate.nonnegative(eps=eps)
     inner = validate.as_optimizer(inner)
     call = validate.called()
-    # What is measured is not the step but g / √v̂, leaf by leaf; `update_fn` passes it in place of `params`.
+    # What is measured is not the step but g / √v̂; `update_fn` passes it in place of `params`.
     clip = clip_by(
         1.0, scope=scopes.leaf, norm=rms, view=lambda step, share: share, axis_names=axis_names
     )
-
-    def share(g, v, seen):
-        corrected = jnp.sqrt(widen(v) / like(seen, widen(v)))
-        return jnp.abs(widen(g)) / jnp.maximum(corrected, like(eps, corrected))
 
     def init_fn(params):
         return StableRmsState(inner.init(params), clip.init(params))
@@ -79,17 +76,29 @@ def scale_by_stable_rms(
     def update_fn(updates, state, params=None, **extra_args):
         guard.check(state, updates if params is None else params)
         steps, new = inner.update(updates, state.inner, params, **extra_args)
-        moments, count = optax.tree.get(new, "nu"), optax.tree.get(new, "count")
-        if moments is None or count is None:
-            raise ValueError(f"{call}: inner must keep Adam's `nu` and `count`: wrap optax.scale_by_adam().")
-        seen = -jnp.expm1(count.astype(jnp.float32) * jnp.log1p(-jnp.asarray(1 - b2).astype(jnp.float32)))
-        shares = jax.tree.map(lambda g, v: share(g, v, seen), updates, moments)
-        clipped, record = clip.update(steps, state.clip, shares)
+        clipped, record = clip.update(steps, state.clip, _shares(call, updates, new, b2, eps))
         return clipped, StableRmsState(new, record)
 
     update_fn.description = clip.update.description  # type: ignore[attr-defined]
     update_fn.inner = inner  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _shares(call: str, updates: Any, state: optax.OptState, b2: ArrayLike, eps: ArrayLike) -> Any:
+    """By element, g / max(√v̂, ε), v̂ from Adam's state after the step."""
+    moments, count = optax.tree.get(state, "nu"), optax.tree.get(state, "count")
+    if moments is None or count is None:
+        raise ValueError(
+            f"{call}: inner must keep Adam's `nu` and `count`: wrap optax.scale_by_adam()."
+        )
+    rest = jnp.asarray(1 - b2).astype(jnp.float32)
+    seen = -jnp.expm1(count.astype(jnp.float32) * jnp.log1p(-rest))
+
+    def share(g, v):
+        corrected = jnp.sqrt(widen(v) / like(seen, widen(v)))
+        return jnp.abs(widen(g)) / jnp.maximum(corrected, like(eps, corrected))
+
+    return jax.tree.map(share, updates, moments)
 
 
 @validate.named
@@ -103,10 +112,13 @@ def stable_adamw(
     *,
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW, the rate of each leaf divided by max(1, RMS(g / √v̂)): Adafactor's update clipping for Adam.
+    """AdamW, the rate of each leaf divided by max(1, RMS(g / √v̂)).
+
+    It is Adafactor's update clipping for Adam.
 
     Args:
-      learning_rate, b1, b2, eps, weight_decay, mask: of `optax.adamw`. Weight decay is shortened like the rest.
+      learning_rate, b1, b2, eps, weight_decay, mask: of `optax.adamw`. Weight decay is shortened
+        like the rest.
       axis_names: as in `optaxclip.clip_by`.
 
     Raises:
@@ -122,7 +134,9 @@ def stable_adamw(
     >>> round(float(updates[0]), 4)
     -0.1
     """
-    adamw = optax.chain(optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay, mask))
+    adamw = optax.chain(
+        optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay, mask)
+    )
     return optax.chain(
         scale_by_stable_rms(adamw, b2, eps, axis_names=axis_names),
         optax.scale_by_learning_rate(learning_rate),

@@ -32,7 +32,8 @@ def stable_spam(
       learning_rate, b1, b2, eps, weight_decay: of `optax.adamw`.
       max_decay: of `clip_by_running_max`.
       norm_b1, norm_b2: of `normalize_by_moments`.
-      every, warmup_steps: of `reset_moments`. The authors' optimizer has no warm-up after a reset, unlike SPAM's.
+      every, warmup_steps: of `reset_moments`. The authors' optimizer has no warm-up after a reset,
+        unlike SPAM's.
       axis_names: as in `optaxclip.clip_by`.
 
     Raises:
@@ -47,6 +48,7 @@ def stable_spam(
     >>> round(float(updates[0]), 5)
     -0.001
     """
+    validate.share(max_decay=max_decay, norm_b1=norm_b1, norm_b2=norm_b2)
     return optax.chain(
         clip_by_running_max(max_decay, axis_names=axis_names),
         normalize_by_moments(norm_b1, norm_b2, axis_names=axis_names),

@@ -85,8 +85,9 @@ def scales_of(norm: Norm, dtype, units: bool) -> tuple[float, ...]:
         return (1.0,)
     wide = jnp.finfo(dtype).maxexp / 128
     if units and norm.power == 2:
-        # Two: a third costs 4 bytes a parameter on a GPU. They reach from 1e-31 to 4e34.
-        return (2.0 ** (52 * wide), 2.0 ** (-52 * wide))
+        # Two: a third costs 4 bytes per parameter on a GPU. They reach from 1e-36 to 1e36, and meet where numbers
+        # 2^-63 of a unit's norm are lost, of a million in one unit.
+        return (2.0 ** (57 * wide), 2.0 ** (-57 * wide))
     step = 160 / norm.power
     count = math.ceil((120 - 126 / norm.power) / step)
     return tuple(2.0 ** round(step * wide * i) for i in range(count, -count - 1, -1))
@@ -168,13 +169,19 @@ def _unit_lengths(norm: Norm, layout: Layout, arrays) -> list[jax.Array]:
 
     def checked(arrays):
         rows = [pools[0] for pools in units(norm, layout, _apart(arrays), (1.0,), dtype, stacked=False)]
-        # Zeros are no reason to look again: a dead unit is common, and one below 1e-22 is never clipped.
-        inside = [((x == 0) | (x >= n * _lowest(dtype))) & (x < jnp.inf) for x, n in zip(rows, counts, strict=True)]
+        inside = [_unit_inside(x, n * _lowest(dtype)) for x, n in zip(rows, counts, strict=True)]
         fine = jnp.all(jnp.stack([jnp.all(x) for x in inside])) if inside else jnp.array(True)
         return lax.cond(fine, lambda _: [norm.finish(x, n) for x, n in zip(rows, counts, strict=True)], everywhere, arrays)
 
     cpu = checked if len(scales) > 1 else everywhere
     return lax.platform_dependent(arrays, cpu=cpu, cuda=gpu, rocm=gpu, default=everywhere)
+
+
+def _unit_inside(pools: jax.Array, lowest) -> jax.Array:
+    """Whether pools are exact. A zero beside others is no reason to look again: dead units are common."""
+    rest = tuple(range(1, pools.ndim))
+    zero = (pools == 0) & jnp.any(pools > 0, axis=rest, keepdims=True)
+    return (zero | (pools >= lowest)) & (pools < jnp.inf)
 
 
 def counts_of(layout: Layout, dtype) -> Any:

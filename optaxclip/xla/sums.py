@@ -41,7 +41,11 @@ Pools = tuple[jax.Array, list[int]]
 def lifted(norm: Norm, x: jax.Array, scale) -> jax.Array:
     """What each number contributes, at a scale (a power of two, so nothing is rounded)."""
     x = widen(x)
-    return norm.lift(x if scale == 1 else times(x, jnp.asarray(scale, x.real.dtype)))
+    if scale != 1:
+        x = times(x, jnp.asarray(scale, x.real.dtype))
+        # Of a single number XLA would make (x s)^2 into x^2 s^2, and s^2 is no float.
+        x = lax.optimization_barrier(x) if x.size == 1 else x
+    return norm.lift(x)
 
 
 def _together(norm: Norm, leaves: Sequence[jax.Array], scale) -> jax.Array:

@@ -1,14 +1,17 @@
-"""What XLA's compilers for GPUs and TPUs make of a clip, beside Optax's, on a machine that has neither.
+"""What XLA's compilers for GPUs and TPUs make of a clip, beside Optax's; neither has to be there.
 
-    uv run --group accelerators python -m tests.benchmarks.accelerators [gpu tpu mesh pod examples scan]
-        [--clips zclip ...] [--models gpt2 ...] [--hosts 1] [--forms auto] [--limits] [--small]
-        [--into docs/performance.md]
+    uv run --group accelerators python -m tests.benchmarks.accelerators
+        [gpu tpu mesh pod examples scan]  which suites; without a name all of them
+        [--clips zclip ...] [--models gpt2 ...] [--hosts 1] [--forms auto]
+        [--small] [--limits] [--into docs/performance.md]
 
-A topology stands in for the devices; nothing runs, and nothing here is a time on a device.  Counted are kernels, bytes
-(operands and results of each kernel, a parameter), collectives, temporaries relative to the gradients, on TPUs the
-cycles that the compiler estimates, and the CPU seconds it took; in parentheses relative to Optax's clip of that kind.
+A topology stands in for the devices. Nothing runs: no number here is a time on a device. Counted
+are kernels, bytes per parameter (operands and results of each kernel), collectives, temporaries
+relative to the gradients, on TPUs the cycles that the compiler estimates, and the CPU seconds that
+it took; in parentheses relative to Optax's clip of that kind, for a clip by value to no clip.
 
-Exit codes: 0; 1 where a limit is broken (with `--limits`) or nothing was compiled; 3 where the compilers are missing.
+Exit codes: 1 with `--limits` where a limit is broken or nothing was judged, 3 where the compilers
+are missing.
 """
 
 import argparse
@@ -24,13 +27,14 @@ import tests.benchmarks.accelerators_quiet  # noqa: F401
 from tests.benchmarks.accelerators_cases import SMALL, SUITES, TARGETS, Case, choose_rows
 from tests.benchmarks.accelerators_limits import Verdict, find_peer, judge
 from tests.benchmarks.accelerators_steps import CLIPS, NONE
-from tests.benchmarks.accelerators_targets import environment, find_missing
+from tests.benchmarks.accelerators_targets import WHEELS, environment, find_missing
 from tests.benchmarks.reporting import put_into, table
 
 MISSING = 3
 HOW_TO_INSTALL = """The compilers are not installed: {0}.
 They are wheels of 2 GB for Linux on x86-64, and need no GPU or TPU:
-    UV_PROJECT_ENVIRONMENT=.venv-aot uv run --group accelerators python -m tests.benchmarks.accelerators
+    export UV_PROJECT_ENVIRONMENT=.venv-aot
+    uv run --group accelerators python -m tests.benchmarks.accelerators
 or pip install "jax[cuda12-local,tpu]" nvidia-cuda-nvcc-cu12"""
 HEADS = {
     "kernels": "kernels",
@@ -40,7 +44,7 @@ HEADS = {
     "all-gathers": "all-gathers",
     "others": "other collectives",
     "moved": "outputs moved",
-    "bytes": "bytes a parameter",
+    "bytes": "bytes per parameter",
     "temporaries": "temporaries / gradients",
     "cycles": "estimated cycles",
     "compile": "compile, CPU s",
@@ -51,7 +55,7 @@ RATIOS = ("kernels", "bytes", "cycles", "compile")
 
 
 def main(argv=None) -> int:
-    """Compiles each case in a process of its own, prints its table and verdicts, and says whether limits were kept."""
+    """Compiles each case, prints its table and verdicts, and returns the exit code."""
     args = _parse(argv)
     cases = _choose(args)
     missing = sorted(
@@ -72,7 +76,7 @@ def main(argv=None) -> int:
         put_into(
             args.into,
             f"accelerators {suite}",
-            "\n".join([f"Compiled with {versions()}.\n", *parts]),
+            "\n".join([f"Compiled with {name_versions(suite)}.\n", *parts]),
         )
     print(f"All together: {count_kept(verdicts)}")
     # Nothing judged is nothing kept: a run that compiled nothing is no success.
@@ -130,7 +134,7 @@ def _choose(args: argparse.Namespace) -> list[Case]:
 
 
 def compile_case(case: Case, clips: list[str] | None) -> dict[str, dict]:
-    """What a process of its own finds of a case: flags and the number of devices count once in a process."""
+    """The rows of a case, from a process of its own: flags are read once per process."""
     names = choose_rows(case, clips, list(CLIPS))
     beside = {NONE, *(CLIPS[name].beside for name in names)}
     names = [name for name in CLIPS if name in names or name in beside]
@@ -185,10 +189,7 @@ def count_kept(verdicts: list[Verdict]) -> str:
 def say_broken(verdicts: list[Verdict]) -> str:
     """How many limits were kept, and each that was not."""
     broken = [v for v in verdicts if not v.kept]
-    lines = [
-        f"- {v.row}: {SAID[v.column]} {_write(v.value, v.column)}, at most {_write(v.most, v.column)}"
-        for v in broken
-    ]
+    lines = [f"- {v.row}: {SAID[v.column]} {_say(v)}" for v in broken]
     return "\n".join([count_kept(verdicts) + (" Broken:\n" if broken else ""), *lines]) + "\n"
 
 
@@ -207,9 +208,16 @@ def show_verdicts(verdicts: list[Verdict]) -> str:
     return table(["", "limit on", "is", "at most", ""], lines)
 
 
-def versions() -> str:
-    """What compiled this."""
-    return f"jax {version('jax')}, libtpu {version('libtpu')}, ptxas {version('nvidia-cuda-nvcc-cu12')}"
+def _say(verdict: Verdict) -> str:
+    value, most = (_write(x, verdict.column) for x in (verdict.value, verdict.most))
+    return f"{value}, at most {most}"
+
+
+def name_versions(suite: str) -> str:
+    """The compilers of a suite and their versions."""
+    platforms = sorted({TARGETS[case.target].platform for case in SUITES[suite]})
+    wheels = ["jax", *(wheel for platform in platforms for wheel in WHEELS[platform])]
+    return ", ".join(f"{wheel} {version(wheel)}" for wheel in wheels)
 
 
 if __name__ == "__main__":

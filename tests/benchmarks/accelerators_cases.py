@@ -1,4 +1,4 @@
-"""What is compiled, for which devices: models, how they are cut over a mesh, and the suites of cases."""
+"""What is compiled, and for which devices: models, how a mesh cuts them, and the suites."""
 
 import math
 import re
@@ -116,7 +116,7 @@ def choose_rows(
 ) -> Sequence[str]:
     """Those of our clips that a case has a row for: in most cases the few that differ in form."""
     names = clips or (everything if case in WIDE else FEW)
-    # In `shard_map` each device has the norms of its own units: nobody can say where such a state lies.
+    # In `shard_map` a device keeps the norms of its own units: no spec of a state says that.
     return [name for name in names if case.form != "shard_map" or name != "adaptive_grad_clip"]
 
 

@@ -1,8 +1,8 @@
-"""The process that compiles one case: it is started by `accelerators`, with the flags of its platform.
+"""The process that compiles one case; `accelerators` starts it with the flags of its platform.
 
     python -m tests.benchmarks.accelerators_compile '[[case], [rows]]'
 
-A line of its output that begins with `{` is what it found of rows, as JSON: what a crash leaves behind counts.
+Lines of its output that begin with `{` are rows, as JSON: those before a crash are not lost.
 """
 
 import json
@@ -64,7 +64,7 @@ def account(program: Program, placement: Placement) -> dict[str, float]:
 
 
 def _count_moved(compiled: jax.stages.Compiled, program: Program) -> int:
-    """The parameters, and moments of parameters, that leave a step on other devices than they entered it."""
+    """How many parameters and moments leave a step on other devices than they entered it."""
     params = {x.shape for x in jax.tree.leaves(program.arguments[0])}
     before = jax.tree.leaves(program.arguments[: len(program.donated)])
     after = jax.tree.leaves(compiled.output_shardings)

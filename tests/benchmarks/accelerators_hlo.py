@@ -123,7 +123,7 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 def _parse_line(line: str) -> Iterator[tuple[str, Instruction]]:
     head = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
     if head:
-        # Types nest and TPU layouts hold parentheses of their own, {1,0:T(8,128)}, so they are matched.
+        # Types nest, and layouts of TPUs have parentheses of their own: {1,0:T(8,128)}.
         start = head.end()
         stop = _close(line, start) if line[start] == "(" else line.index(" ", start)
         opening = line.index("(", stop)

@@ -1,5 +1,6 @@
-"""The programs that are compiled: a training step, a gradient clipped per example, a scan of small steps."""
+"""The programs: a training step, a gradient clipped per example, a scan of small steps."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip
 from tests.benchmarks.accelerators_cases import MODELS, Case, count_local, cut
-from tests.benchmarks.accelerators_targets import Placement
+from tests.benchmarks.accelerators_targets import EVERYWHERE, Placement
 
 
 class Program(NamedTuple):
@@ -80,11 +81,11 @@ def build(case: Case, name: str, placement: Placement) -> Program:
 
 
 def _train(case: Case, clip: Clip, placement: Placement) -> Program:
-    """One step: a clip, AdamW, and the parameters that they move; parameters and state are donated."""
+    """One step of a clip and AdamW; parameters and state are donated."""
     shapes, mesh = MODELS[case.model](), placement.mesh
     sizes = dict(mesh.shape) if mesh else {}
     devices = math.prod(sizes.values())
-    specs = {k: cut(k, s, case.form, devices) if mesh else P() for k, s in shapes.items()}
+    specs = {k: cut(k, s, case.form, devices) if mesh else EVERYWHERE for k, s in shapes.items()}
     params, grads = (
         {k: _shape(s, kind, placement, specs[k]) for k, s in shapes.items()}
         for kind in (case.params, case.grads)
@@ -112,18 +113,18 @@ def _step(tx: optax.GradientTransformation) -> Callable:
     return step
 
 
-def _shape(shape, kind, placement: Placement, spec: P = P()) -> jax.ShapeDtypeStruct:
+def _shape(shape, kind, placement: Placement, spec: P = EVERYWHERE) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, kind, sharding=placement.shard(spec))
 
 
 def _place(state: Any, specs: dict[str, P], placement: Placement) -> tuple[Any, Any]:
-    """A state where its parts lie: trees in the shape of the parameters as these, all else on every device."""
+    """A state and its specs: what is like the parameters lies as they do, all else everywhere."""
 
     def spec_of(leaves: Any) -> Any:
         if not isinstance(leaves, dict) or leaves.keys() != specs.keys():
-            return jax.tree.map(lambda x: P(), leaves)
+            return jax.tree.map(lambda x: EVERYWHERE, leaves)
         # A statistic of a leaf is filed under its name, and has no axes to cut.
-        return {k: specs[k] if len(specs[k]) <= x.ndim else P() for k, x in leaves.items()}
+        return {k: specs[k] if len(specs[k]) <= x.ndim else EVERYWHERE for k, x in leaves.items()}
 
     is_like_params = lambda x: isinstance(x, dict) and x.keys() == specs.keys()  # noqa: E731
     found = jax.tree.map(spec_of, state, is_leaf=is_like_params)
@@ -151,22 +152,7 @@ def _normalize(x: jax.Array) -> jax.Array:
 
 def _differentiate_examples(name: str, placement: Placement) -> Program:
     """The gradient of a batch: clipped per example in Optax's way or in ours, or not at all."""
-
-    def loss(params, example):
-        return jnp.mean(jnp.square(_attend(params, example[0]) - example[1]))
-
-    def map_examples(params, batch):
-        grads = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
-        leaves, treedef = jax.tree.flatten(grads)
-        return treedef.unflatten(optax.per_example_global_norm_clip(leaves, 1.0)[0])
-
-    def clip_examples(params, batch):
-        return optaxclip.clipped_value_and_grad(loss, 1.0, reduce="sum")(params, batch)[1]
-
-    def sum_examples(params, batch):
-        return jax.grad(lambda p: jnp.sum(jax.vmap(loss, (None, 0))(p, batch)))(params)
-
-    step = {PLAIN: sum_examples, MAPPED: map_examples, OURS: clip_examples}[name]
+    step = {PLAIN: _sum_gradients, MAPPED: _map_gradients, OURS: _clip_gradients}[name]
     shapes = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH)}
     shapes |= {"down": (4 * WIDTH, WIDTH), "qkv_bias": (3 * WIDTH,), "up_bias": (4 * WIDTH,)}
     params = {k: _shape(s, jnp.float32, placement) for k, s in shapes.items()}
@@ -175,10 +161,28 @@ def _differentiate_examples(name: str, placement: Placement) -> Program:
     return Program(step, (params, batch), count, 4 * count)
 
 
+def _loss(params: dict, example: tuple[jax.Array, jax.Array]) -> jax.Array:
+    return jnp.mean(jnp.square(_attend(params, example[0]) - example[1]))
+
+
+def _sum_gradients(params: dict, batch: tuple) -> dict:
+    return jax.grad(lambda p: jnp.sum(jax.vmap(_loss, (None, 0))(p, batch)))(params)
+
+
+def _map_gradients(params: dict, batch: tuple) -> dict:
+    grads = jax.vmap(jax.grad(_loss), (None, 0))(params, batch)
+    leaves, treedef = jax.tree.flatten(grads)
+    return treedef.unflatten(optax.per_example_global_norm_clip(leaves, 1.0)[0])
+
+
+def _clip_gradients(params: dict, batch: tuple) -> dict:
+    return optaxclip.clipped_value_and_grad(_loss, 1.0, reduce="sum")(params, batch)[1]
+
+
 def _scan(clip: Clip, seeds: bool, placement: Placement) -> Program:
-    """A thousand steps of a small network, as reinforcement learning takes them; of 64 networks side by side."""
+    """A thousand steps of a small network, as in reinforcement learning, or of 64 of them."""
     widths = (8, 256, 256, 256, 4)
-    shapes = {f"{i}/kernel": s for i, s in enumerate(zip(widths, widths[1:], strict=False))}
+    shapes = {f"{i}/kernel": s for i, s in enumerate(itertools.pairwise(widths))}
     shapes |= {f"{i}/bias": (width,) for i, width in enumerate(widths[1:])}
     tx = clip.wrap(optax.adam(3e-4))
 

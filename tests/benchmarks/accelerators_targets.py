@@ -44,6 +44,9 @@ H100 = {
 }
 
 
+EVERYWHERE = P()
+
+
 class Target(NamedTuple):
     """Devices to compile for: one of a topology, or a mesh of all of them."""
 
@@ -58,7 +61,7 @@ class Placement(NamedTuple):
     mesh: Mesh | None
     device: object = None
 
-    def shard(self, spec: P = P()) -> jax.sharding.Sharding:
+    def shard(self, spec: P = EVERYWHERE) -> jax.sharding.Sharding:
         """Where an array with that spec lies."""
         return NamedSharding(self.mesh, spec) if self.mesh else SingleDeviceSharding(self.device)
 

@@ -66,7 +66,7 @@ def percentiles(small: bool) -> str:
 
 def _percentile_ratios(norms: jax.Array, rounds: int) -> np.ndarray:
     window, blocks = norms.shape
-    threshold = optaxclip.percentile(10.0, window=window)
+    threshold = optaxclip.thresholds.percentile(10.0, window=window)
     update = jax.jit(threshold.update, donate_argnums=1)
     full = jax.jit(lambda s: jax.lax.scan(lambda s, n: (threshold.update(n, s)[1], None), s, norms)[0])
     hold = {"state": full(threshold.init(jnp.zeros(blocks))), "ring": norms}

@@ -69,7 +69,7 @@ def ours() -> dict[str, list[float]]:
     for case in tqdm(ADAPTIVE, desc="this library"):
         found = [
             steps_to_recover(case.make(scope=scope), 600 + case.within, case.relative)
-            for scope in (optaxclip.tree, optaxclip.leaf)
+            for scope in (optaxclip.scopes.tree, optaxclip.scopes.leaf)
         ]
         rows[f"`{case.name}`"] = [max(f[poison][0] for f in found) for poison in POISONS]
     return rows

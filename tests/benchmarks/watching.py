@@ -25,7 +25,7 @@ CHAINS = {
     "no watch": CLIP,
     "no watch, again": CLIP,
     "watch": optax.chain(optaxclip.watch(), CLIP),
-    "watch, groups": optax.chain(optaxclip.watch(scope=optaxclip.groups()), CLIP),
+    "watch, groups": optax.chain(optaxclip.watch(scope=optaxclip.scopes.groups()), CLIP),
 }
 EVERY = (1, 10, 100)
 
