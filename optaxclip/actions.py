@@ -70,6 +70,7 @@ def keep(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 
 
 @validate.makes_part
+@validate.named
 def smooth(p: ArrayLike = 2.0) -> Action:
     """Shortens every block, the more the longer it is: (1 + (n / b)ᵖ)^(-1/p), at most b in length, without a kink.
 
@@ -99,6 +100,7 @@ def smooth(p: ArrayLike = 2.0) -> Action:
 
 
 @validate.makes_part
+@validate.named
 def band(low: ArrayLike = 0.0, *, floor: ArrayLike = 0.0) -> Action:
     """Keeps a block's length between a floor and its bound: clip(n, max(low · b, floor), b) / n.
 

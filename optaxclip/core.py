@@ -137,10 +137,10 @@ def decide(norms: Norms, bounds: Norms, action: Action, bad: float) -> Step:
     bounds = jnp.maximum(bounds.astype(norms.dtype), 0)
     finite = jnp.isfinite(norms)
     factors = action(jnp.where(finite, norms, 0), bounds).astype(norms.dtype)
-    # A factor below the smallest normal float is flushed to zero by XLA, or has few digits: the block would vanish
-    # in silence.
-    tiny = jnp.finfo(norms.dtype).tiny
-    fine = finite & jnp.isfinite(factors) & ((factors == 0) | (jnp.abs(factors) >= tiny))
+    # XLA flushes a factor below the smallest normal float to zero: the block would vanish in silence. Whether it is
+    # so small is asked of the norm, since of the factor nothing is left.
+    vanishes = (bounds > 0) & (bounds < norms * jnp.finfo(norms.dtype).tiny)
+    fine = finite & jnp.isfinite(factors) & ~vanishes
     factors = jnp.where(fine, factors, np.asarray(bad, norms.dtype))
     return Step(norms, bounds, factors, (norms > bounds).astype(norms.dtype), ~fine)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip.base import Norm
-from optaxclip.validate import fail, show
+from optaxclip.validate import fail, named
 
 
 def _square(x):
@@ -59,6 +59,7 @@ def _is_power(p: Any) -> bool:
     return isinstance(p, int | float) and not isinstance(p, bool) and p >= 1
 
 
+@named
 def lp(p: float) -> Norm:
     """The p-norm, (Σ|x|ᵖ)^(1/p), for p from 1 to inf.
 
@@ -70,7 +71,7 @@ def lp(p: float) -> Norm:
     (norms.l2, norms.lp(3))
     """
     if not _is_power(p):
-        raise fail("p must be a number from 1 to inf", p, call="norms.lp")
+        raise fail("p must be a number from 1 to inf", p)
     known = {1.0: l1, 2.0: l2, math.inf: linf}
     return known.get(float(p)) or _power(float(p))
 

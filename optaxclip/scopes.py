@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from optaxclip.base import Blocks, Label, Scope
-from optaxclip.validate import called, fail, makes_part
+from optaxclip.validate import called, fail, makes_part, named
 
 #: One block: all leaves share one norm. Norms, bounds and factors are scalars.
 tree = Scope("scopes.tree", lambda paths, shapes: Blocks(None, (0,) * len(paths)))
@@ -58,6 +58,7 @@ def _labels(label: Label, paths: Sequence[str]) -> list[str]:
 
 
 @makes_part
+@named
 def groups(label: Label = module_of) -> Scope:
     """One block a group of leaves. Norms, bounds and factors are vectors, one entry a group.
 
@@ -116,6 +117,7 @@ def unit_axes(path: str, shape: tuple[int, ...], axes: Any = None, batch_axes: i
 
 
 @makes_part
+@named
 def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = None) -> Scope:
     """One block a unit, a slice of a leaf along `axes`. Norms, bounds and factors are small arrays.
 

@@ -42,8 +42,10 @@ class StateGuard:
     def _compare(self, state: Any, updates: Any) -> None:
         # Shapes, and closed over: `eval_shape` takes no functions or strings as arguments, which an unfiltered model has.
         shapes = jax.tree.map(_shape, updates)
-        want = _shapes(jax.eval_shape(lambda: self.init(shapes)))
-        got = _shapes(state)
+        fresh = jax.eval_shape(lambda: self.init(shapes))
+        if hasattr(fresh, "metrics"):
+            check_names(self.what, *(unpack_names(x.metrics.blocks) for x in (fresh, state)))
+        want, got = _shapes(fresh), _shapes(state)
         if want != got:
             wrong = [path for path in (*want, *got) if want.get(path) != got.get(path)]
             raise ValueError(

@@ -21,17 +21,22 @@ import numpy as np
 import optax
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+# Where a part lies for the user, `thresholds.zscore`; clips lie at the top.
+_NAMESPACES = ("actions", "feeds", "norms", "scopes", "thresholds")
 _CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default="optaxclip")
 
 
 def named(call: _F) -> _F:
     """Makes errors inside a public function speak of it, or of the public function that called it."""
 
+    room = (*call.__module__.split("."), "")[1]
+    name = f"{room}.{call.__name__}" if room in _NAMESPACES else call.__name__
+
     @functools.wraps(call)
     def wrapper(*args, **kwargs):
         if _CALL.get() != "optaxclip":
             return call(*args, **kwargs)
-        token = _CALL.set(call.__name__)
+        token = _CALL.set(name)
         try:
             return call(*args, **kwargs)
         finally:

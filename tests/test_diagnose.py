@@ -1,4 +1,4 @@
-"""The signs in a recorded window: each planted one is found, by its numbers; healthy runs have none."""
+"""The signs in a recorded run: each planted one is found; healthy runs have none."""
 
 import jax
 import jax.numpy as jnp

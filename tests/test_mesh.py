@@ -56,7 +56,8 @@ def test_sharded_arrays_cost_one_all_reduce():
     mesh, tx = mesh_of(8), CLIPS["tree"]
     grads = {i: jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("x"))) for i in range(5)}
     text = jax.jit(lambda g: tx.update(g, None)[0]).lower(grads).compile(AS_USERS).as_text()
-    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1  # the rescue of unusual magnitudes included
+    ran = text[text.index("ENTRY") :]  # the rescue of unusual magnitudes is a branch, which has its own
+    assert len(re.findall(r" all-reduce(?:-start)?\(", ran)) == 1
     assert "all-gather" not in text
 
 
@@ -145,14 +146,5 @@ def test_pmap_and_vmap_take_the_name_of_their_axis():
 
 
 def test_pmap_without_a_name_is_an_error():
-    with pytest.raises(ValueError, match=r"such as axis_names=\('i',\)"):
+    with pytest.raises(ValueError, match=r"axis_names=\(\) if .* axis_names=\('i',\) if"):
         jax.pmap(lambda g: CLIPS["tree"].update(g, None)[0], axis_name="i")(GRADS["dense"])
-
-
-def test_arrays_are_joined_only_where_none_can_be_spread(monkeypatch):
-    """Not on several devices, nor where one device compiles for a mesh of several."""
-    assert not alone()
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert alone()
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("x",))):
-        assert not alone()

@@ -1,4 +1,4 @@
-"""What `metrics` reads: the right values, under names that say whose they are, out of any nesting."""
+"""What `metrics` reads: the right values, under their owners' names, out of any nesting."""
 
 import jax
 import jax.numpy as jnp
@@ -309,7 +309,7 @@ def test_of_a_batch_of_runs_every_value_has_its_shape_and_is_that_of_its_run(mak
         tx = make(value)
         state = tx.init(PARAMS)
         for factor in (1.0, 0.1):
-            _, state = tx.update(jax.tree.map(lambda g: g * factor, GRADS), state, PARAMS)
+            _, state = tx.update(jax.tree.map(lambda g, f=factor: g * f, GRADS), state, PARAMS)
         return state
 
     over = run

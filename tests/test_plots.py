@@ -1,4 +1,4 @@
-"""Pictures: the right numbers in the lines, on the axes that were given, and nothing closed or left open."""
+"""Plots: the right numbers in the lines, on the axes given, and nothing closed or left open."""
 
 import subprocess
 import sys
@@ -118,7 +118,7 @@ def test_the_sweep():
     ax = plots.plot_sweep(a_sweep())
     np.testing.assert_allclose(
         ax.lines[0].get_ydata(), [3.05, 1.05, np.nan]
-    )  # of the third, the median run diverged
+    )  # the third: the median diverged
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert {"recommended: 1", "no clip: 2/2 diverged", "diverged", "clip rate (right)"} <= set(
         labels
@@ -192,7 +192,8 @@ import sys, optaxclip, optaxclip.tuning
 assert not {"matplotlib", "optuna"} & set(sys.modules)
 sys.modules["matplotlib.pyplot"] = sys.modules["optuna"] = None
 objective = optaxclip.tuning.objective
-for extra, call in (("plot", optaxclip.plots.plot_cliff), ("tune", lambda: objective(0, 0, 0, batches=[]))):
+calls = {"plot": optaxclip.plots.plot_cliff, "tune": lambda: objective(0, 0, 0, batches=[])}
+for extra, call in calls.items():
     try:
         call()
     except ImportError as error:

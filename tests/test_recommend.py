@@ -1,4 +1,4 @@
-"""`recommend`: shares as NumPy has them; what is planted is recognised, and nothing else is said."""
+"""`recommend`: shares as NumPy has them; what is planted is found, and nothing else."""
 
 import jax.numpy as jnp
 import numpy as np

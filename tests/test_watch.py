@@ -1,4 +1,4 @@
-"""What a watch keeps: the right numbers, the planted culprit, and gradients that come out as they went in."""
+"""What a watch keeps: the right numbers, the planted culprit, and gradients as they were."""
 
 import pickle
 
@@ -333,7 +333,7 @@ def test_one_trace_and_donation():
 
 
 def test_no_gradient_is_kept_and_none_is_changed_by_the_candidates():
-    """The state is small whatever the tree, and the program has no output but the gradients that is as large."""
+    """The state is small whatever the tree, and no output but the gradients is as large."""
     tx, grads = oc.watch(), {"w": jnp.ones((30, 30))}
     state = tx.init(grads)
     assert sum(x.size for x in jax.tree.leaves(state)) < 120
@@ -368,7 +368,7 @@ def test_in_multi_steps_and_after_a_skip():
 
 
 def test_poison_leaves_every_statistic_sound():
-    """After any poison the quantiles and the shadows are again near those of a run without, within 100 steps."""
+    """Within 100 steps after any poison all statistics are near those of a run without."""
     steps = 800
     base = lengths(steps, 0.3)
     tx = oc.watch(candidates={"mean": thresholds.running(1.2), "z": thresholds.zscore(1.0)})
@@ -513,7 +513,8 @@ def test_the_names_of_the_fields_are_frozen():
     """Checkpoints are restored by these names."""
     state = oc.watch().init(PARAMS)
     assert state._fields[:8] == (
-        "total_steps", "total_norm", "median_ratio", "block_norms", "top_blocks", "top_shares", "nonfinite", "bad",
+        "total_steps", "total_norm", "median_ratio", "block_norms", "top_blocks", "top_shares",
+        "nonfinite", "bad",
     )  # fmt: skip
     assert state._fields[8:] == (
         "quantiles", "would_clip", "trackers", "shadows", "blocks", "quantile_names", "candidates",

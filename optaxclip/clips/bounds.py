@@ -104,7 +104,8 @@ def _refuse_vector(argument: str, bounds: Any) -> Scope:
         raise ValueError(
             f"{call}: {argument} is a bare array of shape {bounds.shape}, which does not say which"
             f" number is whose. Pass a tree of bounds with the structure of the updates, or a"
-            f" mapping of paths, such as {dict.fromkeys(names[:2], 1.0)}. The paths are, in order: {names}."
+            f" mapping of paths, such as {dict.fromkeys(names[:2], 1.0)}. The paths are, in"
+            f" order: {names}."
         )
 
     return scopes.leaf._replace(cut=cut)

@@ -31,8 +31,7 @@ def global_norm(
     leaves, and with a derivative of 0 at zeros. An empty tree has the norm 0.
 
     Args:
-      tree: gradients, parameters, or any tree. Leaves that hold no floating-point numbers do not
-        count.
+      tree: gradients, parameters, or any tree. Only leaves of floating-point numbers count.
       norm: `norms.l2`, `l1`, `linf`, `rms`, or a number p for the p-norm.
       exclude, axis_names: as in `optaxclip.clip_by`.
 
@@ -40,9 +39,8 @@ def global_norm(
       ValueError: for a norm or `exclude` that is not a valid value; inside
         `shard_map(check_vma=False)` or `pmap`, without `axis_names`.
 
-    Deviations from `optax.global_norm`, which squares numbers in the dtype of the leaves: no
-    overflow in float16 from 256 on, no rounding to bfloat16, and inside `shard_map` the norm of all
-    devices' parts.
+    Deviations from `optax.global_norm`, which squares in the dtype of the leaves: float16 does not
+    overflow from 256 on; inside `shard_map` the norm is that of all devices' parts.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> optaxclip.global_norm({"w": jnp.array([3.0, 4.0], jnp.float16)})

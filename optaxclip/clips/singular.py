@@ -32,8 +32,8 @@ Solver = Literal["polar", "svd"]
 # Odd polynomials a·x + b·x³ + c·x⁵, each the best of its degree on what the one before leaves of
 # [0.03, 1.02] (the largest distance from 1 is smallest), scaled to stay within 1; found by linear
 # programming. The first, repeated, lifts small numbers by 4 each time and lets none over 0.03 fall
-# below 0.12; the best polynomials for smaller numbers let them fall almost to 0, which costs digits.
-# The room up to 1.02 keeps rounding from growing; the last is Newton's.
+# below 0.12; the best polynomials for smaller numbers let them fall almost to 0, which costs
+# digits. The room up to 1.02 keeps rounding from growing; the last is Newton's.
 _POLYNOMIALS = np.array(
     [
         [4.0579, -10.9990, 7.7287],

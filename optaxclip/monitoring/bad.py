@@ -36,7 +36,8 @@ class BadStep(NamedTuple):
         if not np.isfinite(self.norm):
             return f"step {self.step}{tag}: not finite{self.block and f', first in {self.block}'}"
         how = f"norm {format_number(self.norm)} = {format_number(self.median_ratio)} x the median"
-        return f"step {self.step}{tag}: {how}{self.block and f'; {format_share(self.share)} of it in {self.block}'}"
+        where = f"; {format_share(self.share)} of it in {self.block}" if self.block else ""
+        return f"step {self.step}{tag}: {how}{where}"
 
 
 def bad_steps(opt_state: Any) -> tuple[BadStep, ...]:
@@ -82,5 +83,6 @@ def check_one_run(steps: Any) -> None:
     """Raises if a state is that of several runs."""
     if np.ndim(steps):
         raise ValueError(
-            f"This is the state of several runs, {np.shape(steps)}: pick one, jax.tree.map(lambda x: x[0], opt_state)."
+            f"This is the state of several runs, {np.shape(steps)}: pick one, jax.tree.map(lambda"
+            " x: x[0], opt_state)."
         )

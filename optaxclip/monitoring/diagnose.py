@@ -1,4 +1,4 @@
-"""Signs of gradients that explode or vanish, in a recorded run: each with its evidence, and what to try."""
+"""Signs of exploding and vanishing gradients in a recorded run, with evidence and advice."""
 
 from typing import Any, NamedTuple
 

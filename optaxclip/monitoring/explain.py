@@ -1,4 +1,4 @@
-"""What happened at the last step, in words, out of any optimizer's state. All of it runs on the host."""
+"""What happened at the last step, in words, read on the host from any optimizer's state."""
 
 from typing import Any
 
@@ -52,8 +52,8 @@ def explain(opt_state: Any, params: Any = None) -> str:
     for part in parts:
         check_one_run(total_steps(part))
     if not parts:
-        nothing = f"nothing to explain: no clip, watch or skip wrapper of optaxclip in {kind_of(opt_state)}"
-        return "\n".join([nothing, *describe_params(params)])
+        searched = f"no clip, watch or skip wrapper of optaxclip in {kind_of(opt_state)}"
+        return "\n".join([f"nothing to explain: {searched}", *describe_params(params)])
     partners = [_watch_before(parts, i) for i in range(len(parts))]
     watches = [part for part in parts if isinstance(part, WatchState)]
     lines = []
@@ -99,7 +99,7 @@ def _watch_before(parts: list, i: int) -> WatchState | None:
 
 
 def _describe_part(part: Any, partner: WatchState | None) -> str:
-    """One line on a clip, watch or skip wrapper, with what the watch before it knows of the step."""
+    """One line on a clip, watch or skip wrapper, with what the watch before it knows."""
     steps = int(total_steps(part))
     if isinstance(part, WatchState):
         return f"step {steps}: {describe_watched_norm(part)}"

@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Fit(NamedTuple):
-    """An exponential fit: its growth over the steps, and the share of the variance that it explains."""
+    """An exponential fit: its growth over the steps, and the share of variance it explains."""
 
     growth: float
     r2: float

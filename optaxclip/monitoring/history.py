@@ -43,7 +43,7 @@ class History:
         self._last: dict[str, Any] = {}
 
     def append(self, metrics: Mapping[str, Any], **more: Any) -> None:
-        """Takes in one step: `optaxclip.metrics(opt_state)`, and for example `loss=` and `param_norm=`.
+        """Takes in one step: `optaxclip.metrics(opt_state)`, and `loss=` or `param_norm=`, say.
 
         Raises:
           ValueError: for what is not a dict of scalars, such as a state.
@@ -57,8 +57,10 @@ class History:
         wide = {key: np.shape(x) for key, x in row.items() if np.shape(x)}
         if wide:
             raise ValueError(
-                f"History.append takes one number under each key; not so {dict(list(wide.items())[:3])}. Of several runs"
-                " (vmap) append one each to a History of its own; of a lax.scan the stacked dict is a history already."
+                "History.append takes one number under each key; not so"
+                f" {dict(list(wide.items())[:3])}. Of several runs"
+                " (vmap) append one each to a History of its own; of a lax.scan the stacked dict is"
+                " a history already."
             )
         self._read()
         self._last = row
@@ -96,8 +98,10 @@ def to_columns(history: Recorded) -> dict[str, np.ndarray]:
         rows = list(rows) if isinstance(rows, Iterable) else [rows]
         if not all(isinstance(row, Mapping) for row in rows):
             raise ValueError(
-                "A history must be an optaxclip.History, a dict with an array under each key, or a list with a dict for"
-                f" each step, as optaxclip.metrics(opt_state) returns it; got {type(history).__name__}."
+                "A history must be an optaxclip.History, a dict with an array under each key, or a"
+                " list with a dict for"
+                " each step, as optaxclip.metrics(opt_state) returns it; got"
+                f" {type(history).__name__}."
             )
         read = [jax.device_get(dict(row)) for row in rows]
         keys = dict.fromkeys(key for row in read for key in row)
@@ -106,7 +110,7 @@ def to_columns(history: Recorded) -> dict[str, np.ndarray]:
 
 
 def select_clip(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
-    """The history of one clip, on the host: keys without their prefix, each an array with one entry a step.
+    """The history of one clip: keys without their prefix, each an array with one entry a step.
 
     Args:
       history: a `History`; a list with a dict for each step, as `optaxclip.metrics` returns it,
@@ -140,7 +144,7 @@ def select_clip(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
 
 
 def find_norms(seen: Mapping[str, np.ndarray]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
-    """The norms of a clip, and of its blocks; if it does not measure, those of a watch or skip wrapper."""
+    """The norms of a clip and its blocks; if it does not measure, of a watch or skip wrapper."""
     for start in ("", "watch/", "skip/"):
         norms, blocks = seen.get(f"{start}grad_norm"), block_norms(seen, start)
         if norms is not None or blocks:
@@ -157,7 +161,8 @@ def require(seen: Mapping[str, np.ndarray], key: str, call: str) -> np.ndarray:
     if key not in seen:
         raise ValueError(
             f"{call}: no {key!r} in the history of this clip, only {sorted(seen)[:20]}: append"
-            " optaxclip.metrics(opt_state) at each step. If that has none, the clip does not measure: pass"
+            " optaxclip.metrics(opt_state) at each step. If that has none, the clip does not"
+            " measure: pass"
             " it measure=True, or put optaxclip.watch() before it."
         )
     return seen[key]
@@ -199,7 +204,8 @@ def read_run(history: Recorded, losses: Any = None, param_norms: Any = None) -> 
     )
     if not roots:
         raise ValueError(
-            f"diagnose: there is no key 'grad_norm' among {sorted(table)[:20]}: record optaxclip.metrics(opt_state), of"
+            f"diagnose: there is no key 'grad_norm' among {sorted(table)[:20]}: record"
+            " optaxclip.metrics(opt_state), of"
             " a chain with optaxclip.watch() or a clip that measures in it."
         )
     of_blocks = [block_norms(table, root.removesuffix("grad_norm")) for root in roots]

@@ -1,4 +1,4 @@
-"""Reading clips, watches and skip wrappers out of any optimizer's state, as scalars for a logger."""
+"""Reading clips, watches and skip wrappers out of any optimizer's state, as scalars."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ from optaxclip.wrappers.skip import SkipState
 def metrics(
     opt_state: Any, prefix: str = "clip/", watch_prefix: str = "watch/", skip_prefix: str = "skip/"
 ) -> dict[str, jax.Array]:
-    """What clips, watches and skip wrappers saw and did at the last step: a flat dict of scalars for any logger.
+    """What clips, watches and skip wrappers did at the last step: a flat dict for any logger.
 
     Finds every clip, however deep: in `optax.chain`, `masked`, `partition`, `MultiSteps`,
     `inject_hyperparams`, `apply_if_finite`, a Flax `nnx.Optimizer` (pass `optimizer.opt_state`) or
@@ -82,10 +82,10 @@ def metrics(
 
 
 def find_parts(opt_state: Any) -> list[Any]:
-    """The clips' `Metrics`, `WatchState`s and `SkipState`s of a state, in its order, a wrapper before its inside.
+    """The `Metrics` of clips, `WatchState`s and `SkipState`s in a state, in its order.
 
-    What a skip wrapper measures with is a clip as well, but it clips nothing: only the inside is
-      searched.
+    A skip wrapper comes before what is inside it. What it measures with is a clip as well, but it
+      clips nothing: only the inside is searched.
     """
     parts = []
     for part in find_nodes(opt_state, Metrics, WatchState, SkipState):
@@ -115,14 +115,18 @@ def check_is_state(opt_state: Any, call: str) -> None:
     """Raises ValueError for what cannot hold the state of an optimizer."""
     if validate.is_transformation(opt_state):
         raise ValueError(
-            f"{call}: this is an optimizer, and what it did is in its state: write state = tx.init(params),"
+            f"{call}: this is an optimizer, and what it did is in its state: write state ="
+            " tx.init(params),"
             f" updates, state = tx.update(grads, state, params), and {call}(state)."
         )
     if not _may_be_state(opt_state):
         raise ValueError(
-            f"{call}: opt_state must be the state of an optimizer, in which clips, watches and skip wrappers are searched,"
-            f" got {_describe(opt_state)}: pass what tx.init and tx.update return, a train state that holds it, or optimizer.opt_state of a"
-            " flax.nnx.Optimizer. (A checkpoint that was restored without a template is only dicts of arrays.)"
+            f"{call}: opt_state must be the state of an optimizer, in which clips, watches and skip"
+            " wrappers are searched,"
+            f" got {_describe(opt_state)}: pass what tx.init and tx.update return, a train state"
+            " that holds it, or optimizer.opt_state of a"
+            " flax.nnx.Optimizer. (A checkpoint that was restored without a template is only dicts"
+            " of arrays.)"
         )
 
 

@@ -1,4 +1,4 @@
-"""One rule for each sign: a function of a recorded run that yields what it sees, the numbers, and what to try.
+"""One rule for each sign: what a recorded run shows, the numbers, and what to try.
 
 Each rule asks for an effect far beyond what a healthy run shows (a factor of 10 or 100, and a good
 fit), so that there are few false alarms.
@@ -24,10 +24,13 @@ def _nonfinite(run: RecordedRun) -> Found:
         if x is not None and len(bad):
             yield (
                 f"{name}-not-finite",
-                f"the {name} is NaN or infinite on {len(bad)} of {len(x)} steps, first at step {bad[0] + 1}.",
+                f"the {name} is NaN or infinite on {len(bad)} of {len(x)} steps, first at step"
+                f" {bad[0] + 1}.",
                 {"steps": len(bad), "share": len(bad) / len(x), "first": int(bad[0])},
-                "optaxclip.skip_nonfinite(optimizer), so that such a step changes nothing; with optaxclip.watch() in the"
-                " chain, optaxclip.explain names the first such block and the batch (tag=): look there for logarithms,"
+                "optaxclip.skip_nonfinite(optimizer), so that such a step changes nothing; with"
+                " optaxclip.watch() in the"
+                " chain, optaxclip.explain names the first such block and the batch (tag=): look"
+                " there for logarithms,"
                 " roots and divisions at 0, and for exponentials in half precision.",
             )
 
@@ -45,10 +48,12 @@ def _exploding(run: RecordedRun) -> Found:
         double = fit.evidence()["doubling_steps"]
         yield (
             "norms-exploding",
-            f"the norm grows exponentially, {format_number(fit.growth)}-fold over the last {fit.steps} steps: it doubles every"
+            f"the norm grows exponentially, {format_number(fit.growth)}-fold over the last"
+            f" {fit.steps} steps: it doubles every"
             f" {format_number(double)} steps.",
             fit.evidence(),
-            "a lower learning rate or a longer warm-up; a clip at the usual norm from before (optaxclip.zclip() finds it);"
+            "a lower learning rate or a longer warm-up; a clip at the usual norm from before"
+            " (optaxclip.zclip() finds it);"
             " in a recurrent network orthogonal initialization, or shorter sequences.",
         )
 
@@ -63,18 +68,22 @@ def _loss(run: RecordedRun) -> Found:
     if abs(change) < 0.02 and abs(after - before) <= 2 * error:
         yield (
             "loss-not-moving",
-            f"the loss is {format_number(before)} in the first half of the run and {format_number(after)} in the second: the"
+            f"the loss is {format_number(before)} in the first half of the run and"
+            f" {format_number(after)} in the second: the"
             " difference is within its noise.",
             evidence,
-            "if it has not converged: a higher learning rate, or a higher bound if the clip is always active; check for"
+            "if it has not converged: a higher learning rate, or a higher bound if the clip is"
+            " always active; check for"
             " vanishing norms, saturated units, and parameters that get no gradient.",
         )
     if change > 0.1 and after - before > 4 * error:
         yield (
             "loss-rising",
-            f"the loss rises from {format_number(before)} to {format_number(after)}, the medians of the two halves of the run.",
+            f"the loss rises from {format_number(before)} to {format_number(after)}, the medians of"
+            " the two halves of the run.",
             evidence,
-            "a lower learning rate; going back to an earlier checkpoint, with optaxclip.skip_spikes(optimizer).",
+            "a lower learning rate; going back to an earlier checkpoint, with"
+            " optaxclip.skip_spikes(optimizer).",
         )
 
 
@@ -91,9 +100,11 @@ def _vanishing(run: RecordedRun) -> Found:
     if fit.growth <= least and fit.r2 >= 0.85:
         yield (
             "norms-vanishing",
-            f"the norm falls exponentially, to {fit.growth:.1g} of its value {fit.steps} steps earlier.",
+            f"the norm falls exponentially, to {fit.growth:.1g} of its value {fit.steps} steps"
+            " earlier.",
             {"growth": fit.growth, "r2": fit.r2, "steps": fit.steps},
-            "normalization layers, residual connections, activations that do not saturate; in float16, loss scaling.",
+            "normalization layers, residual connections, activations that do not saturate; in"
+            " float16, loss scaling.",
         )
 
 
@@ -105,10 +116,12 @@ def _params(run: RecordedRun) -> Found:
     if fit.growth >= 3 and fit.r2 >= 0.8 and late >= 1.3:
         yield (
             "weights-growing",
-            f"the norm of the parameters grows {format_number(fit.growth)}-fold over {fit.steps} steps, {format_number(late)}-fold in"
+            f"the norm of the parameters grows {format_number(fit.growth)}-fold over {fit.steps}"
+            f" steps, {format_number(late)}-fold in"
             " the second half.",
             fit.evidence(),
-            "weight decay (optax.adamw), a lower learning rate, normalization of activations or logits.",
+            "weight decay (optax.adamw), a lower learning rate, normalization of activations or"
+            " logits.",
         )
 
 
@@ -136,11 +149,14 @@ def _depth(run: RecordedRun) -> Found:
             per_layer = ratio ** (1 / (len(norms) - 1))
             yield (
                 "norms-fall-with-depth" if vanishes else "norms-grow-with-depth",
-                f"from {head}{max(usual)} back to {head}{min(usual)} the norm {'falls' if vanishes else 'grows'}"
+                f"from {head}{max(usual)} back to {head}{min(usual)} the norm"
+                f" {'falls' if vanishes else 'grows'}"
                 f" {format_number(ratio)}-fold, by {format_number(per_layer)} a layer.",
                 {"ratio": ratio, "per_layer": per_layer, "r2": fit.r2, "layers": len(norms)},
-                "residual connections, normalization layers, an initialization that keeps the scale (He, orthogonal);"
-                " meanwhile optaxclip.clip_by_leaf_norm or larc, which give each layer a bound of its own.",
+                "residual connections, normalization layers, an initialization that keeps the scale"
+                " (He, orthogonal);"
+                " meanwhile optaxclip.clip_by_leaf_norm or larc, which give each layer a bound of"
+                " its own.",
             )
 
 
@@ -160,11 +176,14 @@ def _clip_always(run: RecordedRun) -> Found:
         if evidence["share"] >= 0.95:
             yield (
                 "clip-always-active",
-                f"{name} is active on {format_share(evidence['share'])} of steps: the norm is typically"
-                f" {format_number(evidence['norm'])}, the bound {format_number(evidence['bound'])}. The norm after the"
+                f"{name} is active on {format_share(evidence['share'])} of steps: the norm is"
+                " typically"
+                f" {format_number(evidence['norm'])}, the bound {format_number(evidence['bound'])}."
+                " The norm after the"
                 " clip is always the bound.",
                 evidence,
-                "a bound near the usual norm, or one that follows it: optaxclip.zclip(), quantile_clip(0.9).",
+                "a bound near the usual norm, or one that follows it: optaxclip.zclip(),"
+                " quantile_clip(0.9).",
             )
 
 
@@ -174,10 +193,13 @@ def _clip_never(run: RecordedRun) -> Found:
         if not evidence["share"] and nearest < 0.2 and len(ratios) >= 100:
             yield (
                 "clip-never-active",
-                f"{name} was not active on any of {len(ratios)} steps: the largest norm was {format_share(nearest)} of the"
-                f" bound. A spike {format_number(1 / max(nearest, 1e-30))} times as large would pass unclipped.",
+                f"{name} was not active on any of {len(ratios)} steps: the largest norm was"
+                f" {format_share(nearest)} of the"
+                f" bound. A spike {format_number(1 / max(nearest, 1e-30))} times as large would"
+                " pass unclipped.",
                 evidence | {"nearest": nearest},
-                "a bound of a few times the usual norm, or one that follows it: optaxclip.zclip(), quantile_clip().",
+                "a bound of a few times the usual norm, or one that follows it: optaxclip.zclip(),"
+                " quantile_clip().",
             )
 
 
@@ -193,10 +215,12 @@ def _heavy_tail(run: RecordedRun) -> Found:
     if index < 2 and high >= 4:
         yield (
             "heavy-tail",
-            f"1 % of the norms are over {format_number(high)} times the median around them, the largest {format_number(ratio[-1])}"
+            f"1 % of the norms are over {format_number(high)} times the median around them, the"
+            f" largest {format_number(ratio[-1])}"
             f" times; with a tail index of {format_number(index)} their variance is not finite.",
             {"tail_index": index, "quantile_99": high, "largest": float(ratio[-1])},
-            "a clip: without one a few steps decide where the run goes: quantile_clip(0.9) or zclip(); a larger batch.",
+            "a clip: without one a few steps decide where the run goes: quantile_clip(0.9) or"
+            " zclip(); a larger batch.",
         )
 
 

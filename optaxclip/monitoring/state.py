@@ -1,4 +1,4 @@
-"""What a watch keeps: arrays of fixed shape and dtype from the first step, and names as the keys of dicts."""
+"""What a watch keeps: arrays of fixed shape and dtype, and names as the keys of dicts."""
 
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ class NotFinite(NamedTuple):
 
 
 class BadRing(NamedTuple):
-    """The last bad steps, in a ring buffer: those whose norm was not finite, or far above the median.
+    """A ring buffer of the last bad steps: those not finite, or far above the median.
 
     Attributes:
       seen_total: int32, the number of bad steps; the next one is written to `seen_total % size`.
@@ -110,7 +110,7 @@ class WatchState(NamedTuple):
 def fresh_watch(
     dtype, *, size: int, top: int, bad_steps: int, levels: int, **rest: Any
 ) -> WatchState:
-    """The state before the first step. Each array has a buffer of its own, so that states can be donated.
+    """The state before the first step. Each array has its own buffer, for donation.
 
     Args:
       dtype: of the norms.
@@ -146,7 +146,7 @@ def fresh_watch(
 
 
 def watch_scalars(w: WatchState, prefix: str) -> dict[str, jax.Array]:
-    """The state of a watch as a flat dict of scalars; of a batch of runs, of arrays with the batch's shape."""
+    """The state of a watch as a flat dict of scalars; each has the shape of the batch of runs."""
     out = {
         "steps": w.total_steps,
         "grad_norm": w.total_norm,
@@ -165,6 +165,6 @@ def watch_scalars(w: WatchState, prefix: str) -> dict[str, jax.Array]:
         "would_clip": (unpack_names(w.candidates), rates),
     }
     for key, (names, values) in several.items():
-        # Parameters that are one bare array are a block without a name: the first key says all of it.
+        # One bare array is a block without a name: the total says all of it.
         out |= {f"{key}/{name}": values[..., i] for i, name in enumerate(names) if names != ("",)}
     return {prefix + key: value for key, value in out.items()}

@@ -1,4 +1,4 @@
-"""One step in numbers: how much of it each block makes up, which block is to blame, and whether to keep it."""
+"""One step in numbers: the share of each block, which one is to blame, what to keep."""
 
 import re
 from typing import NamedTuple
@@ -56,7 +56,7 @@ def summarize(norms: jax.Array, names: tuple[str, ...], top: int) -> Summary:
 
 
 def _unit(norms: jax.Array, bad: jax.Array) -> jax.Array:
-    """What norms are divided by before they are squared, so that squares neither overflow nor vanish."""
+    """What norms are divided by, so that their squares neither overflow nor vanish."""
     largest = jnp.max(norms, initial=0)
     # XLA may turn `x / unit` into `x * (1 / unit)`, which must not be flushed to zero.
     largest = jnp.minimum(largest, jnp.finfo(norms.dtype).max / 256)
@@ -74,7 +74,7 @@ def _find_ends(bad: jax.Array, names: tuple[str, ...]) -> tuple[jax.Array, jax.A
     places, hit = np.argsort(order).astype(np.int32), jnp.sum(bad, dtype=jnp.int32)
     first = jnp.min(jnp.where(bad, places, len(names)), initial=len(names))
     last = jnp.max(jnp.where(bad, places, -1), initial=-1)
-    # No bad block is place len(names) from the front and -1 from the back: both index the entry -1 at the end.
+    # Without a bad block `first` is len(names) and `last` is -1: both index the -1 at the end.
     by_place = jnp.asarray(np.append(order, np.int32(-1)))
     return by_place[first], by_place[last], hit
 

@@ -1,4 +1,4 @@
-"""What a watch learns of the total norm: its quantiles, and what candidate thresholds would have done."""
+"""What a watch learns of the total norm: quantiles, and what thresholds would have done."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -54,7 +54,7 @@ def update_trackers(levels: Levels, norm: jax.Array, old: Trackers) -> Trackers:
 
 
 def _track(value, seen, norm, share, rate) -> tuple[jax.Array, jax.Array]:
-    """The rule of `thresholds.quantile`, C ← C · exp(η · (q - b)), with a rate η that changes with the step.
+    """The rule of `thresholds.quantile`, C ← C · exp(η · (q - b)), with a varying rate η.
 
     Not that threshold itself: it would have to be built, and its rate checked, at every step.
     """
@@ -65,7 +65,7 @@ def _track(value, seen, norm, share, rate) -> tuple[jax.Array, jax.Array]:
 
 
 def _count_run(norm: jax.Array, old: Trackers) -> jax.Array:
-    """The number of consecutive norms on this side of the median; unchanged where there is nothing to learn."""
+    """The number of consecutive norms on this side of the median."""
     side = jnp.where(norm > old.median, 1, -1)
     run = jnp.where(side * old.run > 0, jnp.clip(old.run + side, -_LONGEST_RUN, _LONGEST_RUN), side)
     return jnp.where(jnp.isfinite(norm) & (norm > 0) & (old.seen > 0), run, old.run)

@@ -1,4 +1,4 @@
-"""Monitoring that changes nothing: which block, how unusual, and what a threshold would have done."""
+"""Monitoring without clipping: which block, how unusual, what a threshold would do."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -83,7 +83,8 @@ def watch(
     `optax.chain(watch(), skip_spikes(optimizer))`.
 
     >>> import jax.numpy as jnp, optax, optaxclip
-    >>> tx = optax.chain(optaxclip.watch(candidates=[1.0, 10.0]), optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+    >>> watch = optaxclip.watch(candidates=[1.0, 10.0])
+    >>> tx = optax.chain(watch, optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
     >>> params = {"decoder": jnp.ones(2), "encoder": jnp.ones(1)}
     >>> grads = {"decoder": jnp.array([3.0, 4.0]), "encoder": jnp.array([1.0])}
     >>> updates, state = tx.update(grads, tx.init(params), params, tag=7)

@@ -25,9 +25,11 @@ def describe_watched_norm(w: WatchState) -> str:
         if len(names) == 1:
             return "not finite"
         if w.nonfinite.blocks_hit == len(names):
-            return f"not finite in all {len(names)} blocks: either the loss is not finite, or {last}, the last of them"
+            either = f"either the loss is not finite, or {last}, the last of them"
+            return f"not finite in all {len(names)} blocks: {either}"
         more = "" if first == last else f", last in {last}, whose gradient was computed first"
-        return f"not finite in {int(w.nonfinite.blocks_hit)} of {len(names)} blocks, first in {first}{more}"
+        count = f"{int(w.nonfinite.blocks_hit)} of {len(names)} blocks"
+        return f"not finite in {count}, first in {first}{more}"
     usual = "" if w.trackers.seen < 2 else f" = {format_number(w.median_ratio)} x the median"
     where = ""
     if len(names) > 1 and w.total_norm > 0:
@@ -43,9 +45,8 @@ def describe_history(w: WatchState) -> list[str]:
     levels, candidates = unpack_names(w.quantile_names), unpack_names(w.candidates)
     known = [(100 * float(q), x) for q, x in zip(levels, w.quantiles, strict=True) if x > 0]
     if known:
-        lines.append(
-            "recent norms: " + ", ".join(f"{q:g} % below {format_number(x)}" for q, x in known)
-        )
+        below = ", ".join(f"{q:g} % below {format_number(x)}" for q, x in known)
+        lines.append(f"recent norms: {below}")
     if candidates:
         pairs = zip(candidates, w.would_clip / w.total_steps, strict=True)
         tried = ", ".join(f"{format_share(rate)} at {name}" for name, rate in pairs)
@@ -63,23 +64,15 @@ def describe_norm(m: Metrics) -> str:
     if m.grad_norm is None:
         return ""
     norm, names = float(scalars_of(m, "").get("grad_norm", 0.0)), _display_names(m.blocks)
+    if not np.isfinite(norm) and len(names) > 1:
+        bad = [names[i] for i in np.flatnonzero(~np.isfinite(m.grad_norm))]
+        return f"the norm is not finite in {len(bad)} of {len(names)} blocks, first in {bad[0]}"
     if not np.isfinite(norm):
-        bad = (
-            [
-                name
-                for name, x in zip(names, np.ravel(m.grad_norm), strict=True)
-                if not np.isfinite(x)
-            ]
-            if names
-            else []
-        )
-        where = (
-            f" in {len(bad)} of {len(names)} blocks, first in {bad[0]}" if len(names) > 1 else ""
-        )
-        return f"the norm is not finite{where}"
+        return "the norm is not finite"
     if len(names) < 2:
         return f"norm {format_number(norm)}"
-    return f"norm {format_number(norm)} in {names[int(np.argmax(m.grad_norm))]}, the largest of {len(names)}"
+    where = names[int(np.argmax(m.grad_norm))]
+    return f"norm {format_number(norm)} in {where}, the largest of {len(names)}"
 
 
 def describe_clip(m: Metrics) -> str:
@@ -103,10 +96,10 @@ def _largest(counts: Any) -> int:
 
 def _describe_blocks(m: Metrics, names: tuple[str, ...]) -> str:
     """What a clip did to named blocks."""
-    over = np.flatnonzero(m.clipped_share)
+    norms, factors = np.asarray(m.grad_norm), np.asarray(m.clip_factor)
+    over = np.flatnonzero(np.isfinite(norms) & (np.asarray(m.clipped_share) > 0))
     if not len(over):
         return "nothing clipped"
-    norms, factors = np.asarray(m.grad_norm), np.asarray(m.clip_factor)
     most = over[np.argmin(factors[over])]
     to = format_number(norms[most] * factors[most])
     return f"{len(over)} of {len(names)} blocks clipped, most {names[most]}, to {to}"
@@ -114,16 +107,13 @@ def _describe_blocks(m: Metrics, names: tuple[str, ...]) -> str:
 
 def _describe_block(seen: dict[str, float]) -> str:
     """What a clip did to one block, or to all units or elements together."""
-    norm, factor, share, bound = (
-        seen["grad_norm"],
-        seen["factor"],
-        seen["clipped"],
-        seen.get("bound", np.inf),
-    )
+    norm, factor, share = (seen[key] for key in ("grad_norm", "factor", "clipped"))
+    bound = seen.get("bound", np.inf)
     if not np.isfinite(norm):
         return "set to zero" if factor == 0 else "NaN now"
     if 0 < share < 1:
-        return f"{format_share(share)} of units or elements clipped, the lowest bound {format_number(bound)}"
+        lowest = f"the lowest bound {format_number(bound)}"
+        return f"{format_share(share)} of units or elements clipped, {lowest}"
     if share:
         return f"clipped to {format_number(norm * factor)}"
     if factor == 1:

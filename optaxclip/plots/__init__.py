@@ -1,8 +1,8 @@
-"""Plots of what clipping does. They need matplotlib (`pip install 'optaxclip[plot]'`), imported when one is drawn.
+"""Plots of what clipping does. They need matplotlib: `pip install 'optaxclip[plot]'`.
 
-Each takes `ax=` (None: a new figure) and returns the axes that it drew on; nothing is shown, saved
-or closed. All are legible in black and white: what differs in colour differs in line, marker or
-hatch as well.
+It is imported when one is drawn. Each takes `ax=` (None: a new figure) and returns the axes that it
+drew on; nothing is shown, saved or closed. All are legible in black and white: what differs in
+colour differs in line, marker or hatch as well.
 """
 
 from optaxclip.plots.cliff import plot_cliff

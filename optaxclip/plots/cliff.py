@@ -1,4 +1,4 @@
-"""Why clipping works: a loss with a cliff, and gradient descent on it with and without a clip. Computed, not drawn."""
+"""Why clipping works: a loss with a cliff, and descent on it with and without a clip."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +16,11 @@ Loss = Callable[[jax.Array], jax.Array]
 
 
 def unit_loss(point: jax.Array, steps: int = 50) -> jax.Array:
-    """The loss of a recurrent net of one unit, xₜ = w σ(xₜ₋₁) + b from x₀ = 0.5, that should end at σ(x) = 0.7.
+    """The loss of a recurrent net of one unit, xₜ = w σ(xₜ₋₁) + b, whose target is σ(x) = 0.7.
 
     Args:
       point: (2,), w and b.
-      steps: of the net.
+      steps: of the net, from x₀ = 0.5.
     """
     w, b = point
     last = lax.fori_loop(
@@ -58,7 +58,7 @@ def plot_cliff(
     window: tuple[float, float, float, float] = (4.2, 5.6, -2.75, -1.65),
     resolution: int = 120,
 ) -> Any:
-    """Draws a loss of two numbers, its descent directions, and gradient descent on it with and without a clip.
+    """Draws a loss of two numbers, and gradient descent on it with and without a clip.
 
     The default is the experiment of Pascanu et al.: a recurrent net of one unit over 50 steps. Its
     loss has a wall, with a valley at its foot; without a clip a step that touches the wall is
@@ -164,7 +164,8 @@ def _mark_exit(ax: Any, path: np.ndarray, window: tuple[float, float, float, flo
         (path[:, 0] >= left) & (path[:, 0] <= right) & (path[:, 1] >= low) & (path[:, 1] <= high)
     )
     if not inside.all() and inside[0]:
-        text = f"thrown out at step {np.argmin(inside)}, ends at ({path[-1, 0]:.3g}, {path[-1, 1]:.3g})"
+        end = f"({path[-1, 0]:.3g}, {path[-1, 1]:.3g})"
+        text = f"thrown out at step {np.argmin(inside)}, ends at {end}"
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "0.6", "alpha": 0.9}
         ax.text(
             0.97,

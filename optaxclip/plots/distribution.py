@@ -34,7 +34,8 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
       ValueError: if there are no norms by layer in the history.
 
     >>> import optaxclip
-    >>> ax = optaxclip.plots.plot_layers({"clip/grad_norm/head": [1.0, 2.0], "clip/grad_norm/body": [3.0, 4.0]})
+    >>> norms = {"clip/grad_norm/head": [1.0, 2.0], "clip/grad_norm/body": [3.0, 4.0]}
+    >>> ax = optaxclip.plots.plot_layers(norms)
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['head', 'body']
     """
@@ -43,7 +44,8 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     layers = layers or block_norms(seen, "watch/") or (seen if total is None else {})
     if not layers:
         raise ValueError(
-            "plot_layers: no norms by layer in the history: put optaxclip.watch() before the clip, or clip with"
+            "plot_layers: no norms by layer in the history: put optaxclip.watch() before the clip,"
+            " or clip with"
             " scope=scopes.leaf or by group."
         )
     ax, norms = axes_or_new(ax, 8.0, 1.2 + 0.22 * len(layers)), np.stack(list(layers.values()))
@@ -56,7 +58,7 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
 
 
 def _draw_heat_map(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
-    """The cells on a log scale, with a colour bar; a hatch shows through where there is no number."""
+    """The cells on a log scale, with a colour bar; hatched where there is no number."""
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
 
@@ -106,7 +108,8 @@ def plot_histogram(
       ValueError: for a history without norms; if no norm is finite and over zero.
 
     >>> import numpy as np, optaxclip
-    >>> ax = optaxclip.plots.plot_histogram(np.geomspace(0.1, 10, 101), quantiles=[0.5], thresholds=[5.0])
+    >>> norms = np.geomspace(0.1, 10, 101)
+    >>> ax = optaxclip.plots.plot_histogram(norms, quantiles=[0.5], thresholds=[5.0])
     >>> [line.get_label() for line in ax.lines]
     ['50% are below 1', '5 would clip 16%']
     """

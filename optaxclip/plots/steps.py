@@ -27,7 +27,9 @@ def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
       ValueError: for an empty history, or one without norms.
 
     >>> import optaxclip
-    >>> history = [{"clip/grad_norm": n, "clip/bound": 2.0, "clip/clipped": float(n > 2)} for n in (1.0, 4.0, 3.0)]
+    >>> history = optaxclip.History()
+    >>> for norm in (1.0, 4.0, 3.0):
+    ...     history.append({"grad_norm": norm, "bound": 2.0, "clipped": float(norm > 2)})
     >>> [line.get_label() for line in optaxclip.plots.plot_norms(history).lines]
     ['norm before the clip', 'bound', 'clipped: 67% of steps']
     """
@@ -80,7 +82,8 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
     seen = select_clip(history, clip)
     if key not in seen:
         raise ValueError(
-            f"plot_loss: no {key!r} in the history: append optaxclip.metrics(state) | {{{key!r}: loss}}."
+            f"plot_loss: no {key!r} in the history: append optaxclip.metrics(state) |"
+            f" {{{key!r}: loss}}."
         )
     ax, losses = axes_or_new(ax), np.where(np.isfinite(seen[key]), seen[key], np.nan)
     ax.plot(np.arange(len(losses)), losses, color=GREY, linewidth=0.9, label=key)
@@ -95,7 +98,7 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
 def plot_clipped_share(
     history: Recorded, ax: Any = None, *, window: int | None = None, clip: int = 0
 ) -> Any:
-    """Draws the share of steps that were clipped: over the last `window` steps, and since the start.
+    """Draws the share of steps that were clipped, over the last `window` and since the start.
 
     Args:
       window: in steps; None: a twentieth of the run, at least 10.

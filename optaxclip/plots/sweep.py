@@ -9,7 +9,9 @@ from optaxclip.tuning.sweep import Sweep
 
 
 def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
-    """Draws the final loss against the value (median, best to worst over seeds) and the clip rate (right axis).
+    """Draws the final loss against the value, and the clip rate on a second axis.
+
+    Of each value it shows the median over seeds, and the best to the worst.
 
     The dotted line is no clip, the star the recommendation, the shade its plateau; a cross at the
     upper edge says how many runs diverged.
@@ -25,7 +27,8 @@ def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
     >>> from optaxclip.tuning import Sweep
     >>> losses = np.array([[3.0, 3.1], [1.0, 1.1], [2.0, 2.2]])
     >>> runs = np.zeros((3, 2, 5))
-    >>> sweep = Sweep(np.array([0.1, 1.0, np.inf]), np.arange(2), losses, runs, runs, runs, 4.0, np.inf)
+    >>> values, seeds = np.array([0.1, 1.0, np.inf]), np.arange(2)
+    >>> sweep = Sweep(values, seeds, losses, runs, runs, runs, 4.0, np.inf)
     >>> ax = optaxclip.plots.plot_sweep(sweep)
     >>> ax.lines[0].get_ydata()
     array([3.05, 1.05])

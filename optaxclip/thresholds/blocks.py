@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from optaxclip.base import Norms
+from optaxclip.validate import named
 
 
 class NormsOnly(optax.GradientTransformationExtraArgs):
@@ -104,6 +105,7 @@ def _pick(fine, new, old):
     return jax.tree.map(pick, new, old)
 
 
+@named
 def per_block(init: Any, step: Callable[[jax.Array, Any], tuple[jax.Array, Any]]) -> optax.GradientTransformation:
     """A threshold from a rule for one block: `step(norm, state) -> (bound, state)`.
 

@@ -23,6 +23,7 @@ class LagState(NamedTuple):
     clip_bound: Any
 
 
+@validate.named
 def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransformationExtraArgs:
     """Decides first and learns after: the bound for a norm comes from the norms before it.
 
@@ -69,6 +70,7 @@ def _combined(pick: Callable, *both: optax.GradientTransformationExtraArgs):
     return new_threshold(lambda norms: tuple(t.init(norms) for t in both), update_fn, *both)
 
 
+@validate.named
 def at_most(threshold: Threshold, cap: Threshold) -> optax.GradientTransformationExtraArgs:
     """The smaller of two bounds: an adaptive threshold under an absolute cap.
 
@@ -81,6 +83,7 @@ def at_most(threshold: Threshold, cap: Threshold) -> optax.GradientTransformatio
     return _combined(jnp.minimum, as_threshold(threshold=threshold), as_threshold(cap=cap))
 
 
+@validate.named
 def at_least(threshold: Threshold, floor: Threshold) -> optax.GradientTransformationExtraArgs:
     """The larger of two bounds: an adaptive threshold that can not shrink to nothing.
 
@@ -100,6 +103,7 @@ class UntilState(NamedTuple):
     inner: tuple[Any, Any]
 
 
+@validate.named
 def until(steps: int, threshold: Threshold, then: Threshold = math.inf) -> optax.GradientTransformationExtraArgs:
     """One threshold for the first `steps` updates, another after; both learn from the first update on.
 
@@ -130,6 +134,7 @@ def until(steps: int, threshold: Threshold, then: Threshold = math.inf) -> optax
     return new_threshold(init_fn, update_fn, *both)
 
 
+@validate.named
 def param_relative(ratio: Threshold, floor: ArrayLike | None = 1e-3) -> optax.GradientTransformationExtraArgs:
     """A share of the parameters' own norm: ratio · max(‖w‖, floor), block by block.
 

@@ -23,6 +23,7 @@ def _bound_like(bound: Any, norms: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(bound).astype(norms.dtype), norms.shape)
 
 
+@validate.named
 def constant(bound: ArrayLike) -> optax.GradientTransformationExtraArgs:
     """The same bound at every step: a number, a tracer, or an array with one number a block.
 
@@ -59,6 +60,7 @@ def advance(step: jax.Array) -> jax.Array:
     return jnp.asarray(optax.safe_increment(step))
 
 
+@validate.named
 def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """The bound that `schedule(step)` returns, steps counted from 0.
 

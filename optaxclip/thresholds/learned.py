@@ -61,6 +61,7 @@ class LearnedState(NamedTuple):
     warmup: optax.OptState
 
 
+@validate.named
 def learned(
     statistic: Statistic,
     *,

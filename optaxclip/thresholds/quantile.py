@@ -54,6 +54,7 @@ def _percentile(window: SortedRing, q, seen):
     return jnp.where(rest > 0, a + rest * (b - a), a)
 
 
+@validate.named
 def percentile(
     percentile: ArrayLike = 10.0,
     window: int = 1000,
@@ -95,6 +96,7 @@ def percentile(
     return learned(statistic, update_first=update_first, warmup_steps=warmup_steps, warmup=warmup)
 
 
+@validate.named
 def window_zscore(
     z: ArrayLike = 6.0, window: int = 128, warmup_steps: ArrayLike | None = None, *, signed: bool = False
 ) -> optax.GradientTransformationExtraArgs:
@@ -146,6 +148,7 @@ class MedianState(NamedTuple):
     clip_bound: jax.Array
 
 
+@validate.named
 def median(scale: ArrayLike = 2.0, window: int = 100, every: int = 100) -> optax.GradientTransformationExtraArgs:
     """A multiple of the median of the last `window` norms, refreshed every `every` steps.
 
@@ -177,6 +180,7 @@ def median(scale: ArrayLike = 2.0, window: int = 100, every: int = 100) -> optax
     return learned(Statistic(start, learn, lambda norm, value, seen: value.clip_bound))
 
 
+@validate.named
 def quantile(
     quantile: ArrayLike = 0.5, learning_rate: ArrayLike = 0.2, init: ArrayLike | None = None
 ) -> optax.GradientTransformationExtraArgs:

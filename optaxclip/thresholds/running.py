@@ -23,6 +23,7 @@ def debiased_weight(decay, norm, seen):
     return jnp.minimum(jnp.expm1(log) / jnp.expm1(like(seen + 1, norm) * log), 1)
 
 
+@validate.named
 def running(
     factor: ArrayLike = 2.0, decay: ArrayLike = 0.99, *, feed: Feed = feeds.clipped, relearn_after: ArrayLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -57,6 +58,7 @@ def running(
     return learned(statistic, feed=feed, relearn_after=relearn_after)
 
 
+@validate.named
 def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
     """A multiple of the last norm after its clip: only the growth of a norm is bounded, it may fall freely.
 
@@ -82,6 +84,7 @@ def _moved(norm, value, weight, spread):
     return mean + weight * d, jnp.hypot(jnp.sqrt(1 - weight) * deviation, jnp.sqrt(spread) * d)
 
 
+@validate.named
 def zscore(
     z: ArrayLike = 2.5,
     decay: ArrayLike = 0.97,
@@ -139,6 +142,7 @@ def zscore(
     return learned(statistic, feed=feed, warmup_steps=warmup_steps, relearn_after=relearn_after)
 
 
+@validate.named
 def log_zscore(
     z: ArrayLike = 2.0,
     decay: ArrayLike = 0.95,

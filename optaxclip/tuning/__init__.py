@@ -1,4 +1,4 @@
-"""What the threshold should be: from the norms of a short run, or from a sweep over values and seeds."""
+"""Choosing a threshold: from the norms of a short run, or by a sweep over values and seeds."""
 
 from optaxclip.tuning.recommend import Reason, Recommendation, recommend
 from optaxclip.tuning.sweep import Choice, Sweep

@@ -12,7 +12,7 @@ SHARES = (0.01, 0.05, 0.10)
 
 
 class Reason(NamedTuple):
-    """A finding: a short, stable `name` ("heavy-tail"), `what` was seen, with numbers, and the `method` that suits."""
+    """A short, stable `name` ("heavy-tail"), `what` was seen, and the `method` that suits."""
 
     name: str
     what: str
@@ -56,7 +56,7 @@ class Recommendation(NamedTuple):
 
 
 def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendation:
-    """Thresholds that would clip given shares of the steps, and which method suits: from norms before any clip.
+    """Recommends thresholds and a method from the norms of a run without a clip.
 
     Record a hundred steps or more with `optaxclip.clip_by(jnp.inf)`, which only measures, or with
     any clip: the norms in its metrics are those before it. (A clip changes the run, so clip as
@@ -126,7 +126,8 @@ def _read_layers(seen: dict[str, np.ndarray], plain: bool) -> dict[str, np.ndarr
     if plain and "loss" not in seen:
         return seen
     raise ValueError(
-        f"recommend: there is no 'grad_norm' among {sorted(seen)}: record optaxclip.metrics(state) at each step, or"
+        f"recommend: there is no 'grad_norm' among {sorted(seen)}: record optaxclip.metrics(state)"
+        " at each step, or"
         " pass norms of the shape (steps,) or (steps, layers), or a dict of layer -> norms."
     )
 
@@ -140,7 +141,7 @@ def _pool_layers(by_layer: np.ndarray) -> np.ndarray:
 
 
 def _find_thresholds(norms: np.ndarray, shares: tuple[float, ...]) -> dict[float, float]:
-    """The quantiles that at least one step is over; none of 0, which would clip every gradient to zero."""
+    """The quantiles below at least one norm; without 0, which would clip every gradient to zero."""
     finite = norms[np.isfinite(norms)]
     bounds = {
         share: float(np.quantile(finite, 1 - share)) for share in shares if share * len(finite) >= 1
@@ -150,13 +151,13 @@ def _find_thresholds(norms: np.ndarray, shares: tuple[float, ...]) -> dict[float
 
 def _report_too_few(n: Numbers) -> tuple[Reason, ...]:
     usable = n.steps - n.nonfinite - n.zeros
-    what = f"only {usable} of {n.steps} steps have a norm that is finite and not zero: too few to recommend a method."
+    what = f"only {usable} of {n.steps} steps have a norm that is finite and not zero: too few."
     return (Reason("too-few-steps", what, "Record at least 100."), *_report_nonfinite(n))
 
 
 def _report_nonfinite(n: Numbers) -> list[Reason]:
     what = f"{n.nonfinite} of {n.steps} norms are NaN or infinite."
-    method = "skip_nonfinite(optimizer) skips such steps, including the optimizer's moments; then find the cause."
+    method = "skip_nonfinite(optimizer) skips such steps, with the optimizer's; find the cause."
     return [Reason("nonfinite", what, method)] if n.nonfinite else []
 
 
@@ -164,32 +165,22 @@ def _find_reasons(n: Numbers) -> tuple[Reason, ...]:
     """What stands out; "steady" or "ordinary" if nothing does that a fixed norm cannot handle."""
     found = _report_nonfinite(n)
     if n.scale_ratio > 30:
-        what = f"the layer with the largest gradients has {n.scale_ratio:.3g} times the norm of the one with the smallest."
-        found.append(
-            Reason(
-                "layer-scales",
-                what,
-                "One norm sees only the largest: a bound for each layer, or adaptive_grad_clip.",
-            )
-        )
+        what = f"the norms of layers differ up to {n.scale_ratio:.3g}-fold."
+        method = "One norm sees only the largest: a bound for each layer, or adaptive_grad_clip."
+        found.append(Reason("layer-scales", what, method))
     drift, noise = np.log(n.drift), np.log(n.drift_noise)
     drifts = abs(drift) > max(np.log(2), 4 * noise)
     heavy = n.tail_ratio > 4 or n.spike_ratio > 10
     if drifts:
         way = f"rise {n.drift:.3g}-fold" if drift > 0 else f"fall {1 / n.drift:.3g}-fold"
         what = f"the norms {way} over the run, {_format_errors(drift, noise)} standard errors."
-        method = "A fixed bound fits only one end of it: use a multiple of the running median; with a cap, if they explode."
+        method = "A fixed bound fits one end only: a multiple of the running median (capped)."
         found.append(Reason("drift", what, method))
     if heavy:
-        what = f"the 99th percentile is {n.tail_ratio:.3g} medians, the largest {n.spike_ratio:.3g}"
-        what = f"{what}; tail index {n.tail_index:.2g}."
-        found.append(
-            Reason(
-                "heavy-tail",
-                what,
-                "A percentile of past norms, or zclip; with a cap until they have learned.",
-            )
-        )
+        what = f"the 99th percentile is {n.tail_ratio:.3g} medians, the largest"
+        what = f"{what} {n.spike_ratio:.3g}; tail index {n.tail_index:.2g}."
+        method = "A percentile of past norms, or zclip; with a cap until they have learned."
+        found.append(Reason("heavy-tail", what, method))
     if not drifts and not heavy and not n.scale_ratio > 30:
         found.append(_report_calm(n))
     return tuple(found)
@@ -212,10 +203,8 @@ def _write_code(
     """The line to write, aimed at the middle one of the shares."""
     names = {reason.name for reason in reasons}
     small, middle = min(shares), sorted(shares)[len(shares) // 2]
-    known, percentile = (
-        norms[np.isfinite(norms) & (norms > 0)],
-        f"optaxclip.thresholds.percentile({100 * (1 - middle):.3g})",
-    )
+    known = norms[np.isfinite(norms) & (norms > 0)]
+    percentile = f"optaxclip.thresholds.percentile({100 * (1 - middle):.3g})"
     scope = ", scope=optaxclip.scopes.leaf" if "layer-scales" in names else ""
     if "drift" in names:
         clip = f"optaxclip.clip_by_median({_quantile_over_trend(norms, n, middle):.3g}{scope})"
@@ -233,7 +222,7 @@ def _write_code(
 
 
 def _quantile_over_trend(norms: np.ndarray, n: Numbers, share: float) -> float:
-    """The multiple of the running median that a share of the norms is over; at least 1.1, as that median lags."""
+    """The multiple of the running median that a share of norms exceeds; at least 1.1: it lags."""
     time, logs = log_known(norms)
     level = logs - np.log(n.drift) * time
     return max(float(np.exp(np.quantile(level - np.median(level), 1 - share))), 1.1)

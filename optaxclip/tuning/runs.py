@@ -26,7 +26,7 @@ Report = Callable[[int, jax.Array], None]
 
 
 class Program(NamedTuple):
-    """The user's functions, vmapped over runs and compiled once; `call` is the public function that runs them."""
+    """The user's functions, vmapped over runs and compiled once, for the public function `call`."""
 
     call: str
     start: Callable
@@ -78,7 +78,8 @@ def compile_program(step: TrainStep, init: Init, evaluate: Evaluate | None, call
         out = step(value, state, batch)
         if not (isinstance(out, tuple) and len(out) == 2 and _is_loss(out[1])):
             raise ValueError(
-                f"{call}: step must return (new state, loss), in this order, the loss a real scalar;"
+                f"{call}: step must return (new state, loss), in this order, the loss a real"
+                " scalar;"
                 f" it returned {_describe(out)}."
             )
         state, loss = out
@@ -88,7 +89,8 @@ def compile_program(step: TrainStep, init: Init, evaluate: Evaluate | None, call
         loss = evaluate(state)
         if not _is_loss(loss):
             raise ValueError(
-                f"{call}: evaluate must return a loss, a real scalar; it returned {_describe(loss)}."
+                f"{call}: evaluate must return a loss, a real scalar; it returned"
+                f" {_describe(loss)}."
             )
         return loss
 
@@ -109,7 +111,7 @@ def _describe(x: Any) -> str:
 
 
 def _read_clips(state: Any) -> dict[str, jax.Array]:
-    """Norm and clip rate of a step; with several clips, the norm before the first, and the largest rate."""
+    """Norm and clip rate of a step; of several clips the first norm and the largest rate."""
     clips = [scalars_of(part, "") for part in find_parts(state) if isinstance(part, Metrics)]
     rates, norms = (
         [seen[key] for seen in clips if key in seen] for key in ("clipped", "grad_norm")
@@ -124,7 +126,7 @@ def run(
     batches: Iterable[Any],
     report: Report | None = None,
 ) -> Runs:
-    """Runs side by side, from start to end. Nothing waits for the device before the last step, but for `report`."""
+    """Runs side by side, from start to end. Only `report` waits for the device before the end."""
     value = jax.tree.map(jnp.asarray, value)
     state = program.start(value, jnp.asarray(seed))
     first = program.evaluate(state) if program.evaluate else None
@@ -150,7 +152,7 @@ def run(
 def run_in_parts(
     program: Program, value: np.ndarray, seed: np.ndarray, batches: Iterable[Any], size: int
 ) -> Runs:
-    """All runs, `size` at a time. The last part is filled up with runs done before, so that one compile does."""
+    """All runs, `size` at a time; the last part is padded with earlier runs, for one compile."""
     if size < len(value):
         batches = list(batches)
     places = [np.arange(i, i + size) % len(value) for i in range(0, len(value), size)]

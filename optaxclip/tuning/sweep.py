@@ -1,4 +1,4 @@
-"""What a sweep over thresholds found: a table and a recommendation. `optaxclip.plots.plot_sweep` draws it."""
+"""What a sweep over thresholds found: a table and a recommendation."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Choice(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What `tune` returns, for V values in rising order and S seeds. `str` of it is a table in Markdown.
+    """What `tune` returns, for V values in rising order and S seeds; prints as a Markdown table.
 
     Attributes:
       values: (V,), including the baseline.
@@ -77,15 +77,9 @@ class Sweep(NamedTuple):
         return "no clip" if value == self.baseline else f"{value:g}"
 
     def __str__(self) -> str:
-        head = "| value | final loss: median | best to worst | clipped | diverged |\n|---|---|---|---|---|"
-        return "\n".join(
-            [
-                head,
-                *(_format_row(self, i) for i in range(len(self.values))),
-                "",
-                self.recommended.why,
-            ]
-        )
+        head = "| value | final loss: median | best to worst | clipped | diverged |"
+        rows = [_format_row(self, i) for i in range(len(self.values))]
+        return "\n".join([head, "|---|---|---|---|---|", *rows, "", self.recommended.why])
 
 
 def final_loss(losses: np.ndarray) -> np.ndarray:
@@ -122,7 +116,7 @@ def _choose(sweep: Sweep) -> Choice:
     scores = cap_diverged(sweep.final, sweep.failed)
     mean, count = scores.mean(axis=1), scores.shape[1]
     if sweep.diverged.all():
-        why = "Every run diverged, even the most tightly clipped: lower the learning rate, or try smaller values."
+        why = "Every run diverged, at any value: lower the learning rate, or try smaller values."
         return Choice(np.nan, np.nan, np.nan, np.nan, np.nan, why)
     best = int(np.argmin(mean))
     error = float(scores[best].std(ddof=1) / count**0.5) if count > 1 else 0.0
@@ -146,7 +140,8 @@ def _find_plateau(near: np.ndarray, best: int) -> tuple[int, int]:
 
 
 def _explain_choice(sweep: Sweep, choice: Choice, best: int, near: np.ndarray) -> str:
-    numbers = f"mean final loss {choice.mean:.4g}; standard error of the best {choice.error:.2g}, {len(sweep.seeds)} seeds"
+    numbers = f"mean final loss {choice.mean:.4g}; standard error of the best {choice.error:.2g}"
+    numbers += f", {len(sweep.seeds)} seeds"
     if choice.value == sweep.baseline:
         return f"Recommended: no clip ({numbers}). Every clip that was tried is worse."
     plateau = (
@@ -154,7 +149,8 @@ def _explain_choice(sweep: Sweep, choice: Choice, best: int, near: np.ndarray) -
         if choice.low < choice.high
         else "alone"
     )
-    text = f"Recommended: {choice.value:g}, {plateau} within one standard error of the best ({numbers})."
+    text = f"Recommended: {choice.value:g}, {plateau} within one standard error of the best"
+    text += f" ({numbers})."
     real = [i for i, value in enumerate(sweep.values) if value != sweep.baseline]
     if near[sweep.values == sweep.baseline].any():
         text += " No clip is as good: here a clip is only insurance."

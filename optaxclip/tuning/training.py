@@ -34,7 +34,9 @@ def tune(
     failed: float | None = None,
     at_once: int | None = None,
 ) -> Sweep:
-    """Trains with every value of any number in a clip, on every seed, side by side in one compiled program.
+    """Trains with every value and seed side by side, in one compiled program.
+
+    A value may be any number in a clip.
 
     Build the optimizer from the value inside both functions, with `make_tx(value)`: it is a tracer
     there.
@@ -102,7 +104,7 @@ def objective(
     evaluate: Evaluate | None = None,
     failed: float | None = None,
 ) -> Callable[[Any], float]:
-    """What `tune` measures, as an objective for Optuna: the mean final loss over seeds, one compile for all trials.
+    """The mean final loss over seeds as an objective for Optuna, one compile for all trials.
 
     A diverged run counts as `failed`. The median training loss over seeds is reported at every
     tenth of a run, so that Optuna can prune.
@@ -123,7 +125,8 @@ def objective(
     >>> def suggest(trial):  # doctest: +SKIP
     ...     return trial.suggest_float("max_norm", 0.01, 100.0, log=True)
     >>> study = optuna.create_study()  # doctest: +SKIP
-    >>> study.optimize(optaxclip.tuning.objective(step, init, suggest, batches=batches), 20)  # doctest: +SKIP
+    >>> loss = optaxclip.tuning.objective(step, init, suggest, batches=batches)  # doctest: +SKIP
+    >>> study.optimize(loss, n_trials=20)  # doctest: +SKIP
     """
     try:
         import optuna

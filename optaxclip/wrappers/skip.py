@@ -175,7 +175,7 @@ def _refuse_chain(inner: Any, threshold: Any) -> None:
     has_moments = any(optax.tree.get_all_with_path(state, name) for name in ("mu", "nu", "trace"))
     if is_clip or has_moments:
         raise ValueError(
-            f"{call}: the second argument is the threshold of norms, no transformation of gradients."
+            f"{call}: the second argument is a threshold of norms, no transformation of gradients."
             f" {call} holds one optimizer: put a clip into a chain with it,"
             f" {call}(optax.chain(clip, optimizer), threshold)."
         )
@@ -204,7 +204,7 @@ def _judge(watch, loss_rule, updates, state: SkipState, params, loss, passed) ->
 
 
 def _decide(verdict: _Verdict, state: SkipState, new: Any, fresh: tuple[Any, Any], most: ArrayLike):
-    """Whether to skip, and the state after it; `new` is the optimizer's, `fresh` the thresholds'."""
+    """Whether to skip, and the state after. `new` is the optimizer's, `fresh` the thresholds'."""
     locked_out = (verdict.reason != NONFINITE) & (state.consecutive_skips >= most)
     reset, skip = (verdict.reason > 0) & locked_out, (verdict.reason > 0) & ~locked_out
     spike = verdict.spike
