@@ -4,6 +4,8 @@ Each action first says how long the block shall be, then divides. A block that a
 of exactly 1 and comes back bit for bit. An action is homogeneous: it depends on the ratio of norm and bound alone.
 """
 
+from __future__ import annotations
+
 import math
 
 import jax

@@ -10,6 +10,8 @@ exchange has the shape of the norms:
 No part but the scope knows which of these it is given.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple

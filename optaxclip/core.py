@@ -16,9 +16,11 @@ Norms, bounds and factors have one shape (see `optaxclip.base`), so no part need
 the sum and the multiply are written for which compiler is the affair of `optaxclip.xla`, and of nobody else.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,11 @@ class Description(NamedTuple):
 
     Attributes:
       scope, norm, threshold, action, view, exclude: as given to `clip_by`; None where there is no such part.
+      nonfinite: as given to `clip_by`.
+      kind: "blocks": each block is multiplied by what `action` says; "elements": each element is put between
+        limits; "other": anything else, such as a clip with a memory.
+      name: the public call.
+      inner: what a wrapper holds.
     """
 
     scope: Scope | None = None
@@ -50,6 +57,10 @@ class Description(NamedTuple):
     action: Any = None
     view: View | None = None
     exclude: Exclude = None
+    nonfinite: Nonfinite = "propagate"
+    kind: Literal["blocks", "elements", "other"] = "blocks"
+    name: str = ""
+    inner: optax.GradientTransformation | None = None
 
 
 class Rule(NamedTuple):
@@ -125,7 +136,7 @@ def clip_by(
         step = decide(lengths, bounds, action, bad)
         return xla.scale(leaves.arrays, step.factors, layout=layout, zeros=bad == 0), step
 
-    description = Description(as_scope(scope), norm, threshold, action, view, exclude)
+    description = Description(as_scope(scope), norm, threshold, action, view, exclude, nonfinite)
     return build(description, Rule(measure, act), axis_names)
 
 
@@ -191,7 +202,7 @@ def build(about: Description, rule: Rule, axis_names: AxisNames | None) -> optax
             hold(threshold.init, norms, new, state.threshold), record(state.metrics, step)
         )
 
-    update_fn.description = about  # type: ignore[attr-defined]
+    update_fn.description = about._replace(name=call)  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

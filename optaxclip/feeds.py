@@ -1,5 +1,7 @@
 """What a statistic learns of norms: `(norms, bounds) -> norms`, in which NaN means "nothing"."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np

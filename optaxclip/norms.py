@@ -5,6 +5,8 @@ derivative is stated, not derived: at a block of zeros the norm has a kink, and 
 clip is the identity near a zero gradient.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from typing import Any

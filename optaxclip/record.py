@@ -1,5 +1,7 @@
 """What a clip did: the record that it keeps in its state, and how to read it out of any optimizer's state."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,5 +1,7 @@
 """Which numbers share one norm: the whole tree, a leaf, a group of leaves, or a unit of a leaf."""
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence

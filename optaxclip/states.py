@@ -1,5 +1,7 @@
 """States that are not ours are refused in words, before they fail inside JAX."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

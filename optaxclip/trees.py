@@ -4,6 +4,8 @@ Only leaves that hold real or complex floating-point numbers are gradients. Inte
 keys, functions, strings and whatever the user excludes pass through a clip untouched and unmeasured.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

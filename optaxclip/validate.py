@@ -8,6 +8,8 @@
 An array on a device is looked into like a number; a tracer, whose value nobody knows, passes.
 """
 
+from __future__ import annotations
+
 import contextvars
 import functools
 import math

@@ -144,7 +144,7 @@ ADAPTIVE = [
 
 # Transformations that are not made of a threshold, or hold an optimizer: the laws of states and poison are theirs, too.
 OTHERS = {
-    "spam_clip": lambda: oc.spam_clip(grace_steps=1, every=2),
+    "spam_clip": lambda: oc.spam_clip(warmup_steps=1, every=2),
     "adamw_clip": lambda: oc.adamw_clip(warmup_steps=1),
     "clippy": oc.clippy,
     "smooth_clip": lambda: oc.smooth_clip(1.0, 4.0),

@@ -34,8 +34,8 @@ def zclip(norms, z=2.5, decay=0.97, warmup_steps=25):
             mean, var = np.mean(norms[: t + 1]), np.var(norms[: t + 1])
             continue
         std = np.sqrt(var)
-        z = (n - mean) / std
-        clipped = mean + z**2 / z * std if z > z else n
+        score = (n - mean) / std
+        clipped = mean + z**2 / score * std if score > z else n
         mean = decay * mean + (1 - decay) * clipped
         var = decay * var + (1 - decay) * (clipped - mean) ** 2
         out.append(clipped)
@@ -126,11 +126,11 @@ def band_clip(norms, low=0.5, high=2.0, decay=0.99):
 
 
 def skip_spikes(norms, sigmas=6.0, window=128, warmup_steps=64):
-    """OLMo's rule: which steps are skipped; spikes are remembered, too."""
+    """OLMo's rule: which steps are skipped, from the 64th on; spikes are remembered, too."""
     out = []
     for t, n in enumerate(norms):
         past = norms[max(0, t - window) : t]
-        out.append(len(past) >= min_steps and n - np.mean(past) > sigmas * np.std(past, ddof=1))
+        out.append(len(past) + 1 >= warmup_steps and n - np.mean(past) > sigmas * np.std(past, ddof=1))
     return out
 
 
@@ -150,25 +150,26 @@ def lingvo(norms, sigmas=4.0, decay=0.995, warmup_steps=60):
     return out
 
 
-def spam_clip(grads, threshold=5000.0, decay=0.999, grace_steps=20, every=500):
+def spam_clip(grads, threshold=5000.0, decay=0.999, warmup_steps=20, every=500):
     """SPAM's spike clip; v without bias correction, forgotten every 500 steps."""
     out, v = [], np.zeros_like(grads[0])
     for t, g in enumerate(grads):
         if t % every == 0:
             v = np.zeros_like(g)
-        spike = (g**2 > threshold * v) & (v > 0) & (t % every >= grace_steps)
+        spike = (g**2 > threshold * v) & (v > 0) & (t % every >= warmup_steps)
         g = np.where(spike, np.sign(g) * np.sqrt(threshold * v), g)
         v = decay * v + (1 - decay) * g**2
         out.append(g)
     return np.array(out)
 
 
-def adamw_clip(grads, ratio=3.0, decay=0.999, floor=0.01, warmup_steps=10):
-    """AdamWClip: elements within 3 of their root mean square, which counts for 0.01 at least."""
+def adamw_clip(grads, ratio=3.0, decay=0.999, floor=1e-10, warmup_steps=0):
+    """AdamWClip: elements within 3 of their root mean square, or the floor if that is larger; free where v = 0."""
     out, v = [], np.zeros_like(grads[0])
     for t, g in enumerate(grads):
         if t >= warmup_steps:
-            bound = ratio * np.maximum(np.sqrt(v / (1 - decay**t)), floor)
+            rms = np.sqrt(v / (1 - decay ** max(t, 1)))
+            bound = np.where(v > 0, np.maximum(ratio * rms, floor), np.inf)
             g = np.clip(g, -bound, bound)
         v = decay * v + (1 - decay) * g**2
         out.append(g)

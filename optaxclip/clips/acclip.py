@@ -1,5 +1,7 @@
 """ACClip: momentum, each element clipped to the running mean of its gradients' size."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -67,7 +69,8 @@ def scale_by_acclip(
     def init_fn(params):
         return ACClipState(start_carry(params, exclude), start_carry(params, exclude, real=True))
 
-    guard = StateGuard(validate.called(), ACClipState, init_fn)
+    call = validate.called()
+    guard = StateGuard(call, ACClipState, init_fn)
 
     def step(g, m, size):
         rest, pace, power, least = (like(x, size) for x in (1 - b1, 1 - b2, alpha, eps))
@@ -85,7 +88,8 @@ def scale_by_acclip(
         out, momentum, grown = ([each[i] for each in done] for i in range(3))
         return leaves.rebuild(out), ACClipState(m.rebuild(momentum), size.rebuild(grown))
 
-    update_fn.description = Description(exclude=exclude)  # type: ignore[attr-defined]
+    about = Description(exclude=exclude, kind="other", name=call)
+    update_fn.description = about  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

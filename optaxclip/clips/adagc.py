@@ -1,5 +1,7 @@
 """AdaGC: each leaf is held to a little more than the running mean of its own norms."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

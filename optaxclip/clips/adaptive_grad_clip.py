@@ -1,5 +1,7 @@
 """Adaptive gradient clipping (AGC), the clip of normaliser-free networks, and its two helpers."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

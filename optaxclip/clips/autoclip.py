@@ -1,5 +1,7 @@
 """AutoClip: the bound is a percentile of the norms so far."""
 
+from __future__ import annotations
+
 import math
 
 import optax

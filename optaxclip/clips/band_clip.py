@@ -1,5 +1,7 @@
 """A floor and a ceiling around the running mean of a group's norms."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike

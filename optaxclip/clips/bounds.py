@@ -1,5 +1,7 @@
 """One bound for each block, by name."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,6 +68,7 @@ def bound_each(
     def update_fn(norms, state, params=None, **extra_args):
         return stack(0).astype(norms.dtype), state
 
+    update_fn.bound = tuple(bounds.values())  # type: ignore[attr-defined]
     changing = any(map(callable, bounds.values()))
     threshold = scheduled(stack) if changing else Fixed(lambda norms: optax.EmptyState(), update_fn)
     return threshold, _in_order(scope, argument_name, tuple(bounds))

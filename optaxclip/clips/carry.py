@@ -1,5 +1,7 @@
 """Trees that a clip keeps element by element, shaped like the parameters."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

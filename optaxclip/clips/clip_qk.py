@@ -1,5 +1,7 @@
 """QK-Clip: attention's query and key weights are scaled down where their logits grew too large."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -90,8 +92,8 @@ def _scale(x: jax.Array, factors: jax.Array, axis: int) -> jax.Array:
     if not -x.ndim <= axis < x.ndim or x.shape[axis] != factors.shape[0]:
         raise ValueError(
             f"{validate.called()}: axis {axis} of weights of shape {x.shape} must number"
-            f" {factors.shape[0]} heads: max_logits has one entry a query head, of which each key"
-            " head has equally many. Or pass head_axis=."
+            f" {factors.shape[0]} heads: max_logits has one entry per query head, and there are a"
+            " whole number of query heads per key head. Or pass head_axis=."
         )
     shape = [1] * x.ndim
     shape[axis] = -1

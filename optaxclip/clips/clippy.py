@@ -1,5 +1,7 @@
 """Clippy: no parameter changes by more than a share of itself in one step."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike

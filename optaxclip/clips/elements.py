@@ -1,5 +1,7 @@
 """Clipping each element between limits: it changes the gradient's direction, and needs no norm."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -41,7 +43,7 @@ def clip_elements(
         return clipped, _observe(leaves.arrays, [limits] * len(leaves.arrays), layout, norm, bound)
 
     measured = measure or not isinstance(threshold, Fixed)
-    description = Description(scopes.tree, linf, threshold, None, None, exclude)
+    description = Description(scopes.tree, linf, threshold, exclude=exclude, kind="elements")
     return build(description, Rule(_largest if measured else None, act), axis_names)
 
 
@@ -65,7 +67,7 @@ def clip_each(
         return limits, state
 
     threshold = Fixed(lambda norms: optax.EmptyState(), given)
-    description = Description(scopes.tree, linf, threshold, None, None, exclude)
+    description = Description(scopes.tree, linf, threshold, exclude=exclude, kind="elements")
     return build(description, Rule(_largest if measure else None, act, bounded=measure), axis_names)
 
 

@@ -1,5 +1,7 @@
 """LARC: the rate of each layer is held to a share of the layer's own size."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The z-score of the logarithm of the norm: Chorowski's rule of 2014, and the modern form of it."""
 
+from __future__ import annotations
+
 import math
 from typing import Literal
 

@@ -1,5 +1,7 @@
 """Clipping by the median of recent norms: the clip of ScaledAdam, the optimizer of Zipformer."""
 
+from __future__ import annotations
+
 import math
 
 import jax

@@ -1,5 +1,7 @@
 """Clipping to a multiple of the norm of the momentum, leaf by leaf."""
 
+from __future__ import annotations
+
 import math
 from typing import Any, NamedTuple
 
@@ -98,7 +100,8 @@ def clip_by_momentum_norm(
         step = jnp.where(fine, optax.safe_increment(state.clip_step), state.clip_step)
         return clipped, MomentumNormState(step, old.rebuild(new), clip_state)
 
-    update_fn.description = clip.update.description  # type: ignore[attr-defined]
+    about = clip.update.description._replace(kind="other")
+    update_fn.description = about  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

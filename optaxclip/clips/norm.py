@@ -1,5 +1,7 @@
 """The clip that everybody means by "gradient clipping", and its siblings by leaf and by group."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +12,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import scopes, trees, validate, xla
 from optaxclip.actions import band, rescale
-from optaxclip.base import Action, AxisNames, Exclude, Label, Nonfinite, Norm, Threshold
+from optaxclip.base import Action, AxisNames, Exclude, Label, Nonfinite, Norm, Part, Threshold
 from optaxclip.clips.bounds import bound_each, bound_leaves
 from optaxclip.core import clip_by
 from optaxclip.norms import as_norm, l2, rms
@@ -61,7 +63,8 @@ def _action(eps: ArrayLike, min_norm: ArrayLike) -> Action:
     action = rescale if plain else band(floor=min_norm)
     if validate.is_static(eps) and eps == 0:
         return action
-    return lambda norms, bounds: action(norms + jnp.asarray(eps, norms.dtype), bounds)
+    name = f"{action!r} of norms + {eps}"
+    return Part(name, lambda norms, bounds: action(norms + jnp.asarray(eps, norms.dtype), bounds))
 
 
 @validate.named

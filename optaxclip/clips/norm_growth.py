@@ -1,5 +1,7 @@
 """The norm-growth limiter of Fira and APOLLO: a norm may grow by one per cent a step."""
 
+from __future__ import annotations
+
 import optax
 from jax.typing import ArrayLike
 

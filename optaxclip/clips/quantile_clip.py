@@ -1,5 +1,7 @@
 """Adaptive quantile clipping: the bound moves until a given share of the norms is below it."""
 
+from __future__ import annotations
+
 import math
 
 import optax

@@ -1,5 +1,7 @@
 """Clipping each element by the second moment that Adam would have of it: SPAM and AdamWClip."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -98,8 +100,7 @@ def spam_clip(
       axis_names: as in `optaxclip.clip_by`; needed only with `measure`.
 
     Raises:
-      ValueError: for a negative threshold, a decay outside [0, 1), or numbers of steps that are
-      none.
+      ValueError: for a negative threshold, a decay outside [0, 1), or a negative number of steps.
 
     Deviations: where v = 0 (a row of an embedding that was not used since the reset) nothing is
     clipped: in the authors' code such an element stays zero until the next reset. As there, v has
@@ -154,8 +155,7 @@ def adamw_clip(
       measure, exclude, axis_names: as in `spam_clip`.
 
     Raises:
-      ValueError: for a negative ratio or floor, a decay outside [0, 1), or a number of steps that
-      is none.
+      ValueError: for a negative ratio, floor or number of steps, or a decay outside [0, 1).
 
     Deviations: there is no bound where v = 0, as at the first update (in the authors' code such an
     element is held to the floor, and takes thousands of steps to grow from there). v is corrected

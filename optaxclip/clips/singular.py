@@ -14,6 +14,8 @@ itself, which does not converge where X is nearly singular, and subtracts number
 largest singular value.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import Literal
 

@@ -1,5 +1,7 @@
 """Clipping without a kink."""
 
+from __future__ import annotations
+
 import optax
 from jax.typing import ArrayLike
 

@@ -1,5 +1,7 @@
 """Clipping the singular values of matrices: bad examples inflate a few singular directions."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import get_args
@@ -105,7 +107,7 @@ def spectral_clip(
         fine = jnp.isfinite(singular.largest_entry(matrices)).all()
         return xla.as_dtype_of(x, jnp.where(fine, out, bad).reshape(x.shape))
 
-    description = Description(scope, None, threshold, None, None, exclude)
+    description = Description(scope, None, threshold, exclude=exclude, kind="other")
     return build(description, Rule(measure, act), axis_names)
 
 

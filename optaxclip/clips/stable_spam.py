@@ -1,5 +1,7 @@
 """Stable-SPAM's clips: of elements that stand out of their leaf, and of norms, made a ratio."""
 
+from __future__ import annotations
+
 import math
 from typing import get_args
 
@@ -71,7 +73,7 @@ def clip_by_running_max(
 
     statistic = Statistic(0.0, learn, lambda largest, mean, seen: mean)
     threshold = learned(statistic, update_first=True)
-    description = Description(scopes.leaf, linf, threshold, rescale, None, exclude)
+    description = Description(scopes.leaf, linf, threshold, exclude=exclude, kind="other")
     return build(description, Rule(measure, act), axis_names)
 
 

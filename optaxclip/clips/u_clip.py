@@ -1,5 +1,7 @@
 """Clips that carry over what was cut off (U-Clip), or cut the gradient's change only (Clip21)."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +52,8 @@ def _remember(clip, exclude: Exclude, step) -> optax.GradientTransformationExtra
         out = list(map(xla.as_dtype_of, leaves.arrays, out))
         return leaves.rebuild(out), CarryState(old.rebuild(kept), clip_state)
 
-    update_fn.description = clip.update.description  # type: ignore[attr-defined]
+    about = clip.update.description._replace(kind="other")
+    update_fn.description = about  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

@@ -1,5 +1,7 @@
 """Clipping by value: each element between two limits. It changes the direction of the gradient."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 
@@ -54,6 +56,7 @@ def clip(
         bound = jnp.maximum(bound, 0)
         return (-bound, bound), state
 
+    vars(update_fn).update(vars(threshold.update))  # what says which bound it is, if it is fixed
     limits = type(threshold)(threshold.init, update_fn)  # of its kind, which says what it reads
     return clip_elements(limits, measure=measure, exclude=exclude, axis_names=axis_names)
 
@@ -113,13 +116,13 @@ def _limits(*limits: Any) -> Fixed:
         each = (limit(step) if callable(limit) else limit for limit in limits)
         return tuple(jnp.asarray(limit).astype(norm.dtype) for limit in each)
 
-    if not any(map(callable, limits)):
-        return Fixed(
-            lambda norms: optax.EmptyState(),
-            lambda norms, state, params=None, **extra_args: (at(0, norms), state),
-        )
+    def fixed_fn(norms, state, params=None, **extra_args):
+        return at(0, norms), state
 
-    def update_fn(norms, state, params=None, **extra_args):
+    def scheduled_fn(norms, state, params=None, **extra_args):
         return at(state.clip_step, norms), ScheduleState(advance(state.clip_step))
 
-    return Fixed(lambda norms: ScheduleState(jnp.zeros((), jnp.int32)), update_fn)
+    fixed_fn.bound = scheduled_fn.bound = limits  # type: ignore[attr-defined]
+    if not any(map(callable, limits)):
+        return Fixed(lambda norms: optax.EmptyState(), fixed_fn)
+    return Fixed(lambda norms: ScheduleState(jnp.zeros((), jnp.int32)), scheduled_fn)

@@ -1,5 +1,7 @@
 """ZClip: a norm too many deviations over the running mean is a spike."""
 
+from __future__ import annotations
+
 import math
 
 import optax

@@ -1,5 +1,7 @@
 """The last bad steps, for a post-mortem."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +72,7 @@ def bad_steps(opt_state: Any) -> tuple[BadStep, ...]:
 def read_ring(w: WatchState) -> list[BadStep]:
     """The bad steps of one watch, oldest first."""
     check_one_run(w.total_steps)
+    # Of a tree without blocks the culprit is -1: the last name, which is empty.
     ring, names = jax.device_get(w.bad), (*unpack_names(w.blocks), "")
     rows = sorted(zip(*(x.tolist() for x in ring[1:]), strict=True))
     return [

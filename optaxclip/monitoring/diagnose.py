@@ -1,5 +1,7 @@
 """Signs of exploding and vanishing gradients in a recorded run, with evidence and advice."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 from optaxclip.monitoring.findings import Findings

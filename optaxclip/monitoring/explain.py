@@ -1,5 +1,7 @@
 """What happened at the last step, in words, read on the host from any optimizer's state."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -54,6 +56,7 @@ def explain(opt_state: Any, params: Any = None) -> str:
     if not parts:
         searched = f"no clip, watch or skip wrapper of optaxclip in {kind_of(opt_state)}"
         return "\n".join([f"nothing to explain: {searched}", *describe_params(params)])
+    # A watch in front of a clip and the clip are one line, if both saw the same norm.
     partners = [_watch_before(parts, i) for i in range(len(parts))]
     watches = [part for part in parts if isinstance(part, WatchState)]
     lines = []
@@ -82,20 +85,14 @@ def _watch_before(parts: list, i: int) -> WatchState | None:
     seen = part.spike.metrics if isinstance(part, SkipState) else part
     if not before or isinstance(part, WatchState) or seen.grad_norm is None:
         return None
+    # Inside a skip wrapper a clip may be steps behind a watch outside it.
     if int(before[-1].total_steps) != int(seen.total_steps):
         return None
-    norms = [
-        np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(jax.device_get(seen.grad_norm))
-    ]
-    norm, total = (
-        np.linalg.norm(np.concatenate(norms)) if norms else 0.0,
-        float(before[-1].total_norm),
-    )
-    return (
-        before[-1]
-        if np.isclose(norm, total, rtol=1e-3) or not np.isfinite([norm, total]).any()
-        else None
-    )
+    norms = [np.ravel(x).astype(np.float64) for x in jax.tree.leaves(seen.grad_norm)]
+    norm = float(np.linalg.norm(np.concatenate(norms))) if norms else 0.0
+    total = float(before[-1].total_norm)
+    same = np.isclose(norm, total, rtol=1e-3) or not (np.isfinite(norm) or np.isfinite(total))
+    return before[-1] if same else None
 
 
 def _describe_part(part: Any, partner: WatchState | None) -> str:

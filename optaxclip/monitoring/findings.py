@@ -1,5 +1,7 @@
 """What is found, one line below the other, and numbers as one reads them."""
 
+from __future__ import annotations
+
 from typing import Any
 
 

@@ -1,5 +1,7 @@
 """The statistics on which the rules of `diagnose` rest."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +41,7 @@ def fit_growth(x: np.ndarray) -> Fit:
 def keep_positive(x: np.ndarray) -> np.ndarray:
     """The finite and positive values up to the first that is not finite, where a run has ended."""
     bad = np.flatnonzero(~np.isfinite(x))
+    # Eight values make a fit. Earlier NaNs are skipped steps, after which the run went on.
     x = x[: bad[0]] if len(bad) and bad[0] >= 8 else x[np.isfinite(x)]
     return x[x > 0]
 

@@ -1,5 +1,7 @@
 """A recorded run: what `metrics` returned at each step, as arrays with one entry a step."""
 
+from __future__ import annotations
+
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +41,7 @@ class History:
             raise validate.fail(
                 "window must be a whole number of at least 1, or None", window, call="History"
             )
+        # Converted one step late: reading a step at once would wait for the device at every step.
         self._rows: deque[dict[str, float]] = deque(maxlen=window)
         self._last: dict[str, Any] = {}
 
@@ -54,6 +57,7 @@ class History:
                 f" history.append(optaxclip.metrics(opt_state), loss=loss). Got {kind_of(metrics)}."
             )
         row = {**metrics, **more}
+        # Shapes are known without waiting for the numbers, so this is said at the mistaken call.
         wide = {key: np.shape(x) for key, x in row.items() if np.shape(x)}
         if wide:
             raise ValueError(
@@ -198,6 +202,7 @@ def read_run(history: Recorded, losses: Any = None, param_norms: Any = None) -> 
       ValueError: if no norm is found in it.
     """
     table = to_columns(history)
+    # A watch first: it sees all blocks, and in front of a clip what that clip sees.
     roots = sorted(
         (key for key in table if re.search(r"(^|/)grad_norm$", key)),
         key=lambda key: "watch" not in key,
@@ -209,6 +214,7 @@ def read_run(history: Recorded, losses: Any = None, param_norms: Any = None) -> 
             " a chain with optaxclip.watch() or a clip that measures in it."
         )
     of_blocks = [block_norms(table, root.removesuffix("grad_norm")) for root in roots]
+    # A skip wrapper has a bound and no `clipped`: it is left out, like clips that do not measure.
     heads = [key.removesuffix("bound") for key in table if re.search(r"(^|/)bound$", key)]
     fields = ("clipped", "grad_norm", "bound")
     clips = {

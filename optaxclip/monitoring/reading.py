@@ -1,5 +1,7 @@
 """Reading clips, watches and skip wrappers out of any optimizer's state, as scalars."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,6 +74,7 @@ def metrics(
     """
     check_is_state(opt_state, "metrics")
     parts = find_parts(opt_state)
+    # One search for all kinds: what a skip wrapper measures with must be passed over for each.
     kinds = ((Metrics, scalars_of, prefix), (WatchState, watch_scalars, watch_prefix))
     kinds = (*kinds, (SkipState, _skip_scalars, skip_prefix))
     found = [
@@ -133,6 +136,7 @@ def check_is_state(opt_state: Any, call: str) -> None:
 def _may_be_state(tree: Any) -> bool:
     """Whether there is any node but dicts and lists, of which parameters and gradients are made."""
 
+    # A user's state may be a dataclass: any node that parameters are not made of passes.
     def is_other(x):
         return isinstance(x, tuple) or not (
             x is None or isinstance(x, Mapping | list) or jax.tree_util.all_leaves([x])

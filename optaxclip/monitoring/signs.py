@@ -4,6 +4,8 @@ Each rule asks for an effect far beyond what a healthy run shows (a factor of 10
 fit), so that there are few false alarms.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 
@@ -15,7 +17,8 @@ from optaxclip.monitoring.history import RecordedRun
 
 Found = Iterator[tuple[str, str, dict[str, float], str]]
 
-_ENOUGH = 20  # steps
+# With fewer steps a fit of noise alone reaches the limits below now and then.
+_ENOUGH = 20
 
 
 def _nonfinite(run: RecordedRun) -> Found:
@@ -37,6 +40,7 @@ def _nonfinite(run: RecordedRun) -> Found:
 
 def _exploding(run: RecordedRun) -> Found:
     x = keep_positive(run.norms)
+    # The last half, quarter, ...: an explosion is short beside the healthy run before it.
     sizes = [len(x) >> halvings for halvings in range(12) if len(x) >> halvings >= 8]
     fits = [
         fit
@@ -94,9 +98,8 @@ def _vanishing(run: RecordedRun) -> Found:
     fit, least = fit_growth(x), 1e-4
     if run.losses is not None and np.isfinite(run.losses).any():
         before, after, error = compare_halves(run.losses[np.isfinite(run.losses)])
-        least = (
-            1e-2 if before - after <= 2 * error else 0.0
-        )  # where the loss falls, so may the norms
+        # Where the loss falls, so may the norms.
+        least = 1e-2 if before - after <= 2 * error else 0.0
     if fit.growth <= least and fit.r2 >= 0.85:
         yield (
             "norms-vanishing",
@@ -129,6 +132,7 @@ def _series(blocks: dict[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
     """The norms of numbered layers: by the name before the number, then by the number."""
     squares: dict[str, dict[int, np.ndarray]] = {}
     for name, x in blocks.items():
+        # Every number in a path may be the one that counts layers: each is tried.
         for match in re.finditer(r"\d+", name):
             layers = squares.setdefault(name[: match.start()], {})
             layers[int(match[0])] = layers.get(int(match[0]), np.zeros(len(x))) + np.square(x)
@@ -207,6 +211,7 @@ def _heavy_tail(run: RecordedRun) -> Found:
     x = keep_positive(run.norms)
     if len(x) < 100:
         return
+    # Over the running median, so that a drift of all norms is not taken for a tail.
     usual = np.array([np.median(x[max(i - 25, 0) : i + 26]) for i in range(len(x))])
     ratio = np.sort(x / usual)
     top = ratio[-len(ratio) // 10 :]

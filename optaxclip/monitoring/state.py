@@ -1,5 +1,7 @@
 """What a watch keeps: arrays of fixed shape and dtype, and names as the keys of dicts."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -156,6 +158,7 @@ def watch_scalars(w: WatchState, prefix: str) -> dict[str, jax.Array]:
         "nonfinite_block": w.nonfinite.first,
         "bad_steps": w.bad.seen_total,
     }
+    # Indices count from the end: in front there may be the axes of a batch of runs.
     rates = w.would_clip / jnp.maximum(w.total_steps, 1)[..., None]
     several = {
         "grad_norm": (unpack_names(w.blocks), w.block_norms),

@@ -1,5 +1,7 @@
 """One step in numbers: the share of each block, which one is to blame, what to keep."""
 
+from __future__ import annotations
+
 import re
 from typing import NamedTuple
 
@@ -46,9 +48,9 @@ def summarize(norms: jax.Array, names: tuple[str, ...], top: int) -> Summary:
     bad = ~jnp.isfinite(norms)
     unit = _unit(norms, bad)
     squares = jnp.square(norms / unit)
-    total = jnp.where(
-        jnp.any(bad), jnp.sum(norms), _bound_finite(unit * jnp.sqrt(jnp.sum(squares)))
-    )
+    finite_total = _bound_finite(unit * jnp.sqrt(jnp.sum(squares)))
+    # A sum of norms keeps NaN and infinity apart, as the blocks have them.
+    total = jnp.where(jnp.any(bad), jnp.sum(norms), finite_total)
     weights = jnp.where(jnp.any(bad), bad.astype(norms.dtype), squares)
     sums = jnp.sum(weights)
     shares, blocks = lax.top_k(weights / jnp.where(sums > 0, sums, 1), top)
@@ -91,6 +93,7 @@ def push_bad(
 ) -> BadRing:
     """The ring with this step in it, if that is bad."""
     size = ring.at_steps.shape[0]
+    # A select over the ring, not an update at a traced index: that would be a scatter.
     here = bad & (jnp.arange(size, dtype=jnp.int32) == jnp.mod(ring.seen_total, size))
     if now.top_blocks.shape[0]:
         culprit, share = jnp.where(now.hit > 0, now.first, now.top_blocks[0]), now.top_shares[0]

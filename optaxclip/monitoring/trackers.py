@@ -1,5 +1,7 @@
 """What a watch learns of the total norm: quantiles, and what thresholds would have done."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -18,7 +20,7 @@ Levels = Mapping[str, float]
 Trials = Mapping[str, optax.GradientTransformationExtraArgs]
 
 _RATE = 0.1
-_RUN, _LONGEST_RUN = 8, 1000
+_RUN, _LONGEST_RUN = 8, 1000  # norms on one side that hardly happen by chance; where counting stops
 
 
 def name_levels(quantiles: Iterable[float]) -> Levels:
@@ -47,6 +49,7 @@ def update_trackers(levels: Levels, norm: jax.Array, old: Trackers) -> Trackers:
     excess = jnp.maximum(jnp.abs(old.run) - _RUN, 0).astype(norm.dtype)
     rate = jnp.clip(_RATE * (1 + excess / 4), 1 / (1 + old.seen.astype(norm.dtype)), 1)
     median, seen = _track(old.median, old.seen, norm, np.asarray(0.5, norm.dtype), rate)
+    # NaN is "nothing to learn" to a tracker, so the multiples wait without a branch.
     multiple = jnp.where((excess > 0) | (old.seen < 2 * _RUN), jnp.nan, norm / median)
     shares = np.array(list(levels.values()), norm.dtype)
     multiples, multiples_seen = _track(old.multiples, old.multiples_seen, multiple, shares, _RATE)
@@ -85,15 +88,12 @@ def name_candidates(candidates: Candidates) -> Trials:
       ValueError: for what is no threshold.
     """
     if not isinstance(candidates, Mapping):
-        numbers = (
-            [validate.to_concrete(x) for x in candidates]
-            if isinstance(candidates, Iterable)
-            else [candidates]
-        )
-        if not isinstance(candidates, Iterable) or not all(map(validate.is_static, numbers)):
-            raise validate.fail(
-                "candidates must be a dict of name -> threshold, or a list of numbers", candidates
-            )
+        listed = list(candidates) if isinstance(candidates, Iterable) else [None]
+        numbers = [validate.to_concrete(x) for x in listed]
+        # A tracer has no number to be named by.
+        if not all(map(validate.is_static, numbers)):
+            must = "candidates must be a dict of name -> threshold, or a list of numbers"
+            raise validate.fail(must, candidates)
         candidates = {f"{number:g}": number for number in numbers}
     return {str(name): as_threshold(candidates=threshold) for name, threshold in candidates.items()}
 
@@ -110,6 +110,7 @@ def try_candidates(
     over, new = [], []
     for threshold, old in zip(trials.values(), states, strict=True):
         bound, state = threshold.update(norm, old, params, **extra_args)
+        # As in a clip: an infinite norm counts as not finite, not as clipped.
         over.append((norm > bound) & jnp.isfinite(norm))
         new.append(hold(threshold.init, norm, state, old))
     return (jnp.stack(over) if over else jnp.zeros(0, bool)), tuple(new)

@@ -1,5 +1,7 @@
 """Monitoring without clipping: which block, how unusual, what a threshold would do."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,6 +35,7 @@ from optaxclip.thresholds.fixed import unchecked
 from optaxclip.thresholds.running import zscore
 from optaxclip.trees import match_params, select
 
+# The names are keys in users' dashboards.
 _TYPICAL = {"0.1": 0.1, "0.5": 0.5, "1": 1.0, "5": 5.0, "z2.5": zscore(2.5)}
 _KNOWN = 10  # norms that make a median
 
@@ -96,10 +99,8 @@ def watch(
     """
     validate.size(top=top, bad_steps=bad_steps)
     validate.at_least(1, spike_factor=spike_factor)
-    levels, trials = (
-        name_levels(quantiles),
-        name_candidates(_TYPICAL if candidates is None else candidates),
-    )
+    levels = name_levels(quantiles)
+    trials = name_candidates(_TYPICAL if candidates is None else candidates)
     blocks = _meter(as_scope(scope, named=True), exclude, axis_names)
     whole = _meter(tree, exclude, axis_names)
 
@@ -121,15 +122,15 @@ def watch(
 
     def update_fn(updates, state, params=None, *, tag=None, **extra_args):
         norms, names = _measure(blocks, updates)
-        if isinstance(
-            getattr(state, "blocks", None), dict
-        ):  # names say more than shapes: they come first
+        # Before the guard, which compares shapes: names say more.
+        if isinstance(getattr(state, "blocks", None), dict):
             check_names("watch", names, unpack_names(state.blocks))
         guard.check(state, updates)
         dtype = state.block_norms.dtype
         now = summarize(norms.astype(dtype), names, state.top_blocks.shape[0])
         size = None
         if params is not None and reads_params(*trials.values()):
+            # Parameters without a gradient do not count, as in a clip.
             leaves = select(updates, exclude)
             matched = leaves.rebuild(match_params(leaves, params, exclude, "watch"))
             size = _measure(whole, matched)[0].astype(dtype)
@@ -142,7 +143,8 @@ def watch(
             shadows=shadows,
         )
 
-    update_fn.description = Description(scope, l2, exclude=exclude)  # type: ignore[attr-defined]
+    about = Description(scope, l2, exclude=exclude, kind="other", name="watch")
+    update_fn.description = about  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
@@ -171,12 +173,14 @@ def _measure(
     meter: optax.GradientTransformationExtraArgs, updates: Any
 ) -> tuple[jax.Array, tuple[str, ...]]:
     """The norms of the blocks of a tree, and their names."""
+    # The fresh state costs nothing under `jit`: the counters of a meter are not read.
     _, state = meter.update(updates, meter.init(updates))
     return state.metrics.grad_norm, unpack_names(state.metrics.blocks)
 
 
 def _advance(state: WatchState, now: Summary, limit: ArrayLike, tag: jax.Array) -> WatchState:
     """The state after one more step, except for what learns."""
+    # The median of the steps before: a spike is judged before it is learned.
     median, known = state.trackers.median, state.trackers.seen
     ratio = jnp.where(known > 0, now.total / median, 1)
     bad = (now.hit > 0) | ((known >= _KNOWN) & (ratio > jnp.asarray(limit).astype(ratio.dtype)))

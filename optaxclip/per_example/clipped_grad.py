@@ -1,5 +1,7 @@
 """The gradient of a batch, made of clipped gradients of its examples."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args

@@ -9,6 +9,8 @@ Bu et al., `Differentially Private Optimization on Large Model at Small Cost
 <https://arxiv.org/abs/2210.00038>`_, 2023
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

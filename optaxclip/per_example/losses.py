@@ -1,5 +1,7 @@
 """What a loss of one example is given and what it returns, checked before it fails inside JAX."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 
 from optaxclip import validate
 from optaxclip.trees import flatten_with_paths, is_measured
+from optaxclip.xla import accumulator
 from optaxclip.xla.mesh import vary, varying_axes
 
 Loss = Callable[..., tuple[jax.Array, Any]]
@@ -109,7 +112,8 @@ def example_weights(weights: Any, size: int) -> jax.Array:
             f"{validate.called()}: weights must be {size} real numbers or booleans, one an example;"
             f" got {weights.dtype} of shape {weights.shape}."
         )
-    weights = jnp.asarray(weights).astype(jnp.promote_types(weights.dtype, jnp.float32))
+    dtype = accumulator([weights]) if is_measured(weights) else jnp.float32
+    weights = jnp.asarray(weights).astype(dtype)
     return jnp.where(weights > 0, weights, 0)
 
 

@@ -1,5 +1,7 @@
 """A batch, a few examples at a time."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np

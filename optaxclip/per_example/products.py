@@ -3,6 +3,8 @@
 Squares are summed in a unit of each example's own, so that they neither overflow nor vanish.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

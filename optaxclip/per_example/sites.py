@@ -12,6 +12,8 @@ A site is kept only where this is less work, and less memory, than the gradient 
 d·p, so that nothing is ever larger than the activations that the backward pass holds anyway.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import NamedTuple

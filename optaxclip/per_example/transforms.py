@@ -1,5 +1,7 @@
 """Gradients of examples, clipped before they are summed, as private training does."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

@@ -6,6 +6,8 @@ own, rematerialization) stays one operation.  Running the list again runs the lo
 about frameworks.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable

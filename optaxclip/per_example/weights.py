@@ -4,6 +4,8 @@ Gradients are a list of arrays: one array a parameter, with a leading axis that 
 examples.
 """
 
+from __future__ import annotations
+
 import functools
 import operator
 from collections.abc import Sequence

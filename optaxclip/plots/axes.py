@@ -1,5 +1,7 @@
 """Axes, legends and ticks for all plots."""
 
+from __future__ import annotations
+
 from typing import Any
 
 GREY, DARK, LIGHT = "0.55", "black", "0.85"
@@ -11,6 +13,7 @@ def axes_or_new(ax: Any, width: float = 7.0, height: float = 3.6) -> Any:
     Raises:
       ImportError: without matplotlib, the extra `plot`.
     """
+    # Imported here, since it is an extra and takes half a second.
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:

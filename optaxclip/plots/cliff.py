@@ -1,5 +1,7 @@
 """Why clipping works: a loss with a cliff, and descent on it with and without a clip."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

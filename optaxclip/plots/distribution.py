@@ -1,5 +1,7 @@
 """How norms are distributed: over layers, and by size."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -50,6 +52,7 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
         )
     ax, norms = axes_or_new(ax, 8.0, 1.2 + 0.22 * len(layers)), np.stack(list(layers.values()))
     edges = np.linspace(0, norms.shape[1], min(columns, norms.shape[1]) + 1).astype(int)
+    # The largest norm, not the mean: NaN and spikes of one step must show in their column.
     cells = np.stack([norms[:, a:b].max(axis=1) for a, b in itertools.pairwise(edges)], axis=1)
     _draw_heat_map(ax, edges, cells)
     ax.set_yticks(np.arange(len(layers)) + 0.5, list(layers), fontsize=8)

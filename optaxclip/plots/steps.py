@@ -1,5 +1,7 @@
 """Plots over the steps of a run: norms, losses, how often it was clipped."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -115,6 +117,7 @@ def plot_clipped_share(
     clipped = np.nan_to_num(require(select_clip(history, clip), "clipped", "plot_clipped_share"))
     ax = axes_or_new(ax)
     window = window or max(len(clipped) // 20, 10)
+    # Running sums, so that a window costs the same whatever its width.
     total = np.concatenate([[0.0], np.cumsum(clipped)])
     ends = np.arange(1, len(total))
     starts = np.maximum(ends - window, 0)

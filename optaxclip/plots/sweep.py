@@ -1,5 +1,7 @@
 """A sweep: final loss against threshold, and the clip rate."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
     ax = axes_or_new(ax)
     real = np.flatnonzero((sweep.values != sweep.baseline) & np.isfinite(sweep.values))
     values, rows = sweep.values[real], [_summarize_seeds(sweep, int(i)) for i in real]
+    # Without values that lost the median run: an infinite loss has no place on the axis.
     low, median, high = np.array(rows).T
     bars = np.array([median - low, high - median])
     ax.errorbar(

@@ -4,6 +4,8 @@ A threshold is an optax transformation: its updates are the norms of all blocks,
 and its `params` are the norms of the parameters, in the shape of the norms.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +39,13 @@ def reads_params(*thresholds: optax.GradientTransformation) -> bool:
 def new_threshold(init: Callable, update: Callable, *inside: optax.GradientTransformation):
     """A threshold from its two functions; it reads parameters if one of those inside does."""
     kind = optax.GradientTransformationExtraArgs if inside and reads_params(*inside) else NormsOnly
+    update.learns = learns(update, *(threshold.update for threshold in inside))  # type: ignore[attr-defined]
     return kind(init, update)
+
+
+def learns(*updates: Callable) -> bool:
+    """Whether the thresholds of these functions judge a norm by the norms before it."""
+    return any(getattr(update, "learns", False) for update in updates)
 
 
 def start_blocks(start: Any, norms: Norms) -> Any:

@@ -1,5 +1,7 @@
 """Thresholds made of thresholds, and shares of the parameters' norm."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -57,6 +59,7 @@ def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransf
         bounds, inner_state = inner.update(fed, state.inner, params, **extra_args)
         return state.clip_bound, hold(init_fn, fed, LagState(inner_state, bounds), state)
 
+    update_fn.learns = True  # type: ignore[attr-defined]
     return new_threshold(init_fn, update_fn, inner)
 
 

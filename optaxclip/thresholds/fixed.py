@@ -1,5 +1,7 @@
 """Thresholds that no gradient moves: numbers and schedules; and what a plain number or function means."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any, NamedTuple
 
@@ -42,6 +44,7 @@ def unchecked(bound: Any) -> optax.GradientTransformationExtraArgs:
     def update_fn(norms, state, params=None, **extra_args):
         return jax.tree.map(functools.partial(_bound_like, bound), norms), state
 
+    update_fn.bound = bound  # type: ignore[attr-defined]
     return Fixed(lambda norms: optax.EmptyState(), update_fn)
 
 
@@ -85,6 +88,7 @@ def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs
         validate.bound(**{"the value of the schedule": bound}, may_be_threshold=False, wait=False)
         return jax.tree.map(lambda n: _bound_like(bound, n), norms), ScheduleState(advance(state.clip_step))
 
+    update_fn.bound = schedule  # type: ignore[attr-defined]
     return Fixed(lambda norms: ScheduleState(jnp.zeros((), jnp.int32)), update_fn)
 
 

@@ -8,6 +8,8 @@ Nothing enters a statistic that could poison it or lock it for ever: no norm tha
 frozen leaf, an unused expert), of which every multiple is a bound of zero.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -127,6 +129,7 @@ def learned(
         bounds, blocks = over_blocks(rule, start, norms, state.blocks, warmup_bounds)
         return bounds, LearnedState(blocks, warmup_state)
 
+    update_fn.learns = True  # type: ignore[attr-defined]
     return new_threshold(init_fn, update_fn, warmup)
 
 

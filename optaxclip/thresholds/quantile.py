@@ -1,5 +1,7 @@
 """Thresholds from the distribution of past norms: exact over a window, or tracked in one number."""
 
+from __future__ import annotations
+
 import math
 from typing import Any, NamedTuple
 

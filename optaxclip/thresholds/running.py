@@ -4,6 +4,8 @@ Averages are exact from the first norm on: its weight is 1, and weights fade tow
 average divided by its bias correction.  Deviations are kept as such, not as squares, which would overflow at 1e19.
 """
 
+from __future__ import annotations
+
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -74,7 +76,9 @@ def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
     """
     validate.at_least(1, ratio=ratio)
     last = Statistic(0.0, lambda norm, value, seen: norm, lambda norm, value, seen: like(ratio, norm) * value)
-    return learned(last, feed=feeds.clipped)
+    threshold = learned(last, feed=feeds.clipped)
+    threshold.update.learns = False  # type: ignore[attr-defined]  # it bounds growth, and seeks no spikes
+    return threshold
 
 
 def _moved(norm, value, weight, spread):

@@ -1,5 +1,7 @@
 """Which clip, and how tight: from the norms of a short run that was recorded without one."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -42,11 +44,8 @@ class Recommendation(NamedTuple):
         head = f"{n.steps} steps" + (
             f", median norm {n.median:.3g}" if n.median == n.median else ""
         )
-        head += (
-            f", 99th percentile {n.tail_ratio:.3g} times that"
-            if n.tail_ratio == n.tail_ratio
-            else ""
-        )
+        if not np.isnan(n.tail_ratio):
+            head += f", 99th percentile {n.tail_ratio:.3g} times that"
         shares = ", ".join(
             f"{share:.0%} of steps at {bound:.4g}" for share, bound in self.thresholds.items()
         )
@@ -134,6 +133,7 @@ def _read_layers(seen: dict[str, np.ndarray], plain: bool) -> dict[str, np.ndarr
 
 def _pool_layers(by_layer: np.ndarray) -> np.ndarray:
     """The norm of all layers together, without overflow."""
+    # Relative to the largest layer, whose square may be beyond float64.
     unit = np.max(np.abs(by_layer), axis=1, keepdims=True)
     unit = np.where(unit > 0, unit, 1.0)
     with np.errstate(invalid="ignore"):
@@ -206,6 +206,7 @@ def _write_code(
     known = norms[np.isfinite(norms) & (norms > 0)]
     percentile = f"optaxclip.thresholds.percentile({100 * (1 - middle):.3g})"
     scope = ", scope=optaxclip.scopes.leaf" if "layer-scales" in names else ""
+    # A drift decides first: a fixed bound, or a percentile of old norms, fits one end of it only.
     if "drift" in names:
         clip = f"optaxclip.clip_by_median({_quantile_over_trend(norms, n, middle):.3g}{scope})"
     elif scope:

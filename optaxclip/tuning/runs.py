@@ -5,6 +5,8 @@ is compiled twice. The steps are a Python loop: a `lax.scan` over steps would ne
 once, and is slow on a CPU where the step has a convolution.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -49,6 +51,7 @@ def check_arguments(call: str, name: str, function: Any, *arguments: str) -> Non
     form = f"{name} must be a function of ({', '.join(arguments)})"
     if not callable(function):
         raise validate.fail(form, function, call=call)
+    # Before anything is traced: inside `vmap` the error would be JAX's, and far from the call.
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of a builtin, which need not have one
@@ -112,6 +115,7 @@ def _describe(x: Any) -> str:
 
 def _read_clips(state: Any) -> dict[str, jax.Array]:
     """Norm and clip rate of a step; of several clips the first norm and the largest rate."""
+    # Not `metrics`, which refuses what holds no state of Optax: here the state is the user's.
     clips = [scalars_of(part, "") for part in find_parts(state) if isinstance(part, Metrics)]
     rates, norms = (
         [seen[key] for seen in clips if key in seen] for key in ("clipped", "grad_norm")
@@ -138,6 +142,7 @@ def run(
             report(i, seen["loss"])
     if not steps:
         raise ValueError(f"{program.call}: there must be at least one batch.")
+    # All at once at the end, so that the device is never waited for between steps.
     steps = jax.device_get(steps)
     unknown = np.full(len(seed), np.nan)
     losses, clipped, norms = (
@@ -155,6 +160,7 @@ def run_in_parts(
     """All runs, `size` at a time; the last part is padded with earlier runs, for one compile."""
     if size < len(value):
         batches = list(batches)
+    # Parts of one size are one program: a shorter last part would be compiled again.
     places = [np.arange(i, i + size) % len(value) for i in range(0, len(value), size)]
     parts = [run(program, value[at], seed[at], batches) for at in places]
     return Runs(*(np.concatenate(field)[: len(value)] for field in zip(*parts, strict=True)))

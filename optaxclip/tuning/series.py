@@ -1,5 +1,7 @@
 """Statistics of a recorded series of norms: its tail, its drift, the scales of its layers."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -51,6 +53,7 @@ def measure_series(norms: np.ndarray, layers: Mapping[str, np.ndarray]) -> Numbe
         median = float(np.median(norms[known])) if known.any() else np.nan
         return Numbers(*counts, median, np.nan, np.nan, np.nan, np.nan, np.nan, scale_ratio)
     time, logs = log_known(norms)
+    # On logs: norms are positive and skewed, and a drift is a factor.
     slope, noise = _fit_drift(time, logs)
     level = logs - slope * time
     level = np.sort(level - np.median(level))

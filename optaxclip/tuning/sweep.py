@@ -1,5 +1,7 @@
 """What a sweep over thresholds found: a table and a recommendation."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import numpy as np
@@ -113,6 +115,7 @@ def _median(final: np.ndarray) -> float:
 
 
 def _choose(sweep: Sweep) -> Choice:
+    # Capped, else a run that reached 1e30 would outweigh all others.
     scores = cap_diverged(sweep.final, sweep.failed)
     mean, count = scores.mean(axis=1), scores.shape[1]
     if sweep.diverged.all():
@@ -122,6 +125,7 @@ def _choose(sweep: Sweep) -> Choice:
     error = float(scores[best].std(ddof=1) / count**0.5) if count > 1 else 0.0
     near = mean <= mean[best] + error
     low, high = _find_plateau(near, best)
+    # The baseline may be on the plateau, but is no value to recommend for a clip.
     inside = [i for i in range(low, high + 1) if sweep.values[i] != sweep.baseline] or [best]
     pick = inside[len(inside) // 2]
     ends = float(sweep.values[inside[0]]), float(sweep.values[inside[-1]])
@@ -144,11 +148,9 @@ def _explain_choice(sweep: Sweep, choice: Choice, best: int, near: np.ndarray) -
     numbers += f", {len(sweep.seeds)} seeds"
     if choice.value == sweep.baseline:
         return f"Recommended: no clip ({numbers}). Every clip that was tried is worse."
-    plateau = (
-        f"the middle of {choice.low:g} to {choice.high:g}, which are"
-        if choice.low < choice.high
-        else "alone"
-    )
+    several = choice.low < choice.high
+    middle = f"the middle of {choice.low:g} to {choice.high:g}, which are"
+    plateau = middle if several else "alone"
     text = f"Recommended: {choice.value:g}, {plateau} within one standard error of the best"
     text += f" ({numbers})."
     real = [i for i, value in enumerate(sweep.values) if value != sweep.baseline]

@@ -1,5 +1,7 @@
 """Sweeps over thresholds: `tune` on a grid of values, `objective` for Optuna."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -136,11 +138,9 @@ def objective(
         ) from error
 
     check_arguments("objective", "suggest", suggest, "trial")
-    program, data, keys = (
-        compile_program(step, init, evaluate, "objective"),
-        list(batches),
-        _read_seeds(seeds, "objective"),
-    )
+    program = compile_program(step, init, evaluate, "objective")
+    data, keys = list(batches), _read_seeds(seeds, "objective")
+    # Each report waits for the device: ten a run are enough for a pruner.
     period = max(len(data) // 10, 1)
 
     def report(trial, i, losses):

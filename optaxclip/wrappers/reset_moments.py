@@ -1,5 +1,7 @@
 """SPAM's momentum reset: an optimizer forgets its moments from time to time, and warms up again."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
@@ -8,6 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import trees, validate, xla
+from optaxclip.core import Description
 from optaxclip.states import StateGuard
 
 
@@ -67,7 +70,8 @@ def reset_moments(
     def init_fn(params):
         return ResetState(jnp.zeros((), jnp.int32), inner.init(params))
 
-    guard = StateGuard(validate.called(), ResetState, init_fn)
+    call = validate.called()
+    guard = StateGuard(call, ResetState, init_fn)
 
     def update_fn(updates, state, params=None, **extra_args):
         guard.check(state, updates if params is None else params)
@@ -80,7 +84,8 @@ def reset_moments(
         updates = jax.tree.map(lambda u: _times(u, warm) if trees.is_measured(u) else u, updates)
         return updates, ResetState(jnp.asarray(optax.safe_increment(step)), new)
 
-    update_fn.inner = inner  # type: ignore[attr-defined]
+    about = Description(kind="other", name=call, inner=inner)
+    update_fn.description = about  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

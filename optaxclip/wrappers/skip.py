@@ -5,6 +5,8 @@ moments decay and its momentum moves the parameters. To skip a step the optimize
 put back, and that takes a wrapper.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any, NamedTuple
 
@@ -246,8 +248,8 @@ def _skip(inner, watch, loss_rule, most: ArrayLike, *, needs_loss: bool):
         skip, state = _decide(verdict, state, new, fresh, most)
         return jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), steps), state
 
-    update_fn.description = watch.update.description  # type: ignore[attr-defined]
-    update_fn.inner = inner  # type: ignore[attr-defined]
+    about = watch.update.description._replace(inner=inner)
+    update_fn.description = about  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

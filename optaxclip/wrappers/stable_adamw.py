@@ -1,5 +1,7 @@
 """StableAdamW: a leaf's step is shortened where Adam's second moment lags behind the gradient."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -79,8 +81,8 @@ def scale_by_stable_rms(
         clipped, record = clip.update(steps, state.clip, _shares(call, updates, new, b2, eps))
         return clipped, StableRmsState(new, record)
 
-    update_fn.description = clip.update.description  # type: ignore[attr-defined]
-    update_fn.inner = inner  # type: ignore[attr-defined]
+    about = clip.update.description._replace(inner=inner)
+    update_fn.description = about  # type: ignore[attr-defined]
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

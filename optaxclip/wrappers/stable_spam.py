@@ -1,5 +1,7 @@
 """Stable-SPAM, the optimizer."""
 
+from __future__ import annotations
+
 import optax
 from jax.typing import ArrayLike
 

@@ -7,6 +7,8 @@ saves a few more kernels on one device, makes XLA gather each of them on a mesh 
 one cannot be asked: under `jit(in_shardings=...)` the types of unannotated arrays do not say.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -8,6 +8,8 @@ sums take three times as long as one, one sum is checked, and the rare other sca
 The derivative is <x, dx> / |x|, stated as such: it is finite where the pool at one scale is not.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from typing import Any
@@ -105,18 +107,30 @@ def _block_lengths(norm: Norm, layout: Layout, arrays) -> jax.Array:
     dtype = accumulator(arrays)
     scales, counts = scales_of(norm, dtype, units=False), counts_of(layout, dtype)
 
+    def pools_of(form, arrays, scales):
+        return _gathered(norm, layout, form(norm, layout, arrays, scales, dtype))
+
     def at_all_scales(form, arrays):
-        return _chosen(norm, _gathered(norm, layout, form(norm, layout, arrays, scales, dtype)), scales, counts)
+        return _chosen(norm, pools_of(form, arrays, scales), scales, counts)
 
     everywhere = functools.partial(at_all_scales, plain)
     gpu = functools.partial(at_all_scales, variadic)
     if len(scales) == 1:
         return lax.platform_dependent(arrays, cuda=gpu, rocm=gpu, default=everywhere)
+    small = functools.partial(plain, stacked=True)
+
+    def rescue(arrays):
+        # One scale after another: all in one read, XLA:CPU would keep room for a float32 copy of narrow leaves.
+        def at(scale):
+            return pools_of(small, _tied(arrays, scale), (scale,))[0]
+
+        pools = lax.map(at, np.asarray(scales, dtype))
+        return _chosen(norm, pools, scales, counts)
 
     def checked(arrays):
-        pool = _gathered(norm, layout, plain(norm, layout, _apart(arrays), (1.0,), dtype, stacked=True))[0]
+        pool = pools_of(small, _apart(arrays), (1.0,))[0]
         inside = (pool >= counts * _lowest(dtype)) & (pool < jnp.inf)
-        return lax.cond(jnp.all(inside), lambda _: norm.finish(pool, counts), everywhere, arrays)
+        return lax.cond(jnp.all(inside), lambda _: norm.finish(pool, counts), rescue, arrays)
 
     return lax.platform_dependent(arrays, cpu=checked, cuda=gpu, rocm=gpu, default=everywhere)
 
@@ -130,6 +144,11 @@ def _lowest(dtype):
 def _apart(arrays):
     """Narrow leaves behind a barrier: XLA:CPU would widen them once for all their uses, and keep that copy."""
     return [x if widen(x) is x else lax.optimization_barrier(x) for x in arrays]
+
+
+def _tied(arrays, scale):
+    """The same inside a loop over scales, before which XLA would widen them, but for what changes in the loop."""
+    return [x if widen(x) is x else lax.optimization_barrier((x, scale))[0] for x in arrays]
 
 
 def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
@@ -165,14 +184,20 @@ def _unit_lengths(norm: Norm, layout: Layout, arrays) -> list[jax.Array]:
         rows = units(norm, layout, arrays, scales, dtype, stacked=stacked)
         return [_chosen(norm, pools, scales, count) for pools, count in zip(rows, counts, strict=True)]
 
-    everywhere, gpu = functools.partial(at_all_scales, False), functools.partial(at_all_scales, True)
+    def one_scale(arrays, scale):
+        return [pools[0] for pools in units(norm, layout, arrays, (scale,), dtype, stacked=False)]
+
+    def rescue(arrays):
+        rows = lax.map(lambda scale: one_scale(_tied(arrays, scale), scale), np.asarray(scales, dtype))
+        return [_chosen(norm, pools, scales, count) for pools, count in zip(rows, counts, strict=True)]
 
     def checked(arrays):
-        rows = [pools[0] for pools in units(norm, layout, _apart(arrays), (1.0,), dtype, stacked=False)]
-        inside = [_unit_inside(x, n * _lowest(dtype)) for x, n in zip(rows, counts, strict=True)]
-        fine = jnp.all(jnp.stack([jnp.all(x) for x in inside])) if inside else jnp.array(True)
-        return lax.cond(fine, lambda _: [norm.finish(x, n) for x, n in zip(rows, counts, strict=True)], everywhere, arrays)
+        rows = one_scale(_apart(arrays), (1.0,))
+        inside = [jnp.all(_unit_inside(x, n * _lowest(dtype))) for x, n in zip(rows, counts, strict=True)]
+        plain_lengths = [norm.finish(x, n) for x, n in zip(rows, counts, strict=True)]
+        return lax.cond(jnp.all(jnp.stack(inside)), lambda _: plain_lengths, rescue, arrays) if rows else []
 
+    everywhere, gpu = functools.partial(at_all_scales, False), functools.partial(at_all_scales, True)
     cpu = checked if len(scales) > 1 else everywhere
     return lax.platform_dependent(arrays, cpu=cpu, cuda=gpu, rocm=gpu, default=everywhere)
 

@@ -7,6 +7,8 @@ over which it varies), so it need not be said; with `check_vma=False` and in `pm
 silent, and it must be: there is never a silent local norm.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -49,7 +51,7 @@ class Span(NamedTuple):
 
     def check_units(self) -> None:
         """Raises where types say over which axes a leaf varies, but units need to know along which of its own."""
-        if self.axes and not self.explicit:
+        if not self.explicit and any(lax.axis_size(axis) > 1 for axis in self.axes):
             raise ValueError(
                 f"A clip of units inside shard_map, over the mesh axes {self.axes}, cannot know whether these cut"
                 " units or lie between them: a type says over which axes a leaf varies, not along which of its"
@@ -135,7 +137,7 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
 
 def _silent(axes: tuple[Any, ...]) -> str:
     """Why the span cannot be known, and what to write. The commonest case, averaged gradients, comes first."""
-    if not all(isinstance(axis, str) for axis in axes):
+    if any(not isinstance(axis, str) or axis.startswith("_") for axis in axes):  # JAX's own name
         return (
             "A clip inside pmap without axis_name cannot communicate: only the norm of each device's own gradients"
             " can be taken. Pass axis_names=() to the clip if that is meant, for example because the gradients are"

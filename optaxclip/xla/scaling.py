@@ -4,6 +4,8 @@ One multiply a leaf is the form that XLA fuses into the optimizer that follows: 
 copy of the gradients. A division, a select or a `cond` on the tree is not fused.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

@@ -1,5 +1,7 @@
 """In which dtype numbers are measured and scaled: float32 at least, whatever the gradient's."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np

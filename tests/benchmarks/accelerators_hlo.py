@@ -51,7 +51,7 @@ def count(compiled: jax.stages.Compiled) -> dict[str, int]:
             _add(totals, instruction, computations[name], launched)
             pending += [
                 (called, launched and instruction.opcode in CALLS)
-                for called in _called(instruction)
+                for called in called_by(instruction)
             ]
     return totals
 
@@ -83,7 +83,7 @@ def _undone(opcode: str) -> str:
     return started if started in COLLECTIVES else opcode
 
 
-def _called(instruction: Instruction) -> list[str]:
+def called_by(instruction: Instruction) -> list[str]:
     """The computations that an instruction runs."""
     keys = "body|condition|to_apply|calls|true_computation|false_computation"
     found = re.findall(rf"\b(?:{keys})=%?([\w.\-]+)", instruction.attributes)

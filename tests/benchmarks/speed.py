@@ -4,7 +4,7 @@
     python -m tests.benchmarks.speed --picture docs/images/speed.png  # of what stands in docs/performance.md
 
 Times are ratios between functions that took turns in one process, in an order that is reversed every other round: the
-median, and the quartiles.  Bytes and temporaries are XLA's, of the compiled program, and the same at every run.
+median, and the quartiles. Bytes and temporaries are those of the program that XLA makes, and the same at every run.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import optaxclip
 from tests.benchmarks import outside
 from tests.benchmarks.overheads import compiling, eager, percentiles
 from tests.benchmarks.reporting import device, put_into, race, ratios, table
+from tests.benchmarks.running import count_bytes
 from tests.benchmarks.trees import TREES, numbers, shapes_of
 
 OPTIMIZERS = {
@@ -61,10 +62,10 @@ def train_step(tx, tree: dict, dtype=jnp.float32, options: dict | None = None) -
 
 
 def account(compiled: jax.stages.Compiled, tree: dict, dtype=jnp.float32) -> tuple[float, float]:
-    """XLA's account of a step: bytes accessed a parameter, and temporaries relative to the gradients' size."""
+    """Of a step the bytes moved a parameter, and temporaries relative to the gradients' size."""
     count = sum(map(math.prod, tree.values()))
     size = count * jnp.dtype(dtype).itemsize
-    return compiled.cost_analysis()["bytes accessed"] / count, compiled.memory_analysis().temp_size_in_bytes / size
+    return count_bytes(compiled) / count, compiled.memory_analysis().temp_size_in_bytes / size
 
 
 def chain(small: bool) -> str:
