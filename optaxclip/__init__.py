@@ -1,60 +1,133 @@
-"""Gradient clipping as Optax gradient transformations: four parts, and the published methods made of them."""
+"""Gradient clipping as Optax gradient transformations: four parts, and the published methods made
+of them.
+
+At the top lie what users chain and call. Parts lie in namespaces that say what they are:
+`scopes.leaf`, `norms.l2`, `actions.zero`, `thresholds.zscore`, `feeds.accepted`; types of parts and
+states in `base`.
+"""
 
 import difflib
-import importlib
-from typing import Any
 
-# INTERIM while rooms are being moved: what cannot be imported yet is left out.
-_NAMES = {
-    "optaxclip.core": ["clip_by"],
-    "optaxclip.clips.norm": ["clip_by_block_rms", "clip_by_global_norm", "clip_by_group_norm", "clip_by_leaf_norm", "global_norm"],
-    "optaxclip.clips.value": ["clip", "clip_by_value"],
-    "optaxclip.clips.adaptive_grad_clip": ["adaptive_grad_clip", "unitwise_clip", "unitwise_norm"],
-    "optaxclip.clips.adagc": ["adagc"],
-    "optaxclip.clips.autoclip": ["autoclip"],
-    "optaxclip.clips.band_clip": ["band_clip"],
-    "optaxclip.clips.clip_qk": ["clip_qk"],
-    "optaxclip.clips.clippy": ["clippy"],
-    "optaxclip.clips.larc": ["larc"],
-    "optaxclip.clips.log_zscore": ["clip_by_log_zscore"],
-    "optaxclip.clips.median": ["clip_by_median"],
-    "optaxclip.clips.momentum_norm": ["clip_by_momentum_norm"],
-    "optaxclip.clips.norm_growth": ["limit_norm_growth"],
-    "optaxclip.clips.quantile_clip": ["quantile_clip"],
-    "optaxclip.clips.second_moment": ["adamw_clip", "spam_clip"],
-    "optaxclip.clips.smooth_clip": ["smooth_clip"],
-    "optaxclip.clips.spectral_clip": ["spectral_clip"],
-    "optaxclip.clips.stable_spam": ["clip_by_running_max", "normalize_by_moments"],
-    "optaxclip.wrappers.stable_spam": ["stable_spam"],
-    "optaxclip.clips.u_clip": ["clip21", "u_clip"],
-    "optaxclip.clips.acclip": ["scale_by_acclip"],
-    "optaxclip.clips.zclip": ["zclip"],
-    "optaxclip.wrappers.skip": ["skip_nonfinite", "skip_spikes"],
-    "optaxclip.wrappers.reset_moments": ["reset_moments"],
-    "optaxclip.wrappers.stable_adamw": ["scale_by_stable_rms", "stable_adamw"],
-    "optaxclip.per_example.transforms": ["per_example_global_norm_clip", "per_example_layer_norm_clip"],
-    "optaxclip.per_example.clipped_grad": ["clipped_value_and_grad"],
-    "optaxclip.monitoring.reading": ["metrics"],
-    "optaxclip.monitoring.watch": ["watch"],
-    "optaxclip.monitoring.history": ["History"],
-    "optaxclip.monitoring.bad": ["bad_steps"],
-    "optaxclip.monitoring.explain": ["explain"],
-    "optaxclip.monitoring.diagnose": ["diagnose"],
-    "optaxclip.checking.check": ["check"],
-    "optaxclip.tuning.training": ["tune"],
-    "optaxclip.tuning.recommend": ["recommend"],
-}
-for _module in ("actions", "feeds", "norms", "scopes", "thresholds", "per_example", "plots"):
-    try:
-        globals()[_module] = importlib.import_module(f"optaxclip.{_module}")
-    except ImportError as _e:
-        pass
-for _module, _names in _NAMES.items():
-    try:
-        _m = importlib.import_module(_module)
-    except ImportError as _e:
-        continue
-    for _n in _names:
-        globals()[_n] = getattr(_m, _n)
+from optaxclip import actions, base, feeds, norms, per_example, plots, scopes, thresholds
+from optaxclip.checking.check import check
+from optaxclip.clips.acclip import scale_by_acclip
+from optaxclip.clips.adagc import adagc
+from optaxclip.clips.adaptive_grad_clip import adaptive_grad_clip, unitwise_clip, unitwise_norm
+from optaxclip.clips.autoclip import autoclip
+from optaxclip.clips.band_clip import band_clip
+from optaxclip.clips.clip_qk import clip_qk
+from optaxclip.clips.clippy import clippy
+from optaxclip.clips.larc import larc
+from optaxclip.clips.log_zscore import clip_by_log_zscore
+from optaxclip.clips.median import clip_by_median
+from optaxclip.clips.momentum_norm import clip_by_momentum_norm
+from optaxclip.clips.norm import (
+    clip_by_block_rms,
+    clip_by_global_norm,
+    clip_by_group_norm,
+    clip_by_leaf_norm,
+    global_norm,
+)
+from optaxclip.clips.norm_growth import limit_norm_growth
+from optaxclip.clips.quantile_clip import quantile_clip
+from optaxclip.clips.second_moment import adamw_clip, spam_clip
+from optaxclip.clips.smooth_clip import smooth_clip
+from optaxclip.clips.spectral_clip import spectral_clip
+from optaxclip.clips.stable_spam import clip_by_running_max, normalize_by_moments
+from optaxclip.clips.u_clip import clip21, u_clip
+from optaxclip.clips.value import clip, clip_by_value
+from optaxclip.clips.zclip import zclip
+from optaxclip.core import clip_by
+from optaxclip.monitoring.bad import bad_steps
+from optaxclip.monitoring.diagnose import diagnose
+from optaxclip.monitoring.explain import explain
+from optaxclip.monitoring.history import History
+from optaxclip.monitoring.reading import metrics
+from optaxclip.monitoring.watch import watch
+from optaxclip.per_example import (
+    clipped_value_and_grad,
+    per_example_global_norm_clip,
+    per_example_layer_norm_clip,
+)
+from optaxclip.tuning.recommend import recommend
+from optaxclip.tuning.training import tune
+from optaxclip.wrappers.reset_moments import reset_moments
+from optaxclip.wrappers.skip import skip_nonfinite, skip_spikes
+from optaxclip.wrappers.stable_adamw import scale_by_stable_rms, stable_adamw
+from optaxclip.wrappers.stable_spam import stable_spam
 
 __version__ = "0.1.0"
+
+_NAMESPACES = (actions, base, feeds, norms, per_example, plots, scopes, thresholds)
+
+__all__ = [
+    "History",
+    "actions",
+    "adagc",
+    "adamw_clip",
+    "adaptive_grad_clip",
+    "autoclip",
+    "bad_steps",
+    "band_clip",
+    "base",
+    "check",
+    "clip",
+    "clip21",
+    "clip_by",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "clip_by_group_norm",
+    "clip_by_leaf_norm",
+    "clip_by_log_zscore",
+    "clip_by_median",
+    "clip_by_momentum_norm",
+    "clip_by_running_max",
+    "clip_by_value",
+    "clip_qk",
+    "clipped_value_and_grad",
+    "clippy",
+    "diagnose",
+    "explain",
+    "feeds",
+    "global_norm",
+    "larc",
+    "limit_norm_growth",
+    "metrics",
+    "normalize_by_moments",
+    "norms",
+    "per_example",
+    "per_example_global_norm_clip",
+    "per_example_layer_norm_clip",
+    "plots",
+    "quantile_clip",
+    "recommend",
+    "reset_moments",
+    "scale_by_acclip",
+    "scale_by_stable_rms",
+    "scopes",
+    "skip_nonfinite",
+    "skip_spikes",
+    "smooth_clip",
+    "spam_clip",
+    "spectral_clip",
+    "stable_adamw",
+    "stable_spam",
+    "thresholds",
+    "tune",
+    "u_clip",
+    "unitwise_clip",
+    "unitwise_norm",
+    "watch",
+    "zclip",
+]
+
+
+def __getattr__(name: str):
+    """An error that names the nearest name, here or in a namespace."""
+    for room in _NAMESPACES:
+        if not name.startswith("_") and hasattr(room, name):
+            raise AttributeError(f"optaxclip has no {name!r}: write {room.__name__}.{name}")
+    near = difflib.get_close_matches(name, __all__, n=1)
+    raise AttributeError(
+        f"optaxclip has no {name!r}" + (f": did you mean optaxclip.{near[0]}?" if near else "")
+    )

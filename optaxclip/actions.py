@@ -1,7 +1,9 @@
-"""What is done about a block: `(norms, bounds) -> factors`, each the number that the block is multiplied by.
+"""What is done about a block: `(norms, bounds) -> factors`, each the number that the block is
+multiplied by.
 
-Each action first says how long the block shall be, then divides. A block that already is that long gets a factor
-of exactly 1 and comes back bit for bit. An action is homogeneous: it depends on the ratio of norm and bound alone.
+Each action first says how long the block shall be, then divides. A block that already is that long
+gets a factor of exactly 1 and comes back bit for bit. An action is homogeneous: it depends on the
+ratio of norm and bound alone.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ def _action(rule) -> Part:
 
 
 def _factor(lengths, norms):
-    """`lengths / norms`; exactly 1 where nothing changes, and for blocks of zeros, which no factor can lengthen.
+    """`lengths / norms`; exactly 1 where nothing changes, and for blocks of zeros, which no factor
+    can lengthen.
 
-    The division never sees a zero, not even where its result is dropped: `0 / 0` there would poison derivatives.
+    The division never sees a zero, not even where its result is dropped: `0 / 0` there would poison
+      derivatives.
     """
     same = (lengths == norms) | (norms == 0)
     return jnp.where(same, 1, lengths / jnp.where(same, 1, norms))
@@ -42,7 +46,8 @@ def rescale(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 
 @_action
 def normalize(norms: jax.Array, bounds: jax.Array) -> jax.Array:
-    """Gives every block the length of its bound: b / n. Zeros stay zeros; no bound (infinity), no change.
+    """Gives every block the length of its bound: b / n. Zeros stay zeros; no bound (infinity), no
+    change.
 
     >>> from optaxclip import actions
     >>> actions.normalize(jnp.array([0.5, 2.0]), jnp.array([1.0, 1.0]))
@@ -55,7 +60,8 @@ def normalize(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 def zero(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     """Drops a block that is too long: 0 if n > b, else 1.
 
-    Note that an optimizer after the clip still steps: momentum moves the parameters, and moments decay. To leave
+    Note that an optimizer after the clip still steps: momentum moves the parameters, and moments
+    decay. To leave
     the whole step out, use `optaxclip.skip_spikes`.
 
     >>> from optaxclip import actions
@@ -74,7 +80,8 @@ def keep(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 @validate.makes_part
 @validate.named
 def smooth(p: ArrayLike = 2.0) -> Action:
-    """Shortens every block, the more the longer it is: (1 + (n / b)ᵖ)^(-1/p), at most b in length, without a kink.
+    """Shortens every block, the more the longer it is: (1 + (n / b)ᵖ)^(-1/p), at most b in length,
+    without a kink.
 
     At n = b the factor is 2^(-1/p): 0.5 for p = 1, 0.71 for 2, 0.92 for 8. p = inf is `rescale`.
 
@@ -90,7 +97,8 @@ def smooth(p: ArrayLike = 2.0) -> Action:
         return rescale
 
     def rule(norms, bounds):
-        # The smaller over the larger: no power overflows, and b = 0, b = inf and n = 0 need no case of their own.
+        # The smaller over the larger: no power overflows, and b = 0, b = inf and n = 0 need no case
+        # of their own.
         over = norms > bounds
         ratio = _factor(jnp.where(over, bounds, norms), jnp.where(over, norms, bounds))
         ratio = jnp.where((norms == 0) | jnp.isinf(bounds), 0, ratio)
@@ -106,8 +114,8 @@ def smooth(p: ArrayLike = 2.0) -> Action:
 def band(low: ArrayLike = 0.0, *, floor: ArrayLike = 0.0) -> Action:
     """Keeps a block's length between a floor and its bound: clip(n, max(low · b, floor), b) / n.
 
-    The floor lifts vanishing gradients as the bound holds exploding ones. Zeros stay zeros; where floor and bound
-    contradict each other the bound wins.
+    The floor lifts vanishing gradients as the bound holds exploding ones. Zeros stay zeros; where
+    floor and bound contradict each other the bound wins.
 
     Args:
       low: the floor as a share of the bound, from 0 to 1.
@@ -136,13 +144,18 @@ def as_action(action: Action | None) -> Action:
     """The action; `rescale` for None.
 
     Raises:
-      ValueError: naming the call and what there is, for what is no function, and for `smooth` and `band` not called.
+      ValueError: naming the call and what there is, for what is no function, and for `smooth` and
+        `band` not called.
     """
     if action is None:
         return rescale
     if not callable(action) or getattr(action, "makes_part", False):
-        choices = "actions.rescale, actions.normalize, actions.zero, actions.smooth(p), actions.band(low)"
-        raise validate.fail(f"action must be {choices} or a function (norms, bounds) -> factors", action)
+        choices = (
+            "actions.rescale, actions.normalize, actions.zero, actions.smooth(p), actions.band(low)"
+        )
+        raise validate.fail(
+            f"action must be {choices} or a function (norms, bounds) -> factors", action
+        )
     return action
 
 

@@ -29,11 +29,13 @@ Action = Callable[[jax.Array, jax.Array], jax.Array]
 # `(norms, bounds) -> norms`: what a statistic learns of norms; NaN stands for "nothing".
 Feed = Callable[[jax.Array, jax.Array], jax.Array]
 
-# What may be given as a bound: a number, array or tracer from 0 to inf, a schedule (a function of the
-# step), or an optax transformation of norms into bounds. Its `params` are the parameters' norms.
+# What may be given as a bound: a number, array or tracer from 0 to inf, a schedule (a function of
+# the step), or an optax transformation of norms into bounds. Its `params` are the parameters'
+# norms.
 Threshold = optax.GradientTransformation | optax.Schedule | ArrayLike
 
-# Which leaves to leave alone: a regular expression searched in the path, or a predicate of the path.
+# Which leaves to leave alone: a regular expression searched in the path, or a predicate of the
+# path.
 Exclude = str | Callable[[str], bool] | None
 
 # What becomes of a block that is not finite: all NaN, or all zeros.
@@ -50,7 +52,9 @@ Label = Callable[[str], str] | Mapping[str, str]
 
 
 class Part:
-    """A function that is a part, and shows itself as one writes it: `feeds.raw`, `actions.smooth(2.0)`."""
+    """A function that is a part, and shows itself as one writes it: `feeds.raw`,
+    `actions.smooth(2.0)`.
+    """
 
     def __init__(self, name: str, rule: Callable[..., Any]):
         functools.update_wrapper(self, rule)
@@ -120,8 +124,10 @@ class Scope(NamedTuple):
 class Metrics(NamedTuple):
     """What the last update did, and how often.
 
-    The first six fields have the shape of the norms, for `units` that of all units: they are sharded as the leaf,
-    and reduced only where they are read. A clip that does not measure has None where it would have to.
+    The first six fields have the shape of the norms, for `units` that of all units: they are
+    sharded as the leaf,
+    and reduced only where they are read. A clip that does not measure has None where it would have
+    to.
 
     Attributes:
       grad_norm: the norm before the clip, float32 (float64 for float64 leaves).

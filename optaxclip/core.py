@@ -4,16 +4,19 @@ Every clip in this library answers four questions, and each answer is a part of 
 
     scope      which numbers share one norm?          scopes.tree, leaf, groups, units
     norm       how long is a block?                   norms.l2, l1, linf, rms, lp(p)
-    threshold  how long may it be?                    a number, a schedule, or a transformation of norms into bounds
-    action     what is done about one that is longer? actions.rescale, normalize, zero, smooth(p), band(low)
+    threshold  how long may it be?                    a number, a schedule, or a transformation of
+    norms into bounds action     what is done about one that is longer? actions.rescale, normalize,
+    zero, smooth(p), band(low)
 
-Data goes one way, once: the updates are cut into blocks and measured in one read, the threshold makes bounds of the
-norms, the action makes factors of both, and each leaf is multiplied by the factor of its block.
+Data goes one way, once: the updates are cut into blocks and measured in one read, the threshold
+makes bounds of the norms, the action makes factors of both, and each leaf is multiplied by the
+factor of its block.
 
     updates --cut, measure--> norms --threshold--> bounds --action--> factors --multiply--> updates
 
-Norms, bounds and factors have one shape (see `optaxclip.base`), so no part needs to know which scope it serves. How
-the sum and the multiply are written for which compiler is the affair of `optaxclip.xla`, and of nobody else.
+Norms, bounds and factors have one shape (see `optaxclip.base`), so no part needs to know which
+scope it serves. How the sum and the multiply are written for which compiler is the affair of
+`optaxclip.xla`, and of nobody else.
 """
 
 from __future__ import annotations
@@ -29,10 +32,21 @@ import optax
 
 from optaxclip import scopes, validate, xla
 from optaxclip.actions import as_action
-from optaxclip.base import Action, AxisNames, ClipState, Exclude, Nonfinite, Norm, Norms, Scope, Threshold, View
+from optaxclip.base import (
+    Action,
+    AxisNames,
+    ClipState,
+    Exclude,
+    Nonfinite,
+    Norm,
+    Norms,
+    Scope,
+    Threshold,
+    View,
+)
 from optaxclip.norms import as_norm, l2
-from optaxclip.scopes import as_scope
 from optaxclip.record import Step, fresh_metrics, pack_names, record
+from optaxclip.scopes import as_scope
 from optaxclip.states import ParamsMemory, StateGuard
 from optaxclip.thresholds.blocks import hold, reads_params
 from optaxclip.thresholds.fixed import as_threshold
@@ -43,10 +57,11 @@ class Description(NamedTuple):
     """What a transformation is made of, for whoever reads a chain: `tx.update.description`.
 
     Attributes:
-      scope, norm, threshold, action, view, exclude: as given to `clip_by`; None where there is no such part.
+      scope, norm, threshold, action, view, exclude: as given to `clip_by`; None where there is no
+        such part.
       nonfinite: as given to `clip_by`.
-      kind: "blocks": each block is multiplied by what `action` says; "elements": each element is put between
-        limits; "other": anything else, such as a clip with a memory.
+      kind: "blocks": each block is multiplied by what `action` says; "elements": each element is
+        put between limits; "other": anything else, such as a clip with a memory.
       name: the public call.
       inner: what a wrapper holds.
     """
@@ -67,7 +82,8 @@ class Rule(NamedTuple):
     """What tells one clip from another, beside scope and threshold.
 
     Attributes:
-      measure: `(leaves, layout) -> norms`; None if nothing is measured, and the threshold does not read norms.
+      measure: `(leaves, layout) -> norms`; None if nothing is measured, and the threshold does not
+        read norms.
       act: `(leaves, layout, norms, bounds) -> (new leaves, Step)`.
       bounded: whether the `Step` has bounds; limits of single elements are not recorded.
     """
@@ -92,31 +108,37 @@ def clip_by(
     """Clips each block of the updates to its bound: g ← g · action(‖g‖, bound).
 
     Args:
-      threshold: the bound: a number from 0 to inf, an array or tracer, a schedule (a function of the step), or a
-        threshold, which is an optax transformation of norms into bounds.
-      scope: which numbers share one norm: `scopes.tree`, `scopes.leaf`, `scopes.groups(label)`, `scopes.units(axes)`.
+      threshold: the bound: a number from 0 to inf, an array or tracer, a schedule (a function of
+        the step), or a threshold, which is an optax transformation of norms into bounds.
+      scope: which numbers share one norm: `scopes.tree`, `scopes.leaf`, `scopes.groups(label)`,
+        `scopes.units(axes)`.
       norm: how long a block is: `norms.l2`, `l1`, `linf`, `rms`, or a number p for the p-norm.
-      action: what is done: `actions.rescale` (None: `optax.inject_hyperparams` takes a function for a schedule, so
-        none is the default), `normalize`, `zero`, `smooth(p)`, `band(low)`, or a function `(norms, bounds) -> factors`.
-      view: what is measured in place of the updates: a function of a leaf and its parameters, both in float32 at
-        least, that returns an array of that shape; for example `lambda g, w: g / (abs(w) + 1e-3)`.
-      exclude: leaves to leave alone, neither measured nor changed: a regular expression searched in the path, or a
-        predicate of the path.
-      nonfinite: what becomes of a block with NaN or inf in it: "propagate" makes all of it NaN, "zero" makes all of it
-        exact zeros. No statistic of a threshold moves either way. A block whose norm is beyond the largest float, or
-        whose factor is below the smallest normal one (1e-38), counts as not finite.
-      axis_names: inside `shard_map(check_vma=False)`, `pmap` or `vmap(axis_name=...)`, the mesh axes over which the
-        gradients are spread: a name or tuple of names, a function of the path, or a tree of these. () if they are
-        already the same on every device. Not needed under plain `jit`, nor where `shard_map` keeps types.
+      action: what is done: `actions.rescale` (None: `optax.inject_hyperparams` takes a function for
+        a schedule, so none is the default), `normalize`, `zero`, `smooth(p)`, `band(low)`, or a
+        function `(norms, bounds) -> factors`.
+      view: what is measured in place of the updates: a function of a leaf and its parameters, both
+        in float32 at least, that returns an array of that shape; for example `lambda g, w: g /
+        (abs(w) + 1e-3)`.
+      exclude: leaves to leave alone, neither measured nor changed: a regular expression searched in
+        the path, or a predicate of the path.
+      nonfinite: what becomes of a block with NaN or inf in it: "propagate" makes all of it NaN,
+        "zero" makes all of it exact zeros. No statistic of a threshold moves either way. A block
+        whose norm is beyond the largest float, or whose factor is below the smallest normal one
+        (1e-38), counts as not finite.
+      axis_names: inside `shard_map(check_vma=False)`, `pmap` or `vmap(axis_name=...)`, the mesh
+        axes over which the gradients are spread: a name or tuple of names, a function of the path,
+        or a tree of these. () if they are already the same on every device. Not needed under plain
+        `jit`, nor where `shard_map` keeps types.
 
     Returns:
-      A `GradientTransformationExtraArgs` with a `ClipState`. `update(updates, None)` starts from a fresh state where
-      the threshold keeps none.
+      A `GradientTransformationExtraArgs` with a `ClipState`. `update(updates, None)` starts from a
+      fresh state where the threshold keeps none.
 
     Raises:
-      ValueError: for a threshold that is negative, NaN, a boolean or a string; for a scope, norm, action, `exclude`
-        or `nonfinite` that is not a valid value; at the update, for the state of something else, if the tree's blocks
-        are not those of `init`, or if the parameters are needed and not passed.
+      ValueError: for a threshold that is negative, NaN, a boolean or a string; for a scope, norm,
+        action, `exclude` or `nonfinite` that is not a valid value; at the update, for the state of
+        something else, if the tree's blocks are not those of `init`, or if the parameters are
+        needed and not passed.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> from optaxclip import actions, scopes
@@ -141,15 +163,17 @@ def clip_by(
 
 
 def decide(norms: Norms, bounds: Norms, action: Action, bad: float) -> Step:
-    """One factor a block. A negative bound counts as 0; a block that is not finite gets the factor `bad`."""
+    """One factor a block. A negative bound counts as 0; a block that is not finite gets the factor
+    `bad`.
+    """
     if isinstance(norms, list):
         rows = [decide(n, b, action, bad) for n, b in zip(norms, bounds, strict=True)]
         return Step(*map(list, zip(*rows, strict=True))) if rows else Step([], [], [], [], [])
     bounds = jnp.maximum(bounds.astype(norms.dtype), 0)
     finite = jnp.isfinite(norms)
     factors = action(jnp.where(finite, norms, 0), bounds).astype(norms.dtype)
-    # XLA flushes a factor below the smallest normal float to zero: the block would vanish in silence. Whether it is
-    # so small is asked of the norm, since of the factor nothing is left.
+    # XLA flushes a factor below the smallest normal float to zero: the block would vanish in
+    # silence. Whether it is so small is asked of the norm, since of the factor nothing is left.
     vanishes = (bounds > 0) & (bounds < norms * jnp.finfo(norms.dtype).tiny)
     fine = finite & jnp.isfinite(factors) & ~vanishes
     factors = jnp.where(fine, factors, np.asarray(bad, norms.dtype))
@@ -161,7 +185,9 @@ def _layout(scope: Scope, paths, shapes, span: xla.Span) -> xla.Layout:
     return xla.lay_out(scope.cut(paths, shapes), paths, shapes, span)
 
 
-def build(about: Description, rule: Rule, axis_names: AxisNames | None) -> optax.GradientTransformationExtraArgs:
+def build(
+    about: Description, rule: Rule, axis_names: AxisNames | None
+) -> optax.GradientTransformationExtraArgs:
     """The one engine: measures, asks the threshold, acts, records. Every clip is built by it."""
     call, exclude, scope, threshold = validate.called(), about.exclude, about.scope, about.threshold
     validate.exclude(exclude)
@@ -170,10 +196,14 @@ def build(about: Description, rule: Rule, axis_names: AxisNames | None) -> optax
     def init_fn(params):
         params = memory.recall(params)
         leaves = select(params, exclude)
-        norms = _zeros(_layout(scope, leaves.paths, leaves.shapes, xla.NOWHERE), xla.accumulator(leaves.arrays))
+        norms = _zeros(
+            _layout(scope, leaves.paths, leaves.shapes, xla.NOWHERE), xla.accumulator(leaves.arrays)
+        )
         names = scope.cut(leaves.paths, leaves.shapes).names
         measured = rule.measure is not None
-        metrics = fresh_metrics(norms, pack_names(names or ()), measured=measured, bounded=rule.bounded)
+        metrics = fresh_metrics(
+            norms, pack_names(names or ()), measured=measured, bounded=rule.bounded
+        )
         return ClipState(threshold.init(norms), metrics)
 
     guard = StateGuard(call, ClipState, init_fn)
@@ -188,14 +218,22 @@ def build(about: Description, rule: Rule, axis_names: AxisNames | None) -> optax
         state = _fresh_if_none(state, init_fn, updates)
         guard.check(state, updates)
         # What measures nothing has nothing to agree on with other devices, and needs no axis names.
-        span = xla.find_span(leaves.arrays, leaves.paths, axis_names) if rule.measure else xla.NOWHERE
+        span = (
+            xla.find_span(leaves.arrays, leaves.paths, axis_names) if rule.measure else xla.NOWHERE
+        )
         layout = _layout(scope, leaves.paths, leaves.shapes, span)
         dtype = _dtype_of(state, leaves)
-        seen = leaves if about.view is None else _viewed(about.view, leaves, match_params(leaves, params, exclude, call))
+        seen = (
+            leaves
+            if about.view is None
+            else _viewed(about.view, leaves, match_params(leaves, params, exclude, call))
+        )
         norms = measure(seen, layout, dtype)
         sizes = None
         if params is not None and reads_params(threshold):
-            sizes = measure(leaves._replace(arrays=match_params(leaves, params, exclude, call)), layout, dtype)
+            sizes = measure(
+                leaves._replace(arrays=match_params(leaves, params, exclude, call)), layout, dtype
+            )
         bounds, new = threshold.update(norms, state.threshold, sizes, **extra_args)
         arrays, step = rule.act(leaves, layout, norms, bounds)
         return leaves.rebuild(arrays), ClipState(
@@ -220,7 +258,9 @@ def _zeros(layout: xla.Layout, dtype) -> Norms:
 def _viewed(view: View, leaves: Leaves, params: list[jax.Array]) -> Leaves:
     """What is measured in place of the updates."""
     return leaves._replace(
-        arrays=[view(xla.widen(g), xla.widen(w)) for g, w in zip(leaves.arrays, params, strict=True)]
+        arrays=[
+            view(xla.widen(g), xla.widen(w)) for g, w in zip(leaves.arrays, params, strict=True)
+        ]
     )
 
 

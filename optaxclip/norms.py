@@ -1,8 +1,8 @@
 """How long a block is.
 
-A norm is what each number contributes, `|x|ᵖ`, how contributions meet, and what makes a length of them. Its
-derivative is stated, not derived: at a block of zeros the norm has a kink, and the slope there is 0, so that a
-clip is the identity near a zero gradient.
+A norm is what each number contributes, `|x|ᵖ`, how contributions meet, and what makes a length of
+them. Its derivative is stated, not derived: at a block of zeros the norm has a kink, and the slope
+there is 0, so that a clip is the identity near a zero gradient.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from optaxclip.base import Norm
@@ -54,7 +53,14 @@ def _power(p: float) -> Norm:
     def slope(u, count):
         return jnp.sign(u) * (jnp.abs(u) ** (p - 1)).astype(u.dtype)
 
-    return Norm(f"norms.lp({p:g})", lambda x: jnp.abs(x) ** p, "sum", lambda pool, count: pool ** (1 / p), slope, p)
+    return Norm(
+        f"norms.lp({p:g})",
+        lambda x: jnp.abs(x) ** p,
+        "sum",
+        lambda pool, count: pool ** (1 / p),
+        slope,
+        p,
+    )
 
 
 def _is_power(p: Any) -> bool:
@@ -87,7 +93,10 @@ def as_norm(norm: Norm | float) -> Norm:
     if isinstance(norm, Norm):
         return norm
     if not _is_power(norm):
-        raise fail("norm must be norms.l2, norms.l1, norms.linf, norms.rms, or a number p from 1 to inf", norm)
+        raise fail(
+            "norm must be norms.l2, norms.l1, norms.linf, norms.rms, or a number p from 1 to inf",
+            norm,
+        )
     return lp(norm)
 
 

@@ -1,4 +1,6 @@
-"""What a clip did: the record that it keeps in its state, and how to read it out of any optimizer's state."""
+"""What a clip did: the record that it keeps in its state, and how to read it out of any optimizer's
+state.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,21 @@ class Step(NamedTuple):
     bad: Norms
 
 
-def fresh_metrics(norms: Norms, blocks: Any, *, measured: bool = True, bounded: bool = True) -> Metrics:
-    """The record before the first update. Each field has a buffer of its own, so that states can be donated."""
+def fresh_metrics(
+    norms: Norms, blocks: Any, *, measured: bool = True, bounded: bool = True
+) -> Metrics:
+    """The record before the first update. Each field has a buffer of its own, so that states can be
+    donated.
+    """
 
     def fill(value, dtype=None):
         return jax.tree.map(lambda n: jnp.full(n.shape, value, dtype or n.dtype), norms)
 
     return Metrics(
         grad_norm=fill(0) if measured else None,
-        clip_bound=fill(0) if bounded else None,  # not infinity, which `jax.debug_infs` takes for an overflow
+        clip_bound=fill(0)
+        if bounded
+        else None,  # not infinity, which `jax.debug_infs` takes for an overflow
         clip_factor=fill(1) if measured else None,
         clipped_share=fill(0) if measured else None,
         clipped_steps=fill(0, jnp.int32) if measured else None,
@@ -53,7 +61,8 @@ def fresh_metrics(norms: Norms, blocks: Any, *, measured: bool = True, bounded: 
 def record(old: Metrics, step: Step) -> Metrics:
     """The record after one more update.
 
-    Nothing is reduced over units here, but where the record is read: on a mesh that would be a collective at every
+    Nothing is reduced over units here, but where the record is read: on a mesh that would be a
+    collective at every
     step for each of maximum, minimum and sum.
     """
 
@@ -68,7 +77,12 @@ def record(old: Metrics, step: Step) -> Metrics:
         clip_bound=cast(step.bounds, old.clip_bound),
         clip_factor=cast(step.factors, old.clip_factor),
         clipped_share=cast(step.over, old.clipped_share),
-        clipped_steps=jax.tree.map(lambda n, over, bad: _count(n, (over > 0) & ~bad), old.clipped_steps, step.over, step.bad),
+        clipped_steps=jax.tree.map(
+            lambda n, over, bad: _count(n, (over > 0) & ~bad),
+            old.clipped_steps,
+            step.over,
+            step.bad,
+        ),
         nonfinite_steps=jax.tree.map(_count, old.nonfinite_steps, step.bad),
         total_steps=total,
         blocks=old.blocks,
@@ -90,7 +104,9 @@ def to_arrays(tree: Any) -> Any:
 
 
 def find_nodes(opt_state: Any, *kinds: type) -> list:
-    """All nodes of these kinds in a state, in its order, as plain arrays; the inside of one is not searched."""
+    """All nodes of these kinds in a state, in its order, as plain arrays; the inside of one is not
+    searched.
+    """
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
     return [to_arrays(x) for x in nodes if isinstance(x, kinds)]
 
@@ -107,7 +123,9 @@ _KEYS: dict[str, tuple[str, Callable[..., Any]]] = {
 
 
 def scalars_of(m: Metrics, prefix: str) -> dict[str, jax.Array]:
-    """The record of one clip as a flat dict of scalars; of a batch of runs, of arrays with the batch's shape."""
+    """The record of one clip as a flat dict of scalars; of a batch of runs, of arrays with the
+    batch's shape.
+    """
     names, batch = unpack_names(m.blocks), jnp.ndim(m.total_steps)
     total = jnp.maximum(m.total_steps, 1)
     out = {prefix + "steps": m.total_steps}
@@ -136,10 +154,14 @@ def _of_blocks(value: Any, batch: int) -> jax.Array:
 
 
 def number_keys(found: list, read: Callable[[Any, str], dict], prefix: str) -> dict[str, jax.Array]:
-    """The scalars of all that was found; where that is more than one, with a number behind the prefix."""
+    """The scalars of all that was found; where that is more than one, with a number behind the
+    prefix.
+    """
     if len(found) == 1:
         return read(found[0], prefix)
-    return {key: value for i, x in enumerate(found) for key, value in read(x, f"{prefix}{i}/").items()}
+    return {
+        key: value for i, x in enumerate(found) for key, value in read(x, f"{prefix}{i}/").items()
+    }
 
 
 __all__ = [

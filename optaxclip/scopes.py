@@ -22,7 +22,9 @@ def _by_label(labels: Sequence[str]) -> Blocks:
 
 
 def _distinct(paths: Sequence[str]) -> list[str]:
-    """The paths, with a number after the second and later of one name (`{"a/b": x, "a": {"b": y}}`)."""
+    """The paths, with a number after the second and later of one name (`{"a/b": x, "a": {"b":
+    y}}`).
+    """
     seen: Counter = Counter()
     out = []
     for path in paths:
@@ -31,7 +33,8 @@ def _distinct(paths: Sequence[str]) -> list[str]:
     return out
 
 
-#: One block a leaf. Norms, bounds and factors are vectors, one entry a leaf, in the order of the tree.
+# : One block a leaf. Norms, bounds and factors are vectors, one entry a leaf, in the order of the
+# tree.
 leaf = Scope("scopes.leaf", lambda paths, shapes: _by_label(_distinct(paths)), named=True)
 
 
@@ -49,12 +52,19 @@ def _labels(label: Label, paths: Sequence[str]) -> list[str]:
     """The label of each leaf. Of regular expressions exactly one must match."""
     if callable(label):
         return [label(path) for path in paths]
-    matches = [{name for pattern, name in label.items() if re.search(pattern, path)} for path in paths]
-    wrong = [f"{p} ({', '.join(sorted(m)) or 'none'})" for p, m in zip(paths, matches, strict=True) if len(m) != 1]
+    matches = [
+        {name for pattern, name in label.items() if re.search(pattern, path)} for path in paths
+    ]
+    wrong = [
+        f"{p} ({', '.join(sorted(m)) or 'none'})"
+        for p, m in zip(paths, matches, strict=True)
+        if len(m) != 1
+    ]
     if wrong:
         raise ValueError(
-            f"{called()}: every leaf must match exactly one group; of the patterns {list(label)} these leaves match"
-            f" none or several: {'; '.join(wrong)}. Add or narrow patterns, or exclude= the leaves."
+            f"{called()}: every leaf must match exactly one group; of the patterns {list(label)}"
+            f" these leaves match none or several: {'; '.join(wrong)}. Add or narrow patterns, or"
+            " exclude= the leaves."
         )
     return [name for (name,) in matches]
 
@@ -67,21 +77,34 @@ def groups(label: Label = module_of) -> Scope:
     Groups are in the order of their first leaves.
 
     Args:
-      label: the group of a leaf, as a function of its path (`blocks/0/attn/kernel`; by default the module,
-        `blocks/0/attn`) or a mapping of regular expressions, searched in the path, to names.
+      label: the group of a leaf, as a function of its path (`blocks/0/attn/kernel`; by default the
+        module, `blocks/0/attn`) or a mapping of regular expressions, searched in the path, to
+        names.
 
     Raises:
-      ValueError: if `label` is neither; where a tree is cut, if a leaf matches no pattern of a mapping, or
-        patterns of several groups.
+      ValueError: if `label` is neither; where a tree is cut, if a leaf matches no pattern of a
+        mapping, or patterns of several groups.
 
     >>> from optaxclip import scopes
     >>> by_kind = scopes.groups({"attn": "attention", "mlp|embed": "rest"})
     >>> by_kind.cut(["0/attn/kernel", "0/mlp/kernel"], [(2,), (2,)]).names
     ('attention', 'rest')
     """
-    if isinstance(label, Scope) or getattr(label, "makes_part", False) or not (callable(label) or hasattr(label, "items")):
-        raise fail("label must be a function of a leaf's path, or a mapping of regular expressions to names", label)
-    name = "scopes.groups()" if label is module_of else f"scopes.groups({getattr(label, '__name__', label)})"
+    if (
+        isinstance(label, Scope)
+        or getattr(label, "makes_part", False)
+        or not (callable(label) or hasattr(label, "items"))
+    ):
+        raise fail(
+            "label must be a function of a leaf's path, or a mapping of regular expressions to"
+            " names",
+            label,
+        )
+    name = (
+        "scopes.groups()"
+        if label is module_of
+        else f"scopes.groups({getattr(label, '__name__', label)})"
+    )
     return Scope(name, lambda paths, shapes: _by_label(_labels(label, paths)), named=True)
 
 
@@ -94,17 +117,23 @@ def _conventional(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(range(len(shape)))
     if len(shape) not in _INPUTS:
         raise ValueError(
-            f"{called()}: there is no convention for the axes of a leaf of rank {len(shape)}: {path!r} has shape"
-            f" {shape}. Pass the axes that a unit spans, for example as a function of the path."
+            f"{called()}: there is no convention for the axes of a leaf of rank {len(shape)}:"
+            f" {path!r} has shape {shape}. Pass the axes that a unit spans, for example as a"
+            " function of the path."
         )
     return _INPUTS[len(shape)]
 
 
-def unit_axes(path: str, shape: tuple[int, ...], axes: Any = None, batch_axes: int = 0) -> tuple[int, ...]:
+def unit_axes(
+    path: str, shape: tuple[int, ...], axes: Any = None, batch_axes: int = 0
+) -> tuple[int, ...]:
     """The axes of a leaf that one unit spans, counted from 0. See `units`."""
     rank = len(shape) - batch_axes
     if rank < 0:
-        raise ValueError(f"{called()}: batch_axes={batch_axes}, but the leaf {path!r} has only {len(shape)} axes, {shape}.")
+        raise ValueError(
+            f"{called()}: batch_axes={batch_axes}, but the leaf {path!r} has only {len(shape)}"
+            f" axes, {shape}."
+        )
     if axes is Ellipsis or (rank <= 1 and axes != ()):
         chosen = tuple(range(rank))
     elif axes is None:
@@ -113,7 +142,8 @@ def unit_axes(path: str, shape: tuple[int, ...], axes: Any = None, batch_axes: i
         chosen = (axes,) if isinstance(axes, int) else tuple(axes)
     if any(not -rank <= axis < rank for axis in chosen):
         raise ValueError(
-            f"{called()}: the axes {axes!r} do not fit the leaf {path!r} of shape {shape}, batch_axes={batch_axes}."
+            f"{called()}: the axes {axes!r} do not fit the leaf {path!r} of shape {shape},"
+            f" batch_axes={batch_axes}."
         )
     return tuple(sorted({axis % rank + batch_axes for axis in chosen}))
 
@@ -123,18 +153,21 @@ def unit_axes(path: str, shape: tuple[int, ...], axes: Any = None, batch_axes: i
 def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = None) -> Scope:
     """One block a unit, a slice of a leaf along `axes`. Norms, bounds and factors are small arrays.
 
-    Norms are right from 1e-36 to 1e36. On a CPU a unit below 1e-19 counts as zeros if another of its leaf is not.
+    Norms are right from 1e-36 to 1e36. On a CPU a unit below 1e-19 counts as zeros if another of
+    its leaf is not.
 
     Args:
-      axes: the axes that a unit spans. None: by rank as in Optax, the input axes of a dense layer (IO) or
-        convolution (HWIO); an axis or a tuple of axes; `...`: all of them; `()`: none, each element is a unit;
-        or a function of the path that returns one of these. Vectors and scalars are one unit, but for `()`.
-      batch_axes: how many leading axes number layers (as `nn.scan` and `nnx.vmap` stack them), or a function of
-        the path that returns it; None for 0. `axes` do not count them, and no unit spans them:
-        `units(..., batch_axes=1)` gives one norm a layer.
+      axes: the axes that a unit spans. None: by rank as in Optax, the input axes of a dense layer
+        (IO) or convolution (HWIO); an axis or a tuple of axes; `...`: all of them; `()`: none, each
+        element is a unit; or a function of the path that returns one of these. Vectors and scalars
+        are one unit, but for `()`.
+      batch_axes: how many leading axes number layers (as `nn.scan` and `nnx.vmap` stack them), or a
+        function of the path that returns it; None for 0. `axes` do not count them, and no unit
+        spans them: `units(..., batch_axes=1)` gives one norm a layer.
 
     Raises:
-      ValueError: where a tree is cut, naming the leaf, if the axes do not fit or the rank has no convention.
+      ValueError: where a tree is cut, naming the leaf, if the axes do not fit or the rank has no
+        convention.
     """
 
     def at(rule: Any, path: str) -> Any:
@@ -142,7 +175,11 @@ def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = N
 
     def cut(paths, shapes):
         pairs = zip(paths, shapes, strict=True)
-        return Blocks(None, None, tuple(unit_axes(p, s, at(axes, p), at(batch_axes, p) or 0) for p, s in pairs))
+        return Blocks(
+            None,
+            None,
+            tuple(unit_axes(p, s, at(axes, p), at(batch_axes, p) or 0) for p, s in pairs),
+        )
 
     given = "" if axes is None else "..." if axes is Ellipsis else repr(axes)
     more = "" if batch_axes is None else f"batch_axes={batch_axes!r}"

@@ -9,17 +9,17 @@ import jax
 
 from optaxclip.trees import unpack_names
 
-
 _ADVICE = (
-    "initialise with state = tx.init(params), and keep what update returns. For a checkpoint from before the clip see"
-    " docs/old-checkpoints.md."
+    "initialise with state = tx.init(params), and keep what update returns. For a checkpoint from"
+    " before the clip see docs/old-checkpoints.md."
 )
 
 
 class StateGuard:
     """Refuses a state that `init` of the same transformation would not have made.
 
-    Compared are the fields and the shapes of all arrays, not types: a checkpoint library may restore another type
+    Compared are the fields and the shapes of all arrays, not types: a checkpoint library may
+    restore another type
     with the same fields. A state that was accepted once is not looked into again.
     """
 
@@ -32,17 +32,22 @@ class StateGuard:
         if state is None:
             raise ValueError(
                 f"{self.what}: update was called with the state None, but it has a history. Write"
-                " state = tx.init(params) once, and updates, state = tx.update(grads, state, params) at every step."
+                " state = tx.init(params) once, and updates, state = tx.update(grads, state,"
+                " params) at every step."
             )
         if not all(hasattr(state, field) for field in self.kind._fields):
-            raise ValueError(f"{self.what}: this is not the state of a {self.what} but {kind_of(state)}: {_ADVICE}")
+            raise ValueError(
+                f"{self.what}: this is not the state of a {self.what} but {kind_of(state)}:"
+                f" {_ADVICE}"
+            )
         key = jax.tree.structure((state, updates))
         if key not in self.accepted:
             self._compare(state, updates)
             self.accepted.add(key)
 
     def _compare(self, state: Any, updates: Any) -> None:
-        # Shapes, and closed over: `eval_shape` takes no functions or strings as arguments, which an unfiltered model has.
+        # Shapes, and closed over: `eval_shape` takes no functions or strings as arguments, which an
+        # unfiltered model has.
         shapes = jax.tree.map(_shape, updates)
         fresh = jax.eval_shape(lambda: self.init(shapes))
         if hasattr(fresh, "metrics"):
@@ -51,9 +56,9 @@ class StateGuard:
         if want != got:
             wrong = [path for path in (*want, *got) if want.get(path) != got.get(path)]
             raise ValueError(
-                f"{self.what}: this state was not made by tx.init of this transformation for this tree. At"
-                f" {wrong[0] or 'the top'} it has {got.get(wrong[0], 'nothing')}, and needs"
-                f" {want.get(wrong[0], 'nothing')}: {_ADVICE}"
+                f"{self.what}: this state was not made by tx.init of this transformation for this"
+                f" tree. At {wrong[0] or 'the top'} it has {got.get(wrong[0], 'nothing')}, and"
+                f" needs {want.get(wrong[0], 'nothing')}: {_ADVICE}"
             )
 
 
@@ -72,22 +77,25 @@ def check_names(what: str, new: tuple[str, ...], known: tuple[str, ...]) -> None
     if bool(new) != bool(known):
         named, other = ("the updates", "the state") if new else ("the state", "the updates")
         raise ValueError(
-            f"{what}: the blocks of {named} have names, those of {other} have none: this is the state of a clip with"
-            " another scope (or of a tree without gradients). Initialise with tx.init(params) of this clip."
+            f"{what}: the blocks of {named} have names, those of {other} have none: this is the"
+            " state of a clip with another scope (or of a tree without gradients). Initialise with"
+            " tx.init(params) of this clip."
         )
     added, missing = sorted(set(new) - set(known)), sorted(set(known) - set(new))
     if added or missing:
         raise ValueError(
-            f"{what}: the blocks of the updates are not those of tx.init(params): new are {added}, missing are"
-            f" {missing}. Initialise with the tree that is updated."
+            f"{what}: the blocks of the updates are not those of tx.init(params): new are {added},"
+            f" missing are {missing}. Initialise with the tree that is updated."
         )
 
 
 class ParamsMemory:
     """What stands for the parameters where Optax gives `init` a placeholder for them.
 
-    `optax.tree.map_params` asks `init` for the state of a placeholder, and lays that over the real state. How many
-    blocks there are, and their names, a placeholder does not say: the shapes of the last real parameters do.
+    `optax.tree.map_params` asks `init` for the state of a placeholder, and lays that over the real
+    state. How many
+    blocks there are, and their names, a placeholder does not say: the shapes of the last real
+      parameters do.
     """
 
     def __init__(self):
@@ -102,7 +110,9 @@ class ParamsMemory:
 
 
 def _shape(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") and hasattr(x, "dtype") else x
+    return (
+        jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") and hasattr(x, "dtype") else x
+    )
 
 
 __all__ = ["ParamsMemory", "StateGuard", "check_names", "kind_of"]

@@ -1,7 +1,8 @@
 """Which leaves of a tree are gradients, what they are called, and the way back to the tree.
 
-Only leaves that hold real or complex floating-point numbers are gradients. Integers, booleans, `float0`, PRNG
-keys, functions, strings and whatever the user excludes pass through a clip untouched and unmeasured.
+Only leaves that hold real or complex floating-point numbers are gradients. Integers, booleans,
+`float0`, PRNG keys, functions, strings and whatever the user excludes pass through a clip untouched
+and unmeasured.
 """
 
 from __future__ import annotations
@@ -49,16 +50,20 @@ def _is_variable(x: Any) -> bool:
 def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """The leaves of a tree with their paths, and its structure.
 
-    Flax's nnx hands `init` its variables and `update` plain arrays: the attribute of a variable in which its
-    array lies (`value`) is no part of the path, so that both name one leaf. A leaf that is called `value`,
-    such as attention's, keeps its name.
+    Flax's nnx hands `init` its variables and `update` plain arrays: the attribute of a variable in
+    which its array lies (`value`) is no part of the path, so that both name one leaf. A leaf that
+    is called `value`, such as attention's, keeps its name.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable)
     variables = {path for path, node in nodes if _is_variable(node)}
 
     def name(path):
-        outside = next((n for n in range(len(path)) if path[:n] in variables), None) if variables else None
+        outside = (
+            next((n for n in range(len(path)) if path[:n] in variables), None)
+            if variables
+            else None
+        )
         return path_string(path if outside is None else path[:outside] + path[outside + 1 :])
 
     return [(name(path), leaf) for path, leaf in flat], treedef
@@ -88,7 +93,9 @@ def select(tree: Any, exclude: Exclude = None) -> Leaves:
     """The leaves to measure, as they are: arrays, or their shapes where `init` is given shapes."""
     flat, treedef = flatten_with_paths(tree)
     excluded = matcher(exclude)
-    picked = {i: path for i, (path, leaf) in enumerate(flat) if is_measured(leaf) and not excluded(path)}
+    picked = {
+        i: path for i, (path, leaf) in enumerate(flat) if is_measured(leaf) and not excluded(path)
+    }
 
     def rebuild(arrays):
         new = dict(zip(picked, arrays, strict=True))
@@ -99,7 +106,8 @@ def select(tree: Any, exclude: Exclude = None) -> Leaves:
 
 
 def match_params(leaves: Leaves, params: Any, exclude: Exclude, call: str) -> list[jax.Array]:
-    """The parameters that belong to the measured updates: by their place in the tree, names are for people.
+    """The parameters that belong to the measured updates: by their place in the tree, names are for
+    people.
 
     Raises:
       ValueError: if there are none, or they are not those of the updates.
@@ -112,21 +120,25 @@ def match_params(leaves: Leaves, params: Any, exclude: Exclude, call: str) -> li
     own = select(params, exclude)
     if own.shapes == leaves.shapes:
         return own.arrays
-    # Parameters that get no gradient (None in an Equinox model) are passed over: what is left is found by path.
+    # Parameters that get no gradient (None in an Equinox model) are passed over: what is left is
+    # found by path.
     known = dict(zip(own.paths, own.arrays, strict=True))
     for path, shape in zip(leaves.paths, leaves.shapes, strict=True):
         if path not in known or known[path].shape != shape:
             seen = f"has shape {known[path].shape}" if path in known else "is missing"
-            raise ValueError(f"{call}: the update {path!r} has shape {shape}, but among the parameters it {seen}.")
+            raise ValueError(
+                f"{call}: the update {path!r} has shape {shape}, but among the parameters it"
+                f" {seen}."
+            )
     return [known[path] for path in leaves.paths]
 
 
 def pack_names(names: Sequence[str]) -> dict[str, Any]:
     """Names as the keys of nested dicts that hold nothing, one branch a block, in order.
 
-    So they ride along in every state and checkpoint without an array, and without a node type of our own that a
-    serializer would have to know. Paths are nested, since a key with "/" does not survive `flatten_dict(sep="/")`;
-    each begins with a number, since two blocks may have one path.
+    So they ride along in every state and checkpoint without an array, and without a node type of
+    our own that a serializer would have to know. Paths are nested, since a key with "/" does not
+    survive `flatten_dict(sep="/")`; each begins with a number, since two blocks may have one path.
     """
     digits = len(str(len(names)))
 

@@ -1,9 +1,10 @@
-"""One voice for bad arguments: every error names the call, the argument, what it must be and what it is.
+"""One voice for bad arguments: every error names the call, the argument, what it must be and what
+it is.
 
-    @named                                  errors inside speak of the outermost such call, which the user wrote
-    def zclip(z=2.5, decay=0.97): ...
-        validate.nonnegative(z=z)           ValueError: zclip: z must be a number from 0 to inf, got -1.
-        validate.share(decay=decay)
+    @named                                  errors inside speak of the outermost such call, which
+    the user wrote def zclip(z=2.5, decay=0.97): ...
+        validate.nonnegative(z=z)           ValueError: zclip: z must be a number from 0 to inf, got
+        -1. validate.share(decay=decay)
 
 An array on a device is looked into like a number; a tracer, whose value nobody knows, passes.
 """
@@ -30,7 +31,6 @@ _CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default="opt
 
 def named(call: _F) -> _F:
     """Makes errors inside a public function speak of it, or of the public function that called it."""
-
     room = (*call.__module__.split("."), "")[1]
     name = f"{room}.{call.__name__}" if room in _NAMESPACES else call.__name__
 
@@ -53,7 +53,7 @@ def called() -> str:
 
 
 def fail(must: str, got: Any, *, call: str | None = None) -> ValueError:
-    """The error for an argument: "<call>: <argument> must be ..., got <value>." """
+    """The error for an argument: "<call>: <argument> must be ..., got <value>."""
     return ValueError(f"{call or called()}: {must}, got {show(got)}.")
 
 
@@ -71,17 +71,28 @@ def makes_part(maker: _F) -> _F:
 
 
 def to_concrete(value: Any) -> Any:
-    """A concrete array, or a NumPy scalar, as a Python or NumPy value; a tracer, and anything else, unchanged.
+    """A concrete array, or a NumPy scalar, as a Python or NumPy value; a tracer, and anything else,
+    unchanged.
 
     It waits for the device: for what is called when a clip is built, not at every step.
     """
-    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.is_fully_addressable:
+    if (
+        isinstance(value, jax.Array)
+        and not isinstance(value, jax.core.Tracer)
+        and value.is_fully_addressable
+    ):
         value = np.asarray(jax.device_get(value))
-    return value.item() if isinstance(value, np.generic | np.ndarray) and np.ndim(value) == 0 else value
+    return (
+        value.item()
+        if isinstance(value, np.generic | np.ndarray) and np.ndim(value) == 0
+        else value
+    )
 
 
 def is_static(value: Any) -> bool:
-    """Whether a value is a plain Python number: no array that `optax.inject_hyperparams` may change."""
+    """Whether a value is a plain Python number: no array that `optax.inject_hyperparams` may
+    change.
+    """
     return isinstance(value, int | float)
 
 
@@ -132,7 +143,9 @@ def steps(low: int = 0, /, **arguments: Any) -> None:
     for name, value in arguments.items():
         seen = to_concrete(value)
         traced = isinstance(seen, jax.Array) and seen.ndim == 0
-        if not traced and not (_is_real(seen) and seen >= low and (seen == math.inf or seen == int(seen))):
+        if not traced and not (
+            _is_real(seen) and seen >= low and (seen == math.inf or seen == int(seen))
+        ):
             raise fail(f"{name} must be a whole number of steps, at least {low}", value)
 
 
@@ -141,8 +154,9 @@ def size(**arguments: Any) -> None:
     for name, value in arguments.items():
         if isinstance(value, jax.Array):
             raise ValueError(
-                f"{called()}: {name} sets the size of the state and must be a Python int, not an array. With"
-                f" optax.inject_hyperparams write inject_hyperparams({called()}, static_args=({name!r},))."
+                f"{called()}: {name} sets the size of the state and must be a Python int, not an"
+                f" array. With optax.inject_hyperparams write inject_hyperparams({called()},"
+                f" static_args=({name!r},))."
             )
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise fail(f"{name} must be a whole number of at least 1", value)
@@ -166,7 +180,11 @@ def feed(**arguments: Any) -> None:
     """Each is a function `(norms, bounds) -> norms`."""
     for name, value in arguments.items():
         if not callable(value):
-            raise fail(f"{name} must be feeds.raw, feeds.clipped, feeds.accepted or a function (norms, bounds) -> norms", value)
+            raise fail(
+                f"{name} must be feeds.raw, feeds.clipped, feeds.accepted or a function (norms,"
+                " bounds) -> norms",
+                value,
+            )
 
 
 _BOUND = "a number from 0 to inf, an array of such"
@@ -181,7 +199,9 @@ def bound(*, may_be_threshold: bool = True, wait: bool = True, **arguments: Any)
     for name, value in arguments.items():
         seen = to_concrete(value) if wait or not isinstance(value, jax.Array) else value
         if isinstance(seen, jax.Array | np.ndarray):
-            fine = jnp.issubdtype(seen.dtype, jnp.floating) or jnp.issubdtype(seen.dtype, jnp.integer)
+            fine = jnp.issubdtype(seen.dtype, jnp.floating) or jnp.issubdtype(
+                seen.dtype, jnp.integer
+            )
             fine = fine and (isinstance(seen, jax.Array) or bool(np.all(seen >= 0)))
         else:
             fine = _is_real(seen) and float(seen) >= 0
@@ -192,7 +212,9 @@ def bound(*, may_be_threshold: bool = True, wait: bool = True, **arguments: Any)
 def exclude(value: Any) -> None:
     """`exclude` is a way to say which leaves to leave alone."""
     if not (value is None or isinstance(value, str) or callable(value)):
-        raise fail("exclude must be a regular expression (str), a predicate of the path, or None", value)
+        raise fail(
+            "exclude must be a regular expression (str), a predicate of the path, or None", value
+        )
 
 
 def is_transformation(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """How long a block may be: thresholds are optax transformations of norms into bounds.
 
-A plain number means `constant`, a function of the step `scheduled`, wherever a threshold is taken. `optax.chain`,
-`optax.ema`, `optax.scale` and all others work on thresholds unchanged.
+A plain number means `constant`, a function of the step `scheduled`, wherever a threshold is taken.
+`optax.chain`, `optax.ema`, `optax.scale` and all others work on thresholds unchanged.
 """
 
 from optaxclip.thresholds.blocks import per_block

@@ -1,7 +1,7 @@
 """Rules for one block, mapped over all blocks, and states that no bad norm can move.
 
-A threshold is an optax transformation: its updates are the norms of all blocks, what it returns are their bounds,
-and its `params` are the norms of the parameters, in the shape of the norms.
+A threshold is an optax transformation: its updates are the norms of all blocks, what it returns are
+their bounds, and its `params` are the norms of the parameters, in the shape of the norms.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Fixed(NormsOnly):
 
 
 def reads_params(*thresholds: optax.GradientTransformation) -> bool:
-    """Whether any of these may read the norms of the parameters; of a foreign one this is not known."""
+    """Whether any of these may read the norms of the parameters; of a foreign one this is not
+    known.
+    """
     return not all(isinstance(threshold, NormsOnly) for threshold in thresholds)
 
 
@@ -49,9 +51,11 @@ def learns(*updates: Callable) -> bool:
 
 
 def start_blocks(start: Any, norms: Norms) -> Any:
-    """The state of one block, once for each block: each number becomes something in the shape of the norms.
+    """The state of one block, once for each block: each number becomes something in the shape of
+    the norms.
 
-    Not a state for each array of norms: so laid out, Optax recognizes what is kept per block, as it recognizes
+    Not a state for each array of norms: so laid out, Optax recognizes what is kept per block, as it
+    recognizes
     moments in the shape of parameters.
     """
 
@@ -60,15 +64,23 @@ def start_blocks(start: Any, norms: Norms) -> Any:
         whole = np.int32 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
 
         def like(norm):
-            return jnp.full(norm.shape + x.shape, x, norm.dtype if jnp.issubdtype(x.dtype, jnp.floating) else whole)
+            return jnp.full(
+                norm.shape + x.shape,
+                x,
+                norm.dtype if jnp.issubdtype(x.dtype, jnp.floating) else whole,
+            )
 
         return jax.tree.map(like, norms)
 
     return jax.tree.map(fill, start)
 
 
-def over_blocks(rule: Callable[..., tuple], start: Any, norms: Norms, state: Any, *more: Norms) -> tuple[Norms, Any]:
-    """Maps `rule(norm, state, ...) -> (bound, state)`, written for one block, over all as one vector operation."""
+def over_blocks(
+    rule: Callable[..., tuple], start: Any, norms: Norms, state: Any, *more: Norms
+) -> tuple[Norms, Any]:
+    """Maps `rule(norm, state, ...) -> (bound, state)`, written for one block, over all as one
+    vector operation.
+    """
 
     def over_array(norm, *rest):
         return functools.reduce(lambda f, _: jax.vmap(f), range(norm.ndim), rule)(norm, *rest)
@@ -76,7 +88,9 @@ def over_blocks(rule: Callable[..., tuple], start: Any, norms: Norms, state: Any
     one, many = jax.tree.structure(start), jax.tree.structure(norms)
     states = many.flatten_up_to(jax.tree.transpose(one, many, state))
     rest = [many.flatten_up_to(x) for x in more]
-    done = [over_array(*each) for each in zip(many.flatten_up_to(norms), states, *rest, strict=True)]
+    done = [
+        over_array(*each) for each in zip(many.flatten_up_to(norms), states, *rest, strict=True)
+    ]
     new = jax.tree.transpose(many, one, many.unflatten([new for _, new in done]))
     return many.unflatten([bound for bound, _ in done]), new
 
@@ -84,7 +98,8 @@ def over_blocks(rule: Callable[..., tuple], start: Any, norms: Norms, state: Any
 def hold(init: Callable[[Norms], Any], norms: Norms, new: Any, old: Any) -> Any:
     """The new state of blocks whose norm is finite, the old state of the others.
 
-    Which state is kept per block is not guessed from shapes: it is what mirrors the norms where `init` is given a
+    Which state is kept per block is not guessed from shapes: it is what mirrors the norms where
+    `init` is given a
     placeholder for them. Other state, such as a counter, moves if any norm is finite.
     """
     if not jax.tree.leaves(old):
@@ -99,8 +114,12 @@ def hold(init: Callable[[Norms], Any], norms: Norms, new: Any, old: Any) -> Any:
 def _masks(init, state, fine, some):
     """For each array of a state whether it may move: the masks of its blocks, or one for all."""
     try:
-        return optax.tree.map_params(init, lambda _, ok: ok, state, fine, transform_non_params=lambda _: some)
-    except Exception:  # an init that computes with its norms takes no placeholder: then nothing moves but by all
+        return optax.tree.map_params(
+            init, lambda _, ok: ok, state, fine, transform_non_params=lambda _: some
+        )
+    except (
+        Exception
+    ):  # an init that computes with its norms takes no placeholder: then nothing moves but by all
         return functools.reduce(jnp.logical_and, [jnp.all(ok) for ok in jax.tree.leaves(fine)])
 
 
@@ -114,16 +133,20 @@ def _pick(fine, new, old):
 
 
 @named
-def per_block(init: Any, step: Callable[[jax.Array, Any], tuple[jax.Array, Any]]) -> optax.GradientTransformation:
+def per_block(
+    init: Any, step: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+) -> optax.GradientTransformation:
     """A threshold from a rule for one block: `step(norm, state) -> (bound, state)`.
 
-    The rule is written for a scalar norm and mapped over all blocks at once, as one vector operation. The bound
-    that it returns holds for the norm that it is given (to decide first and learn after, wrap it in `lag`; to write
-    a statistic and the bound that follows from it apart, see `learned`).
+    The rule is written for a scalar norm and mapped over all blocks at once, as one vector
+    operation. The bound that it returns holds for the norm that it is given (to decide first and
+    learn after, wrap it in `lag`; to write a statistic and the bound that follows from it apart,
+    see `learned`).
 
     Args:
       init: the state of one block before its first norm, any pytree of numbers.
-      step: the rule. Norms that are not finite are computed with, but the clip drops the state that comes of it.
+      step: the rule. Norms that are not finite are computed with, but the clip drops the state that
+        comes of it.
 
     Example, the longest norm so far, times 0.9:
 

@@ -29,13 +29,14 @@ class LagState(NamedTuple):
 def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransformationExtraArgs:
     """Decides first and learns after: the bound for a norm comes from the norms before it.
 
-    There is no bound (infinity) until the first finite norm was seen. Norms of zero are not learned from.
+    There is no bound (infinity) until the first finite norm was seen. Norms of zero are not learned
+    from.
 
     Args:
-      threshold: what makes bounds of norms, for example `optax.chain(optax.ema(0.9), optax.scale(2.0))`: twice the
-        running mean.
-      feed: what the threshold learns of a norm, given its bound: `feeds.raw`, `feeds.clipped`, `feeds.accepted`, or
-        a function `(norms, bounds) -> norms` in which NaN means "nothing".
+      threshold: what makes bounds of norms, for example `optax.chain(optax.ema(0.9),
+        optax.scale(2.0))`: twice the running mean.
+      feed: what the threshold learns of a norm, given its bound: `feeds.raw`, `feeds.clipped`,
+        `feeds.accepted`, or a function `(norms, bounds) -> norms` in which NaN means "nothing".
 
     >>> import jax.numpy as jnp, optax
     >>> from optaxclip import thresholds
@@ -48,10 +49,13 @@ def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransf
     validate.feed(feed=feed)
 
     def init_fn(norms):
-        return LagState(inner.init(norms), jax.tree.map(lambda n: jnp.full_like(n, math.inf), norms))
+        return LagState(
+            inner.init(norms), jax.tree.map(lambda n: jnp.full_like(n, math.inf), norms)
+        )
 
     def learned(norms, bounds):
-        # Of a norm of zero (a frozen leaf, an unused expert) every multiple is zero: a bound that freezes for ever.
+        # Of a norm of zero (a frozen leaf, an unused expert) every multiple is zero: a bound that
+        # freezes for ever.
         return jnp.where(norms == 0, np.asarray(np.nan, norms.dtype), feed(norms, bounds))
 
     def update_fn(norms, state, params=None, **extra_args):
@@ -67,7 +71,9 @@ def _combined(pick: Callable, *both: optax.GradientTransformationExtraArgs):
     """The threshold that applies `pick` to the bounds of two."""
 
     def update_fn(norms, state, params=None, **extra_args):
-        (x, one), (y, two) = (t.update(norms, s, params, **extra_args) for t, s in zip(both, state, strict=True))
+        (x, one), (y, two) = (
+            t.update(norms, s, params, **extra_args) for t, s in zip(both, state, strict=True)
+        )
         return jax.tree.map(pick, x, y), (one, two)
 
     return new_threshold(lambda norms: tuple(t.init(norms) for t in both), update_fn, *both)
@@ -107,10 +113,14 @@ class UntilState(NamedTuple):
 
 
 @validate.named
-def until(steps: int, threshold: Threshold, then: Threshold = math.inf) -> optax.GradientTransformationExtraArgs:
-    """One threshold for the first `steps` updates, another after; both learn from the first update on.
+def until(
+    steps: int, threshold: Threshold, then: Threshold = math.inf
+) -> optax.GradientTransformationExtraArgs:
+    """One threshold for the first `steps` updates, another after; both learn from the first update
+    on.
 
-    `until(100, 1.0, adaptive)` is a warm-up with a fixed bound; `until(100, 1.0)` stops clipping after 100 updates.
+    `until(100, 1.0, adaptive)` is a warm-up with a fixed bound; `until(100, 1.0)` stops clipping
+    after 100 updates.
 
     Raises:
       ValueError: if `steps` is negative or not a whole number.
@@ -129,7 +139,9 @@ def until(steps: int, threshold: Threshold, then: Threshold = math.inf) -> optax
         return UntilState(jnp.zeros((), jnp.int32), tuple(t.init(norms) for t in both))
 
     def update_fn(norms, state, params=None, **extra_args):
-        done = [t.update(norms, s, params, **extra_args) for t, s in zip(both, state.inner, strict=True)]
+        done = [
+            t.update(norms, s, params, **extra_args) for t, s in zip(both, state.inner, strict=True)
+        ]
         (first, one), (second, two) = done
         bounds = jax.tree.map(lambda a, b: jnp.where(state.clip_step < steps, a, b), first, second)
         return bounds, UntilState(advance(state.clip_step), (one, two))
@@ -138,17 +150,21 @@ def until(steps: int, threshold: Threshold, then: Threshold = math.inf) -> optax
 
 
 @validate.named
-def param_relative(ratio: Threshold, floor: ArrayLike | None = 1e-3) -> optax.GradientTransformationExtraArgs:
+def param_relative(
+    ratio: Threshold, floor: ArrayLike | None = 1e-3
+) -> optax.GradientTransformationExtraArgs:
     """A share of the parameters' own norm: ratio · max(‖w‖, floor), block by block.
 
     Args:
-      ratio: the largest ratio of a block's norm to that of its parameters: a number, array, tracer or schedule.
-      floor: the norm that parameters count for at least: a block of zeros (a fresh bias) has to move, too. With
-        the usual 1e-3 and a ratio of 0.01 it starts with a bound of 1e-5: raise the floor if it should start faster.
-        None: no floor, and no bound for blocks of zeros.
+      ratio: the largest ratio of a block's norm to that of its parameters: a number, array, tracer
+        or schedule.
+      floor: the norm that parameters count for at least: a block of zeros (a fresh bias) has to
+        move, too. With the usual 1e-3 and a ratio of 0.01 it starts with a bound of 1e-5: raise the
+        floor if it should start faster. None: no floor, and no bound for blocks of zeros.
 
     Raises:
-      ValueError: if ratio or floor is negative, NaN, a boolean or a string; at the update, without parameters.
+      ValueError: if ratio or floor is negative, NaN, a boolean or a string; at the update, without
+        parameters.
     """
     ratio = as_threshold(ratio=ratio)
     if floor is not None:
@@ -162,8 +178,8 @@ def param_relative(ratio: Threshold, floor: ArrayLike | None = 1e-3) -> optax.Gr
     def update_fn(norms, state, params=None, **extra_args):
         if params is None:
             raise ValueError(
-                "The bound of this clip is a share of the parameters' norm: write tx.update(grads, state, params), not"
-                " tx.update(grads, state)."
+                "The bound of this clip is a share of the parameters' norm: write"
+                " tx.update(grads, state, params), not tx.update(grads, state)."
             )
         ratios, state = ratio.update(norms, state, params, **extra_args)
         return jax.tree.map(bound, ratios, params), state

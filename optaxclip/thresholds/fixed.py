@@ -1,4 +1,6 @@
-"""Thresholds that no gradient moves: numbers and schedules; and what a plain number or function means."""
+"""Thresholds that no gradient moves: numbers and schedules; and what a plain number or function
+means.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ def _bound_like(bound: Any, norms: jax.Array) -> jax.Array:
     """A number, or one number a block, in the shape and dtype of the norms."""
     if jnp.ndim(bound) and jnp.shape(bound) != norms.shape:
         raise ValueError(
-            f"A bound must be one number, or one number a block: it has shape {jnp.shape(bound)}, the norms have"
-            f" shape {norms.shape}."
+            f"A bound must be one number, or one number a block: it has shape {jnp.shape(bound)},"
+            f" the norms have shape {norms.shape}."
         )
     return jnp.broadcast_to(jnp.asarray(bound).astype(norms.dtype), norms.shape)
 
@@ -86,14 +88,17 @@ def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs
     def update_fn(norms: Norms, state, params=None, **extra_args):
         bound = schedule(state.clip_step)
         validate.bound(**{"the value of the schedule": bound}, may_be_threshold=False, wait=False)
-        return jax.tree.map(lambda n: _bound_like(bound, n), norms), ScheduleState(advance(state.clip_step))
+        return jax.tree.map(lambda n: _bound_like(bound, n), norms), ScheduleState(
+            advance(state.clip_step)
+        )
 
     update_fn.bound = schedule  # type: ignore[attr-defined]
     return Fixed(lambda norms: ScheduleState(jnp.zeros((), jnp.int32)), update_fn)
 
 
 def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs:
-    """A threshold from whatever one is given as: a number, an array, a tracer, a schedule, or a transformation.
+    """A threshold from whatever one is given as: a number, an array, a tracer, a schedule, or a
+    transformation.
 
     Raises:
       ValueError: naming the call and the argument, if it is none of these.
@@ -101,7 +106,11 @@ def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs
     ((name, value),) = argument.items()
     description = getattr(getattr(value, "update", None), "description", None)
     if description is not None or isinstance(value, type):
-        raise validate.fail(f"{name} must be a number, a schedule or a threshold: a clip is none, pass its threshold", value)
+        raise validate.fail(
+            f"{name} must be a number, a schedule or a threshold: a clip is none, pass its"
+            " threshold",
+            value,
+        )
     if isinstance(value, optax.GradientTransformation):
         return optax.with_extra_args_support(value)
     if callable(value) and not getattr(value, "makes_part", False):

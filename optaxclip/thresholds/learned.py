@@ -1,11 +1,11 @@
 """Thresholds that learn: a statistic of the norms so far, and the bound that follows from it.
 
-What tells most published methods apart is not their statistic but what enters it, and when. So `learned` takes
-the two apart: a `Statistic` is a few lines for one block; what it is fed, whether it learns before or after it
-decides, how it warms up and when it is reset are arguments.
+What tells most published methods apart is not their statistic but what enters it, and when. So
+`learned` takes the two apart: a `Statistic` is a few lines for one block; what it is fed, whether
+it learns before or after it decides, how it warms up and when it is reset are arguments.
 
-Nothing enters a statistic that could poison it or lock it for ever: no norm that is not finite, and no zero (a
-frozen leaf, an unused expert), of which every multiple is a bound of zero.
+Nothing enters a statistic that could poison it or lock it for ever: no norm that is not finite, and
+no zero (a frozen leaf, an unused expert), of which every multiple is a bound of zero.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Statistic(NamedTuple):
 
     Attributes:
       start: its value before the first norm, any pytree of numbers.
-      learn: `(norm, value, seen) -> value` takes in one more norm; `seen`, int32, is the number of norms before it.
+      learn: `(norm, value, seen) -> value` takes in one more norm; `seen`, int32, is the number of
+        norms before it.
       bound: `(norm, value, seen) -> bound` for a norm; most do not look at the norm itself.
       signed: whether zeros and negative numbers are learned, too: for losses.
     """
@@ -77,18 +78,20 @@ def learned(
 
     Args:
       statistic: what is learned of one block, and the bound that follows.
-      feed: what is learned of a norm, given its bound: `feeds.raw`, `feeds.clipped`, `feeds.accepted`, or a
-        function `(norms, bounds) -> norms` in which NaN means "nothing".
-      update_first: whether a norm is learned, as it is, before it is judged; else it is judged by those before it.
-      warmup_steps: a block is held to the bound of `warmup` until it has learned from this many norms.
+      feed: what is learned of a norm, given its bound: `feeds.raw`, `feeds.clipped`,
+        `feeds.accepted`, or a function `(norms, bounds) -> norms` in which NaN means "nothing".
+      update_first: whether a norm is learned, as it is, before it is judged; else it is judged by
+        those before it.
+      warmup_steps: a block is held to the bound of `warmup` until it has learned from this many
+        norms.
       warmup: the threshold of the warm-up; by default there is none.
-      relearn_after: a block that was over its bound on this many consecutive steps has changed for good: its
-        statistic is reset to the present norm (and warms up again). None: never. A feed that does not let the
-        statistic follow needs it, or the block is locked out for ever.
+      relearn_after: a block that was over its bound on this many consecutive steps has changed for
+        good: its statistic is reset to the present norm (and warms up again). None: never. A feed
+        that does not let the statistic follow needs it, or the block is locked out for ever.
 
     Raises:
-      ValueError: for numbers out of range; for `update_first` with another feed than `feeds.raw`: there is no bound
-        yet.
+      ValueError: for numbers out of range; for `update_first` with another feed than `feeds.raw`:
+        there is no bound yet.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import feeds, thresholds
@@ -106,7 +109,9 @@ def learned(
     if relearn_after is not None:
         validate.steps(1, relearn_after=relearn_after)
     if update_first and feed is not feeds.raw:
-        raise validate.fail("feed must be feeds.raw where update_first is True: there is no bound yet", feed)
+        raise validate.fail(
+            "feed must be feeds.raw where update_first is True: there is no bound yet", feed
+        )
     warmup = as_threshold(warmup=warmup)
     start = BlockState(statistic.start, 0, 0)
 
@@ -119,7 +124,9 @@ def learned(
         if not update_first:
             value, seen = _learn(statistic, feed(norm, bound), value, seen)
         state = BlockState(value, seen, jnp.where(norm > bound, optax.safe_increment(over), 0))
-        return bound, state if relearn_after is None else _reset(statistic, norm, state, relearn_after)
+        return bound, state if relearn_after is None else _reset(
+            statistic, norm, state, relearn_after
+        )
 
     def init_fn(norms):
         return LearnedState(start_blocks(start, norms), warmup.init(norms))
@@ -134,7 +141,9 @@ def learned(
 
 
 def _learn(statistic: Statistic, norm, value, seen):
-    """The statistic after one more norm, and how many it has seen; as they were if there is nothing to learn."""
+    """The statistic after one more norm, and how many it has seen; as they were if there is nothing
+    to learn.
+    """
     new = statistic.learn(norm, value, seen)
     fine = jnp.isfinite(norm) & (statistic.signed | (norm > 0))
     value = jax.tree.map(lambda new, old: jnp.where(fine, new.astype(old.dtype), old), new, value)

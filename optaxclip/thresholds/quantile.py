@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ from optaxclip.thresholds.learned import Statistic, empty, learned, like
 
 
 class SortedRing(NamedTuple):
-    """The last norms of one block, twice: a ring, which knows the oldest, beside a sorted copy, which needs no sort.
+    """The last norms of one block, twice: a ring, which knows the oldest, beside a sorted copy,
+    which needs no sort.
 
     Attributes:
-      ring: in order of arrival, from `seen % window` on the oldest; infinite where nothing was seen yet.
+      ring: in order of arrival, from `seen % window` on the oldest; infinite where nothing was seen
+        yet.
       ordered: the same norms, sorted.
     """
 
@@ -34,14 +36,17 @@ def _unseen(window: int) -> SortedRing:
 def _pushed(norm, window: SortedRing, seen) -> SortedRing:
     """The window with one more norm, in place of the oldest.
 
-    The sorted copy moves up by one from the old norm on, which drops it, and down by one from the new norm on, which
+    The sorted copy moves up by one from the old norm on, which drops it, and down by one from the
+    new norm on, which
     makes room: two passes over the window, without a sort or a search.
     """
     size = window.ring.shape[0]
     here = jnp.arange(size, dtype=seen.dtype) == jnp.mod(seen, size)
     oldest = jnp.sum(jnp.where(here, window.ring, 0), dtype=norm.dtype)
     above, below = jnp.full(1, jnp.inf, norm.dtype), jnp.zeros(1, norm.dtype)
-    kept = jnp.where(window.ordered < oldest, window.ordered, jnp.concatenate([window.ordered[1:], above]))
+    kept = jnp.where(
+        window.ordered < oldest, window.ordered, jnp.concatenate([window.ordered[1:], above])
+    )
     ordered = jnp.maximum(jnp.concatenate([below, kept[:-1]]), jnp.minimum(kept, norm))
     return SortedRing(jnp.where(here, norm, window.ring), ordered)
 
@@ -67,8 +72,10 @@ def percentile(
 ) -> optax.GradientTransformationExtraArgs:
     """The p-th percentile of the last `window` norms, exact, linear between neighbours.
 
-    Memory: two numbers a block and norm of the window. Norms enter as they are (a percentile of clipped norms could
-    only fall); a lasting change of scale has filled the window after `window` steps. With a high p an explosion is
+    Memory: two numbers a block and norm of the window. Norms enter as they are (a percentile of
+    clipped norms could
+    only fall); a lasting change of scale has filled the window after `window` steps. With a high p
+    an explosion is
     followed upwards: put a cap on it with `at_most`.
 
     Args:
@@ -77,7 +84,8 @@ def percentile(
       update_first, warmup_steps, warmup: as in `learned`.
 
     Raises:
-      ValueError: for a percentile outside [0, 100], or a window that is not a whole number of at least 1.
+      ValueError: for a percentile outside [0, 100], or a window that is not a whole number of at
+        least 1.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import thresholds
@@ -100,15 +108,19 @@ def percentile(
 
 @validate.named
 def window_zscore(
-    z: ArrayLike = 6.0, window: int = 128, warmup_steps: ArrayLike | None = None, *, signed: bool = False
+    z: ArrayLike = 6.0,
+    window: int = 128,
+    warmup_steps: ArrayLike | None = None,
+    *,
+    signed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Mean plus z deviations of the last `window` norms; spikes enter the window as they are.
 
     Args:
       z: how many (unbiased) standard deviations over the mean.
       window: how many norms are remembered, a Python int.
-      warmup_steps: no bound before this many were seen; None: one less than half the window, so that the
-        first to be judged fills the half, as in OLMo-core: the 64th of 128.
+      warmup_steps: no bound before this many were seen; None: one less than half the window, so
+        that the first to be judged fills the half, as in OLMo-core: the 64th of 128.
       signed: whether zeros and negative numbers are learned, too: for losses.
 
     Raises:
@@ -136,7 +148,9 @@ def window_zscore(
         unit = jnp.where(largest > 0, largest, 1)  # squares of shares do not overflow
         shares = jnp.where(known, ring, 0) / unit
         mean = jnp.sum(shares) / jnp.maximum(count, 1)
-        variance = jnp.sum(jnp.where(known, jnp.square(shares - mean), 0)) / jnp.maximum(count - 1, 1)
+        variance = jnp.sum(jnp.where(known, jnp.square(shares - mean), 0)) / jnp.maximum(
+            count - 1, 1
+        )
         return (mean + like(z, norm) * jnp.sqrt(variance)) * unit
 
     steps = max(window // 2, 2) - 1 if warmup_steps is None else warmup_steps
@@ -151,13 +165,16 @@ class MedianState(NamedTuple):
 
 
 @validate.named
-def median(scale: ArrayLike = 2.0, window: int = 100, every: int = 100) -> optax.GradientTransformationExtraArgs:
+def median(
+    scale: ArrayLike = 2.0, window: int = 100, every: int = 100
+) -> optax.GradientTransformationExtraArgs:
     """A multiple of the median of the last `window` norms, refreshed every `every` steps.
 
     To start with it is refreshed after 10, 20 and 40 norms too, and is twice as large then.
 
     Raises:
-      ValueError: for a negative scale, or a window or period that is not a whole number of at least 1.
+      ValueError: for a negative scale, or a window or period that is not a whole number of at least
+        1.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import thresholds
@@ -176,7 +193,9 @@ def median(scale: ArrayLike = 2.0, window: int = 100, every: int = 100) -> optax
         middle = like(scale, norm) * _percentile(pushed, jnp.full_like(norm, 50), count)
         early = ((count == 10) | (count == 20) | (count == 40)) & (count < every)
         due = early | (jnp.mod(count, every) == 0)
-        return MedianState(pushed, jnp.where(due, jnp.where(early, 2, 1) * middle, value.clip_bound))
+        return MedianState(
+            pushed, jnp.where(due, jnp.where(early, 2, 1) * middle, value.clip_bound)
+        )
 
     start = MedianState(_unseen(window), math.inf)
     return learned(Statistic(start, learn, lambda norm, value, seen: value.clip_bound))
@@ -186,10 +205,11 @@ def median(scale: ArrayLike = 2.0, window: int = 100, every: int = 100) -> optax
 def quantile(
     quantile: ArrayLike = 0.5, learning_rate: ArrayLike = 0.2, init: ArrayLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """A quantile of the norms, tracked in one number: C ← C · exp(-η · (b - q)), b = 1 if n ≤ C, else 0.
+    """A quantile of the norms, tracked in one number: C ← C · exp(-η · (b - q)), b = 1 if n ≤ C,
+    else 0.
 
-    C settles where a share q of the norms is below it, and moves by a factor of exp(η) a step at most: no spike,
-    however long, moves it further.
+    C settles where a share q of the norms is below it, and moves by a factor of exp(η) a step at
+    most: no spike, however long, moves it further.
 
     Args:
       quantile: q, the share of norms to be within the bound, from 0 to 1.
@@ -215,7 +235,11 @@ def quantile(
         within = (norm <= value).astype(norm.dtype)
         moved = value * jnp.exp(like(learning_rate, norm) * (like(quantile, norm) - within))
         tiny, largest = jnp.finfo(norm.dtype).tiny, jnp.finfo(norm.dtype).max
-        return jnp.clip(moved, tiny, largest) if init is not None else jnp.where(seen == 0, norm, moved)
+        return (
+            jnp.clip(moved, tiny, largest)
+            if init is not None
+            else jnp.where(seen == 0, norm, moved)
+        )
 
     statistic = Statistic(1.0 if init is None else init, learn, lambda norm, value, seen: value)
     return learned(statistic, warmup_steps=1 if init is None else 0)

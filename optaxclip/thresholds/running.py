@@ -1,7 +1,8 @@
 """Thresholds from a running statistic in a few numbers: mean, mean and deviation, the last norm.
 
-Averages are exact from the first norm on: its weight is 1, and weights fade towards 1 - decay, which is the usual
-average divided by its bias correction.  Deviations are kept as such, not as squares, which would overflow at 1e19.
+Averages are exact from the first norm on: its weight is 1, and weights fade towards 1 - decay,
+which is the usual average divided by its bias correction.  Deviations are kept as such, not as
+squares, which would overflow at 1e19.
 """
 
 from __future__ import annotations
@@ -20,26 +21,34 @@ Target = Literal["adaptive", "mean", "threshold"]
 
 
 def debiased_weight(decay, norm, seen):
-    """The weight of a norm in an average of decay β: (1 - β) / (1 - βᵗ), t norms with this one; never over 1."""
+    """The weight of a norm in an average of decay β: (1 - β) / (1 - βᵗ), t norms with this one;
+    never over 1.
+    """
     log = jnp.log1p(-like(1 - decay, norm))
     return jnp.minimum(jnp.expm1(log) / jnp.expm1(like(seen + 1, norm) * log), 1)
 
 
 @validate.named
 def running(
-    factor: ArrayLike = 2.0, decay: ArrayLike = 0.99, *, feed: Feed = feeds.clipped, relearn_after: ArrayLike | None = None
+    factor: ArrayLike = 2.0,
+    decay: ArrayLike = 0.99,
+    *,
+    feed: Feed = feeds.clipped,
+    relearn_after: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A multiple of the running mean of past norms: factor · mean. No bound until the first norm was seen.
+    """A multiple of the running mean of past norms: factor · mean. No bound until the first norm
+    was seen.
 
     Args:
       factor: the multiple.
       decay: β of the mean, from 0 to below 1.
-      feed: what enters the mean. `feeds.clipped` follows a lasting rise by the factor β + (1 - β) · factor a step at most.
+      feed: what enters the mean. `feeds.clipped` follows a lasting rise by the factor β + (1 - β) ·
+        factor a step at most.
       relearn_after: as in `learned`; `feeds.accepted` needs it.
 
     Raises:
-      ValueError: for numbers out of range; if the feed is `feeds.clipped` and the factor at most 1: the mean of what was
-        clipped to the mean can only fall.
+      ValueError: for numbers out of range; if the feed is `feeds.clipped` and the factor at most 1:
+        the mean of what was clipped to the mean can only fall.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import thresholds
@@ -51,7 +60,9 @@ def running(
     validate.nonnegative(factor=factor)
     validate.share(decay=decay)
     if feed is feeds.clipped and validate.is_static(factor) and factor <= 1:
-        raise validate.fail("factor must be larger than 1 with the feed clipped (or use feeds.raw)", factor)
+        raise validate.fail(
+            "factor must be larger than 1 with the feed clipped (or use feeds.raw)", factor
+        )
 
     def learn(norm, mean, seen):
         return mean + debiased_weight(decay, norm, seen) * (norm - mean)
@@ -62,7 +73,8 @@ def running(
 
 @validate.named
 def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
-    """A multiple of the last norm after its clip: only the growth of a norm is bounded, it may fall freely.
+    """A multiple of the last norm after its clip: only the growth of a norm is bounded, it may fall
+    freely.
 
     Raises:
       ValueError: if ratio is a number below 1, with which norms could only fall.
@@ -75,14 +87,18 @@ def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
     6.0
     """
     validate.at_least(1, ratio=ratio)
-    last = Statistic(0.0, lambda norm, value, seen: norm, lambda norm, value, seen: like(ratio, norm) * value)
+    last = Statistic(
+        0.0, lambda norm, value, seen: norm, lambda norm, value, seen: like(ratio, norm) * value
+    )
     threshold = learned(last, feed=feeds.clipped)
     threshold.update.learns = False  # type: ignore[attr-defined]  # it bounds growth, and seeks no spikes
     return threshold
 
 
 def _moved(norm, value, weight, spread):
-    """Mean and deviation after one more norm: m + w·d and √((1 - w)·s² + spread·d²), where d = norm - m."""
+    """Mean and deviation after one more norm: m + w·d and √((1 - w)·s² + spread·d²), where d = norm
+    - m.
+    """
     mean, deviation = value
     d = norm - mean
     return mean + weight * d, jnp.hypot(jnp.sqrt(1 - weight) * deviation, jnp.sqrt(spread) * d)
@@ -99,17 +115,20 @@ def zscore(
     feed: Feed = feeds.clipped,
     relearn_after: ArrayLike | None = 100,
 ) -> optax.GradientTransformationExtraArgs:
-    """Mean plus z deviations σ of past norms: a norm n over m + z·σ is a spike, and is shortened to the target.
+    """Mean plus z deviations σ of past norms: a norm n over m + z·σ is a spike, and is shortened to
+    the target.
 
     Args:
       z: how many deviations over the mean make a spike.
       decay: β of the running mean and variance after the warm-up.
       warmup_steps: the first norms, not bounded, start them: their mean and population variance.
-      target: what a spike is shortened to. "adaptive": m + z²/zₙ · σ, zₙ = (n - m) / σ, the shorter the longer it was;
-        "mean": m; "threshold": m + z·σ.
-      eps: σ counts for at least this share of the mean, so that norms that do not vary are not spikes by rounding.
+      target: what a spike is shortened to. "adaptive": m + z²/zₙ · σ, zₙ = (n - m) / σ, the shorter
+        the longer it was; "mean": m; "threshold": m + z·σ.
+      eps: σ counts for at least this share of the mean, so that norms that do not vary are not
+        spikes by rounding.
       feed: what enters mean and deviation.
-      relearn_after: as in `learned`. With targets so close to the mean a lasting rise is never learned without it.
+      relearn_after: as in `learned`. With targets so close to the mean a lasting rise is never
+        learned without it.
 
     Raises:
       ValueError: for numbers out of range, or an unknown target.
@@ -130,7 +149,8 @@ def zscore(
     def learn(norm, value, seen):
         warm = seen < warmup_steps
         weight = jnp.where(warm, 1 / like(seen + 1, norm), like(1 - decay, norm))
-        # After the warm-up the deviation is from the mean that has already moved, as in the paper: hence the square.
+        # After the warm-up the deviation is from the mean that has already moved, as in the paper:
+        # hence the square.
         return _moved(norm, value, weight, weight * (1 - weight) * jnp.where(warm, 1, 1 - weight))
 
     def bound(norm, value, seen):
@@ -140,7 +160,9 @@ def zscore(
         spike = norm > mean + most * unit
         far = jnp.where(spike, norm - mean, 1)
         towards = {"adaptive": most * most * unit / far * deviation, "mean": jnp.zeros_like(mean)}
-        return mean + jnp.where(spike & (target != "threshold"), towards.get(target, 0), most * unit)
+        return mean + jnp.where(
+            spike & (target != "threshold"), towards.get(target, 0), most * unit
+        )
 
     statistic = Statistic((0.0, 0.0), learn, bound)
     return learned(statistic, feed=feed, warmup_steps=warmup_steps, relearn_after=relearn_after)
@@ -158,9 +180,11 @@ def log_zscore(
     update_first: bool = True,
     relearn_after: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Mean plus z deviations of the logarithms of norms: norms are positive and skewed, their logarithms are not.
+    """Mean plus z deviations of the logarithms of norms: norms are positive and skewed, their
+    logarithms are not.
 
-    A norm over exp(m + z·s) is a spike, and shortened to exp(m), the geometric mean, or to exp(m + z·s).
+    A norm over exp(m + z·s) is a spike, and shortened to exp(m), the geometric mean, or to exp(m +
+    z·s).
 
     Args:
       z: how many deviations over the mean make a spike.
@@ -193,7 +217,15 @@ def log_zscore(
     def bound(norm, value, seen):
         mean, deviation = value
         longest = jnp.exp(mean + like(z, norm) * jnp.maximum(deviation, jnp.sqrt(like(eps, norm))))
-        return longest if target == "threshold" else jnp.where(norm >= longest, jnp.exp(mean), longest)
+        return (
+            longest if target == "threshold" else jnp.where(norm >= longest, jnp.exp(mean), longest)
+        )
 
     statistic = Statistic((0.0, 0.0), learn, bound)
-    return learned(statistic, feed=feed, update_first=update_first, warmup_steps=warmup_steps, relearn_after=relearn_after)
+    return learned(
+        statistic,
+        feed=feed,
+        update_first=update_first,
+        warmup_steps=warmup_steps,
+        relearn_after=relearn_after,
+    )

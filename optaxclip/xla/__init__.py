@@ -1,8 +1,8 @@
 """What compilers need, and nothing else needs to know.
 
-The mathematics of a clip is one sum of squares and one multiply a leaf. How these are written decides
-whether XLA reads the gradients once or four times, launches 40 kernels or 800, and whether a GPU waits
-for its host. This room holds those forms behind three functions:
+The mathematics of a clip is one sum of squares and one multiply a leaf. How these are written
+decides whether XLA reads the gradients once or four times, launches 40 kernels or 800, and whether
+a GPU waits for its host. This room holds those forms behind three functions:
 
     measure(norm, arrays, layout)          the norms of all blocks, in one read
     scale(arrays, factors, layout, ...)    each leaf times the factor of its block

@@ -3,8 +3,8 @@
 Leaves whose shape is equal, and whose path is equal but for its digits (`h/3/qkv`, `h/7/qkv`), are
 sharded alike on any mesh. To add their squares, or to stack them along a new axis, moves nothing
 between devices: no all-gather on any mesh tried. Concatenating leaves that are *not* alike, which
-saves a few more kernels on one device, makes XLA gather each of them on a mesh - and whether there is
-one cannot be asked: under `jit(in_shardings=...)` the types of unannotated arrays do not say.
+saves a few more kernels on one device, makes XLA gather each of them on a mesh - and whether there
+is one cannot be asked: under `jit(in_shardings=...)` the types of unannotated arrays do not say.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from optaxclip.xla.mesh import NOWHERE, Span
 
 
 class Layout(NamedTuple):
-    """How the leaves of a tree lie in blocks, on devices, and which are alike. Hashable: a static argument.
+    """How the leaves of a tree lie in blocks, on devices, and which are alike. Hashable: a static
+    argument.
 
     Attributes:
       blocks: how leaves are cut into blocks.
@@ -46,13 +47,18 @@ def group(keys: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
 def lay_out(blocks: Blocks, paths: Sequence[str], shapes, span: Span = NOWHERE) -> Layout:
     """The layout of a tree. Not by dtype: rows are part of a state, which float32 parameters start."""
     axes = blocks.axes or [None] * len(paths)
-    alike = [(re.sub(r"\d+", "#", path), shape, ax) for path, shape, ax in zip(paths, shapes, axes, strict=True)]
+    alike = [
+        (re.sub(r"\d+", "#", path), shape, ax)
+        for path, shape, ax in zip(paths, shapes, axes, strict=True)
+    ]
     return Layout(blocks, tuple(shapes), group(alike), span)
 
 
 def same_types(layout: Layout, row: Sequence[int], arrays: Sequence[jax.Array]) -> list[list[int]]:
     """A row split by what its leaves are: by type (dtype, in `shard_map` what varies), and by span."""
-    keys = [(jax.typeof(arrays[i]), layout.span.leaves[i] if layout.span.leaves else None) for i in row]
+    keys = [
+        (jax.typeof(arrays[i]), layout.span.leaves[i] if layout.span.leaves else None) for i in row
+    ]
     return [[row[i] for i in part] for part in group(keys)]
 
 

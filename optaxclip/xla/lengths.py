@@ -1,9 +1,11 @@
-"""The norms of all blocks, right from 1e-36 to 1e36, in one read, with the derivative of the norm itself.
+"""The norms of all blocks, right from 1e-36 to 1e36, in one read, with the derivative of the norm
+itself.
 
-Squares of float32 numbers overflow above 1.8e19 and vanish below 1e-22. So accelerators pool at three
-scales at once (2^80, 1, 2^-80), which costs no second read, and take the largest scale that did not
-overflow: no loop and no branch, whose condition a GPU would read on the host. On a CPU, where three
-sums take three times as long as one, one sum is checked, and the rare other scales are in a `cond`.
+Squares of float32 numbers overflow above 1.8e19 and vanish below 1e-22. So accelerators pool at
+three scales at once (2^80, 1, 2^-80), which costs no second read, and take the largest scale that
+did not overflow: no loop and no branch, whose condition a GPU would read on the host. On a CPU,
+where three sums take three times as long as one, one sum is checked, and the rare other scales are
+in a `cond`.
 
 The derivative is <x, dx> / |x|, stated as such: it is finite where the pool at one scale is not.
 """
@@ -50,7 +52,8 @@ def _measure_jvp(norm: Norm, layout: Layout, primals, tangents):
     sizes = jax.tree.map(lambda n: jnp.where(n > 0, n, 1), lengths)
     counts = spread(jax.tree.map(jnp.asarray, counts_of(layout, accumulator(arrays))), layout)
     parts = [
-        _along(norm, x, n, count, dot) for x, n, count, dot in zip(arrays, spread(sizes, layout), counts, dots, strict=True)
+        _along(norm, x, n, count, dot)
+        for x, n, count, dot in zip(arrays, spread(sizes, layout), counts, dots, strict=True)
     ]
     return lengths, _summed(layout, parts, accumulator(arrays))
 
@@ -71,24 +74,27 @@ def _over(x: jax.Array, length: jax.Array) -> jax.Array:
 
 def _summed(layout: Layout, parts, dtype) -> Norms:
     """Sums over the elements of each block, on all devices: linear, so that it can be transposed."""
-    identity = Norm("identity", lambda x: x, "sum", lambda pool, count: pool, lambda u, count: u, 1.0)
+    identity = Norm(
+        "identity", lambda x: x, "sum", lambda pool, count: pool, lambda u, count: u, 1.0
+    )
     if layout.blocks.axes is not None:
         return [row[0] for row in units(identity, layout, parts, (1.0,), dtype, stacked=False)]
     return _gathered(identity, layout, plain(identity, layout, parts, (1.0,), dtype))[0]
 
 
 def scales_of(norm: Norm, dtype, units: bool) -> tuple[float, ...]:
-    """The scales at which to pool, largest first; one where no float overflows or vanishes by the norm's power.
+    """The scales at which to pool, largest first; one where no float overflows or vanishes by the
+    norm's power.
 
-    A pool is exact while |x| is within 2^±(126 / p); scales 2^(160 / p) apart overlap by enough for a sum of a
-    billion numbers.
+    A pool is exact while |x| is within 2^±(126 / p); scales 2^(160 / p) apart overlap by enough for
+    a sum of a billion numbers.
     """
     if norm.pool == "max" or norm.power <= 1:
         return (1.0,)
     wide = jnp.finfo(dtype).maxexp / 128
     if units and norm.power == 2:
-        # Two: a third costs 4 bytes per parameter on a GPU. They reach from 1e-36 to 1e36, and meet where numbers
-        # 2^-63 of a unit's norm are lost, of a million in one unit.
+        # Two: a third costs 4 bytes per parameter on a GPU. They reach from 1e-36 to 1e36, and meet
+        # where numbers 2^-63 of a unit's norm are lost, of a million in one unit.
         return (2.0 ** (57 * wide), 2.0 ** (-57 * wide))
     step = 160 / norm.power
     count = math.ceil((120 - 126 / norm.power) / step)
@@ -96,7 +102,9 @@ def scales_of(norm: Norm, dtype, units: bool) -> tuple[float, ...]:
 
 
 def _chosen(norm: Norm, pools, scales, count) -> jax.Array:
-    """The length, from the largest scale that did not overflow. NaN and infinity come through the smallest."""
+    """The length, from the largest scale that did not overflow. NaN and infinity come through the
+    smallest.
+    """
     length = norm.finish(pools[-1], count) / scales[-1]
     for pool, scale in list(zip(pools, scales, strict=True))[-2::-1]:
         length = jnp.where(pool < jnp.inf, norm.finish(pool, count) / scale, length)
@@ -120,7 +128,8 @@ def _block_lengths(norm: Norm, layout: Layout, arrays) -> jax.Array:
     small = functools.partial(plain, stacked=True)
 
     def rescue(arrays):
-        # One scale after another: all in one read, XLA:CPU would keep room for a float32 copy of narrow leaves.
+        # One scale after another: all in one read, XLA:CPU would keep room for a float32 copy of
+        # narrow leaves.
         def at(scale):
             return pools_of(small, _tied(arrays, scale), (scale,))[0]
 
@@ -142,17 +151,23 @@ def _lowest(dtype):
 
 
 def _apart(arrays):
-    """Narrow leaves behind a barrier: XLA:CPU would widen them once for all their uses, and keep that copy."""
+    """Narrow leaves behind a barrier: XLA:CPU would widen them once for all their uses, and keep
+    that copy.
+    """
     return [x if widen(x) is x else lax.optimization_barrier(x) for x in arrays]
 
 
 def _tied(arrays, scale):
-    """The same inside a loop over scales, before which XLA would widen them, but for what changes in the loop."""
+    """The same inside a loop over scales, before which XLA would widen them, but for what changes
+    in the loop.
+    """
     return [x if widen(x) is x else lax.optimization_barrier((x, scale))[0] for x in arrays]
 
 
 def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
-    """Pools of parts as pools of blocks, over all devices: (S, B), or (S,) for the one block of `tree`."""
+    """Pools of parts as pools of blocks, over all devices: (S, B), or (S,) for the one block of
+    `tree`.
+    """
     pools, first = parts
     names, span = layout.blocks.names, layout.span
     if span.axes and norm.pool == "sum":
@@ -171,7 +186,9 @@ def _segments(norm: Norm, layout: Layout, pools: jax.Array, first: list[int]) ->
     if np.array_equal(blocks[order], np.arange(count)):
         return pools if np.array_equal(blocks, blocks[order]) else pools[:, order]
     meet = jax.ops.segment_sum if norm.pool == "sum" else jax.ops.segment_max
-    meet = functools.partial(meet, segment_ids=blocks[order], num_segments=count, indices_are_sorted=True)
+    meet = functools.partial(
+        meet, segment_ids=blocks[order], num_segments=count, indices_are_sorted=True
+    )
     return jax.vmap(meet)(pools[:, order])
 
 
@@ -182,28 +199,45 @@ def _unit_lengths(norm: Norm, layout: Layout, arrays) -> list[jax.Array]:
 
     def at_all_scales(stacked, arrays):
         rows = units(norm, layout, arrays, scales, dtype, stacked=stacked)
-        return [_chosen(norm, pools, scales, count) for pools, count in zip(rows, counts, strict=True)]
+        return [
+            _chosen(norm, pools, scales, count) for pools, count in zip(rows, counts, strict=True)
+        ]
 
     def one_scale(arrays, scale):
         return [pools[0] for pools in units(norm, layout, arrays, (scale,), dtype, stacked=False)]
 
     def rescue(arrays):
-        rows = lax.map(lambda scale: one_scale(_tied(arrays, scale), scale), np.asarray(scales, dtype))
-        return [_chosen(norm, pools, scales, count) for pools, count in zip(rows, counts, strict=True)]
+        rows = lax.map(
+            lambda scale: one_scale(_tied(arrays, scale), scale), np.asarray(scales, dtype)
+        )
+        return [
+            _chosen(norm, pools, scales, count) for pools, count in zip(rows, counts, strict=True)
+        ]
 
     def checked(arrays):
         rows = one_scale(_apart(arrays), (1.0,))
-        inside = [jnp.all(_unit_inside(x, n * _lowest(dtype))) for x, n in zip(rows, counts, strict=True)]
+        inside = [
+            jnp.all(_unit_inside(x, n * _lowest(dtype))) for x, n in zip(rows, counts, strict=True)
+        ]
         plain_lengths = [norm.finish(x, n) for x, n in zip(rows, counts, strict=True)]
-        return lax.cond(jnp.all(jnp.stack(inside)), lambda _: plain_lengths, rescue, arrays) if rows else []
+        return (
+            lax.cond(jnp.all(jnp.stack(inside)), lambda _: plain_lengths, rescue, arrays)
+            if rows
+            else []
+        )
 
-    everywhere, gpu = functools.partial(at_all_scales, False), functools.partial(at_all_scales, True)
+    everywhere, gpu = (
+        functools.partial(at_all_scales, False),
+        functools.partial(at_all_scales, True),
+    )
     cpu = checked if len(scales) > 1 else everywhere
     return lax.platform_dependent(arrays, cpu=cpu, cuda=gpu, rocm=gpu, default=everywhere)
 
 
 def _unit_inside(pools: jax.Array, lowest) -> jax.Array:
-    """Whether pools are exact. A zero beside others is no reason to look again: dead units are common."""
+    """Whether pools are exact. A zero beside others is no reason to look again: dead units are
+    common.
+    """
     rest = tuple(range(1, pools.ndim))
     zero = (pools == 0) & jnp.any(pools > 0, axis=rest, keepdims=True)
     return (zero | (pools >= lowest)) & (pools < jnp.inf)

@@ -1,10 +1,10 @@
 """Over which devices a leaf is spread, where the code itself runs on one device of many.
 
-Under plain `jit` there is nothing to do: XLA sees whole arrays. Inside `shard_map` (and `pmap`) each
-device sees its own part, and a norm must be pooled over the devices that hold the other parts - but not
-over those that hold copies. `shard_map` keeps the difference in the type of every array (the mesh axes
-over which it varies), so it need not be said; with `check_vma=False` and in `pmap` the types are
-silent, and it must be: there is never a silent local norm.
+Under plain `jit` there is nothing to do: XLA sees whole arrays. Inside `shard_map` (and `pmap`)
+each device sees its own part, and a norm must be pooled over the devices that hold the other parts
+- but not over those that hold copies. `shard_map` keeps the difference in the type of every array
+(the mesh axes over which it varies), so it need not be said; with `check_vma=False` and in `pmap`
+the types are silent, and it must be: there is never a silent local norm.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from optaxclip.base import AxisNames
@@ -24,7 +23,8 @@ class Span(NamedTuple):
     """The mesh axes over which each leaf of a tree varies.
 
     Attributes:
-      leaves: one set of axis names a leaf: where its other parts lie; empty where nothing is spread.
+      leaves: one set of axis names a leaf: where its other parts lie; empty where nothing is
+        spread.
       axes: all axes that occur, in order: over these pooled values are agreed.
       explicit: whether the caller named the axes.
     """
@@ -50,13 +50,16 @@ class Span(NamedTuple):
         return _across(x, tuple(sorted(self._own(leaf))), how)
 
     def check_units(self) -> None:
-        """Raises where types say over which axes a leaf varies, but units need to know along which of its own."""
+        """Raises where types say over which axes a leaf varies, but units need to know along which
+        of its own.
+        """
         if not self.explicit and any(lax.axis_size(axis) > 1 for axis in self.axes):
             raise ValueError(
-                f"A clip of units inside shard_map, over the mesh axes {self.axes}, cannot know whether these cut"
-                " units or lie between them: a type says over which axes a leaf varies, not along which of its"
-                " dimensions. Pass axis_names= to the clip: for each leaf (as a tree, or a function of the path)"
-                " the axes that cut its units, and () where every device holds whole units."
+                f"A clip of units inside shard_map, over the mesh axes {self.axes}, cannot know"
+                " whether these cut units or lie between them: a type says over which axes a leaf"
+                " varies, not along which of its dimensions. Pass axis_names= to the clip: for"
+                " each leaf (as a tree, or a function of the path) the axes that cut its units,"
+                " and () where every device holds whole units."
             )
 
     def _own(self, leaf: int) -> frozenset[str]:
@@ -107,8 +110,9 @@ def _named(axis_names: AxisNames, paths: Sequence[str]) -> list:
     names = jax.tree.leaves(axis_names, is_leaf=is_names)
     if len(names) != len(paths) or not all(map(is_names, names)):
         raise ValueError(
-            f"axis_names= must be one axis name or tuple of names, a function of the path, or a tree with one such"
-            f" entry for each of the {len(paths)} measured leaves; got {axis_names!r}."
+            "axis_names= must be one axis name or tuple of names, a function of the path, or a"
+            f" tree with one such entry for each of the {len(paths)} measured leaves; got"
+            f" {axis_names!r}."
         )
     return names
 
@@ -131,22 +135,29 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
         said = [frozenset()] * len(typed)  # one device holds all of it: local and global are one
     else:
         raise ValueError(_silent(axes))
-    # Axes that only types name are agreed over, too: what the caller calls replicated becomes so by type.
-    return Span(tuple(said), tuple(sorted(frozenset().union(*said, *typed))), axis_names is not None)
+    # Axes that only types name are agreed over, too: what the caller calls replicated becomes so by
+    # type.
+    return Span(
+        tuple(said), tuple(sorted(frozenset().union(*said, *typed))), axis_names is not None
+    )
 
 
 def _silent(axes: tuple[Any, ...]) -> str:
-    """Why the span cannot be known, and what to write. The commonest case, averaged gradients, comes first."""
+    """Why the span cannot be known, and what to write. The commonest case, averaged gradients,
+    comes first.
+    """
     if any(not isinstance(axis, str) or axis.startswith("_") for axis in axes):  # JAX's own name
         return (
-            "A clip inside pmap without axis_name cannot communicate: only the norm of each device's own gradients"
-            " can be taken. Pass axis_names=() to the clip if that is meant, for example because the gradients are"
+            "A clip inside pmap without axis_name cannot communicate: only the norm of each"
+            " device's own gradients can be taken. Pass axis_names=() to the clip if that is"
+            " meant, for example because the gradients are"
             ' the same on every device; else name the axis, jax.pmap(step, axis_name="batch").'
         )
     return (
-        f"A clip inside shard_map(check_vma=False) or pmap, over the mesh axes {axes}, cannot know over which of them"
-        " the gradients are spread. Pass axis_names= to the clip: axis_names=() if they are already the same on every"
-        " device, which they are after pmean or psum (to tell, print them on each device with jax.debug.print);"
-        f" axis_names={axes!r} if each device holds a different part of one gradient, as with sharded parameters."
-        " Or keep check_vma=True, where nothing need be said."
+        f"A clip inside shard_map(check_vma=False) or pmap, over the mesh axes {axes}, cannot know"
+        " over which of them the gradients are spread. Pass axis_names= to the clip: axis_names=()"
+        " if they are already the same on every device, which they are after pmean or psum (to"
+        f" tell, print them on each device with jax.debug.print); axis_names={axes!r} if each"
+        " device holds a different part of one gradient, as with sharded parameters. Or keep"
+        " check_vma=True, where nothing need be said."
     )

@@ -1,8 +1,9 @@
 """Contributions of leaves, pooled: one read of the gradients, in the form that each compiler likes.
 
-For blocks of whole leaves a form takes a norm, a layout, the leaves and scales, and returns `(S, P)` pools of
-P parts at S scales, with a leaf of each part. A part is one leaf, or several leaves alike of one block. For
-units it returns, for each row of the layout and each scale, an array `(n leaves, *one entry a unit)`.
+For blocks of whole leaves a form takes a norm, a layout, the leaves and scales, and returns `(S,
+P)` pools of P parts at S scales, with a leaf of each part. A part is one leaf, or several leaves
+alike of one block. For units it returns, for each row of the layout and each scale, an array `(n
+leaves, *one entry a unit)`.
 
 Measured with XLA's own compilers, GPT-2 small before AdamW (150 kernels without a clip):
 
@@ -19,19 +20,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from optaxclip.base import Norm
 from optaxclip.xla.layout import Layout, chunks, group, same_types
 from optaxclip.xla.widths import times, widen
 
-# A variadic reduction over all 48 alike leaves of GPT-2 XL takes 7 GB of temporaries; over 12, none.
+# A variadic reduction over all 48 alike leaves of GPT-2 XL takes 7 GB of temporaries; over 12,
+# none.
 OPERANDS = 12
 # More leaves in one fusion compile no faster.
 ADDENDS = 64
-# Smaller leaves that are alike are stacked: XLA:CPU takes its time for every array, however small, and a
-# copy of so little costs nothing.
+# Smaller leaves that are alike are stacked: XLA:CPU takes its time for every array, however small,
+# and a copy of so little costs nothing.
 SMALL, MOST = 4096, 256
 
 _REDUCE = {"sum": jnp.sum, "max": lambda x, **kw: jnp.max(x, initial=0, **kw)}
@@ -43,8 +44,9 @@ Pools = tuple[jax.Array, list[int]]
 def lifted(norm: Norm, x: jax.Array, scale) -> jax.Array:
     """What each number contributes, at a scale: a power of two, so that nothing is rounded."""
     if isinstance(scale, jax.Array):
-        # In a loop over scales. Without the barrier XLA:CPU takes the conversion out of it, and makes room for a
-        # float32 copy of all narrow leaves; with one barrier for all leaves it keeps the scale in a leaf's shape.
+        # In a loop over scales. Without the barrier XLA:CPU takes the conversion out of it, and
+        # makes room for a float32 copy of all narrow leaves; with one barrier for all leaves it
+        # keeps the scale in a leaf's shape.
         x, scale = lax.optimization_barrier((x, scale))
         return norm.lift(times(widen(x), scale))
     if scale == 1:
@@ -55,7 +57,9 @@ def lifted(norm: Norm, x: jax.Array, scale) -> jax.Array:
 
 
 def _together(norm: Norm, leaves: Sequence[jax.Array], scale) -> jax.Array:
-    """The contributions of leaves alike, met element by element: one reduction where there were many."""
+    """The contributions of leaves alike, met element by element: one reduction where there were
+    many.
+    """
     met = lifted(norm, leaves[0], scale)
     for x in leaves[1:]:
         met = _MEET[norm.pool](met, lifted(norm, x, scale))
@@ -83,23 +87,32 @@ def plain(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool = 
             if stacked and len(parts) > 1 and arrays[same[0]].size < SMALL:
                 for chunk in chunks(same, MOST):
                     whole = jnp.stack([arrays[i].ravel() for i in chunk])
-                    pools.append([reduce(lifted(norm, whole, s), axis=1).astype(dtype) for s in scales])
+                    pools.append(
+                        [reduce(lifted(norm, whole, s), axis=1).astype(dtype) for s in scales]
+                    )
                     first.extend(chunk)
                 continue
             for part in parts:
                 leaves = [arrays[i] for i in part]
-                pools.append([reduce(_together(norm, leaves, s)).astype(dtype)[None] for s in scales])
+                pools.append(
+                    [reduce(_together(norm, leaves, s)).astype(dtype)[None] for s in scales]
+                )
                 first.append(part[0])
     return _joined(pools, first, len(scales), dtype)
 
 
 def variadic(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
-    """One `lax.reduce` of many operands for parts alike: one kernel where `plain` has one for each part."""
+    """One `lax.reduce` of many operands for parts alike: one kernel where `plain` has one for each
+    part.
+    """
     pools, first = [], []
     for row in layout.rows:
         for same in same_types(layout, row, arrays):
             for chunk in chunks(_parts(layout, same, ADDENDS), OPERANDS):
-                at = [[_together(norm, [arrays[i] for i in part], s) for part in chunk] for s in scales]
+                at = [
+                    [_together(norm, [arrays[i] for i in part], s) for part in chunk]
+                    for s in scales
+                ]
                 if len(chunk) == 1:
                     sums = [[x] for x in _reduce([x for (x,) in at], norm)]
                 else:  # a reduction for each scale: of more operands ptxas refuses the kernel
@@ -116,23 +129,31 @@ def _reduce(operands: list[jax.Array], norm: Norm) -> list[jax.Array]:
     def step(a, b):
         return tuple(map(meet, a, b))
 
-    return list(lax.reduce(tuple(operands), tuple(zeros), step, tuple(range(operands[0].ndim)))) if n else []
+    return (
+        list(lax.reduce(tuple(operands), tuple(zeros), step, tuple(range(operands[0].ndim))))
+        if n
+        else []
+    )
 
 
 def _joined(pools, first: list[int], scales: int, dtype) -> Pools:
     """All pools in one concatenation: XLA:TPU runs every one of these small operations as a kernel."""
     if not pools:
         return jnp.zeros((scales, 0), dtype), first
-    return jnp.concatenate([x for at in zip(*pools, strict=True) for x in at]).reshape(scales, -1), first
+    return jnp.concatenate([x for at in zip(*pools, strict=True) for x in at]).reshape(
+        scales, -1
+    ), first
 
 
-def units(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool) -> list[list[jax.Array]]:
+def units(
+    norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool
+) -> list[list[jax.Array]]:
     """Sums along the axes of units.
 
     Args:
       norm, layout, arrays, scales, dtype: as in `plain`.
-      stacked: whether to stack leaves alike and reduce them at once: free on a GPU (62 kernels for 473), a copy of
-        all gradients on a TPU and a CPU.
+      stacked: whether to stack leaves alike and reduce them at once: free on a GPU (62 kernels for
+        473), a copy of all gradients on a TPU and a CPU.
     """
     rows = [_units_of_row(norm, layout, row, arrays, scales, dtype, stacked) for row in layout.rows]
     # Sums of all leaves first: else XLA:TPU stacks them one by one, in three times as many kernels.
@@ -146,7 +167,12 @@ def _units_of_row(norm, layout, row, arrays, scales, dtype, stacked) -> list[jax
     if len(same) == 1 and stacked and not layout.span.axes:
         below, whole = tuple(axis + 1 for axis in axes), jnp.stack([arrays[i] for i in row])
         return [reduce(lifted(norm, whole, s), axis=below).astype(dtype) for s in scales]
-    found = [[reduce(lifted(norm, arrays[i], s), axis=axes).astype(dtype) for i in row] for s in scales]
+    found = [
+        [reduce(lifted(norm, arrays[i], s), axis=axes).astype(dtype) for i in row] for s in scales
+    ]
     if not layout.span.axes:
         return found
-    return [[layout.span.pool_leaf(x, i, norm.pool) for x, i in zip(xs, row, strict=True)] for xs in found]
+    return [
+        [layout.span.pool_leaf(x, i, norm.pool) for x, i in zip(xs, row, strict=True)]
+        for xs in found
+    ]

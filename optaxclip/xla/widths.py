@@ -24,5 +24,6 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     factor = factor.astype(x.real.dtype)
     if not jnp.iscomplexobj(x):
         return x * factor
-    # Not `x * factor`: JAX would make the factor complex, and a product with +0j loses signs of zero.
+    # Not `x * factor`: JAX would make the factor complex, and a product with +0j loses signs of
+    # zero.
     return lax.complex(x.real * factor, x.imag * factor)
