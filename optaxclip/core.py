@@ -21,11 +21,6 @@ scope it serves. How the sum and the multiply are written for which compiler is 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -35,7 +30,6 @@ from optaxclip.actions import as_action
 from optaxclip.base import (
     Action,
     AxisNames,
-    ClipState,
     Exclude,
     Nonfinite,
     Norm,
@@ -44,53 +38,12 @@ from optaxclip.base import (
     Threshold,
     View,
 )
+from optaxclip.engine import Description, Rule, build
 from optaxclip.norms import as_norm, l2
-from optaxclip.record import Step, fresh_metrics, pack_names, record
+from optaxclip.record import Step
 from optaxclip.scopes import as_scope
-from optaxclip.states import ParamsMemory, StateGuard
-from optaxclip.thresholds.blocks import hold, reads_params
 from optaxclip.thresholds.fixed import as_threshold
-from optaxclip.trees import Leaves, match_params, select
-
-
-class Description(NamedTuple):
-    """What a transformation is made of, for whoever reads a chain: `tx.update.description`.
-
-    Attributes:
-      scope, norm, threshold, action, view, exclude: as given to `clip_by`; None where there is no
-        such part.
-      nonfinite: as given to `clip_by`.
-      kind: "blocks": each block is multiplied by what `action` says; "elements": each element is
-        put between limits; "other": anything else, such as a clip with a memory.
-      name: the public call.
-      inner: what a wrapper holds.
-    """
-
-    scope: Scope | None = None
-    norm: Norm | None = None
-    threshold: Any = None
-    action: Any = None
-    view: View | None = None
-    exclude: Exclude = None
-    nonfinite: Nonfinite = "propagate"
-    kind: Literal["blocks", "elements", "other"] = "blocks"
-    name: str = ""
-    inner: optax.GradientTransformation | None = None
-
-
-class Rule(NamedTuple):
-    """What tells one clip from another, beside scope and threshold.
-
-    Attributes:
-      measure: `(leaves, layout) -> norms`; None if nothing is measured, and the threshold does not
-        read norms.
-      act: `(leaves, layout, norms, bounds) -> (new leaves, Step)`.
-      bounded: whether the `Step` has bounds; limits of single elements are not recorded.
-    """
-
-    measure: Callable[[Leaves, xla.Layout], Norms] | None
-    act: Callable[[Leaves, xla.Layout, Norms, Norms], tuple[list[jax.Array], Step]]
-    bounded: bool = True
+from optaxclip.trees import Leaves
 
 
 @validate.named
@@ -178,95 +131,3 @@ def decide(norms: Norms, bounds: Norms, action: Action, bad: float) -> Step:
     fine = finite & jnp.isfinite(factors) & ~vanishes
     factors = jnp.where(fine, factors, np.asarray(bad, norms.dtype))
     return Step(norms, bounds, factors, (norms > bounds).astype(norms.dtype), ~fine)
-
-
-@functools.lru_cache(maxsize=256)
-def _layout(scope: Scope, paths, shapes, span: xla.Span) -> xla.Layout:
-    return xla.lay_out(scope.cut(paths, shapes), paths, shapes, span)
-
-
-def build(
-    about: Description, rule: Rule, axis_names: AxisNames | None
-) -> optax.GradientTransformationExtraArgs:
-    """The one engine: measures, asks the threshold, acts, records. Every clip is built by it."""
-    call, exclude, scope, threshold = validate.called(), about.exclude, about.scope, about.threshold
-    validate.exclude(exclude)
-    memory = ParamsMemory()
-
-    def init_fn(params):
-        params = memory.recall(params)
-        leaves = select(params, exclude)
-        norms = _zeros(
-            _layout(scope, leaves.paths, leaves.shapes, xla.NOWHERE), xla.accumulator(leaves.arrays)
-        )
-        names = scope.cut(leaves.paths, leaves.shapes).names
-        measured = rule.measure is not None
-        metrics = fresh_metrics(
-            norms, pack_names(names or ()), measured=measured, bounded=rule.bounded
-        )
-        return ClipState(threshold.init(norms), metrics)
-
-    guard = StateGuard(call, ClipState, init_fn)
-
-    def measure(leaves: Leaves, layout: xla.Layout, dtype) -> Norms:
-        if rule.measure is None:
-            return _zeros(layout, dtype)
-        return jax.tree.map(lambda n: n.astype(dtype), rule.measure(leaves, layout))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        leaves = select(updates, exclude)
-        state = _fresh_if_none(state, init_fn, updates)
-        guard.check(state, updates)
-        # What measures nothing has nothing to agree on with other devices, and needs no axis names.
-        span = (
-            xla.find_span(leaves.arrays, leaves.paths, axis_names) if rule.measure else xla.NOWHERE
-        )
-        layout = _layout(scope, leaves.paths, leaves.shapes, span)
-        dtype = _dtype_of(state, leaves)
-        seen = (
-            leaves
-            if about.view is None
-            else _viewed(about.view, leaves, match_params(leaves, params, exclude, call))
-        )
-        norms = measure(seen, layout, dtype)
-        sizes = None
-        if params is not None and reads_params(threshold):
-            sizes = measure(
-                leaves._replace(arrays=match_params(leaves, params, exclude, call)), layout, dtype
-            )
-        bounds, new = threshold.update(norms, state.threshold, sizes, **extra_args)
-        arrays, step = rule.act(leaves, layout, norms, bounds)
-        return leaves.rebuild(arrays), ClipState(
-            hold(threshold.init, norms, new, state.threshold), record(state.metrics, step)
-        )
-
-    update_fn.description = about._replace(name=call)  # type: ignore[attr-defined]
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _dtype_of(state: ClipState, leaves: Leaves) -> Any:
-    """The dtype of the norms: that of `init`, whose parameters may be wider than the gradients."""
-    bounds = jax.tree.leaves(state.metrics.clip_bound)
-    return bounds[0].dtype if bounds else xla.accumulator(leaves.arrays)
-
-
-def _zeros(layout: xla.Layout, dtype) -> Norms:
-    """Norms of zero, in the shape of the norms of a tree."""
-    return jax.tree.map(lambda count: jnp.zeros(count.shape, dtype), xla.counts_of(layout, dtype))
-
-
-def _viewed(view: View, leaves: Leaves, params: list[jax.Array]) -> Leaves:
-    """What is measured in place of the updates."""
-    return leaves._replace(
-        arrays=[
-            view(xla.widen(g), xla.widen(w)) for g, w in zip(leaves.arrays, params, strict=True)
-        ]
-    )
-
-
-def _fresh_if_none(state, init_fn, updates) -> ClipState:
-    """The state, or a fresh one for None, if no history is lost by that."""
-    if state is not None:
-        return state
-    state = init_fn(updates)
-    return None if jax.tree.leaves(state.threshold) else state

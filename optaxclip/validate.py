@@ -30,7 +30,7 @@ _CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default="opt
 
 
 def named(call: _F) -> _F:
-    """Makes errors inside a public function speak of it, or of the public function that called it."""
+    """Makes errors inside a public function speak of it, or of the public one that called it."""
     room = (*call.__module__.split("."), "")[1]
     name = f"{room}.{call.__name__}" if room in _NAMESPACES else call.__name__
 
@@ -188,7 +188,8 @@ def feed(**arguments: Any) -> None:
 
 
 _BOUND = "a number from 0 to inf, an array of such"
-_THRESHOLD = f"{_BOUND}, a schedule (a function of the step) or a threshold (an optax transformation of norms)"
+_SCHEDULE = "a schedule (a function of the step)"
+_THRESHOLD = f"{_BOUND}, {_SCHEDULE} or a threshold (an optax transformation of norms)"
 
 
 def bound(*, may_be_threshold: bool = True, wait: bool = True, **arguments: Any) -> None:

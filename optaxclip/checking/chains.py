@@ -1,8 +1,8 @@
-"""What a chain is made of, as a flat list of nodes in the order in which gradients pass them.
+"""A chain as a flat list of nodes, in the order in which gradients reach them.
 
-Ours say what they are; of Optax's the closures are read. Each node knows the holders around it, so
-that "does this one feed that one" has an answer. What a foreign wrapper does between its inside and
-its outside cannot be read: nothing is said to pass its border.
+Our transformations describe themselves; of Optax's the closures are read. Each node knows the
+holders around it, which answers "does this one feed that one?". What a foreign wrapper does with
+what goes in and comes out cannot be read, so no node inside it feeds one outside, nor the reverse.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import optax
 
 from optaxclip.base import Exclude
 from optaxclip.checking.closures import find_description, find_maker, find_module, read_closure
-from optaxclip.core import Description
+from optaxclip.engine import Description
 from optaxclip.trees import flatten_with_paths, is_measured, matcher
 from optaxclip.validate import is_transformation
 
-# Wrappers of Optax whose inside gets what they get, and whose result is made of that of their
-# inside: where they keep it.
+# Wrappers of Optax that pass on what they get, and return what becomes of it inside: the variable
+# in which they keep the transformation inside.
 _INSIDE = {
     "MultiSteps": "_opt",
     "apply_if_finite": "inner",
@@ -36,7 +36,7 @@ _INSIDE = {
 }
 _SERIES = {"chain", "named_chain"}
 _HOLDERS = _SERIES | _INSIDE.keys() | {"partition", "masked", "inject_hyperparams"}
-_DEEPEST, _MOST = 64, 10_000  # a foreign wrapper may hold itself
+_MAX_DEPTH, _MAX_NODES = 64, 10_000  # a foreign wrapper may hold itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +44,14 @@ class Node:
     """One transformation of a chain.
 
     Attributes:
-      name: the function that made it, such as "scale_by_adam"; with its module, if that is not
-        optax or optaxclip.
-      where: the way to it, such as "chain[1]/partition['decoder']/scale_by_adam".
-      about: what it says of itself; None for what is not ours.
-      facts: what the functions of what is not ours hold: the arguments that it was made with, and
-        more.
-      module: where its update function was written.
-      leaves: the paths of the floating-point leaves that it gets; None where that is unknown.
+      name: the function that made it, such as "scale_by_adam", with its module if that is not
+        optax or optaxclip; "threshold" for any of our thresholds.
+      where: the path to it, such as "chain[1]/partition['decoder']/scale_by_adam".
+      about: how it describes itself; None if it is not one of our transformations.
+      facts: the variables of its closures, among them the arguments that it was made with; of our
+        own code none.
+      module: the module that defines its update function.
+      leaves: the paths of the floating-point leaves that it gets; None if they are unknown.
       holders: the nodes around it, outermost first.
       place: how many nodes come before it.
     """
@@ -67,44 +67,46 @@ class Node:
 
     @property
     def is_holder(self) -> bool:
-        """Whether it holds others, and passes on to them what it gets, and the other way round."""
+        """Whether it passes what it gets to the nodes inside, and returns what they make of it."""
         return self.name in _HOLDERS or (self.about is not None and self.about.inner is not None)
 
     def paths(self, exclude: Exclude = None) -> frozenset[str]:
-        """The leaves that it gets, without those excluded; none, where they are unknown."""
+        """The leaves that it gets, without those excluded; empty if they are unknown."""
         excluded = matcher(exclude)
         return frozenset(path for path in self.leaves or () if not excluded(path))
 
 
 def read_chain(tx: optax.GradientTransformation, params: Any) -> list[Node]:
-    """All nodes of a chain, holders before what they hold, in the order of gradients."""
+    """Lists the nodes of a chain, in the order of gradients, holders before what they hold."""
     return list(_walk(tx, params, "", (), itertools.count()))
 
 
 def _walk(tx, params: Any, way: str, holders: tuple[Node, ...], places) -> Iterator[Node]:
     tx = _strip(tx)
     about, leaves = find_description(tx.update), _find_paths(params)
-    name = find_maker(tx.update) if about is None else about.name
-    facts: dict[str, Any] = {}
-    for fn in tx:  # of a foreign wrapper `init` may be one of ours
+    module, facts = find_module(tx.update), {}
+    if module.startswith("optaxclip.thresholds."):
+        name = "threshold"
+    else:
+        name = find_maker(tx.update) if about is None else about.name
+    for fn in (tx.init, tx.update):  # a foreign wrapper may pass on the `init` of one of ours
         facts |= {} if find_module(fn).startswith("optaxclip.") else read_closure(fn)
-    module = find_module(tx.update)
     node = Node(name, way + name, about, facts, module, leaves, holders, next(places))
     yield node
-    if len(holders) < _DEEPEST and node.place < _MOST:
+    if len(holders) < _MAX_DEPTH and node.place < _MAX_NODES:
         for key, inner, seen in _open(node, params):
             yield from _walk(inner, seen, f"{way}{name}{key}/", (*holders, node), places)
 
 
-def share_holders(a: Node, b: Node) -> tuple[Node, ...]:
-    """The holders that two nodes share, each counted among its own."""
+def find_shared(a: Node, b: Node) -> tuple[Node, ...]:
+    """The holders that two nodes share, outermost first; a node counts as a holder of itself."""
     pairs = zip((*a.holders, a), (*b.holders, b), strict=False)
     return tuple(x for x, _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
 
 
 def feeds(a: Node, b: Node) -> bool:
-    """Whether what leaves `a` goes on to `b`: they part in a chain, with nothing foreign between."""
-    shared = share_holders(a, b)
+    """Whether what leaves `a` reaches `b`: both are in one chain, no foreign wrapper between."""
+    shared = find_shared(a, b)
     if a.place >= b.place or a in shared or shared[-1].name not in _SERIES:
         return False
     own = (a.holders + b.holders)[len(shared) :]
@@ -112,30 +114,30 @@ def feeds(a: Node, b: Node) -> bool:
 
 
 def _strip(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The transformation inside what only lets it take extra arguments."""
+    """Unwraps `optax.with_extra_args_support`, which changes nothing."""
     while find_maker(tx.update) == "with_extra_args_support":
         tx = read_closure(tx.update)["tx"]
     return tx
 
 
 def _open(node: Node, params: Any) -> list[tuple[str, Any, Any]]:
-    """What a node holds: the key, the transformation, and the parameters that it sees."""
+    """Lists what a node holds: the key, the transformation, and the parameters that it sees."""
     if node.about is not None:
         return [] if node.about.inner is None else [("", node.about.inner, params)]
     if node.name in _HOLDERS:
         try:
             return _OPEN.get(node.name, _open_wrapper)(node, params)
-        except Exception:  # a user's function may ask for what is not here: nothing can be seen
+        except Exception:  # a user's factory may fail outside of training: its inside stays unknown
             return []
-    if node.module.startswith("optaxclip"):  # a threshold: a transformation, but not of gradients
+    if node.name == "threshold":  # a transformation, but not of gradients
         return []
     found = [
-        (k, x) for k, value in node.facts.items() for x in _list(value) if is_transformation(x)
+        (k, x) for k, value in node.facts.items() for x in _list_items(value) if is_transformation(x)
     ]
     return [(f"<{i}:{key}>", x, params) for i, (key, x) in enumerate(found)]
 
 
-def _list(value: Any) -> list:
+def _list_items(value: Any) -> list:
     if is_transformation(value) or not isinstance(value, dict | list | tuple):
         return [value]
     return list(value.values() if isinstance(value, dict) else value)
@@ -155,7 +157,7 @@ def _open_named_chain(node: Node, params):
 
 
 def _open_partition(node: Node, params):
-    labels = _ask(node.facts["param_labels"], params)
+    labels = _evaluate(node.facts["param_labels"], params)
 
     def group_of(group):
         return labels and jax.tree.map(lambda label: label == group, labels)
@@ -165,7 +167,7 @@ def _open_partition(node: Node, params):
 
 
 def _open_masked(node: Node, params):
-    return [("", node.facts["inner"], _pick(params, _ask(node.facts["mask"], params)))]
+    return [("", node.facts["inner"], _pick(params, _evaluate(node.facts["mask"], params)))]
 
 
 def _open_inject_hyperparams(node: Node, params):
@@ -184,16 +186,16 @@ _OPEN = {
 }
 
 
-def _ask(tree_or_function: Any, params: Any) -> Any:
-    """Labels or a mask, of the parameters if they are a function; None if that fails."""
+def _evaluate(tree_or_function: Any, params: Any) -> Any:
+    """Labels or a mask; of the parameters, if they are a function. None if that fails."""
     try:
         return tree_or_function(params) if callable(tree_or_function) else tree_or_function
-    except Exception:  # a user's function may ask for what is not here
+    except Exception:  # a user's function may fail outside of training
         return None
 
 
 def _pick(params: Any, mask: Any) -> Any:
-    """The parameters under a mask, or a prefix of one; None where that is unknown."""
+    """The parameters under a mask, or a prefix of one; None if the mask is unknown or no fit."""
     try:
         picked = jax.tree.map(lambda m, p: p if m else optax.MaskedNode(), mask, params)
     except (TypeError, ValueError):

@@ -2,7 +2,7 @@
 
 An optax transformation is a pair of closures, and its state often an `EmptyState`; but a closure
 says who made it (`clip_by_global_norm.<locals>.update_fn`) and what it was made with. Nothing of
-our own is read this way: that says what it is, see `optaxclip.core.Description`.
+our own is read this way: that says what it is, see `optaxclip.engine.Description`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from optaxclip.core import Description
+from optaxclip.engine import Description
 
 
 def unwrap(fn: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from optaxclip.actions import keep
 from optaxclip.checking.chains import Node, feeds, share_holders
-from optaxclip.core import Description
+from optaxclip.engine import Description
 from optaxclip.norms import l2, rms
 from optaxclip.scopes import tree
 from optaxclip.thresholds.blocks import learns

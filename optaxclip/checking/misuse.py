@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from optaxclip.checking.chains import Node, read_chain
-from optaxclip.checking.closures import find_maker
+from optaxclip.checking.closures import find_maker, read_closure
 from optaxclip.checking.kinds import (
     NORMALISERS,
     STATEFUL,
     Found,
     as_clip,
+    constant_of,
     is_guard,
     is_named,
     pair,
@@ -88,15 +89,25 @@ def optimizer_as_threshold(nodes: list[Node]) -> Found:
         if node.about is None or node.about.threshold is None:
             continue
         inside = read_chain(node.about.threshold, None)
-        steps = [n for n in inside if n.name in NORMALISERS | {"scale_by_learning_rate"}]
+        steps = [n for n in inside if n.name in NORMALISERS or _flips_sign(n)]
         if steps:
             yield (
                 node.where,
-                f"its bound is what {steps[0].where} makes of the norm: a step, which is negative,"
-                " or has nothing to do with the size of the norm.",
+                f"its bound is what {steps[0].where} makes of the norm: a step, which is negative"
+                " or does not depend on the size of the norm.",
                 "a number, a schedule or a threshold as the bound, and the optimizer behind the"
                 " clip: optax.chain(optaxclip.clip_by(1.0), optimizer).",
             )
+
+
+def _flips_sign(node: Node) -> bool:
+    """Whether a node multiplies by a negative number, as by a learning rate."""
+    if constant_of(node.facts.get("step_size")) < 0:
+        return node.name == "scale"
+    # Optax writes a scheduled rate as `m * learning_rate(count)`, where m is -1 or 1.
+    schedule = node.facts.get("step_size_fn", len)
+    is_rate = find_maker(schedule) == "scale_by_learning_rate"
+    return is_rate and constant_of(read_closure(schedule).get("m")) < 0
 
 
 def idle_exclude(nodes: list[Node]) -> Found:

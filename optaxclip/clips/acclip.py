@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from optaxclip import validate, xla
 from optaxclip.base import Exclude
 from optaxclip.clips.carry import start_carry
-from optaxclip.core import Description
+from optaxclip.engine import Description
 from optaxclip.states import StateGuard
 from optaxclip.thresholds.learned import like
 from optaxclip.trees import select

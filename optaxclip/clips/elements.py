@@ -8,7 +8,7 @@ import optax
 
 from optaxclip import scopes, xla
 from optaxclip.base import AxisNames, Exclude
-from optaxclip.core import Description, Rule, build
+from optaxclip.engine import Description, Rule, build
 from optaxclip.norms import l1, linf
 from optaxclip.record import Step
 from optaxclip.thresholds.blocks import Fixed

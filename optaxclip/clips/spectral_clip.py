@@ -16,7 +16,8 @@ from optaxclip.base import Exclude, Nonfinite, Norms, Threshold
 from optaxclip.clips import singular
 from optaxclip.clips.bounds import bound_leaves
 from optaxclip.clips.singular import FEWEST_STEPS, Method, Solver
-from optaxclip.core import Description, Rule, build, decide
+from optaxclip.core import decide
+from optaxclip.engine import Description, Rule, build
 from optaxclip.trees import Leaves
 
 

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 from optaxclip import scopes, validate, xla
 from optaxclip.actions import normalize, rescale
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Norms, Scope
-from optaxclip.core import Description, Rule, build, clip_by, decide
+from optaxclip.core import clip_by, decide
+from optaxclip.engine import Description, Rule, build
 from optaxclip.norms import linf
 from optaxclip.thresholds.learned import Statistic, learned, like
 from optaxclip.thresholds.running import debiased_weight

@@ -56,9 +56,12 @@ def clip(
         bound = jnp.maximum(bound, 0)
         return (-bound, bound), state
 
-    vars(update_fn).update(vars(threshold.update))  # what says which bound it is, if it is fixed
     limits = type(threshold)(threshold.init, update_fn)  # of its kind, which says what it reads
-    return clip_elements(limits, measure=measure, exclude=exclude, axis_names=axis_names)
+    tx = clip_elements(limits, measure=measure, exclude=exclude, axis_names=axis_names)
+    # What a reader of the chain wants to see is the threshold as it was given.
+    about = tx.update.description._replace(threshold=threshold)
+    tx.update.description = about  # type: ignore[attr-defined]
+    return tx
 
 
 @validate.named

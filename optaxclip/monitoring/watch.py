@@ -14,7 +14,8 @@ from jax.typing import ArrayLike
 from optaxclip import validate, xla
 from optaxclip.actions import keep
 from optaxclip.base import AxisNames, Exclude, Norms, Scope
-from optaxclip.core import Description, Rule, build, decide
+from optaxclip.core import decide
+from optaxclip.engine import Description, Rule, build
 from optaxclip.monitoring.state import WatchState, fresh_watch
 from optaxclip.monitoring.summary import Summary, push_bad, summarize, update_nonfinite
 from optaxclip.monitoring.trackers import (

@@ -26,7 +26,7 @@ class NormsOnly(optax.GradientTransformationExtraArgs):
 
 
 class Fixed(NormsOnly):
-    """A threshold that does not read the norms either, so that a clip of elements need not measure."""
+    """A threshold that does not read the norms either: a clip of elements need not measure."""
 
     __slots__ = ()
 

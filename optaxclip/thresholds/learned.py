@@ -95,9 +95,9 @@ def learned(
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import feeds, thresholds
-    >>> longest = thresholds.Statistic(
-    ...     0.0, lambda norm, value, seen: jnp.maximum(norm, value), lambda norm, value, seen: 2 * value
-    ... )
+    >>> def longer(norm, value, seen):
+    ...     return jnp.maximum(norm, value)
+    >>> longest = thresholds.Statistic(0.0, longer, lambda norm, value, seen: 2 * value)
     >>> threshold = thresholds.learned(longest, feed=feeds.clipped)
     >>> bound, state = threshold.update(jnp.array(3.0), threshold.init(jnp.array(0.0)))
     >>> float(bound), float(threshold.update(jnp.array(100.0), state)[0])

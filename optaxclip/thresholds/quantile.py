@@ -130,7 +130,7 @@ def window_zscore(
     >>> from optaxclip import thresholds
     >>> threshold = thresholds.window_zscore(2.0, window=3, warmup_steps=3)
     >>> state = threshold.init(jnp.array(0.0))
-    >>> for norm in (9.0, 1.0, 2.0, 3.0, 2.0):  # the bound of the last: 1, 2 and 3 have mean 2 and deviation 1
+    >>> for norm in (9.0, 1.0, 2.0, 3.0, 2.0):  # 1, 2 and 3 have mean 2, deviation 1
     ...     bound, state = threshold.update(jnp.array(norm), state)
     >>> round(float(bound), 5)
     4.0

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import trees, validate, xla
-from optaxclip.core import Description
+from optaxclip.engine import Description
 from optaxclip.states import StateGuard
 
 

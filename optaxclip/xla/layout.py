@@ -45,7 +45,7 @@ def group(keys: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
 
 
 def lay_out(blocks: Blocks, paths: Sequence[str], shapes, span: Span = NOWHERE) -> Layout:
-    """The layout of a tree. Not by dtype: rows are part of a state, which float32 parameters start."""
+    """The layout of a tree. Rows are not split by dtype: parameters start a state of their shape."""
     axes = blocks.axes or [None] * len(paths)
     alike = [
         (re.sub(r"\d+", "#", path), shape, ax)
@@ -55,7 +55,7 @@ def lay_out(blocks: Blocks, paths: Sequence[str], shapes, span: Span = NOWHERE) 
 
 
 def same_types(layout: Layout, row: Sequence[int], arrays: Sequence[jax.Array]) -> list[list[int]]:
-    """A row split by what its leaves are: by type (dtype, in `shard_map` what varies), and by span."""
+    """A row split by the types of its leaves (dtype, in `shard_map` what varies) and by span."""
     keys = [
         (jax.typeof(arrays[i]), layout.span.leaves[i] if layout.span.leaves else None) for i in row
     ]

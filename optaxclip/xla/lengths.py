@@ -1,5 +1,4 @@
-"""The norms of all blocks, right from 1e-36 to 1e36, in one read, with the derivative of the norm
-itself.
+"""The norms of all blocks, right from 1e-36 to 1e36, in one read of the gradients.
 
 Squares of float32 numbers overflow above 1.8e19 and vanish below 1e-22. So accelerators pool at
 three scales at once (2^80, 1, 2^-80), which costs no second read, and take the largest scale that
@@ -24,7 +23,7 @@ from jax import lax
 from optaxclip.base import Norm, Norms
 from optaxclip.xla.layout import Layout
 from optaxclip.xla.scaling import spread
-from optaxclip.xla.sums import plain, units, variadic
+from optaxclip.xla.sums import plain, stacking, units, variadic
 from optaxclip.xla.widths import accumulator, widen
 
 
@@ -40,51 +39,49 @@ def measure(norm: Norm, arrays: list[jax.Array], layout: Layout) -> Norms:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
     """As `measure`."""
-    if layout.blocks.axes is not None:
-        return _unit_lengths(norm, layout, arrays)
-    return _block_lengths(norm, layout, arrays)
+    dtype, units_ = accumulator(arrays), layout.blocks.axes is not None
+    scales, counts = scales_of(norm, dtype, units_), jax.tree.leaves(counts_of(layout, dtype))
+    if units_:
+        layout.span.check_units()
 
+    def pool(form, arrays, scales):
+        return _pool(form, norm, layout, arrays, scales, dtype)
 
-@_measure.defjvp
-def _measure_jvp(norm: Norm, layout: Layout, primals, tangents):
-    (arrays,), (dots,) = primals, tangents
-    lengths = _measure(norm, layout, arrays)
-    sizes = jax.tree.map(lambda n: jnp.where(n > 0, n, 1), lengths)
-    counts = spread(jax.tree.map(jnp.asarray, counts_of(layout, accumulator(arrays))), layout)
-    parts = [
-        _along(norm, x, n, count, dot)
-        for x, n, count, dot in zip(arrays, spread(sizes, layout), counts, dots, strict=True)
-    ]
-    return lengths, _summed(layout, parts, accumulator(arrays))
+    def finish(rows):
+        return [_chosen(norm, row, scales, n) for row, n in zip(rows, counts, strict=True)]
 
+    def rescue(arrays):
+        # One scale after another: all in one read, XLA:CPU would keep room for a float32 copy of
+        # narrow leaves.
+        at = lax.map(
+            lambda s: [row[0] for row in pool(stacking, arrays, (s,))], np.array(scales, dtype)
+        )
+        return finish(at)
 
-def _along(norm: Norm, x, length, count, dot) -> jax.Array:
-    """<slope, dx>, element by element."""
-    x, dot = widen(x), widen(dot)
-    slope = norm.slope(_over(x, length.astype(x.real.dtype)), count.astype(x.real.dtype))
-    if not jnp.iscomplexobj(x):
-        return slope * dot
-    return slope.real * dot.real + slope.imag * dot.imag
+    def checked(arrays):
+        rows = [row[0] for row in pool(stacking, _apart(arrays), (1.0,))]
+        inside = [_inside(x, n, dtype, units_) for x, n in zip(rows, counts, strict=True)]
+        lengths = [norm.finish(x, n) for x, n in zip(rows, counts, strict=True)]
+        return lax.cond(jnp.all(jnp.array(inside)), lambda _: lengths, rescue, arrays)
 
-
-def _over(x: jax.Array, length: jax.Array) -> jax.Array:
-    # Not times 1 / length: that rounds, and the largest element over itself has to be 1.
-    return lax.complex(x.real / length, x.imag / length) if jnp.iscomplexobj(x) else x / length
-
-
-def _summed(layout: Layout, parts, dtype) -> Norms:
-    """Sums over the elements of each block, on all devices: linear, so that it can be transposed."""
-    identity = Norm(
-        "identity", lambda x: x, "sum", lambda pool, count: pool, lambda u, count: u, 1.0
+    everywhere, gpu = (
+        lambda xs: finish(pool(plain, xs, scales)),
+        lambda xs: finish(pool(variadic, xs, scales)),
     )
+    cpu = checked if len(scales) > 1 and counts else everywhere
+    lengths = lax.platform_dependent(arrays, cpu=cpu, cuda=gpu, rocm=gpu, default=everywhere)
+    return lengths if units_ else lengths[0]
+
+
+def _pool(form, norm: Norm, layout: Layout, arrays, scales, dtype) -> list[Any]:
+    """For each array of norms the pools at each scale: for units an array a row, else only one."""
     if layout.blocks.axes is not None:
-        return [row[0] for row in units(identity, layout, parts, (1.0,), dtype, stacked=False)]
-    return _gathered(identity, layout, plain(identity, layout, parts, (1.0,), dtype))[0]
+        return units(norm, layout, arrays, scales, dtype, stacked=form is variadic)
+    return [_gathered(norm, layout, form(norm, layout, arrays, scales, dtype))]
 
 
 def scales_of(norm: Norm, dtype, units: bool) -> tuple[float, ...]:
-    """The scales at which to pool, largest first; one where no float overflows or vanishes by the
-    norm's power.
+    """The scales at which to pool, largest first; one where no power overflows or vanishes.
 
     A pool is exact while |x| is within 2^±(126 / p); scales 2^(160 / p) apart overlap by enough for
     a sum of a billion numbers.
@@ -93,8 +90,8 @@ def scales_of(norm: Norm, dtype, units: bool) -> tuple[float, ...]:
         return (1.0,)
     wide = jnp.finfo(dtype).maxexp / 128
     if units and norm.power == 2:
-        # Two: a third costs 4 bytes per parameter on a GPU. They reach from 1e-36 to 1e36, and meet
-        # where numbers 2^-63 of a unit's norm are lost, of a million in one unit.
+        # Two: a third costs 4 bytes per parameter on a GPU. They reach from 1e-36 to 1e36, and
+        # where one hands over to the other they lose what is 2^-25 of a norm's square, or less.
         return (2.0 ** (57 * wide), 2.0 ** (-57 * wide))
     step = 160 / norm.power
     count = math.ceil((120 - 126 / norm.power) / step)
@@ -102,8 +99,9 @@ def scales_of(norm: Norm, dtype, units: bool) -> tuple[float, ...]:
 
 
 def _chosen(norm: Norm, pools, scales, count) -> jax.Array:
-    """The length, from the largest scale that did not overflow. NaN and infinity come through the
-    smallest.
+    """The length, from the largest scale that did not overflow.
+
+    NaN and infinity come through the smallest.
     """
     length = norm.finish(pools[-1], count) / scales[-1]
     for pool, scale in list(zip(pools, scales, strict=True))[-2::-1]:
@@ -111,69 +109,30 @@ def _chosen(norm: Norm, pools, scales, count) -> jax.Array:
     return length
 
 
-def _block_lengths(norm: Norm, layout: Layout, arrays) -> jax.Array:
-    dtype = accumulator(arrays)
-    scales, counts = scales_of(norm, dtype, units=False), counts_of(layout, dtype)
-
-    def pools_of(form, arrays, scales):
-        return _gathered(norm, layout, form(norm, layout, arrays, scales, dtype))
-
-    def at_all_scales(form, arrays):
-        return _chosen(norm, pools_of(form, arrays, scales), scales, counts)
-
-    everywhere = functools.partial(at_all_scales, plain)
-    gpu = functools.partial(at_all_scales, variadic)
-    if len(scales) == 1:
-        return lax.platform_dependent(arrays, cuda=gpu, rocm=gpu, default=everywhere)
-    small = functools.partial(plain, stacked=True)
-
-    def rescue(arrays):
-        # One scale after another: all in one read, XLA:CPU would keep room for a float32 copy of
-        # narrow leaves.
-        def at(scale):
-            return pools_of(small, _tied(arrays, scale), (scale,))[0]
-
-        pools = lax.map(at, np.asarray(scales, dtype))
-        return _chosen(norm, pools, scales, counts)
-
-    def checked(arrays):
-        pool = pools_of(small, _apart(arrays), (1.0,))[0]
-        inside = (pool >= counts * _lowest(dtype)) & (pool < jnp.inf)
-        return lax.cond(jnp.all(inside), lambda _: norm.finish(pool, counts), rescue, arrays)
-
-    return lax.platform_dependent(arrays, cpu=checked, cuda=gpu, rocm=gpu, default=everywhere)
-
-
-def _lowest(dtype):
-    """A pool below this, for each element, may have lost what vanished."""
+def _inside(pools: jax.Array, count, dtype, units: bool) -> jax.Array:
+    """Whether all pools at scale 1 are exact: neither overflowed, nor lost what vanished."""
     info = jnp.finfo(dtype)
-    return np.asarray(info.tiny / info.eps, dtype)
+    inside = pools >= count * np.asarray(info.tiny / info.eps, dtype)
+    if units:
+        # A zero beside others is no reason to look again: dead units are common.
+        some = jnp.any(pools > 0, axis=tuple(range(1, pools.ndim)), keepdims=True)
+        inside |= (pools == 0) & some
+    return jnp.all(inside & (pools < jnp.inf))
 
 
 def _apart(arrays):
-    """Narrow leaves behind a barrier: XLA:CPU would widen them once for all their uses, and keep
-    that copy.
-    """
+    """Narrow leaves behind a barrier: XLA:CPU would widen them once for all uses, and keep that."""
     return [x if widen(x) is x else lax.optimization_barrier(x) for x in arrays]
 
 
-def _tied(arrays, scale):
-    """The same inside a loop over scales, before which XLA would widen them, but for what changes
-    in the loop.
-    """
-    return [x if widen(x) is x else lax.optimization_barrier((x, scale))[0] for x in arrays]
-
-
 def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
-    """Pools of parts as pools of blocks, over all devices: (S, B), or (S,) for the one block of
-    `tree`.
-    """
+    """Pools of parts as pools of blocks, over all devices: (S, B), or (S,) for `tree`."""
     pools, first = parts
-    names, span = layout.blocks.names, layout.span
+    span = layout.span
     if span.axes and norm.pool == "sum":
         pools = pools / np.array([[span.copies(i) for i in first]], pools.dtype)
-    if names is None:
-        pools = jnp.sum(pools, axis=1) if norm.pool == "sum" else jnp.max(pools, axis=1, initial=0)
+    if layout.blocks.names is None:
+        pools = pools.sum(axis=1) if norm.pool == "sum" else pools.max(axis=1, initial=0)
     else:
         pools = _segments(norm, layout, pools, first)
     return span.pool(pools, norm.pool)
@@ -186,61 +145,8 @@ def _segments(norm: Norm, layout: Layout, pools: jax.Array, first: list[int]) ->
     if np.array_equal(blocks[order], np.arange(count)):
         return pools if np.array_equal(blocks, blocks[order]) else pools[:, order]
     meet = jax.ops.segment_sum if norm.pool == "sum" else jax.ops.segment_max
-    meet = functools.partial(
-        meet, segment_ids=blocks[order], num_segments=count, indices_are_sorted=True
-    )
-    return jax.vmap(meet)(pools[:, order])
-
-
-def _unit_lengths(norm: Norm, layout: Layout, arrays) -> list[jax.Array]:
-    layout.span.check_units()
-    dtype = accumulator(arrays)
-    scales, counts = scales_of(norm, dtype, units=True), counts_of(layout, dtype)
-
-    def at_all_scales(stacked, arrays):
-        rows = units(norm, layout, arrays, scales, dtype, stacked=stacked)
-        return [
-            _chosen(norm, pools, scales, count) for pools, count in zip(rows, counts, strict=True)
-        ]
-
-    def one_scale(arrays, scale):
-        return [pools[0] for pools in units(norm, layout, arrays, (scale,), dtype, stacked=False)]
-
-    def rescue(arrays):
-        rows = lax.map(
-            lambda scale: one_scale(_tied(arrays, scale), scale), np.asarray(scales, dtype)
-        )
-        return [
-            _chosen(norm, pools, scales, count) for pools, count in zip(rows, counts, strict=True)
-        ]
-
-    def checked(arrays):
-        rows = one_scale(_apart(arrays), (1.0,))
-        inside = [
-            jnp.all(_unit_inside(x, n * _lowest(dtype))) for x, n in zip(rows, counts, strict=True)
-        ]
-        plain_lengths = [norm.finish(x, n) for x, n in zip(rows, counts, strict=True)]
-        return (
-            lax.cond(jnp.all(jnp.stack(inside)), lambda _: plain_lengths, rescue, arrays)
-            if rows
-            else []
-        )
-
-    everywhere, gpu = (
-        functools.partial(at_all_scales, False),
-        functools.partial(at_all_scales, True),
-    )
-    cpu = checked if len(scales) > 1 else everywhere
-    return lax.platform_dependent(arrays, cpu=cpu, cuda=gpu, rocm=gpu, default=everywhere)
-
-
-def _unit_inside(pools: jax.Array, lowest) -> jax.Array:
-    """Whether pools are exact. A zero beside others is no reason to look again: dead units are
-    common.
-    """
-    rest = tuple(range(1, pools.ndim))
-    zero = (pools == 0) & jnp.any(pools > 0, axis=rest, keepdims=True)
-    return (zero | (pools >= lowest)) & (pools < jnp.inf)
+    meet = functools.partial(meet, segment_ids=blocks[order], num_segments=count)
+    return jax.vmap(functools.partial(meet, indices_are_sorted=True))(pools[:, order])
 
 
 def counts_of(layout: Layout, dtype) -> Any:
@@ -258,3 +164,33 @@ def _unit_counts(layout: Layout, row, sizes) -> np.ndarray:
     shape, axes = layout.shapes[row[0]], layout.blocks.axes[row[0]]
     kept = [n for axis, n in enumerate(shape) if axis not in axes]
     return np.stack([np.full(kept, sizes[i] / max(math.prod(kept), 1)) for i in row])
+
+
+@_measure.defjvp
+def _measure_jvp(norm: Norm, layout: Layout, primals, tangents):
+    (arrays,), (dots,) = primals, tangents
+    lengths, dtype = _measure(norm, layout, arrays), accumulator(arrays)
+    sizes = spread(jax.tree.map(lambda n: jnp.where(n > 0, n, 1), lengths), layout)
+    counts = spread(jax.tree.map(jnp.asarray, counts_of(layout, dtype)), layout)
+    each = zip(arrays, sizes, counts, dots, strict=True)
+    parts = [_along(norm, x, n, count, dot) for x, n, count, dot in each]
+    along = [row[0] for row in _pool(plain, _IDENTITY, layout, parts, (1.0,), dtype)]
+    return lengths, along if layout.blocks.axes is not None else along[0]
+
+
+# Sums as they are: linear, so that the derivative can be transposed.
+_IDENTITY = Norm("identity", lambda x: x, "sum", lambda pool, n: pool, lambda u, n: u, 1.0)
+
+
+def _along(norm: Norm, x, length, count, dot) -> jax.Array:
+    """<slope, dx>, element by element."""
+    x, dot = widen(x), widen(dot)
+    slope = norm.slope(_over(x, length.astype(x.real.dtype)), count.astype(x.real.dtype))
+    if not jnp.iscomplexobj(x):
+        return slope * dot
+    return slope.real * dot.real + slope.imag * dot.imag
+
+
+def _over(x: jax.Array, length: jax.Array) -> jax.Array:
+    # Not times 1 / length: that rounds, and the largest element over itself has to be 1.
+    return lax.complex(x.real / length, x.imag / length) if jnp.iscomplexobj(x) else x / length

@@ -101,6 +101,11 @@ def plain(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool = 
     return _joined(pools, first, len(scales), dtype)
 
 
+def stacking(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
+    """As `plain`, but small leaves alike of several blocks are stacked, and reduced at once."""
+    return plain(norm, layout, arrays, scales, dtype, stacked=True)
+
+
 def variadic(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
     """One `lax.reduce` of many operands for parts alike: one kernel where `plain` has one for each
     part.
@@ -137,7 +142,7 @@ def _reduce(operands: list[jax.Array], norm: Norm) -> list[jax.Array]:
 
 
 def _joined(pools, first: list[int], scales: int, dtype) -> Pools:
-    """All pools in one concatenation: XLA:TPU runs every one of these small operations as a kernel."""
+    """All pools in one concatenation: XLA:TPU runs each of these small operations as a kernel."""
     if not pools:
         return jnp.zeros((scales, 0), dtype), first
     return jnp.concatenate([x for at in zip(*pools, strict=True) for x in at]).reshape(
