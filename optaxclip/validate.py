@@ -31,7 +31,7 @@ _CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default="opt
 
 def named(call: _F) -> _F:
     """Makes errors inside a public function speak of it, or of the public one that called it."""
-    room = (*call.__module__.split("."), "")[1]
+    room = (*(call.__module__ or "").split("."), "")[1]
     name = f"{room}.{call.__name__}" if room in _NAMESPACES else call.__name__
 
     @functools.wraps(call)

@@ -126,7 +126,7 @@ ADAPTIVE = [
     Adaptive("clip_by_log_zscore after", with_parts(oc.clip_by_log_zscore, 3.0, update_first=False, warmup_steps=25), 130),
     Adaptive("adagc", oc.adagc, 7500),
     Adaptive(
-        "adagc anew",
+        "adagc relearning",
         with_parts(oc.adagc, decay=0.9, ratio=1.5, max_norm=jnp.inf, relearn_after=50, warmup_steps=10),
         120,
     ),

@@ -13,8 +13,17 @@ import pytest
 from flax import nnx
 
 import optaxclip
-from optaxclip.thresholds.combine import LagState
+from optaxclip.clips.acclip import ACClipState
+from optaxclip.clips.momentum_norm import MomentumNormState
+from optaxclip.clips.second_moment import SecondMomentState
+from optaxclip.clips.u_clip import CarryState
+from optaxclip.thresholds.combine import LagState, UntilState
 from optaxclip.thresholds.fixed import ScheduleState
+from optaxclip.thresholds.learned import BlockState, LearnedState
+from optaxclip.thresholds.quantile import MedianState, SortedRing
+from optaxclip.wrappers.reset_moments import ResetState
+from optaxclip.wrappers.skip import SkipState
+from optaxclip.wrappers.stable_adamw import StableRmsState
 
 PARAMS = {"enc": {"kernel": jnp.ones((3, 2), jnp.bfloat16)}, "head": [jnp.ones(2), jnp.full(1, 2.0)]}
 GRADS = jax.tree.map(lambda p: p * jnp.asarray(3, p.dtype), PARAMS)
@@ -116,7 +125,8 @@ def test_the_record_is_arrays_and_dicts_only():
     """No node type that a serializer would have to know, and nothing that is not an array of fixed shape."""
     state = optimizer().init(PARAMS)[0]
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
-    assert state.metrics.blocks == {"enc/kernel": None, "head/0": None, "head/1": None}
+    blocks = {"0": {"enc": {"kernel": None}}, "1": {"head": {"0": None}}, "2": {"head": {"1": None}}}
+    assert state.metrics.blocks == blocks
     shapes = {jnp.shape(x) for x in jax.tree.leaves(state)}
     assert shapes == {(), (3,)}
 
@@ -126,7 +136,19 @@ FIELDS = {
     optaxclip.base.Metrics: "grad_norm clip_bound clip_factor clipped_share clipped_steps nonfinite_steps total_steps"
     " blocks",
     LagState: "inner clip_bound",
-    ScheduleState: "clip_step inner",
+    UntilState: "clip_step inner",
+    ScheduleState: "clip_step",
+    LearnedState: "blocks warmup",
+    BlockState: "value seen over",
+    SortedRing: "ring ordered",
+    MedianState: "window clip_bound",
+    CarryState: "carry clip",
+    MomentumNormState: "clip_step momentum clip",
+    SecondMomentState: "clip_step rms clip",
+    ACClipState: "momentum size",
+    StableRmsState: "inner clip",
+    ResetState: "reset_step inner",
+    SkipState: "skipped_steps consecutive_skips last_reason spike loss inner",
 }
 
 

@@ -81,21 +81,19 @@ def read_chain(tx: optax.GradientTransformation, params: Any) -> list[Node]:
     return list(_walk(tx, params, "", (), itertools.count()))
 
 
-def _walk(tx, params: Any, way: str, holders: tuple[Node, ...], places) -> Iterator[Node]:
+def _walk(tx, params: Any, path: str, holders: tuple[Node, ...], places) -> Iterator[Node]:
     tx = _strip(tx)
     about, leaves = find_description(tx.update), _find_paths(params)
-    module, facts = find_module(tx.update), {}
-    if module.startswith("optaxclip.thresholds."):
-        name = "threshold"
-    else:
-        name = find_maker(tx.update) if about is None else about.name
+    module, name = find_module(tx.update), find_maker(tx.update) if about is None else about.name
+    name = "threshold" if module.startswith("optaxclip.thresholds.") else name
+    facts: dict[str, Any] = {}
     for fn in (tx.init, tx.update):  # a foreign wrapper may pass on the `init` of one of ours
         facts |= {} if find_module(fn).startswith("optaxclip.") else read_closure(fn)
-    node = Node(name, way + name, about, facts, module, leaves, holders, next(places))
+    node = Node(name, path + name, about, facts, module, leaves, holders, next(places))
     yield node
     if len(holders) < _MAX_DEPTH and node.place < _MAX_NODES:
         for key, inner, seen in _open(node, params):
-            yield from _walk(inner, seen, f"{way}{name}{key}/", (*holders, node), places)
+            yield from _walk(inner, seen, f"{path}{name}{key}/", (*holders, node), places)
 
 
 def find_shared(a: Node, b: Node) -> tuple[Node, ...]:
@@ -131,9 +129,7 @@ def _open(node: Node, params: Any) -> list[tuple[str, Any, Any]]:
             return []
     if node.name == "threshold":  # a transformation, but not of gradients
         return []
-    found = [
-        (k, x) for k, value in node.facts.items() for x in _list_items(value) if is_transformation(x)
-    ]
+    found = [(k, x) for k, v in node.facts.items() for x in _list_items(v) if is_transformation(x)]
     return [(f"<{i}:{key}>", x, params) for i, (key, x) in enumerate(found)]
 
 

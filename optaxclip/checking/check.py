@@ -1,7 +1,7 @@
 """A linter for chains: what goes wrong silently, where, and what to write instead.
 
-`chains` reads a chain, `kinds` says which nodes are clips, and of what kind; `placement` and
-`misuse` hold one function a mistake.
+`chains` reads a chain, `kinds` tells which nodes are clips, and of what kind; `placement` and
+`misuse` have one function per mistake.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Finding(NamedTuple):
     """One mistake in a chain.
 
     Attributes:
-      name: a short name, which stays: "clip-after-normaliser".
-      where: the way to it: "chain[1]/partition['decoder']/clip_by_global_norm".
+      name: a short, stable name: "clip-after-normaliser".
+      where: the path to it: "chain[1]/partition['decoder']/clip_by_global_norm".
       what: what goes wrong.
       fix: what to write instead.
     """
@@ -55,19 +55,18 @@ class Finding(NamedTuple):
 
 
 def check(tx: optax.GradientTransformation, params: Any) -> tuple[Finding, ...]:
-    """Finds what goes wrong silently in a chain.
+    """Finds silent mistakes in a chain: clips in the wrong place, or without effect.
 
-    That is: clips in the wrong place, behind the wrong wrapper, or without effect. Nothing is
-    computed: the chain is read, not run. What it cannot read, a foreign wrapper, it passes over;
-    what is sound, it leaves unmentioned. The findings are listed in docs/check.md.
+    The chain is read, not run. What a foreign wrapper does cannot be read, so nothing is reported
+    across it, but its inside is checked. All findings are listed in docs/check.md.
 
     Args:
       tx: an optimizer, a chain, or any optax transformation.
-      params: the parameters, or their shapes (`jax.eval_shape`): masks and labels are asked which
-        leaves they mean.
+      params: the parameters, or their shapes (`jax.eval_shape`), to which masks, labels and
+        `exclude` are applied.
 
     Returns:
-      A tuple of `Finding`, empty if there are none; it prints well.
+      A tuple of `Finding`, which prints one below the other; empty if the chain is sound.
 
     Raises:
       TypeError: if `tx` is not an optax transformation.

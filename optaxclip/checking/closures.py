@@ -1,8 +1,8 @@
 """Reading the closures of Optax's transformations.
 
-An optax transformation is a pair of closures, and its state often an `EmptyState`; but a closure
-says who made it (`clip_by_global_norm.<locals>.update_fn`) and what it was made with. Nothing of
-our own is read this way: that says what it is, see `optaxclip.engine.Description`.
+An optax transformation is a pair of closures, and its state is often an `EmptyState`; but a closure
+tells which function made it (`clip_by_global_norm.<locals>.update_fn`), and with which arguments.
+Our own transformations are not read this way: they carry an `optaxclip.engine.Description`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def unwrap(fn: Any) -> Any:
 
 
 def find_description(update: Callable) -> Description | None:
-    """What a transformation of ours says of itself, by its update function."""
+    """How a transformation describes itself, by its update function; None if it is not ours."""
     update = unwrap(update)
-    # `functools.wraps` copies what we say of ours to a wrapper, who knows what that does.
+    # `functools.wraps` copies a description to a foreign wrapper, of which it may not be true.
     return None if hasattr(update, "__wrapped__") else getattr(update, "description", None)
 
 
@@ -47,12 +47,12 @@ def read_closure(fn: Callable) -> dict[str, Any]:
 
 
 def find_module(fn: Callable) -> str:
-    """The module in which a function was written."""
+    """The module that defines a function."""
     return getattr(unwrap(fn), "__globals__", {}).get("__name__", "")
 
 
 def find_maker(fn: Callable) -> str:
-    """The function that made a function; with its module, if that is not optax or optaxclip.
+    """The name of the function that made a function, with its module if that is not optax or ours.
 
     Read off the code, not off `__qualname__`, which `functools.wraps` copies from what is wrapped.
     """

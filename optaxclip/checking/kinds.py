@@ -1,4 +1,4 @@
-"""What a node of a chain is to the rules: a clip of which kind, or one of a few families."""
+"""What the rules ask of a node: which kind of clip it is, or to which family it belongs."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import jax
 import numpy as np
 
 from optaxclip.actions import keep
-from optaxclip.checking.chains import Node, feeds, share_holders
+from optaxclip.checking.chains import Node, feeds, find_shared
 from optaxclip.engine import Description
 from optaxclip.norms import l2, rms
 from optaxclip.scopes import tree
 from optaxclip.thresholds.blocks import learns
 
-# What makes the size of an update independent of the gradient's.
+# These make the size of an update independent of the size of the gradient.
 NORMALISERS = {
     "normalize_by_update_norm", "normalize", "scale_by_acprop", "scale_by_adadelta",
-    "scale_by_adam", "scale_by_adamax", "scale_by_adan", "scale_by_ademamix", "scale_by_adopt", "scale_by_amsgrad",
-    "scale_by_belief", "scale_by_factored_rms", "scale_by_lion", "scale_by_muon",
-    "scale_by_novograd", "scale_by_radam", "scale_by_rms", "scale_by_rprop", "scale_by_rss",
-    "scale_by_sign", "scale_by_simplified_ademamix", "scale_by_sm3", "scale_by_stddev",
-    "scale_by_yogi",
+    "scale_by_adam", "scale_by_adamax", "scale_by_adan", "scale_by_ademamix", "scale_by_adopt",
+    "scale_by_amsgrad", "scale_by_belief", "scale_by_factored_rms", "scale_by_lion",
+    "scale_by_muon", "scale_by_novograd", "scale_by_radam", "scale_by_rms", "scale_by_rprop",
+    "scale_by_rss", "scale_by_sign", "scale_by_simplified_ademamix", "scale_by_sm3",
+    "scale_by_stddev", "scale_by_yogi",
 }  # fmt: skip
 _FORGETFUL = {"scale_by_sign", "normalize_by_update_norm", "normalize"}
 STATEFUL = (NORMALISERS - _FORGETFUL) | {"trace", "ema"}
 SCALES = {"scale", "scale_by_learning_rate", "scale_by_schedule", "identity"}
-_REMEMBERING = {"MultiSteps", "lookahead", "mechanize", "schedule_free"}
+_HOLDERS_WITH_MEMORY = {"MultiSteps", "lookahead", "mechanize", "schedule_free"}
 _OPTAX = {
     "clip_by_global_norm": "tree",
     "clip": "element",
@@ -39,19 +39,20 @@ _OPTAX = {
 _LIMITS = ("actions.rescale", "actions.band", "actions.smooth", "actions.zero", "actions.keep")
 
 Test = Callable[[Node], Any]
-# Where a mistake is, what goes wrong, and what to write instead.
+# Of each mistake: where it is, what goes wrong, and what to write instead.
 Found = Iterator[tuple[str, str, str]]
 
 
 class Clip(NamedTuple):
-    """What a rule asks of a clip.
+    """What the rules ask of a clip.
 
     Attributes:
       block: which numbers share one norm: "tree", "leaf", "element" or "other".
-      bound: the fixed bound, a number, an array or a schedule; None if it is learned or relative.
-      learned: it decides by the history of the norms, so it looks for norms out of the ordinary.
-      hard: blocks within the bound are left alone, others shortened to it.
-      l2: whether its norm is the plain one.
+      bound: the fixed bound, a number, an array or a schedule, of `clip_by_value` both limits; None
+        if it is learned or relative.
+      learned: whether it judges a norm by earlier norms, and so looks for unusual ones.
+      hard: whether blocks within the bound are left alone, and others shortened to it.
+      l2: whether its norm is the Euclidean norm.
       paths: the leaves that it measures.
     """
 
@@ -64,7 +65,7 @@ class Clip(NamedTuple):
 
 
 def as_clip(node: Node) -> Clip | None:
-    """What a node is as a clip; None if it is none, or has an infinite bound and only measures."""
+    """The node as a clip; None if it is not a clip, or only measures, by an infinite bound."""
     about = node.about
     if about is None:
         bound = node.facts.get("max_norm", node.facts.get("max_delta"))
@@ -72,25 +73,25 @@ def as_clip(node: Node) -> Clip | None:
     else:
         is_clip = about.threshold is not None and about.inner is None and about.action is not keep
         clip = _describe(about, node) if is_clip else None
-    return None if clip is None or number_of(clip.bound) == math.inf else clip
+    return None if clip is None or to_number(clip.bound) == math.inf else clip
 
 
 def as_test(node: Node) -> Clip | None:
-    """What a node measures: as a clip, or as a wrapper that skips steps by their norm."""
+    """As `as_clip`, but also for a wrapper that skips steps by their norm."""
     if node.about is None or not is_guard(node):
         return as_clip(node)
     clip = _describe(node.about, node)
-    return None if number_of(clip.bound) == math.inf else clip
+    return None if to_number(clip.bound) == math.inf else clip
 
 
 def _describe(about: Description, node: Node) -> Clip:
-    """Of one of ours."""
+    """What one of our own clips is, by its description."""
     paths, update = node.paths(about.exclude), about.threshold.update
     bound, learned = getattr(update, "bound", None), learns(update)
     if about.kind == "elements":
-        two = isinstance(bound, tuple)
-        learned = learned or bound is None
-        return Clip("element", _pick_finite(bound) if two else bound, learned, not two, paths=paths)
+        two_sided = isinstance(bound, tuple)  # `clip_by_value`
+        fixed = _require_finite(bound) if two_sided else bound
+        return Clip("element", fixed, learned or bound is None, not two_sided, paths=paths)
     if about.kind == "other":
         return Clip("other", hard=False, l2=False, paths=paths)
     action, block = repr(about.action), _name_block(about, paths)
@@ -101,25 +102,26 @@ def _describe(about: Description, node: Node) -> Clip:
 
 
 def _name_block(about: Description, paths: frozenset[str]) -> str:
-    """Which numbers share one norm; for groups by what is in them."""
-    try:
-        groups = (
-            about.scope.cut(sorted(paths), [()] * len(paths)).names if about.scope.named else None
-        )
-    except ValueError:  # patterns that do not match
-        return "other"
-    if about.scope.name == tree.name or (groups and len(groups) == 1):
+    """Which numbers share one norm. Groups may turn out to be the whole tree, or single leaves."""
+    if about.scope.name == tree.name:
         return "tree"
-    whole_leaves = groups is not None and len(groups) == len(paths)
-    return "leaf" if whole_leaves and about.norm is not rms else "other"
+    if not about.scope.named:
+        return "other"
+    try:
+        blocks = about.scope.cut(sorted(paths), [()] * len(paths)).names
+    except Exception:  # labels that do not fit these leaves
+        return "other"
+    if len(blocks) == 1:
+        return "tree"
+    return "leaf" if len(blocks) == len(paths) and about.norm is not rms else "other"
 
 
-def _pick_finite(limits: tuple) -> tuple | None:
-    """Limits on both sides; None, which says nothing, if one is infinite."""
-    return None if any(abs(number_of(limit)) == math.inf for limit in limits) else limits
+def _require_finite(limits: tuple) -> tuple | None:
+    """The lower and the upper limit; None if one is infinite, so that infinities pass."""
+    return None if any(abs(to_number(limit)) == math.inf for limit in limits) else limits
 
 
-def bound_of(node: Node) -> Any:
+def read_bound(node: Node) -> Any:
     """The fixed bound of a clip; None for anything else."""
     clip = as_clip(node)
     return clip and clip.bound
@@ -127,11 +129,11 @@ def bound_of(node: Node) -> Any:
 
 def has_bound(node: Node) -> bool:
     """Whether a node is a clip with a fixed bound."""
-    return bound_of(node) is not None
+    return read_bound(node) is not None
 
 
 def is_global(node: Node) -> bool:
-    """Whether a node clips all that it gets by one norm to a fixed bound."""
+    """Whether a node clips all its leaves by one norm to a fixed bound."""
     clip = as_clip(node)
     return clip is not None and clip.block == "tree" and clip.bound is not None and bool(clip.paths)
 
@@ -144,44 +146,44 @@ def is_guard(node: Node) -> bool:
 
 
 def seeks_spikes(node: Node) -> bool:
-    """Whether a node looks for global norms out of the ordinary, to clip them or skip the step."""
+    """Whether a node looks for unusual global norms, to clip them or to skip the step."""
     test = as_test(node)
     return test is not None and test.block == "tree" and (test.learned or is_guard(node))
 
 
-def number_of(bound: Any) -> float:
-    """A bound as a Python number; NaN, which equals nothing, if it is not one."""
+def to_number(bound: Any) -> float:
+    """A bound as a Python number; NaN, which equals nothing, if it is not a known number."""
     known = isinstance(bound, int | float | np.generic | np.ndarray | jax.Array)
     if not known or np.ndim(bound) or isinstance(bound, jax.core.Tracer):
         return math.nan
     return float(bound)
 
 
-def constant_of(value: Any) -> float:
-    """A number that stays what it is; NaN for one that `inject_hyperparams` may change."""
-    return math.nan if isinstance(value, jax.Array) else number_of(value)
+def to_constant(value: Any) -> float:
+    """As `to_number`, but NaN for an array, which `optax.inject_hyperparams` may change."""
+    return math.nan if isinstance(value, jax.Array) else to_number(value)
 
 
 def is_named(*names: str) -> Test:
-    """The test for these names."""
+    """A test of whether a node has one of these names."""
     return lambda node: node.name in names
 
 
-def pair(nodes: list[Node], first: Test, second: Test) -> Iterator[tuple[Node, Node]]:
-    """All pairs of a `first` node that feeds a `second` one, on some leaves that both get."""
+def find_pairs(nodes: list[Node], first: Test, second: Test) -> Iterator[tuple[Node, Node]]:
+    """Yields each `first` node with each `second` node that it feeds and shares leaves with."""
     seconds = [n for n in nodes if n.leaves and second(n)]
     for a in nodes:
         if a.leaves and first(a):
             yield from ((a, b) for b in seconds if feeds(a, b) and a.leaves & (b.leaves or set()))
 
 
-def between(nodes: list[Node], a: Node, b: Node) -> list[Node]:
-    """What gradients pass on the way; of the holders only those that remember other gradients."""
+def list_between(nodes: list[Node], a: Node, b: Node) -> list[Node]:
+    """Lists the nodes on the way from one to another; of holders only those with a memory."""
     passed = [c for c in nodes if not c.is_holder and feeds(a, c) and feeds(c, b)]
-    own = [h for h in a.holders + b.holders if h not in share_holders(a, b)]
-    return passed + [h for h in own if h.name in _REMEMBERING]
+    own = [h for h in a.holders + b.holders if h not in find_shared(a, b)]
+    return passed + [h for h in own if h.name in _HOLDERS_WITH_MEMORY]
 
 
-def only_scaled(nodes: list[Node], a: Node, b: Node) -> bool:
-    """Whether nothing but scales and clips lies between two nodes."""
-    return all(n.name in SCALES or as_clip(n) for n in between(nodes, a, b))
+def only_scales(nodes: list[Node], a: Node, b: Node) -> bool:
+    """Whether only scales and clips are between two nodes."""
+    return all(n.name in SCALES or as_clip(n) for n in list_between(nodes, a, b))

@@ -1,4 +1,4 @@
-"""Rules for wrappers and arguments that do not do what they are there for; see `placement`."""
+"""Rules for wrappers and arguments that do not do what they are meant to; see `placement`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from optaxclip.checking.kinds import (
     STATEFUL,
     Found,
     as_clip,
-    constant_of,
+    find_pairs,
     is_guard,
     is_named,
-    pair,
+    to_constant,
 )
 
 
 def guard_after_clip(nodes: list[Node]) -> Found:
-    """A guard against what is not finite, behind something that makes it finite."""
-    for a, b in pair(nodes, _name_hidden, is_guard):
+    """A guard that never sees a NaN or an infinity, since something before it makes them finite."""
+    for a, b in find_pairs(nodes, _name_hidden, is_guard):
         yield (
             b.where,
             f"it never sees {_name_hidden(a)}: {a.where} before it makes that finite, and the"
@@ -28,7 +28,7 @@ def guard_after_clip(nodes: list[Node]) -> Found:
 
 
 def _name_hidden(node: Node) -> str | None:
-    """What a node turns into finite numbers."""
+    """What a node turns into finite numbers, in words; None if nothing."""
     if node.name == "zero_nans":
         return "a NaN"
     clip = as_clip(node)
@@ -42,7 +42,7 @@ def _name_hidden(node: Node) -> str | None:
 
 def guard_without_optimizer(nodes: list[Node]) -> Found:
     """A guard that holds only clips, while the optimizer behind it takes the step."""
-    for a, b in pair(nodes, is_guard, is_named(*STATEFUL)):
+    for a, b in find_pairs(nodes, is_guard, is_named(*STATEFUL)):
         inside = [n for n in nodes if a in n.holders and not n.is_holder]
         if inside and all(as_clip(n) for n in inside):
             yield (
@@ -54,7 +54,7 @@ def guard_without_optimizer(nodes: list[Node]) -> Found:
 
 
 def guard_in_accumulation(nodes: list[Node]) -> Found:
-    """A guard that only sees a mean, which one NaN spoils for good: `(1 - emit) * acc` keeps it."""
+    """A guard that sees only a mean, in which one NaN stays: `(1 - emit) * acc` keeps it."""
     for holder in filter(is_named("MultiSteps"), nodes):
         # By default MultiSteps skips no micro-batch.
         accepts_all = find_maker(holder.facts.get("_should_skip_update_fn", len)) == "MultiSteps"
@@ -72,19 +72,18 @@ def guard_in_accumulation(nodes: list[Node]) -> Found:
 
 
 def threshold_as_clip(nodes: list[Node]) -> Found:
-    """What turns norms into bounds, where gradients pass."""
-    for node in nodes:
-        if node.module.startswith("optaxclip.thresholds."):
-            yield (
-                node.where,
-                "it is a threshold, which turns norms into bounds: here each number of a gradient"
-                " becomes a bound.",
-                "a clip by it: optaxclip.clip_by(threshold).",
-            )
+    """A threshold in a chain of gradients."""
+    for node in filter(is_named("threshold"), nodes):
+        yield (
+            node.where,
+            "it is a threshold, which turns norms into bounds: here each number of a gradient"
+            " becomes a bound.",
+            "a clip by it: optaxclip.clip_by(threshold).",
+        )
 
 
 def optimizer_as_threshold(nodes: list[Node]) -> Found:
-    """What turns gradients into steps, where norms become bounds."""
+    """An optimizer in place of a threshold."""
     for node in nodes:
         if node.about is None or node.about.threshold is None:
             continue
@@ -102,19 +101,19 @@ def optimizer_as_threshold(nodes: list[Node]) -> Found:
 
 def _flips_sign(node: Node) -> bool:
     """Whether a node multiplies by a negative number, as by a learning rate."""
-    if constant_of(node.facts.get("step_size")) < 0:
+    if to_constant(node.facts.get("step_size")) < 0:
         return node.name == "scale"
     # Optax writes a scheduled rate as `m * learning_rate(count)`, where m is -1 or 1.
     schedule = node.facts.get("step_size_fn", len)
     is_rate = find_maker(schedule) == "scale_by_learning_rate"
-    return is_rate and constant_of(read_closure(schedule).get("m")) < 0
+    return is_rate and to_constant(read_closure(schedule).get("m")) < 0
 
 
 def idle_exclude(nodes: list[Node]) -> Found:
     """An `exclude` that leaves out no leaf of the parameters, or all of them."""
     for node in nodes:
         exclude = node.about.exclude if node.about is not None else None
-        # A branch may lack what it excludes.
+        # In a branch the leaves that are to be excluded may be missing anyway.
         if exclude is None or not node.leaves or node.leaves != nodes[0].leaves:
             continue
         left, example = node.paths(exclude), min(node.leaves)

@@ -1,9 +1,9 @@
 """Rules for clips in the wrong place.
 
-A rule is a function of the nodes of a chain that says where a mistake is, what goes wrong, and what
-to write instead. It speaks only where it is certain: the mistake must follow from what the chain is
-made of, whatever the gradients. Where something cannot be read (a foreign wrapper, labels that
-cannot be computed) it is silent.
+A rule is a function of the nodes of a chain that yields, for each mistake, where it is, what goes
+wrong, and what to write instead. It reports only what is certain: the mistake must follow from what
+the chain is made of, whatever the gradients. What cannot be read (a foreign wrapper, labels that
+cannot be computed) is not reported.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from optaxclip.checking.chains import Node, feeds, share_holders
+from optaxclip.checking.chains import Node, feeds, find_shared
 from optaxclip.checking.kinds import (
     NORMALISERS,
     SCALES,
@@ -19,26 +19,26 @@ from optaxclip.checking.kinds import (
     Found,
     as_clip,
     as_test,
-    between,
-    bound_of,
-    constant_of,
+    find_pairs,
     has_bound,
     is_global,
     is_named,
-    number_of,
-    only_scaled,
-    pair,
+    list_between,
+    only_scales,
+    read_bound,
     seeks_spikes,
+    to_constant,
+    to_number,
 )
 
 
 def clip_per_branch(nodes: list[Node]) -> Found:
-    """The same fixed bound in several branches, each with a norm of its own."""
-    clips = [(n, bound_of(n)) for n in nodes if is_global(n)]
+    """The same fixed bound in several branches, each of which measures only its own leaves."""
+    clips = [(n, read_bound(n)) for n in nodes if is_global(n)]
     seen: dict[str, set[str]] = {}
     for (a, x), (b, y) in itertools.combinations(clips, 2):
-        if (x is y or number_of(x) == number_of(y)) and _are_in_branches(a, b):
-            fork = share_holders(a, b)[-1]
+        if (x is y or to_number(x) == to_number(y)) and _are_in_branches(a, b):
+            fork = find_shared(a, b)[-1]
             seen.setdefault(fork.where, set()).update(_find_branch(n, fork) for n in (a, b))
     for where, branches in seen.items():
         count = sum(_holds_more_than_clips(nodes, branch) for branch in branches)
@@ -55,8 +55,8 @@ def clip_per_branch(nodes: list[Node]) -> Found:
 
 
 def _are_in_branches(a: Node, b: Node) -> bool:
-    """Whether the ways to two nodes part into branches with leaves of their own."""
-    shared = share_holders(a, b)
+    """Whether two nodes are in different branches, which have no leaves in common."""
+    shared = find_shared(a, b)
     if not shared or a in shared or b in shared:
         return False
     below = [n.holders[len(shared) : len(shared) + 1] for n in (a, b)]
@@ -66,7 +66,7 @@ def _are_in_branches(a: Node, b: Node) -> bool:
 
 
 def _find_branch(node: Node, fork: Node) -> str:
-    """The way to the branch of `fork` that a node is in, with the slash behind it."""
+    """The path to the branch of `fork` that holds a node, with a slash at its end."""
     return node.where[: node.where.index("/", len(fork.where)) + 1]
 
 
@@ -76,7 +76,7 @@ def _holds_more_than_clips(nodes: list[Node], branch: str) -> bool:
 
 
 def frozen_in_norm(nodes: list[Node]) -> Found:
-    """Leaves whose updates are set to zero later on, but whose gradients count in the norm."""
+    """Leaves whose updates are later set to zero, but whose gradients count in the norm."""
     for a in nodes:
         clip = as_test(a)
         if clip is None or clip.block != "tree":
@@ -98,7 +98,7 @@ def frozen_in_norm(nodes: list[Node]) -> Found:
 
 
 def _zeroes(node: Node) -> bool:
-    by_zero = node.name == "scale" and constant_of(node.facts.get("step_size")) == 0
+    by_zero = node.name == "scale" and to_constant(node.facts.get("step_size")) == 0
     return node.name == "set_to_zero" or by_zero
 
 
@@ -108,10 +108,10 @@ def _list_some(paths: frozenset[str], most: int = 3) -> str:
 
 
 def clip_after_normaliser(nodes: list[Node]) -> Found:
-    """A fixed bound on updates whose size has nothing to do with the gradients'."""
-    for a, b in pair(nodes, is_named(*NORMALISERS), has_bound):
+    """A fixed bound on updates whose size does not depend on the size of the gradients."""
+    for a, b in find_pairs(nodes, is_named(*NORMALISERS), has_bound):
         clip = as_clip(b) or Clip("other")
-        late = any(n.name in SCALES - {"identity"} for n in between(nodes, a, b))
+        late = any(n.name in SCALES - {"identity"} for n in list_between(nodes, a, b))
         if (clip.l2 and clip.block in ("tree", "leaf")) or (clip.block == "element" and late):
             yield (
                 b.where,
@@ -125,11 +125,11 @@ def clip_after_normaliser(nodes: list[Node]) -> Found:
 
 
 def spike_test_after_clip(nodes: list[Node]) -> Found:
-    """A rule that looks for norms out of the ordinary, fed with norms that a clip made ordinary."""
-    for a, b in pair(nodes, is_global, seeks_spikes):
+    """A test for unusual norms behind a clip that has made them usual."""
+    for a, b in find_pairs(nodes, is_global, seeks_spikes):
         clip, test = as_clip(a), as_test(b)
         fed = clip and test and clip.l2 and test.paths <= clip.paths
-        if fed and only_scaled(nodes, a, b):
+        if fed and only_scales(nodes, a, b):
             yield (
                 b.where,
                 f"it looks for norms that are out of the ordinary, but {a.where} before it shortens"
@@ -142,7 +142,7 @@ def spike_test_after_clip(nodes: list[Node]) -> Found:
 
 def clip_before_accumulation(nodes: list[Node]) -> Found:
     """A clip of each micro-batch instead of the accumulated gradient."""
-    for a, b in pair(nodes, as_clip, is_named("MultiSteps")):
+    for a, b in find_pairs(nodes, as_clip, is_named("MultiSteps")):
         yield (
             a.where,
             f"it clips each micro-batch, before {b.where} accumulates them, not the gradient that"
@@ -153,14 +153,14 @@ def clip_before_accumulation(nodes: list[Node]) -> Found:
 
 
 def clip_before_unscale(nodes: list[Node]) -> Found:
-    """A fixed bound on gradients from which a loss scale is taken off only after the clip."""
-    # Only before an optimizer that does not care for the size of gradients, where a constant has no
-    # other use: in front of any other it may be part of a learning rate. And only powers of two,
-    # which loss scales are; one that is kept in a state, as a dynamic scale is, cannot be read.
-    for a, b in pair(nodes, has_bound, _unscales):
+    """A fixed bound on gradients whose loss scale is removed only after the clip."""
+    # Only before an optimizer that ignores the size of gradients, where a constant factor has no
+    # other use: before any other optimizer it may be part of the learning rate. And only powers of
+    # two, as loss scales are; a dynamic one, which is kept in a state, cannot be read.
+    for a, b in find_pairs(nodes, has_bound, _unscales):
         normalised = any(feeds(b, n) for n in nodes if n.name in NORMALISERS and n.leaves)
-        if normalised and only_scaled(nodes, a, b):
-            scale = constant_of(b.facts.get("step_size"))
+        if normalised and only_scales(nodes, a, b):
+            scale = to_constant(b.facts.get("step_size"))
             yield (
                 a.where,
                 f"it clips gradients that are still scaled: {b.where} behind it multiplies them by"
@@ -170,33 +170,33 @@ def clip_before_unscale(nodes: list[Node]) -> Found:
 
 
 def _unscales(node: Node) -> bool:
-    size = constant_of(node.facts.get("step_size")) if node.name == "scale" else math.nan
+    size = to_constant(node.facts.get("step_size")) if node.name == "scale" else math.nan
     return 0 < size < 1 and math.frexp(size)[0] == 0.5
 
 
 def clip_before_sign(nodes: list[Node]) -> Found:
-    """A clip of what loses its length right after."""
-    for a, b in pair(nodes, has_bound, is_named("scale_by_sign", "normalize_by_update_norm")):
+    """A clip right before something that discards the length of the update."""
+    for a, b in find_pairs(nodes, has_bound, is_named("scale_by_sign", "normalize_by_update_norm")):
         clip = as_clip(a) or Clip("other")
         forgets = b.name == "scale_by_sign" or clip.block == "tree"
-        if clip.hard and forgets and a.paths() <= b.paths() and only_scaled(nodes, a, b):
+        if clip.hard and forgets and a.paths() <= b.paths() and only_scales(nodes, a, b):
             yield (
                 a.where,
                 f"it has no effect: {b.where} keeps the direction only, or the signs, whatever the"
                 " length, and nothing between them has a memory.",
                 "no clip; or a momentum between them, optax.chain(clip, optax.trace(0.9),"
-                " optax.scale_by_sign(), ...), of which a clip bounds the share of a spike; or"
+                " optax.scale_by_sign(), ...), since a clip bounds the share of a spike in it; or"
                 " optaxclip.skip_spikes(optimizer).",
             )
 
 
 def clip_twice(nodes: list[Node]) -> Found:
-    """Two clips of one kind in a row, of which one has no effect."""
-    for a, b in pair(nodes, is_global, is_global):
+    """Two consecutive clips of the same kind, so that the larger bound has no effect."""
+    for a, b in find_pairs(nodes, is_global, is_global):
         one, two = as_clip(a) or Clip("other"), as_clip(b) or Clip("other")
-        x, y = constant_of(one.bound), constant_of(two.bound)
+        x, y = to_constant(one.bound), to_constant(two.bound)
         alike = one._replace(bound=None) == two._replace(bound=None) and one.hard and one.l2
-        if alike and x == x and y == y and not between(nodes, a, b):
+        if alike and x == x and y == y and not list_between(nodes, a, b):
             idle, other = (b, a) if x <= y else (a, b)
             yield (
                 idle.where,

@@ -41,7 +41,9 @@ def reads_params(*thresholds: optax.GradientTransformation) -> bool:
 def new_threshold(init: Callable, update: Callable, *inside: optax.GradientTransformation):
     """A threshold from its two functions; it reads parameters if one of those inside does."""
     kind = optax.GradientTransformationExtraArgs if inside and reads_params(*inside) else NormsOnly
-    update.learns = learns(update, *(threshold.update for threshold in inside))  # type: ignore[attr-defined]
+    update.learns = learns(  # type: ignore[attr-defined]
+        update, *(threshold.update for threshold in inside)
+    )
     return kind(init, update)
 
 

@@ -91,7 +91,8 @@ def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
         0.0, lambda norm, value, seen: norm, lambda norm, value, seen: like(ratio, norm) * value
     )
     threshold = learned(last, feed=feeds.clipped)
-    threshold.update.learns = False  # type: ignore[attr-defined]  # it bounds growth, and seeks no spikes
+    # It bounds growth, and seeks no spikes.
+    threshold.update.learns = False  # type: ignore[attr-defined]
     return threshold
 
 

@@ -66,13 +66,14 @@ def skip_spikes(
     A skipped step has updates of zero, and leaves the state of `inner` as it was. The rules of
     production are thresholds like any other:
 
-    - a constant: `skip_spikes(optimizer, 2.0)`; - mean + 6σ of the last 128, from the 64th step on
-    (OLMo): `thresholds.window_zscore()`, the default, for norms
-      and, if `update` is passed the loss, for losses;
+    - a constant: `skip_spikes(optimizer, 2.0)`;
+    - mean + 6σ of the last 128, from the 64th step on (OLMo): `thresholds.window_zscore()`, the
+      default, for norms and, if `update` is passed the loss, for losses;
     - k times a running mean of what was accepted (axlearn): `thresholds.running(20.0,
-    feed=feeds.accepted)`; - the log z-score, fed with spikes at the length of their bound (Lingvo):
-    `thresholds.log_zscore(4.0, 0.995,
-      update_first=False, target="threshold", feed=feeds.clipped, warmup_steps=100)`.
+      feed=feeds.accepted)`;
+    - the log z-score, fed with spikes at the length of their bound (Lingvo):
+      `thresholds.log_zscore(4.0, 0.995, update_first=False, target="threshold",
+      feed=feeds.clipped, warmup_steps=100)`.
 
     Args:
       inner: the optimizer, or a chain with a clip in it: the norm is that of the gradient before

@@ -45,7 +45,7 @@ def group(keys: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
 
 
 def lay_out(blocks: Blocks, paths: Sequence[str], shapes, span: Span = NOWHERE) -> Layout:
-    """The layout of a tree. Rows are not split by dtype: parameters start a state of their shape."""
+    """The layout of a tree. Rows ignore dtypes: parameters start a state of their shape."""
     axes = blocks.axes or [None] * len(paths)
     alike = [
         (re.sub(r"\d+", "#", path), shape, ax)

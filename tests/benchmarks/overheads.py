@@ -75,11 +75,11 @@ def _percentile_ratios(norms: jax.Array, rounds: int) -> np.ndarray:
         bound, hold["state"] = update(norms[7], hold["state"])
         return bound
 
-    def sorted_anew(norm, ring):
+    def sorted_again(norm, ring):
         ring = ring.at[3].set(norm)
         return jnp.percentile(ring, 10.0, axis=0), ring
 
-    jitted = jax.jit(sorted_anew, donate_argnums=1)
+    jitted = jax.jit(sorted_again, donate_argnums=1)
 
     def theirs():
         bound, hold["ring"] = jitted(norms[7], hold["ring"])

@@ -42,7 +42,7 @@ TAIL = """
 Read it so: after NaN and infinities the bound is where it was, because nothing was learned. What is 1 to 100 under "NaN
 first" and "50 zeros first" is the warm-up, which waits for real gradients. A spike in the very first step is learned by
 whatever averages, and takes the memory of the average to forget: 900 steps at decay 0.99. `adagc` follows a lasting
-rise by 0.1 % a step, its paper's rule; `relearn_after=` makes it start anew.
+rise by 0.1 % a step, its paper's rule; `relearn_after=` makes it learn again.
 """
 PEER_HEAD = """
 ## Public implementations, the same series
