@@ -129,7 +129,8 @@ def train(name: str, task: Task, rates: list[float], seeds: int, steps: int) -> 
     @partial(jax.jit, donate_argnums=0)
     @partial(jax.vmap, in_axes=(0, 0, 0, None))
     def step(state, rate, key, i):
-        return task.step(rate, state, jax.random.fold_in(key, i))
+        state, seen = task.step(rate, state, jax.random.fold_in(key, i))
+        return state, with_skips(seen)
 
     state = jax.jit(jax.vmap(task.init))(rate, keys)
     bar = tqdm(range(steps), desc=f"{name:>20}", unit="step")
@@ -142,6 +143,14 @@ def train(name: str, task: Task, rates: list[float], seeds: int, steps: int) -> 
     scores = np.asarray(jax.jit(jax.vmap(task.evaluate))(state)).reshape(shape)
     history = jax.device_get(history)
     return Runs({key: np.stack([seen[key] for seen in history], -1).reshape(*shape, -1) for key in history[0]}, scores)
+
+
+def with_skips(seen: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The metrics of a skip wrapper under the names of a clip's, too: the table and the picture read these."""
+    if "skip/bound" not in seen:
+        return seen
+    norm, bound = seen["skip/grad_norm"], seen["skip/bound"]
+    return {"clip/grad_norm": norm, "clip/bound": bound, "clip/clipped": (norm > bound).astype(norm.dtype)} | seen
 
 
 def report(results: dict[str, Runs], rates: list[float], goal: Goal) -> str:

@@ -1,5 +1,5 @@
-"""Gradient clipping as Optax gradient transformations: four parts, and the published methods made
-of them.
+"""Gradient clipping as Optax gradient transformations: four parts, and published methods
+made of them.
 
 At the top lie what users chain and call. Parts lie in namespaces that say what they are:
 `scopes.leaf`, `norms.l2`, `actions.zero`, `thresholds.zscore`, `feeds.accepted`; types of parts and

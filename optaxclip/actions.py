@@ -1,5 +1,4 @@
-"""What is done about a block: `(norms, bounds) -> factors`, each the number that the block is
-multiplied by.
+"""What is done about a block: `(norms, bounds) -> factors`, by which blocks are multiplied.
 
 Each action first says how long the block shall be, then divides. A block that already is that long
 gets a factor of exactly 1 and comes back bit for bit. An action is homogeneous: it depends on the
@@ -23,8 +22,7 @@ def _action(rule) -> Part:
 
 
 def _factor(lengths, norms):
-    """`lengths / norms`; exactly 1 where nothing changes, and for blocks of zeros, which no factor
-    can lengthen.
+    """`lengths / norms`; exactly 1 where nothing changes, and for blocks of zeros.
 
     The division never sees a zero, not even where its result is dropped: `0 / 0` there would poison
       derivatives.
@@ -46,8 +44,9 @@ def rescale(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 
 @_action
 def normalize(norms: jax.Array, bounds: jax.Array) -> jax.Array:
-    """Gives every block the length of its bound: b / n. Zeros stay zeros; no bound (infinity), no
-    change.
+    """Gives every block the length of its bound: b / n. Zeros stay zeros.
+
+    No bound (infinity) means no change.
 
     >>> from optaxclip import actions
     >>> actions.normalize(jnp.array([0.5, 2.0]), jnp.array([1.0, 1.0]))
@@ -80,8 +79,7 @@ def keep(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 @validate.makes_part
 @validate.named
 def smooth(p: ArrayLike = 2.0) -> Action:
-    """Shortens every block, the more the longer it is: (1 + (n / b)ᵖ)^(-1/p), at most b in length,
-    without a kink.
+    """Shortens every block to at most b, without a kink: (1 + (n / b)ᵖ)^(-1/p).
 
     At n = b the factor is 2^(-1/p): 0.5 for p = 1, 0.71 for 2, 0.92 for 8. p = inf is `rescale`.
 

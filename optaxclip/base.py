@@ -52,9 +52,7 @@ Label = Callable[[str], str] | Mapping[str, str]
 
 
 class Part:
-    """A function that is a part, and shows itself as one writes it: `feeds.raw`,
-    `actions.smooth(2.0)`.
-    """
+    """A part that is a function, and shows itself as one writes it: `feeds.raw`."""
 
     def __init__(self, name: str, rule: Callable[..., Any]):
         functools.update_wrapper(self, rule)

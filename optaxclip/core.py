@@ -116,9 +116,7 @@ def clip_by(
 
 
 def decide(norms: Norms, bounds: Norms, action: Action, bad: float) -> Step:
-    """One factor a block. A negative bound counts as 0; a block that is not finite gets the factor
-    `bad`.
-    """
+    """One factor per block; `bad` for one that is not finite. Negative bounds count as 0."""
     if isinstance(norms, list):
         rows = [decide(n, b, action, bad) for n, b in zip(norms, bounds, strict=True)]
         return Step(*map(list, zip(*rows, strict=True))) if rows else Step([], [], [], [], [])

@@ -21,17 +21,13 @@ def raw(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 
 @_feed
 def clipped(norms: jax.Array, bounds: jax.Array) -> jax.Array:
-    """The norm after the clip. A spike counts as its bound; a lasting change of scale is followed
-    slowly.
-    """
+    """The norm after the clip. A spike counts as its bound, a lasting change is followed slowly."""
     return jnp.minimum(norms, bounds)
 
 
 @_feed
 def accepted(norms: jax.Array, bounds: jax.Array) -> jax.Array:
-    """Only norms within the bound. A lasting change of scale is never learned: give it
-    `relearn_after`.
-    """
+    """Only norms within the bound. A lasting change is not learned: give it `relearn_after`."""
     return jnp.where(norms <= bounds, norms, np.asarray(np.nan, norms.dtype))
 
 

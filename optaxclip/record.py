@@ -1,6 +1,4 @@
-"""What a clip did: the record that it keeps in its state, and how to read it out of any optimizer's
-state.
-"""
+"""What a clip did: the record in its state, and how to read it out of any optimizer's state."""
 
 from __future__ import annotations
 
@@ -36,9 +34,7 @@ class Step(NamedTuple):
 def fresh_metrics(
     norms: Norms, blocks: Any, *, measured: bool = True, bounded: bool = True
 ) -> Metrics:
-    """The record before the first update. Each field has a buffer of its own, so that states can be
-    donated.
-    """
+    """The record before the first update. No two fields share a buffer: states are donated."""
 
     def fill(value, dtype=None):
         return jax.tree.map(lambda n: jnp.full(n.shape, value, dtype or n.dtype), norms)
@@ -104,9 +100,7 @@ def to_arrays(tree: Any) -> Any:
 
 
 def find_nodes(opt_state: Any, *kinds: type) -> list:
-    """All nodes of these kinds in a state, in its order, as plain arrays; the inside of one is not
-    searched.
-    """
+    """All nodes of these kinds in a state, in order, as plain arrays; none inside another."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
     return [to_arrays(x) for x in nodes if isinstance(x, kinds)]
 
@@ -123,9 +117,7 @@ _KEYS: dict[str, tuple[str, Callable[..., Any]]] = {
 
 
 def scalars_of(m: Metrics, prefix: str) -> dict[str, jax.Array]:
-    """The record of one clip as a flat dict of scalars; of a batch of runs, of arrays with the
-    batch's shape.
-    """
+    """The record of one clip as a flat dict of scalars, each with the shape of a batch of runs."""
     names, batch = unpack_names(m.blocks), jnp.ndim(m.total_steps)
     total = jnp.maximum(m.total_steps, 1)
     out = {prefix + "steps": m.total_steps}
@@ -154,9 +146,7 @@ def _of_blocks(value: Any, batch: int) -> jax.Array:
 
 
 def number_keys(found: list, read: Callable[[Any, str], dict], prefix: str) -> dict[str, jax.Array]:
-    """The scalars of all that was found; where that is more than one, with a number behind the
-    prefix.
-    """
+    """The scalars of all that was found, numbered behind the prefix if there are several."""
     if len(found) == 1:
         return read(found[0], prefix)
     return {

@@ -22,9 +22,7 @@ def _by_label(labels: Sequence[str]) -> Blocks:
 
 
 def _distinct(paths: Sequence[str]) -> list[str]:
-    """The paths, with a number after the second and later of one name (`{"a/b": x, "a": {"b":
-    y}}`).
-    """
+    """The paths, numbered from the second of one name on (`{"a/b": x, "a": {"b": y}}`)."""
     seen: Counter = Counter()
     out = []
     for path in paths:

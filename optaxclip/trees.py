@@ -106,8 +106,7 @@ def select(tree: Any, exclude: Exclude = None) -> Leaves:
 
 
 def match_params(leaves: Leaves, params: Any, exclude: Exclude, call: str) -> list[jax.Array]:
-    """The parameters that belong to the measured updates: by their place in the tree, names are for
-    people.
+    """The parameters of the measured updates, by place in the tree: names are for people.
 
     Raises:
       ValueError: if there are none, or they are not those of the updates.

@@ -1,5 +1,4 @@
-"""One voice for bad arguments: every error names the call, the argument, what it must be and what
-it is.
+"""One voice for bad arguments: errors name the call, the argument, what it must be and is.
 
     @named                                  errors inside speak of the outermost such call, which
     the user wrote def zclip(z=2.5, decay=0.97): ...
@@ -71,8 +70,7 @@ def makes_part(maker: _F) -> _F:
 
 
 def to_concrete(value: Any) -> Any:
-    """A concrete array, or a NumPy scalar, as a Python or NumPy value; a tracer, and anything else,
-    unchanged.
+    """A concrete array or NumPy scalar as a Python or NumPy value; anything else unchanged.
 
     It waits for the device: for what is called when a clip is built, not at every step.
     """
@@ -90,9 +88,7 @@ def to_concrete(value: Any) -> Any:
 
 
 def is_static(value: Any) -> bool:
-    """Whether a value is a plain Python number: no array that `optax.inject_hyperparams` may
-    change.
-    """
+    """Whether a value is a Python number, not an array that `inject_hyperparams` may change."""
     return isinstance(value, int | float)
 
 

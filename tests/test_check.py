@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import pathlib
+import re
 
 import equinox
 import jax
@@ -12,6 +14,7 @@ import pytest
 import optaxclip as oc
 from optaxclip import actions, scopes, thresholds
 from optaxclip.checking.chains import read_chain
+from optaxclip.checking.check import _RULES
 from tests.cases import ADAPTIVE, CASES, HOLDERS, OTHERS
 
 PARAMS = {"encoder": {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, "head": {"w": jnp.ones((2, 2))}}
@@ -321,6 +324,13 @@ MISTAKES = {
     ],
 }
 PLANTED = [(name, *pair) for name, pairs in MISTAKES.items() for pair in pairs]
+
+
+def test_every_finding_is_planted_and_documented():
+    page = pathlib.Path(__file__).parent.parent / "docs" / "check.md"
+    rows = re.findall(r"^\| `([a-z-]+)` \|", page.read_text(), re.MULTILINE)
+    assert rows == list(_RULES)
+    assert sorted(rows) == sorted(MISTAKES)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def tables():
 
 
 def convolutions():
-    """Padding, dilation on both sides, another layout, groups; wider than long, longer than wide."""
+    """Padding, dilation on both sides, another layout, groups; wide kernels and long ones."""
     layout = jax.lax.conv_dimension_numbers((1, 3, 6, 5), (4, 3, 2, 3), ("NCHW", "OIHW", "NCHW"))
 
     def loss(p, x):
@@ -372,6 +372,20 @@ def test_a_mesh_of_explicit_axes(make, way):
         (_, examples), grads = step(whole, jax.device_put(batch, PartitionSpec("data")))
         assert jax.typeof(examples.norms).sharding.spec == PartitionSpec("data")
     assert_close(jax.device_get(grads), want)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("data")], ids=["whole", "spread"])
+@pytest.mark.parametrize("way", ["ghost", "microbatch of 2"])
+def test_weights_on_a_mesh_of_explicit_axes(way, spec):
+    loss, params, batch, _ = plain()
+    batch, weights = batch[:4], jnp.array([1.0, 0.0, 2.0, 1.0])
+    step = jax.jit(oc.clipped_value_and_grad(loss, 0.5, **WAYS[way]))
+    want = step(params, batch, weights=weights)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))):
+        spread = jax.device_put(batch, PartitionSpec("data"))
+        whole = jax.device_put(params, PartitionSpec())
+        got = step(whole, spread, weights=jax.device_put(weights, spec))
+    assert_close(jax.device_get(got), want)
 
 
 @pytest.mark.parametrize("clip", ["per_example_global_norm_clip", "per_example_layer_norm_clip"])

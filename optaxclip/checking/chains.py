@@ -36,9 +36,11 @@ _INSIDE = {
 }
 _SERIES = {"chain", "named_chain"}
 _HOLDERS = _SERIES | _INSIDE.keys() | {"partition", "masked", "inject_hyperparams"}
-_MAX_DEPTH, _MAX_NODES = 64, 10_000  # a foreign wrapper may hold itself
+# A foreign wrapper may hold itself, directly or by way of others.
+_MAX_DEPTH, _MAX_NODES = 64, 10_000
 
 
+# Compared by identity: the same transformation at two places makes two nodes.
 @dataclass(frozen=True, eq=False)
 class Node:
     """One transformation of a chain.
@@ -168,6 +170,7 @@ def _open_masked(node: Node, params):
 
 def _open_inject_hyperparams(node: Node, params):
     facts = node.facts
+    # As arrays, as the wrapper passes them: what may change is not mistaken for a constant.
     now = {name: schedule(schedule.init()) for name, schedule in facts["sched_hps"].items()}
     arrays = {name: jnp.asarray(value) for name, value in (now | facts["numeric_hps"]).items()}
     return [("", facts["inner_factory"](**facts["other_hps"], **arrays), params)]

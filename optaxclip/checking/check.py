@@ -81,5 +81,6 @@ def check(tx: optax.GradientTransformation, params: Any) -> tuple[Finding, ...]:
         raise TypeError(f"check: tx must be an optax transformation, got {type(tx).__name__}.")
     nodes = read_chain(tx, params)
     found = [Finding(name, *finding) for name, rule in _RULES.items() for finding in rule(nodes)]
+    # A clip may be part of several pairs: of one mistake at one place, only the first is reported.
     first = {(finding.name, finding.where): finding for finding in reversed(found)}
     return Findings(reversed(first.values()))

@@ -35,7 +35,8 @@ _OPTAX = {
     "clip_by_block_rms": "other",
     "adaptive_grad_clip": "other",
 }
-# Actions of ours that bound a norm; `normalize` sets it.
+# Actions that bound a norm, by the names that they show; `normalize` sets it. What an action of the
+# user's does is not known, and it shows none of these.
 _LIMITS = ("actions.rescale", "actions.band", "actions.smooth", "actions.zero", "actions.keep")
 
 Test = Callable[[Node], Any]
@@ -113,6 +114,7 @@ def _name_block(about: Description, paths: frozenset[str]) -> str:
         return "other"
     if len(blocks) == 1:
         return "tree"
+    # A bound on the root mean square of a leaf is one on updates, on purpose: Adafactor's.
     return "leaf" if len(blocks) == len(paths) and about.norm is not rms else "other"
 
 

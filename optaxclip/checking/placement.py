@@ -41,6 +41,7 @@ def clip_per_branch(nodes: list[Node]) -> Found:
             fork = find_shared(a, b)[-1]
             seen.setdefault(fork.where, set()).update(_find_branch(n, fork) for n in (a, b))
     for where, branches in seen.items():
+        # A partition of clips alone is a bound per group, on purpose.
         count = sum(_holds_more_than_clips(nodes, branch) for branch in branches)
         if count > 1:
             yield (
@@ -82,6 +83,7 @@ def frozen_in_norm(nodes: list[Node]) -> Found:
         if clip is None or clip.block != "tree":
             continue
         zeroed = [z for z in nodes if _zeroes(z)]
+        # Frozen before the clip, a gradient of zeros adds nothing to the norm.
         already = frozenset().union(*(z.paths() for z in zeroed if feeds(z, a)))
         later = [z for z in zeroed if a in z.holders or feeds(a, z)]
         frozen = (clip.paths & frozenset().union(*(z.paths() for z in later))) - already
@@ -111,6 +113,7 @@ def clip_after_normaliser(nodes: list[Node]) -> Found:
     """A fixed bound on updates whose size does not depend on the size of the gradients."""
     for a, b in find_pairs(nodes, is_named(*NORMALISERS), has_bound):
         clip = as_clip(b) or Clip("other")
+        # Before the learning rate, updates are about 1 in size, and a bound by element is meant.
         late = any(n.name in SCALES - {"identity"} for n in list_between(nodes, a, b))
         if (clip.l2 and clip.block in ("tree", "leaf")) or (clip.block == "element" and late):
             yield (
@@ -146,8 +149,8 @@ def clip_before_accumulation(nodes: list[Node]) -> Found:
         yield (
             a.where,
             f"it clips each micro-batch, before {b.where} accumulates them, not the gradient that"
-            " is applied: what is clipped is mostly the noise of small batches, and how much depends"
-            " on how many there are.",
+            " is applied: what is clipped is mostly the noise of small batches, and how much"
+            " depends on how many there are.",
             "the clip inside: optax.MultiSteps(optax.chain(clip, optimizer), every_k_schedule).",
         )
 
@@ -194,7 +197,7 @@ def clip_twice(nodes: list[Node]) -> Found:
     """Two consecutive clips of the same kind, so that the larger bound has no effect."""
     for a, b in find_pairs(nodes, is_global, is_global):
         one, two = as_clip(a) or Clip("other"), as_clip(b) or Clip("other")
-        x, y = to_constant(one.bound), to_constant(two.bound)
+        x, y = to_constant(one.bound), to_constant(two.bound)  # NaN, if they are not constant
         alike = one._replace(bound=None) == two._replace(bound=None) and one.hard and one.l2
         if alike and x == x and y == y and not list_between(nodes, a, b):
             idle, other = (b, a) if x <= y else (a, b)

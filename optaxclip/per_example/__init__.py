@@ -3,18 +3,17 @@
 They are formed all at once, a few at a time, or never ("ghost" clipping):
 
     clipped_value_and_grad          as jax.value_and_grad, of a loss of one example
-    ghost_parameters                which gradients it never forms
-    per_example_global_norm_clip    and the two below: of gradients that you have, from
-    vmap(grad(loss))
+    ghost_parameters                the parameters whose gradients it never forms
+
+Of gradients of examples that you already have, such as those of `vmap(grad(loss))`:
+
+    per_example_global_norm_clip
     per_example_layer_norm_clip
     per_example_normalize
 """
 
-from optaxclip.per_example.clipped_grad import (
-    ClippedExamples,
-    clipped_value_and_grad,
-    ghost_parameters,
-)
+from optaxclip.per_example.clipped_grad import clipped_value_and_grad, ghost_parameters
+from optaxclip.per_example.examples import ClippedExamples
 from optaxclip.per_example.transforms import (
     per_example_global_norm_clip,
     per_example_layer_norm_clip,

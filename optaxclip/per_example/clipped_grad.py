@@ -4,49 +4,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
-from optaxclip.per_example.ghost import Backward, by_ghost, by_vmap, mostly_ghost, trace
+from optaxclip.per_example.examples import ClippedExamples, clip_some, sum_weights, summarize
+from optaxclip.per_example.ghost import by_ghost, by_vmap, is_mostly_ghost, trace
 from optaxclip.per_example.losses import (
+    as_leaves,
     as_pair,
-    batch_size,
-    example_weights,
-    floating_leaves,
+    as_weights,
+    count_examples,
     vary_like,
 )
 from optaxclip.per_example.microbatches import scan_microbatches
-from optaxclip.per_example.weights import clip_weights, normal_weights
 from optaxclip.trees import select
 
 Method = Literal["auto", "ghost", "microbatch"]
-# Examples in a microbatch: more cost memory and gain little, see tests/benchmarks/per_example.py.
-_FEW = 8
-
-
-class ClippedExamples(NamedTuple):
-    """What happened to the examples of a batch.
-
-    Attributes:
-      losses: the loss of each example.
-      norms: the norm of the gradient of each example, before the clip, in float32 at least; NaN
-        where it is not finite.
-      clipped: how many examples were made shorter, int32.
-      nonfinite: how many examples weigh nothing because their loss or gradient is NaN or inf,
-        int32.
-      aux: what the loss of each example returned beside, with a leading axis; None without
-        `has_aux`.
-    """
-
-    losses: jax.Array
-    norms: jax.Array
-    clipped: jax.Array
-    nonfinite: jax.Array
-    aux: Any
+# More examples at a time cost memory and gain little, see tests/benchmarks/per_example.py.
+_MICROBATCH_SIZE = 8
 
 
 @validate.named
@@ -158,28 +137,17 @@ def clipped_value_and_grad(
 
     def value_and_grad(params, batch, *shared, weights=None):
         params = vary_like(params, (batch, shared))
-        leaves, given = floating_leaves(params), example_weights(weights, batch_size(batch))
+        leaves, given = as_leaves(params), as_weights(weights, count_examples(batch))
         backward, at_once = _plan(method, microbatch_size, pair, params, batch, shared)
 
         def step(batch, given):
-            back: Backward = backward(params, batch, shared)
-            fine = jnp.isfinite(back.norms) & jnp.isfinite(back.losses)
-            norms = jnp.where(fine, back.norms, jnp.nan)
-            factors = (
-                clip_weights(norms, max_norm)
-                if gamma is None
-                else normal_weights(norms, max_norm, gamma)
-            )
-            sums = back.sums(factors * given.astype(factors.dtype))
-            return sums, (back.losses, norms, factors, back.aux)
+            return clip_some(backward(params, batch, shared), given, max_norm, gamma)
 
-        sums, (losses, norms, factors, aux) = scan_microbatches(step, batch, given, at_once, leaves)
+        sums, each = scan_microbatches(step, batch, given, at_once, leaves)
         if reduce == "mean":
-            sums = [x / _total(given).astype(x.dtype) for x in sums]
+            sums = [x / sum_weights(given).astype(x.dtype) for x in sums]
         grads = [xla.as_dtype_of(x, g) for x, g in zip(leaves, sums, strict=True)]
-        examples = ClippedExamples(losses, norms, *_counts(norms, factors, given), aux)
-        value = _pool_losses(losses, norms, given, reduce)
-        return (value, examples), jax.tree.structure(params).unflatten(grads)
+        return summarize(each, given, reduce), jax.tree.structure(params).unflatten(grads)
 
     # Errors of a step, and its compiled program, are named after the call that made it.
     value_and_grad.__name__ = "clipped_value_and_grad"
@@ -222,31 +190,8 @@ def _check_numbers(**arguments: Any) -> None:
 
 
 def _plan(method, microbatch_size, loss, params, batch, shared):
-    """The backward pass, and how many examples it takes at once (None: all)."""
+    """Chooses the backward pass, and how many examples it takes at once (None: all)."""
     traced = None if method == "microbatch" else trace(loss, params, batch, shared)
-    if traced is None or (method == "auto" and not mostly_ghost(traced, params)):
-        return functools.partial(by_vmap, loss), microbatch_size or _FEW
+    if traced is None or (method == "auto" and not is_mostly_ghost(traced, params)):
+        return functools.partial(by_vmap, loss), microbatch_size or _MICROBATCH_SIZE
     return functools.partial(by_ghost, traced), microbatch_size
-
-
-def _total(given: jax.Array) -> jax.Array:
-    """What a mean is divided by; of no example at all, 1."""
-    total = jnp.sum(given)
-    return jnp.where(total > 0, total, 1)
-
-
-def _counts(norms: jax.Array, factors: jax.Array, given: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many examples were clipped, and how many are not finite; padding does not count."""
-    fine, real = jnp.isfinite(norms), given > 0
-    clipped = jnp.sum(real & fine & (factors < 1), dtype=jnp.int32)
-    return clipped, jnp.sum(real & ~fine, dtype=jnp.int32)
-
-
-def _pool_losses(losses: jax.Array, norms: jax.Array, given: jax.Array, reduce: str) -> jax.Array:
-    """The weighted sum, or mean, of the losses of examples that are finite. NaN if none is."""
-    wide = xla.widen(losses)
-    weights = jnp.where(jnp.isfinite(norms), given, 0).astype(wide.dtype)
-    value = jnp.sum(jnp.where(weights > 0, wide, 0) * weights)
-    if reduce == "mean":
-        value = value / jnp.where(jnp.any(given > 0), jnp.sum(weights), 1)
-    return value.astype(losses.dtype)

@@ -1,7 +1,7 @@
 """One backward pass for the norms and the weighted sum of the gradients of all examples.
 
-A zero is added to the result of every site; its gradient is that of the result (dy). The operands
-of a site and dy give the norms, and the same two give the weighted sum, as the one product of
+A zero, the probe, is added to the result of every site; its gradient is that of the result, dy. The
+operands of a site and dy give the norms. They also give the weighted sum, by the product of
 matrices that a plain gradient takes, with dyᵢ · weightᵢ in place of dyᵢ. The gradients of
 parameters without a site are formed for each example and summed.
 
@@ -19,11 +19,11 @@ import jax.numpy as jnp
 
 from optaxclip.per_example.losses import Loss, vary_like
 from optaxclip.per_example.sites import Site, find_sites
-from optaxclip.per_example.walk import Program, flatten, shaped
+from optaxclip.per_example.walk import Program, flatten, get_aval
 from optaxclip.per_example.weights import (
+    align,
     drop_unweighted,
     example_norms,
-    per_example,
     weighted_sum,
 )
 from optaxclip.trees import is_measured, select
@@ -31,14 +31,14 @@ from optaxclip.xla import accumulator, widen
 
 
 class Backward(NamedTuple):
-    """What a backward pass over some examples leaves.
+    """The result of a backward pass over some examples.
 
     Attributes:
-      losses: one an example.
-      aux: what the loss returned beside, with a leading axis.
-      norms: of the gradients, one an example.
-      sums: `sums(weights)`, the weighted sum of the gradients, one array a parameter, in float32 at
-        least.
+      losses: the loss of each example.
+      aux: the aux of each example, with a leading axis.
+      norms: the norm of the gradient of each example.
+      sums: `sums(weights)`, the weighted sum of the gradients, one array per parameter, in float32
+        at least.
     """
 
     losses: jax.Array
@@ -67,7 +67,7 @@ class Traced(NamedTuple):
     Attributes:
       program: its operations.
       sites: one for each parameter whose gradient is not formed.
-      rest: the numbers of the parameters whose gradients are.
+      rest: the numbers of the parameters whose gradients are formed.
       outputs: the structure of (loss, aux).
     """
 
@@ -87,8 +87,8 @@ def trace(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Traced:
     def read(example):
         found.append(jax.make_jaxpr(loss, return_shape=True)(params, example, *shared))
 
-    # Not of `x[0]`: only inside `vmap` an example has the type, sharding included, with which the
-    # operations are run.
+    # Not of `x[0]`: only inside `vmap` does an example have the type, sharding included, that the
+    # operations will see when they run.
     jax.vmap(read, out_axes=None)(batch)
     ((closed, shapes),) = found
     parameters = len(jax.tree.leaves(params))
@@ -120,7 +120,7 @@ def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
 def _site_sum(site: Site, param: jax.Array, operands, dy: jax.Array, weights: jax.Array):
     """Σᵢ weightsᵢ · Gᵢ of one site: the transpose of its operation, for all examples at once."""
     wide = widen(dy)
-    weighted = wide * per_example(weights.astype(wide.dtype), dy)
+    weighted = wide * align(weights.astype(wide.dtype), dy)
     weighted = drop_unweighted(weighted, weights).astype(dy.dtype)
     clean = [drop_unweighted(x, weights) if is_measured(x) else x for x in operands]
 
@@ -133,11 +133,10 @@ def _site_sum(site: Site, param: jax.Array, operands, dy: jax.Array, weights: ja
     return widen(total)
 
 
-def mostly_ghost(traced: Traced, params: Any) -> bool:
-    """Whether sites have at least half of all numbers.
+def is_mostly_ghost(traced: Traced, params: Any) -> bool:
+    """Whether the parameters at sites have at least half of all elements.
 
-    If not, memory is that of the gradients of all examples, and a few of them at a time are as
-    fast.
+    If not, the gradients that are formed dominate the memory, and microbatches are as fast.
     """
     sizes = [jnp.size(x) for x in jax.tree.leaves(params)]
     at_sites = sum(sizes[site.origin.parameter] for site in traced.sites)
@@ -147,7 +146,7 @@ def mostly_ghost(traced: Traced, params: Any) -> bool:
 def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
     """Forms no gradient of a parameter that has a site."""
     leaves = list(map(jnp.asarray, jax.tree.leaves(params)))
-    outputs = [shaped(site.op.eqn.outvars[0]) for site in traced.sites]
+    outputs = [get_aval(site.op.eqn.outvars[0]) for site in traced.sites]
     probes = vary_like([jnp.zeros(y.shape, y.dtype) for y in outputs], params)
 
     def probed(rest, probes, example):
@@ -158,21 +157,26 @@ def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> 
 
     each = jax.vmap(jax.value_and_grad(probed, argnums=(0, 1), has_aux=True), (None, None, 0))
     (losses, (aux, operands)), (grads, dys) = each([leaves[i] for i in traced.rest], probes, batch)
-    lengths = [s.norms(seen, dy) for s, seen, dy in zip(traced.sites, operands, dys, strict=True)]
-    paths = select(params).paths
-    named = [(paths[i], g) for i, g in zip(traced.rest, grads, strict=True)]
-    if lengths:
-        wide = accumulator(lengths)
-        named.append(("sites", jnp.stack([n.astype(wide) for n in lengths], axis=1)))
-    norms = _norms([x for _, x in named], [path for path, _ in named], losses)
+    at_sites = list(zip(traced.sites, operands, dys, strict=True))
 
     def sums(weights):
         total = [jnp.zeros(x.shape, widen(x).dtype) for x in leaves]
         for i, g in zip(traced.rest, grads, strict=True):
             total[i] = weighted_sum(g, weights)
-        for site, seen, dy in zip(traced.sites, operands, dys, strict=True):
+        for site, seen, dy in at_sites:
             i = site.origin.parameter
             total[i] = _site_sum(site, leaves[i], seen, dy, weights)
         return total
 
-    return Backward(losses, aux, norms, sums)
+    lengths = [site.norms(seen, dy) for site, seen, dy in at_sites]
+    paths = [select(params).paths[i] for i in traced.rest]
+    return Backward(losses, aux, _join_norms(paths, grads, lengths, losses), sums)
+
+
+def _join_norms(paths: list[str], grads: list[jax.Array], lengths: list[jax.Array], losses):
+    """The norm of each example, of gradients that were formed and norms found at sites."""
+    if lengths:
+        wide = accumulator(lengths)
+        paths = [*paths, "sites"]
+        grads = [*grads, jnp.stack([n.astype(wide) for n in lengths], axis=1)]
+    return _norms(grads, paths, losses)

@@ -35,10 +35,12 @@ def as_pair(loss: Callable[..., Any], has_aux: bool, keep_batch_dim: bool) -> Lo
         try:
             out = loss(params, example, *shared)
         except Exception as error:
-            # BatchNorm: a mean over `axis_name="batch"`, or a state that changes.
+            # BatchNorm takes a mean over `axis_name="batch"`, which is not bound here, or writes
+            # to a state of which nothing can be returned. Frameworks tell in words only.
             if re.search("unbound axis name|BatchStat|batch_stats", str(error)) is None:
                 raise
-            raise ValueError(f"{call}: the loss failed. {_NO_BATCH_NORM}") from error
+            cause = str(error).partition("\n")[0]
+            raise ValueError(f"{call}: the loss failed: {cause} {_NO_BATCH_NORM}") from error
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             kind = type(out).__name__
             raise validate.fail(
@@ -73,7 +75,7 @@ def _check_aux(aux: Any, call: str) -> None:
 
 
 def _has_statistics(tree: Any) -> bool:
-    """Whether there are statistics of a batch by the type that Flax's nnx has for them."""
+    """Whether a tree has batch statistics of Flax's nnx, which have a type of their own."""
 
     def is_statistic(x):
         return type(x).__name__ == "BatchStat"
@@ -81,8 +83,8 @@ def _has_statistics(tree: Any) -> bool:
     return any(map(is_statistic, jax.tree.leaves(tree, is_leaf=is_statistic)))
 
 
-def batch_size(batch: Any) -> int:
-    """How many examples a batch has."""
+def count_examples(batch: Any) -> int:
+    """The size of the leading axis that all leaves of a batch share."""
     shapes = {path: jnp.shape(x) for path, x in flatten_with_paths(batch)[0]}
     sizes = {shape[:1] for shape in shapes.values()}
     if len(sizes) != 1 or () in sizes:
@@ -101,8 +103,8 @@ def batch_size(batch: Any) -> int:
     return size
 
 
-def example_weights(weights: Any, size: int) -> jax.Array:
-    """Weights of examples, or a mask, as floats from 0: ones for None, 0 for negative and NaN."""
+def as_weights(weights: Any, size: int) -> jax.Array:
+    """Weights or a mask as nonnegative floats: ones for None, 0 for what is negative or NaN."""
     if weights is None:
         return jnp.ones(size)
     weights = weights if isinstance(weights, jax.Array) else np.asarray(weights)
@@ -117,8 +119,8 @@ def example_weights(weights: Any, size: int) -> jax.Array:
     return jnp.where(weights > 0, weights, 0)
 
 
-def floating_leaves(params: Any) -> list[jax.Array]:
-    """The parameters, as arrays."""
+def as_leaves(params: Any) -> list[jax.Array]:
+    """The parameters as a list of arrays."""
     if _has_statistics(params):
         raise ValueError(f"{validate.called()}: params hold batch statistics. {_NO_BATCH_NORM}")
     flat, _ = flatten_with_paths(params)
@@ -133,10 +135,10 @@ def floating_leaves(params: Any) -> list[jax.Array]:
 
 
 def vary_like(params: Any, examples: Any) -> Any:
-    """The parameters, typed in `shard_map` as if each device had its own.
+    """The parameters, inside `shard_map` typed as varying over the axes of the examples.
 
-    The derivative by what is typed as the same on all devices is summed over them: the gradients of
-    single examples would be sums of examples of several devices, and be clipped as such.
+    JAX sums the derivative by what is typed as replicated over all devices: the gradient of one
+    example would be the sum of one per device, and would be clipped as that.
     """
     axes = sorted(frozenset().union(*map(varying_axes, jax.tree.leaves(examples))))
     return jax.tree.map(lambda x: vary(x, axes), params) if axes else params

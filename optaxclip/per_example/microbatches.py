@@ -1,4 +1,4 @@
-"""A batch, a few examples at a time."""
+"""Scanning a batch, a few examples at a time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from optaxclip.xla import widen
 
 
 def scan_microbatches(step, batch, given: jax.Array, at_once: int | None, leaves: list[jax.Array]):
-    """Sums the first results of `step` over microbatches, and joins the others in order.
+    """Adds up the first results of `step` over microbatches, and joins the others in order.
 
-    Microbatch k has the examples k, k + n, k + 2n, ... of n microbatches. What is missing in the
-    last is filled up with examples of weight 0.
+    Of n microbatches, the k-th takes the examples k, k + n, k + 2n, ... The last ones are filled up
+    with the last example, at weight 0.
     """
     size = given.size
     count = -(-size // min(at_once or size, size))
@@ -23,6 +23,8 @@ def scan_microbatches(step, batch, given: jax.Array, at_once: int | None, leaves
         return step(batch, given)
     missing = at_once * count - size
 
+    # Not the examples from k·m to (k + 1)·m: of a batch that is sharded over devices, each would be
+    # on one device, and the others would wait.
     def cut(x):
         return x.reshape(at_once, count, *x.shape[1:]).swapaxes(0, 1)
 

@@ -1,6 +1,6 @@
-"""How long sums of outer products are, Σₜ xₜ ⊗ dyₜ, without the sums.
+"""Norms of sums of outer products, Σₜ xₜ ⊗ dyₜ, without forming the sums.
 
-Squares are summed in a unit of each example's own, so that they neither overflow nor vanish.
+Each example is measured in a unit of its own, so that squares neither overflow nor vanish.
 """
 
 from __future__ import annotations
@@ -11,33 +11,33 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip.per_example.weights import per_example
+from optaxclip.per_example.weights import align
 from optaxclip.xla import accumulator
 
 
 def in_unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x` in a unit of its own for each example, 2ᵉ, and e."""
+    """`x` in units of 2ᵉ, with one e per example, and e."""
     largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0)
     limit = jnp.finfo(x.dtype).maxexp - 2
     exponents = jnp.clip(jnp.frexp(largest.astype(accumulator([x])))[1], -limit, limit)
-    return x * per_example(jnp.ldexp(jnp.ones((), x.dtype), -exponents), x), exponents
+    return x * align(jnp.ldexp(jnp.ones((), x.dtype), -exponents), x), exponents
 
 
 def length(squares: jax.Array, exponents: jax.Array) -> jax.Array:
-    """√squares back in the unit 1. NaN stays NaN."""
-    # Rounding may have made a sum of nearly nothing negative.
+    """√squares, from units of 2ᵉ back to 1. NaN stays NaN."""
+    # Where the products cancel, rounding can make their sum negative.
     return jnp.ldexp(jnp.sqrt(jnp.maximum(squares, 0)), exponents)
 
 
 def total(products: jax.Array) -> jax.Array:
-    """The sum for each example."""
+    """The sum over all axes but that of the examples."""
     return jnp.sum(products, axis=tuple(range(1, products.ndim)))
 
 
 def product_squares(parts: list[jax.Array], dy: jax.Array, pairs: bool) -> jax.Array:
     """‖Σₜ xₜ ⊗ dyₜ‖² for dy: (B, T, p), and x: (B, T, d) in parts along d.
 
-    By pairs of rows, Σₛₜ ⟨xₛ, xₜ⟩ · ⟨dyₛ, dyₜ⟩, or by forming the sum.
+    Either by pairs of rows, Σₛₜ ⟨xₛ, xₜ⟩ · ⟨dyₛ, dyₜ⟩, or by forming the sum.
     """
     wide = accumulator([dy, *parts])
     if pairs:

@@ -1,4 +1,4 @@
-"""Gradients of examples, clipped before they are summed, as private training does."""
+"""Clipping gradients of examples before they are summed, as private training does."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optaxclip import validate
-from optaxclip.per_example.weights import clip_weights, example_norms, normal_weights, weighted_sum
+from optaxclip.per_example.weights import (
+    clip_weights,
+    example_norms,
+    normalizing_weights,
+    weighted_sum,
+)
 from optaxclip.trees import Leaves, select
 
 
 @validate.named
 def per_example_global_norm_clip(grads: Any, l2_norm_clip: ArrayLike) -> tuple[Any, jax.Array]:
-    """Sums gradients of examples, each clipped by its global norm: Σᵢ gᵢ · min(1, l2_norm_clip /
-    ‖gᵢ‖).
+    """Sums gradients of examples, each clipped by its global norm: Σᵢ gᵢ · min(1, C / ‖gᵢ‖).
 
     Args:
       grads: a tree whose leaves all have a leading axis that numbers the examples, as
         `vmap(grad(loss))` returns it. There may be none: the sum is zeros.
-      l2_norm_clip: the largest norm of one example.
+      l2_norm_clip: C, the largest norm of one example.
 
     Returns:
       The sum, without the leading axis, and the number of examples that were clipped (int32). An
@@ -121,7 +125,7 @@ def per_example_normalize(grads: Any, gamma: ArrayLike = 0.01) -> Any:
     leaves = _select_batched(grads)
     if not leaves.arrays:
         return grads
-    weights = normal_weights(example_norms(leaves.arrays, leaves.paths), 1.0, gamma)
+    weights = normalizing_weights(example_norms(leaves.arrays, leaves.paths), 1.0, gamma)
     return leaves.rebuild([weighted_sum(x, weights).astype(x.dtype) for x in leaves.arrays])
 
 
@@ -141,7 +145,7 @@ def _select_batched(grads: Any) -> Leaves:
 
 
 def _as_float(x):
-    """Whole numbers as floating-point ones: Optax's examples sum integer gradients."""
+    """Integers as float32: Optax's own tests sum gradients of integers."""
     return x.astype(jnp.float32) if jnp.issubdtype(getattr(x, "dtype", bool), jnp.integer) else x
 
 

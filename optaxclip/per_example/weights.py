@@ -1,7 +1,6 @@
-"""Norms of the gradients of examples, and sums of them by weight.
+"""Norms of the gradients of examples, and their weighted sums.
 
-Gradients are a list of arrays: one array a parameter, with a leading axis that numbers the
-examples.
+Gradients are a list of arrays, one per parameter, with a leading axis that numbers the examples.
 """
 
 from __future__ import annotations
@@ -22,27 +21,29 @@ from optaxclip.actions import rescale
 from optaxclip.norms import l2
 
 _EXAMPLES = scopes.units(..., batch_axes=1)
-# Units on a CPU take a leaf whose squares all vanish for zeros: beside this norm nothing is lost.
+# On a CPU, units count an array whose squares all underflow as zeros. Next to an array with a norm
+# above this, that changes nothing.
 _LOST = 1e-10
 _LIFT = 2.0**80
 
 
 def example_norms(arrays: Sequence[jax.Array], paths: Sequence[str]) -> jax.Array:
-    """The norm of each example over all arrays (one at least), a vector, in float32 at least."""
+    """The norm of each example over all arrays (at least one array), in float32 at least."""
 
     def checked(arrays):
         norms = _norms(arrays, paths)
-        fine = ~(norms <= _LOST)  # NaN is fine: no other scale tells more
+        fine = ~(norms <= _LOST)  # NaN counts as fine: at another scale it is NaN, too
         return lax.cond(
             jnp.all(fine), lambda: norms, lambda: jnp.where(fine, norms, _tiny_norms(arrays))
         )
 
-    # Elsewhere units are measured at two scales, and a branch would make a GPU wait for its host.
+    # On other platforms units are measured at two scales already, and a branch would make a GPU
+    # wait for its host.
     return lax.platform_dependent(list(arrays), cpu=checked, default=lambda x: _norms(x, paths))
 
 
 def _tiny_norms(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Norms of at most 1e-10, which overflow nowhere when they are scaled up."""
+    """Norms of at most 1e-10, which cannot overflow when they are scaled up."""
 
     def pool(x):
         lifted = xla.times(xla.widen(x), np.float32(_LIFT))
@@ -52,7 +53,7 @@ def _tiny_norms(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def _norms(arrays: Sequence[jax.Array], paths: Sequence[str]) -> jax.Array:
-    """The norm of the vector of an example's norms in the arrays."""
+    """The norm of the norms of each array, by example."""
     rows = xla.measure(l2, list(arrays), _lay_out(paths, [x.shape for x in arrays]))
     by_array = jnp.concatenate([row.reshape(row.shape[0], -1) for row in rows]).T
     return xla.measure(l2, [by_array], _lay_out([""], [by_array.shape]))[0].ravel()
@@ -69,26 +70,26 @@ def clip_weights(norms: jax.Array, bound: ArrayLike) -> jax.Array:
     return jnp.where(finite, rescale(jnp.where(finite, norms, 0), jnp.maximum(bounds, 0)), 0)
 
 
-def normal_weights(norms: jax.Array, bound: ArrayLike, gamma: ArrayLike) -> jax.Array:
-    """`bound / (norm + γ)`; 0 for an example that is not finite, or of zeros."""
+def normalizing_weights(norms: jax.Array, bound: ArrayLike, gamma: ArrayLike) -> jax.Array:
+    """`bound / (norm + γ)`; 0 for an example that is not finite, or is all zeros."""
     some = jnp.isfinite(norms) & (norms > 0)
     longer = norms + jnp.asarray(gamma).astype(norms.dtype)
     bound = jnp.maximum(jnp.asarray(bound).astype(norms.dtype), 0)
     return jnp.where(some, bound / jnp.where(some, longer, 1), 0)
 
 
-def per_example(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """Weights in a shape that multiplies `x`, example by example."""
+def align(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """Weights with as many axes as `x`, to multiply it example by example."""
     return weights.reshape(weights.shape + (1,) * (x.ndim - 1))
 
 
 def drop_unweighted(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`x` with zeros for the examples of weight 0, whatever is in them: 0 · NaN is no zero."""
-    return jnp.where(per_example(weights, x) == 0, jnp.zeros_like(x), x)
+    """`x` with zeros for the examples of weight 0, since 0 · NaN is NaN."""
+    return jnp.where(align(weights, x) == 0, jnp.zeros_like(x), x)
 
 
 def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Σᵢ weightsᵢ · xᵢ in float32 at least, without what is in examples of weight 0."""
+    """Σᵢ weightsᵢ · xᵢ in float32 at least; what is in examples of weight 0 does not matter."""
     wide = xla.widen(x)
     weights = weights.astype(wide.dtype)
     (over, *rest) = jax.typeof(wide).sharding.spec

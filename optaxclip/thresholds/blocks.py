@@ -32,9 +32,7 @@ class Fixed(NormsOnly):
 
 
 def reads_params(*thresholds: optax.GradientTransformation) -> bool:
-    """Whether any of these may read the norms of the parameters; of a foreign one this is not
-    known.
-    """
+    """Whether any of these may read the norms of the parameters, as every foreign one may."""
     return not all(isinstance(threshold, NormsOnly) for threshold in thresholds)
 
 
@@ -53,8 +51,7 @@ def learns(*updates: Callable) -> bool:
 
 
 def start_blocks(start: Any, norms: Norms) -> Any:
-    """The state of one block, once for each block: each number becomes something in the shape of
-    the norms.
+    """The state of one block, once per block: each number becomes an array like the norms.
 
     Not a state for each array of norms: so laid out, Optax recognizes what is kept per block, as it
     recognizes
@@ -80,9 +77,7 @@ def start_blocks(start: Any, norms: Norms) -> Any:
 def over_blocks(
     rule: Callable[..., tuple], start: Any, norms: Norms, state: Any, *more: Norms
 ) -> tuple[Norms, Any]:
-    """Maps `rule(norm, state, ...) -> (bound, state)`, written for one block, over all as one
-    vector operation.
-    """
+    """Maps `rule(norm, state, ...) -> (bound, state)` over all blocks, as one vector operation."""
 
     def over_array(norm, *rest):
         return functools.reduce(lambda f, _: jax.vmap(f), range(norm.ndim), rule)(norm, *rest)

@@ -116,8 +116,7 @@ class UntilState(NamedTuple):
 def until(
     steps: int, threshold: Threshold, then: Threshold = math.inf
 ) -> optax.GradientTransformationExtraArgs:
-    """One threshold for the first `steps` updates, another after; both learn from the first update
-    on.
+    """One threshold for the first `steps` updates, another after; both learn from the start.
 
     `until(100, 1.0, adaptive)` is a warm-up with a fixed bound; `until(100, 1.0)` stops clipping
     after 100 updates.

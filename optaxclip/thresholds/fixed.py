@@ -1,6 +1,4 @@
-"""Thresholds that no gradient moves: numbers and schedules; and what a plain number or function
-means.
-"""
+"""Thresholds that no gradient moves, which is what plain numbers and schedules mean."""
 
 from __future__ import annotations
 
@@ -97,8 +95,7 @@ def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs
 
 
 def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs:
-    """A threshold from whatever one is given as: a number, an array, a tracer, a schedule, or a
-    transformation.
+    """A threshold from a number, an array, a tracer, a schedule, or a transformation.
 
     Raises:
       ValueError: naming the call and the argument, if it is none of these.

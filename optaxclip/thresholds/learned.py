@@ -141,9 +141,7 @@ def learned(
 
 
 def _learn(statistic: Statistic, norm, value, seen):
-    """The statistic after one more norm, and how many it has seen; as they were if there is nothing
-    to learn.
-    """
+    """The statistic and its count after one more norm, as before if that teaches nothing."""
     new = statistic.learn(norm, value, seen)
     fine = jnp.isfinite(norm) & (statistic.signed | (norm > 0))
     value = jax.tree.map(lambda new, old: jnp.where(fine, new.astype(old.dtype), old), new, value)

@@ -16,8 +16,7 @@ from optaxclip.thresholds.learned import Statistic, empty, learned, like
 
 
 class SortedRing(NamedTuple):
-    """The last norms of one block, twice: a ring, which knows the oldest, beside a sorted copy,
-    which needs no sort.
+    """The last norms of one block: a ring, which knows the oldest, beside a sorted copy.
 
     Attributes:
       ring: in order of arrival, from `seen % window` on the oldest; infinite where nothing was seen
@@ -205,8 +204,7 @@ def median(
 def quantile(
     quantile: ArrayLike = 0.5, learning_rate: ArrayLike = 0.2, init: ArrayLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """A quantile of the norms, tracked in one number: C ← C · exp(-η · (b - q)), b = 1 if n ≤ C,
-    else 0.
+    """A quantile of the norms, tracked in one number: C ← C · exp(-η · ([n ≤ C] - q)).
 
     C settles where a share q of the norms is below it, and moves by a factor of exp(η) a step at
     most: no spike, however long, moves it further.

@@ -21,9 +21,7 @@ Target = Literal["adaptive", "mean", "threshold"]
 
 
 def debiased_weight(decay, norm, seen):
-    """The weight of a norm in an average of decay β: (1 - β) / (1 - βᵗ), t norms with this one;
-    never over 1.
-    """
+    """The weight of the t-th norm in an average of decay β: (1 - β) / (1 - βᵗ), at most 1."""
     log = jnp.log1p(-like(1 - decay, norm))
     return jnp.minimum(jnp.expm1(log) / jnp.expm1(like(seen + 1, norm) * log), 1)
 
@@ -36,8 +34,7 @@ def running(
     feed: Feed = feeds.clipped,
     relearn_after: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A multiple of the running mean of past norms: factor · mean. No bound until the first norm
-    was seen.
+    """A multiple of the running mean of past norms: factor · mean. The first norm is free.
 
     Args:
       factor: the multiple.
@@ -73,8 +70,7 @@ def running(
 
 @validate.named
 def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
-    """A multiple of the last norm after its clip: only the growth of a norm is bounded, it may fall
-    freely.
+    """A multiple of the last norm after its clip: its growth is bounded, it may fall freely.
 
     Raises:
       ValueError: if ratio is a number below 1, with which norms could only fall.
@@ -97,9 +93,7 @@ def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
 
 
 def _moved(norm, value, weight, spread):
-    """Mean and deviation after one more norm: m + w·d and √((1 - w)·s² + spread·d²), where d = norm
-    - m.
-    """
+    """Mean and deviation after one more: m + w·d and √((1 - w)·s² + spread·d²), d = norm - m."""
     mean, deviation = value
     d = norm - mean
     return mean + weight * d, jnp.hypot(jnp.sqrt(1 - weight) * deviation, jnp.sqrt(spread) * d)
@@ -116,8 +110,7 @@ def zscore(
     feed: Feed = feeds.clipped,
     relearn_after: ArrayLike | None = 100,
 ) -> optax.GradientTransformationExtraArgs:
-    """Mean plus z deviations σ of past norms: a norm n over m + z·σ is a spike, and is shortened to
-    the target.
+    """Mean plus z deviations of past norms: a norm over m + z·σ is a spike, cut to the target.
 
     Args:
       z: how many deviations over the mean make a spike.
@@ -181,8 +174,7 @@ def log_zscore(
     update_first: bool = True,
     relearn_after: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Mean plus z deviations of the logarithms of norms: norms are positive and skewed, their
-    logarithms are not.
+    """Mean plus z deviations of the logarithms of norms, which are less skewed than norms.
 
     A norm over exp(m + z·s) is a spike, and shortened to exp(m), the geometric mean, or to exp(m +
     z·s).

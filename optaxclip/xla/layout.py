@@ -20,8 +20,7 @@ from optaxclip.xla.mesh import NOWHERE, Span
 
 
 class Layout(NamedTuple):
-    """How the leaves of a tree lie in blocks, on devices, and which are alike. Hashable: a static
-    argument.
+    """How the leaves of a tree lie in blocks and on devices, and which are alike. Hashable.
 
     Attributes:
       blocks: how leaves are cut into blocks.

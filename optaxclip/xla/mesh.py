@@ -143,9 +143,7 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
 
 
 def _silent(axes: tuple[Any, ...]) -> str:
-    """Why the span cannot be known, and what to write. The commonest case, averaged gradients,
-    comes first.
-    """
+    """Why the span cannot be known, and what to write; first for averaged gradients."""
     if any(not isinstance(axis, str) or axis.startswith("_") for axis in axes):  # JAX's own name
         return (
             "A clip inside pmap without axis_name cannot communicate: only the norm of each"

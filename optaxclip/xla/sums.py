@@ -57,9 +57,7 @@ def lifted(norm: Norm, x: jax.Array, scale) -> jax.Array:
 
 
 def _together(norm: Norm, leaves: Sequence[jax.Array], scale) -> jax.Array:
-    """The contributions of leaves alike, met element by element: one reduction where there were
-    many.
-    """
+    """Contributions of leaves alike, met element by element: one reduction instead of many."""
     met = lifted(norm, leaves[0], scale)
     for x in leaves[1:]:
         met = _MEET[norm.pool](met, lifted(norm, x, scale))
@@ -107,9 +105,7 @@ def stacking(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
 
 
 def variadic(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
-    """One `lax.reduce` of many operands for parts alike: one kernel where `plain` has one for each
-    part.
-    """
+    """One `lax.reduce` of many operands for parts alike: one kernel where `plain` has many."""
     pools, first = [], []
     for row in layout.rows:
         for same in same_types(layout, row, arrays):

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import optaxclip
-from optaxclip.tuning.sweep import capped
+from optaxclip.tuning.sweep import cap_diverged
 from tests.benchmarks.reporting import put_into
 from tests.benchmarks.trainings import TRAININGS, Training
 
@@ -40,12 +40,12 @@ def functions(task: Training, rate: float):
     return step, init, lambda state: task.evaluate(state[0])
 
 
-def tuned(task: Training, rate: float, values, seeds, steps: int) -> optaxclip.Sweep:
+def tuned(task: Training, rate: float, values, seeds, steps: int) -> optaxclip.tuning.Sweep:
     step, init, evaluate = functions(task, rate)
     return optaxclip.tune(step, init, values, batches=range(steps), seeds=seeds, evaluate=evaluate, failed=task.failed)
 
 
-def line(task: Training, rate: float, title: str, wanted: float, sweep: optaxclip.Sweep) -> str:
+def line(task: Training, rate: float, title: str, wanted: float, sweep: optaxclip.tuning.Sweep) -> str:
     """A row of the table: one threshold on the unseen seeds."""
     (at,) = np.flatnonzero(sweep.values == wanted)
     final = np.where(np.isnan(sweep.final[at]), np.inf, sweep.final[at])
@@ -59,13 +59,13 @@ HEAD = """| task | rate | `max_norm` | median | worst | clipped | diverged |
 |---|---|---|---|---|---|---|"""
 
 
-def score(sweep: optaxclip.Sweep, wanted: float) -> float:
+def score(sweep: optaxclip.tuning.Sweep, wanted: float) -> float:
     """The mean final loss at one value; a diverged run counts as no training."""
     (at,) = np.flatnonzero(sweep.values == wanted)
-    return float(np.mean(capped(sweep.final[at], sweep.failed)))
+    return float(np.mean(cap_diverged(sweep.final[at], sweep.failed)))
 
 
-def measured(name: str, values, seeds: int, unseen: int, steps: int | None) -> tuple[optaxclip.Sweep, list, list]:
+def measured(name: str, values, seeds: int, unseen: int, steps: int | None) -> tuple[optaxclip.tuning.Sweep, list, list]:
     """The sweep at the largest rate, and the rows on unseen seeds: at that rate, and each at its best."""
     task = TRAININGS[name]()
     steps = steps or task.steps
@@ -101,7 +101,7 @@ def main(argv=None):
         print(f"{name}\n\n{sweep}\n", flush=True)
         same, own = same + found[0], own + found[1]
         if args.picture and name == args.tasks[0]:
-            sweep.plot().figure.savefig(args.picture, dpi=80)
+            optaxclip.plots.plot_sweep(sweep).figure.savefig(args.picture, dpi=80)
     text = "\n".join(["All at the largest rate:\n", HEAD, *same, "\nEach at its best rate:\n", HEAD, *own])
     print(text)
     if args.into:
