@@ -162,3 +162,17 @@ HOLDERS = {
     "skip_spikes": lambda: oc.skip_spikes(optax.trace(0.9)),
     "skip_nonfinite": lambda: oc.skip_nonfinite(optax.trace(0.9)),
 }
+
+
+# Every row, ready to be built: the laws of building, trees and states hold for all of them.
+ROWS: dict[str, Callable[[], Any]] = {
+    **{case.name: lambda make=case.make: make(1.0) for case in CASES},
+    **{case.name: case.make for case in ADAPTIVE},
+    **OTHERS,
+    **HOLDERS,
+    "watch": oc.watch,
+    "clip that measures": lambda: oc.clip(1.0, measure=True),
+    "clip_by_value": lambda: oc.clip_by_value(-1.0, 2.0),
+    "stable_adamw": lambda: oc.stable_adamw(0.1),
+    "stable_spam": lambda: oc.stable_spam(0.1),
+}

@@ -104,12 +104,12 @@ def _describe(about: Description, node: Node) -> Clip:
 
 def _name_block(about: Description, paths: frozenset[str]) -> str:
     """Which numbers share one norm. Groups may turn out to be the whole tree, or single leaves."""
-    if about.scope.name == tree.name:
+    if about.scope == tree:
         return "tree"
-    if not about.scope.named:
+    if about.scope is None or not about.scope.named:
         return "other"
     try:
-        blocks = about.scope.cut(sorted(paths), [()] * len(paths)).names
+        blocks = about.scope.cut(tuple(sorted(paths)), ((),) * len(paths)).names or ()
     except Exception:  # labels that do not fit these leaves
         return "other"
     if len(blocks) == 1:

@@ -29,7 +29,7 @@ def as_pair(loss: Callable[..., Any], has_aux: bool, keep_batch_dim: bool) -> Lo
     """The loss of one example as a function that returns (loss, aux), checked."""
     call = validate.called()
 
-    def pair(params, example, *shared):
+    def pair(params, example, *shared) -> tuple[Any, Any]:
         if keep_batch_dim:
             example = jax.tree.map(lambda x: x[None], example)
         try:

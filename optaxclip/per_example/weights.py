@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
@@ -46,7 +45,7 @@ def _tiny_norms(arrays: Sequence[jax.Array]) -> jax.Array:
     """Norms of at most 1e-10, which cannot overflow when they are scaled up."""
 
     def pool(x):
-        lifted = xla.times(xla.widen(x), np.float32(_LIFT))
+        lifted = xla.times(xla.widen(x), jnp.float32(_LIFT))
         return jnp.sum(l2.lift(lifted), axis=tuple(range(1, x.ndim)), dtype=xla.accumulator(arrays))
 
     return jnp.sqrt(functools.reduce(operator.add, map(pool, arrays))) / _LIFT
