@@ -13,12 +13,14 @@ No part but the scope knows which of these it is given.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import optax
 from jax.typing import ArrayLike
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 # Norms, bounds or factors, in one of the three shapes above.
 Norms = Any
@@ -49,6 +51,13 @@ View = Callable[[jax.Array, jax.Array], jax.Array]
 
 # The group of a leaf: a function of its path, or regular expressions searched in it.
 Label = Callable[[str], str] | Mapping[str, str]
+
+
+def annotate(function: _F, **facts: Any) -> _F:
+    """The function, with facts about it as attributes, so that nobody has to read its closure."""
+    for name, fact in facts.items():
+        setattr(function, name, fact)
+    return function
 
 
 class Part:
@@ -93,12 +102,12 @@ class Blocks(NamedTuple):
 
     Attributes:
       names: (B,) the names of the blocks; None for `tree` and `units`, whose blocks have none.
-      index: (L,) the block of each leaf; None for `units`.
+      index: (L,) the block of each leaf; empty for `units`.
       axes: (L,) the axes of each leaf that a unit spans; None for blocks of whole leaves.
     """
 
     names: tuple[str, ...] | None
-    index: tuple[int, ...] | None
+    index: tuple[int, ...]
     axes: tuple[tuple[int, ...], ...] | None = None
 
 
@@ -112,7 +121,7 @@ class Scope(NamedTuple):
     """
 
     name: str
-    cut: Callable[[tuple[str, ...], tuple[tuple[int, ...], ...]], Blocks]
+    cut: Callable[[Sequence[str], Sequence[tuple[int, ...]]], Blocks]
     named: bool = False
 
     def __repr__(self) -> str:

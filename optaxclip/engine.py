@@ -24,6 +24,7 @@ from optaxclip.base import (
     Norms,
     Scope,
     View,
+    annotate,
 )
 from optaxclip.record import Step, fresh_metrics, pack_names, record
 from optaxclip.states import ParamsMemory, StateGuard
@@ -86,8 +87,7 @@ def build(
 
     def update_fn(updates, state, params=None, **extra_args):
         leaves = select(updates, about.exclude)
-        state = _fresh_if_none(state, init_fn, updates)
-        guard.check(state, updates)
+        state = _checked(guard, state, updates)
         layout = _lay_out(about, rule, leaves, axis_names)
         norms, param_norms = _measure(about, rule, leaves, layout, params, _dtype_of(state, leaves))
         bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
@@ -95,8 +95,13 @@ def build(
         new = hold(threshold.init, norms, new, state.threshold)
         return leaves.rebuild(arrays), ClipState(new, record(state.metrics, step))
 
-    update_fn.description = about  # type: ignore[attr-defined]
+    annotate(update_fn, description=about)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def description_of(tx: optax.GradientTransformation) -> Description:
+    """How one of our own transformations describes itself."""
+    return getattr(tx.update, "description", Description())
 
 
 def _start(about: Description, rule: Rule, params: Any) -> ClipState:
@@ -108,12 +113,14 @@ def _start(about: Description, rule: Rule, params: Any) -> ClipState:
     return ClipState(about.threshold.init(norms), metrics)
 
 
-def _fresh_if_none(state, init_fn, updates) -> ClipState | None:
-    """The state, or a fresh one for None, if no history is lost by that."""
-    if state is not None:
-        return state
-    state = init_fn(updates)
-    return None if jax.tree.leaves(state.threshold) else state
+def _checked(guard: StateGuard, state: Any, updates: Any) -> ClipState:
+    """The state, if it is one for these updates; for None a fresh one, if no history is lost."""
+    if state is None:
+        fresh = guard.init(updates)
+        if not jax.tree.leaves(fresh.threshold):
+            return fresh
+    guard.check(state, updates)
+    return state
 
 
 @functools.lru_cache(maxsize=256)

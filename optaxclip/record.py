@@ -99,6 +99,11 @@ def to_arrays(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[...] if _is_variable(x) else x, tree, is_leaf=_is_variable)
 
 
+def metrics_of(state: Any) -> Metrics:
+    """The record of a `ClipState`, or of what a checkpoint library restored in its place."""
+    return state.metrics
+
+
 def find_nodes(opt_state: Any, *kinds: type) -> list:
     """All nodes of these kinds in a state, in order, as plain arrays; none inside another."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
@@ -158,6 +163,7 @@ __all__ = [
     "Step",
     "find_nodes",
     "fresh_metrics",
+    "metrics_of",
     "number_keys",
     "pack_names",
     "record",

@@ -175,7 +175,7 @@ def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = N
         pairs = zip(paths, shapes, strict=True)
         return Blocks(
             None,
-            None,
+            (),
             tuple(unit_axes(p, s, at(axes, p), at(batch_axes, p) or 0) for p, s in pairs),
         )
 

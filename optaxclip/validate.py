@@ -15,26 +15,30 @@ import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optaxclip.base import annotate
+
 _F = TypeVar("_F", bound=Callable[..., Any])
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 # Where a part lies for the user, `thresholds.zscore`; clips lie at the top.
 _NAMESPACES = ("actions", "feeds", "norms", "scopes", "thresholds")
 _CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default="optaxclip")
 
 
-def named(call: _F) -> _F:
+def named(call: Callable[_P, _R]) -> Callable[_P, _R]:
     """Makes errors inside a public function speak of it, or of the public one that called it."""
     room = (*(call.__module__ or "").split("."), "")[1]
     name = f"{room}.{call.__name__}" if room in _NAMESPACES else call.__name__
 
     @functools.wraps(call)
-    def wrapper(*args, **kwargs):
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if _CALL.get() != "optaxclip":
             return call(*args, **kwargs)
         token = _CALL.set(name)
@@ -43,7 +47,7 @@ def named(call: _F) -> _F:
         finally:
             _CALL.reset(token)
 
-    return wrapper  # type: ignore[return-value]
+    return wrapper
 
 
 def called() -> str:
@@ -65,8 +69,7 @@ def show(value: Any) -> str:
 
 def makes_part(maker: _F) -> _F:
     """Marks a function that makes a part, so that an error can say that it was not called."""
-    maker.makes_part = True  # type: ignore[attr-defined]
-    return maker
+    return annotate(maker, makes_part=True)
 
 
 def to_concrete(value: Any) -> Any:
@@ -87,7 +90,7 @@ def to_concrete(value: Any) -> Any:
     )
 
 
-def is_static(value: Any) -> bool:
+def is_static(value: Any) -> TypeGuard[float]:
     """Whether a value is a Python number, not an array that `inject_hyperparams` may change."""
     return isinstance(value, int | float)
 
@@ -188,11 +191,20 @@ _SCHEDULE = "a schedule (a function of the step)"
 _THRESHOLD = f"{_BOUND}, {_SCHEDULE} or a threshold (an optax transformation of norms)"
 
 
-def bound(*, may_be_threshold: bool = True, wait: bool = True, **arguments: Any) -> None:
+def bound(*, wait: bool = True, **arguments: Any) -> None:
     """Each can be a bound: a real number from 0 to inf, an array of such, or a tracer.
 
     Without `wait`, for what is called at every step, numbers on a device may be anything.
     """
+    _bounds(_BOUND, wait, arguments)
+
+
+def threshold(**arguments: Any) -> None:
+    """Each can be a bound, where a schedule or a threshold would have been taken, too."""
+    _bounds(_THRESHOLD, True, arguments)
+
+
+def _bounds(words: str, wait: bool, arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
         seen = to_concrete(value) if wait or not isinstance(value, jax.Array) else value
         if isinstance(seen, jax.Array | np.ndarray):
@@ -203,7 +215,7 @@ def bound(*, may_be_threshold: bool = True, wait: bool = True, **arguments: Any)
         else:
             fine = _is_real(seen) and float(seen) >= 0
         if not fine:
-            raise fail(f"{name} must be {_THRESHOLD if may_be_threshold else _BOUND}", value)
+            raise fail(f"{name} must be {words}", value)
 
 
 def exclude(value: Any) -> None:

@@ -1,4 +1,6 @@
-"""The table: every clip and part, one line each. An entry here is enrolled in every law of `test_contract.py`."""
+"""The table: every clip and part, one line each. An entry here is enrolled in every law of
+`test_contract.py`.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,7 +35,11 @@ class Case(NamedTuple):
     @property
     def units(self) -> bool:
         """Whether its scope is `units`, whose norms may be no larger than 1e36."""
-        return self.block == "unit" or "units" in self.name or self.name.startswith("adaptive_grad_clip")
+        return (
+            self.block == "unit"
+            or "units" in self.name
+            or self.name.startswith("adaptive_grad_clip")
+        )
 
 
 def by(threshold=lambda bound: bound, **parts):
@@ -58,28 +64,72 @@ CASES = [
     Case("clip_by_global_norm", oc.clip_by_global_norm),
     Case("clip_by_global_norm p=1", lambda b, **k: oc.clip_by_global_norm(b, norm=1, **k), norm=1),
     Case("clip_by_global_norm p=3", lambda b, **k: oc.clip_by_global_norm(b, norm=3, **k), norm=3),
-    Case("clip_by_global_norm p=inf", lambda b, **k: oc.clip_by_global_norm(b, norm=jnp.inf, **k), norm=jnp.inf),
+    Case(
+        "clip_by_global_norm p=inf",
+        lambda b, **k: oc.clip_by_global_norm(b, norm=jnp.inf, **k),
+        norm=jnp.inf,
+    ),
     Case("clip_by_leaf_norm", oc.clip_by_leaf_norm, "leaf"),
-    Case("clip_by_group_norm", lambda b, **k: oc.clip_by_group_norm(b, lambda path: path, **k), "leaf"),
+    Case(
+        "clip_by_group_norm",
+        lambda b, **k: oc.clip_by_group_norm(b, lambda path: path, **k),
+        "leaf",
+    ),
     Case("clip_by_block_rms", oc.clip_by_block_rms, "leaf", norm="rms"),
     Case("clip", lambda b, nonfinite=None, **k: oc.clip(b, **k), "element"),
     Case("clip_by whole leaves as units", by(scope=oc.scopes.units(...)), "leaf"),
     Case("clip_by units", by(scope=oc.scopes.units()), "unit"),
     Case("clip_by normalize", by(action=oc.actions.normalize), hard=False),
-    Case("clip_by smooth", by(action=oc.actions.smooth(2.0), scope=oc.scopes.leaf), "leaf", hard=False),
-    Case("clip_by smooth p=inf", by(action=oc.actions.smooth(jnp.inf), scope=oc.scopes.leaf), "leaf"),
+    Case(
+        "clip_by smooth",
+        by(action=oc.actions.smooth(2.0), scope=oc.scopes.leaf),
+        "leaf",
+        hard=False,
+    ),
+    Case(
+        "clip_by smooth p=inf", by(action=oc.actions.smooth(jnp.inf), scope=oc.scopes.leaf), "leaf"
+    ),
     Case("clip_by band", by(action=oc.actions.band(0.5)), hard=False),
     Case("clip_by zero", by(action=oc.actions.zero, scope=oc.scopes.leaf), "leaf", hard=False),
     Case("constant", by(oc.thresholds.constant)),
     Case("scheduled", by(lambda b: oc.thresholds.scheduled(lambda step: b)), history=True),
-    Case("until", by(lambda b: oc.thresholds.until(3, b, b), scope=oc.scopes.leaf), "leaf", history=True),
+    Case(
+        "until",
+        by(lambda b: oc.thresholds.until(3, b, b), scope=oc.scopes.leaf),
+        "leaf",
+        history=True,
+    ),
     Case("at_least", by(lambda b: oc.thresholds.at_least(b, 0.0))),
-    Case("at_most", by(lambda b: oc.thresholds.at_most(jnp.inf, b), scope=oc.scopes.units()), "unit"),
-    Case("at_most lag", by(lambda b: oc.thresholds.at_most(oc.thresholds.lag(optax.scale(jnp.inf)), b)), history=True),
-    Case("per_block", by(lambda b: oc.thresholds.at_most(oc.thresholds.per_block(0.0, no_bound), b), scope=oc.scopes.leaf), "leaf", history=True),
+    Case(
+        "at_most", by(lambda b: oc.thresholds.at_most(jnp.inf, b), scope=oc.scopes.units()), "unit"
+    ),
+    Case(
+        "at_most lag",
+        by(lambda b: oc.thresholds.at_most(oc.thresholds.lag(optax.scale(jnp.inf)), b)),
+        history=True,
+    ),
+    Case(
+        "per_block",
+        by(
+            lambda b: oc.thresholds.at_most(oc.thresholds.per_block(0.0, no_bound), b),
+            scope=oc.scopes.leaf,
+        ),
+        "leaf",
+        history=True,
+    ),
     Case("adaptive_grad_clip", oc.adaptive_grad_clip, "unit", relative=True),
-    Case("adaptive_grad_clip leaves", lambda b, **k: oc.adaptive_grad_clip(b, axis=..., **k), "leaf", relative=True),
-    Case("param_relative", by(lambda b: oc.thresholds.param_relative(b, 1e-3), scope=oc.scopes.leaf), "leaf", relative=True),
+    Case(
+        "adaptive_grad_clip leaves",
+        lambda b, **k: oc.adaptive_grad_clip(b, axis=..., **k),
+        "leaf",
+        relative=True,
+    ),
+    Case(
+        "param_relative",
+        by(lambda b: oc.thresholds.param_relative(b, 1e-3), scope=oc.scopes.leaf),
+        "leaf",
+        relative=True,
+    ),
 ]
 HARD = [case for case in CASES if case.hard]
 
@@ -90,8 +140,8 @@ class Adaptive(NamedTuple):
     Attributes:
       name: what the test reports call it.
       make: the clip; keyword arguments (scope, nonfinite, exclude ...) go to it.
-      within: after a spike, a run of NaN, a lasting change of scale ... its bound is near that of a run without, after
-        this many steps at most.
+      within: after a spike, a run of NaN, a lasting change of scale ... its bound is near that of a
+        run without, after this many steps at most.
       relative: its bound does not depend on the scale of the gradients.
     """
 
@@ -112,22 +162,38 @@ def with_parts(algorithm, *args, **own):
 
 
 ADAPTIVE = [
-    Adaptive("lag", learning(lambda: oc.thresholds.lag(oc.thresholds.per_block(0.0, last), feed=oc.feeds.raw)), 1),
+    Adaptive(
+        "lag",
+        learning(lambda: oc.thresholds.lag(oc.thresholds.per_block(0.0, last), feed=oc.feeds.raw)),
+        1,
+    ),
     Adaptive("running", learning(lambda: oc.thresholds.running(2.0)), 900),
     Adaptive("running raw", learning(lambda: oc.thresholds.running(1.0, feed=oc.feeds.raw)), 900),
-    Adaptive("running accepted", learning(lambda: oc.thresholds.running(feed=oc.feeds.accepted, relearn_after=50)), 900),
+    Adaptive(
+        "running accepted",
+        learning(lambda: oc.thresholds.running(feed=oc.feeds.accepted, relearn_after=50)),
+        900,
+    ),
     Adaptive("window_zscore", learning(oc.thresholds.window_zscore), 130),
     Adaptive("previous", learning(lambda: oc.thresholds.previous(1.1)), 50),
     Adaptive("autoclip", with_parts(oc.autoclip, window=100), 100),
-    Adaptive("autoclip after", with_parts(oc.autoclip, 95.0, 100, update_first=False, max_norm=1e9), 100),
+    Adaptive(
+        "autoclip after", with_parts(oc.autoclip, 95.0, 100, update_first=False, max_norm=1e9), 100
+    ),
     Adaptive("zclip", oc.zclip, 900),
     Adaptive("zclip mean", with_parts(oc.zclip, target="mean"), 900),
     Adaptive("clip_by_log_zscore", oc.clip_by_log_zscore, 100),
-    Adaptive("clip_by_log_zscore after", with_parts(oc.clip_by_log_zscore, 3.0, update_first=False, warmup_steps=25), 130),
+    Adaptive(
+        "clip_by_log_zscore after",
+        with_parts(oc.clip_by_log_zscore, 3.0, update_first=False, warmup_steps=25),
+        130,
+    ),
     Adaptive("adagc", oc.adagc, 7500),
     Adaptive(
         "adagc relearning",
-        with_parts(oc.adagc, decay=0.9, ratio=1.5, max_norm=jnp.inf, relearn_after=50, warmup_steps=10),
+        with_parts(
+            oc.adagc, decay=0.9, ratio=1.5, max_norm=jnp.inf, relearn_after=50, warmup_steps=10
+        ),
         120,
     ),
     Adaptive("quantile_clip", oc.quantile_clip, 50),
@@ -142,7 +208,8 @@ ADAPTIVE = [
 ]
 
 
-# Transformations that are not made of a threshold, or hold an optimizer: the laws of states and poison are theirs, too.
+# Transformations that are not made of a threshold, or hold an optimizer: the laws of states and
+# poison are theirs, too.
 OTHERS = {
     "spam_clip": lambda: oc.spam_clip(warmup_steps=1, every=2),
     "adamw_clip": lambda: oc.adamw_clip(warmup_steps=1),
@@ -158,7 +225,9 @@ OTHERS = {
 # These hold a part of Optax's, and take the trees that it takes.
 HOLDERS = {
     "larc": lambda: oc.larc(0.1, weight_decay=0.01),
-    "reset_moments": lambda: oc.skip_nonfinite(oc.reset_moments(optax.trace(0.9), every=2, warmup_steps=1)),
+    "reset_moments": lambda: oc.skip_nonfinite(
+        oc.reset_moments(optax.trace(0.9), every=2, warmup_steps=1)
+    ),
     "skip_spikes": lambda: oc.skip_spikes(optax.trace(0.9)),
     "skip_nonfinite": lambda: oc.skip_nonfinite(optax.trace(0.9)),
 }

@@ -1,4 +1,5 @@
-"""Two ways to write one thing give one result; and what a threshold is given is what the docs say."""
+"""Two ways to write one thing give one result; and what a threshold is given is what the docs say.
+"""
 
 import chex
 import jax
@@ -52,7 +53,12 @@ def test_one_example_is_the_global_clip():
     chex.assert_trees_all_close(oc.per_example_global_norm_clip(one, 1.0)[0], clipped, rtol=1e-6)
 
 
-SCOPES = {"tree": scopes.tree, "leaf": scopes.leaf, "groups": scopes.groups(), "units": scopes.units()}
+SCOPES = {
+    "tree": scopes.tree,
+    "leaf": scopes.leaf,
+    "groups": scopes.groups(),
+    "units": scopes.units(),
+}
 
 
 @pytest.mark.parametrize("name", SCOPES)

@@ -1,4 +1,6 @@
-"""Laws of building, initialising and stepping: every row of the table, as large models and wrappers use it."""
+"""Laws of building, initialising and stepping: every row of the table, as large models and wrappers
+use it.
+"""
 
 import subprocess
 import sys

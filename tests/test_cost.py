@@ -1,4 +1,6 @@
-"""What a clip costs on a CPU, by XLA's programs: a broken fusion, a copy or a second read fails here. Nothing is timed."""
+"""What a clip costs on a CPU, by XLA's programs: a broken fusion, a copy or a second read fails
+here. Nothing is timed.
+"""
 
 import functools
 
@@ -15,7 +17,13 @@ from tests import conftest as strict
 from tests.benchmarks.speed import OPTIMIZERS, account, train_step
 from tests.cases import CASES
 
-TREE = {"embed": (4000, 512), "kernel": (512, 1024), "conv": (3, 3, 128, 256), "bias": (1024,), "scale": (512,)}
+TREE = {
+    "embed": (4000, 512),
+    "kernel": (512, 1024),
+    "conv": (3, 3, 128, 256),
+    "bias": (1024,),
+    "scale": (512,),
+}
 CLIPS = {
     "global": lambda: optaxclip.clip_by_global_norm(1.0),
     "leaf": lambda: optaxclip.clip_by_leaf_norm(1.0),
@@ -53,7 +61,9 @@ def bare(optimizer, dtype):
 
 
 def beside(clip, optimizer, dtype):
-    """Bytes a parameter, and temporaries relative to the gradients, that a clip adds to an optimizer."""
+    """Bytes a parameter, and temporaries relative to the gradients, that a clip adds to an
+    optimizer.
+    """
     own = account(compile_chain(clip, optimizer, dtype), TREE, dtype)
     return tuple(a - b for a, b in zip(own, bare(optimizer, dtype), strict=True))
 
@@ -70,7 +80,9 @@ def test_with_every_optimizer(name):
     assert 3.9 < read <= 4.1 and copies < 0.05
 
 
-@pytest.mark.parametrize(("name", "clip"), [("adamw", "global"), ("Nesterov", "global"), ("adamw", "units")])
+@pytest.mark.parametrize(
+    ("name", "clip"), [("adamw", "global"), ("Nesterov", "global"), ("adamw", "units")]
+)
 def test_bfloat16_gradients_are_read_once_and_not_copied(name, clip):
     read, copies = beside(CLIPS[clip](), name, jnp.bfloat16)
     assert 1.9 < read <= 2.1 and copies < 0.05
@@ -90,7 +102,9 @@ def test_limits_of_elements_cost_nothing(dtype):
 
 
 def test_the_account_sees_what_it_is_to_see():
-    """Optax's clip divides, which XLA does not repeat in each loop that reads the result. Neither has a branch."""
+    """Optax's clip divides, which XLA does not repeat in each loop that reads the result. Neither
+    has a branch.
+    """
     read, copies = beside(optax.clip_by_global_norm(1.0), "adamw", jnp.float32)
     assert read > 15 and copies > 0.9
     for clip in (optax.identity(), optax.clip_by_global_norm(1.0)):
@@ -125,12 +139,19 @@ def test_the_forms_for_other_platforms_give_the_same_numbers(platform, monkeypat
         """Of each clip alone, so that none hides behind another."""
 
         def through(tx, grads):
-            return sum(jnp.sum(jnp.sin(u)) for u in jax.tree.leaves(tx.update(grads, tx.init(grads), small)[0]))
+            return sum(
+                jnp.sum(jnp.sin(u))
+                for u in jax.tree.leaves(tx.update(grads, tx.init(grads), small)[0])
+            )
 
         some = [
-            case for case in CASES if case.block == "unit" or case.name in ("clip_by_global_norm", "clip_by_leaf_norm")
+            case
+            for case in CASES
+            if case.block == "unit" or case.name in ("clip_by_global_norm", "clip_by_leaf_norm")
         ]
-        return {case.name: jax.grad(functools.partial(through, case.make(0.7)))(small) for case in some}
+        return {
+            case.name: jax.grad(functools.partial(through, case.make(0.7)))(small) for case in some
+        }
 
     def both(small, large):
         return steps(small, large), slopes(small)
@@ -152,9 +173,13 @@ def test_the_forms_for_other_platforms_give_the_same_numbers(platform, monkeypat
 
 
 def test_rounding_to_bfloat16_is_that_of_a_conversion():
-    bits = jnp.concatenate([jnp.arange(0, 2**32 - 1, 65_521, jnp.uint32), jnp.arange(2**15, dtype=jnp.uint32)])
+    bits = jnp.concatenate(
+        [jnp.arange(0, 2**32 - 1, 65_521, jnp.uint32), jnp.arange(2**15, dtype=jnp.uint32)]
+    )
     near_ties = jnp.concatenate([bits, bits & jnp.uint32(0xFFFF0000) | jnp.uint32(0x8000)])
     x = jax.lax.bitcast_convert_type(near_ties, jnp.float32)
     by_hand = jax.jit(_bfloat16, compiler_options=strict.AS_USERS)(x)
-    got, want = (jax.lax.bitcast_convert_type(y, jnp.uint16) for y in (by_hand, x.astype(jnp.bfloat16)))
+    got, want = (
+        jax.lax.bitcast_convert_type(y, jnp.uint16) for y in (by_hand, x.astype(jnp.bfloat16))
+    )
     assert jnp.all((got == want) | jnp.isnan(x)) and jnp.all(jnp.isnan(by_hand) == jnp.isnan(x))

@@ -1,4 +1,6 @@
-"""The site is whole: every name, every algorithm and every page has its place, and it builds without a warning."""
+"""The site is whole: every name, every algorithm and every page has its place, and it builds
+without a warning.
+"""
 
 import html.parser
 import inspect
@@ -14,7 +16,11 @@ import optaxclip
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGES = sorted(page.stem for page in DOCS.glob("*.md"))
-NAMESPACES = {name: value for name, value in vars(optaxclip).items() if inspect.ismodule(value) and name in optaxclip.__all__}
+NAMESPACES = {
+    name: value
+    for name, value in vars(optaxclip).items()
+    if inspect.ismodule(value) and name in optaxclip.__all__
+}
 ENTRY = re.compile(r"^\.\. (currentmodule|autofunction|autoclass|py:data):: (\S+)$", re.MULTILINE)
 ALGORITHMS = [
     name
@@ -27,7 +33,7 @@ ALGORITHMS = [
 
 
 def documented():
-    """The full names of all entries of the API, but for the members that a module lists by itself."""
+    """The full names of all entries of the API, with the members that Sphinx lists by itself."""
     names, module = [], ""
     for directive, name in ENTRY.findall((DOCS / "api.md").read_text()):
         if directive == "currentmodule":
@@ -54,12 +60,18 @@ def test_the_api_names_everything_public_once():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_has_its_row(name):
-    rows = [line.split(" | ")[:2] for line in (DOCS / "algorithms.md").read_text().splitlines() if line.startswith("|")]
+    rows = [
+        line.split(" | ")[:2]
+        for line in (DOCS / "algorithms.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
     assert any(re.search(rf"`{name}\b", cell) for row in rows for cell in row)
 
 
 def test_every_page_is_in_the_contents_once():
-    contents = re.findall(r"```\{toctree\}\n(?::.*\n)*\n((?:.+\n)+)```", (DOCS / "index.md").read_text())
+    contents = re.findall(
+        r"```\{toctree\}\n(?::.*\n)*\n((?:.+\n)+)```", (DOCS / "index.md").read_text()
+    )
     assert sorted([*"".join(contents).split(), "index"]) == PAGES
 
 
@@ -80,10 +92,26 @@ class Page(html.parser.HTMLParser):
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_every_link_leads_somewhere(tmp_path):
     pytest.importorskip("sphinx")
-    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "doctrees")]
-    done = subprocess.run([*build, str(DOCS), str(tmp_path / "html")], capture_output=True, text=True, cwd=DOCS.parent)
+    build = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-b",
+        "html",
+        "-d",
+        str(tmp_path / "doctrees"),
+    ]
+    done = subprocess.run(
+        [*build, str(DOCS), str(tmp_path / "html")], capture_output=True, text=True, cwd=DOCS.parent
+    )
     assert done.returncode == 0, done.stderr
-    pages = {path.relative_to(tmp_path / "html").as_posix(): Page(path) for path in (tmp_path / "html").glob("*.html")}
+    pages = {
+        path.relative_to(tmp_path / "html").as_posix(): Page(path)
+        for path in (tmp_path / "html").glob("*.html")
+    }
     assert {f"{page}.html" for page in PAGES} <= pages.keys()
     for page, content in pages.items():
         for link in content.links:
@@ -92,6 +120,8 @@ def test_the_site_builds_without_a_warning_and_every_link_leads_somewhere(tmp_pa
             path, _, anchor = link.partition("#")
             path = path.partition("?")[0] or page
             assert (tmp_path / "html" / path).exists(), f"{page} links to {link}"
-            assert not anchor or path not in pages or anchor in pages[path].ids, f"{page} links to {link}"
+            assert not anchor or path not in pages or anchor in pages[path].ids, (
+                f"{page} links to {link}"
+            )
     api = pages["api.html"].ids
     assert set(documented()) - api == set()

@@ -1,4 +1,6 @@
-"""The rules of the house: layers, sizes, words, and what one update of the plainest clip runs through."""
+"""The rules of the house: layers, sizes, words, and what one update of the plainest clip runs
+through.
+"""
 
 import ast
 import inspect
@@ -42,8 +44,15 @@ def test_a_room_imports_only_rooms_below_it(name):
 
 
 def test_no_file_imports_itself_in_a_circle():
-    modules = {n.removesuffix(".py").removesuffix("/__init__").replace("/", "."): f for n, f in ROOMS.items()}
-    edges = {m: {".".join(i) for i in imports(f)} & modules.keys() for m, f in modules.items() if m != "__init__"}
+    modules = {
+        n.removesuffix(".py").removesuffix("/__init__").replace("/", "."): f
+        for n, f in ROOMS.items()
+    }
+    edges = {
+        m: {".".join(i) for i in imports(f)} & modules.keys()
+        for m, f in modules.items()
+        if m != "__init__"
+    }
     seen, way = set(), []
 
     def walk(module):

@@ -1,4 +1,6 @@
-"""Laws of everything that has a history: its state keeps its form, and nothing that is not finite gets into it."""
+"""Laws of everything that has a history: its state keeps its form, and nothing that is not finite
+gets into it.
+"""
 
 import contextlib
 import operator
@@ -14,9 +16,17 @@ import optaxclip
 from optaxclip.base import Metrics
 from tests.cases import ADAPTIVE, HOLDERS, OTHERS
 
-SCOPES = {"tree": optaxclip.scopes.tree, "groups": optaxclip.scopes.groups(), "units": optaxclip.scopes.units()}
-MAKE = {f"{case.name} {name}": (case.make, scope) for case in ADAPTIVE for name, scope in SCOPES.items()}
-MAKE = {name: lambda make=make, scope=scope: make(scope=scope) for name, (make, scope) in MAKE.items()}
+SCOPES = {
+    "tree": optaxclip.scopes.tree,
+    "groups": optaxclip.scopes.groups(),
+    "units": optaxclip.scopes.units(),
+}
+MAKE = {
+    f"{case.name} {name}": (case.make, scope) for case in ADAPTIVE for name, scope in SCOPES.items()
+}
+MAKE = {
+    name: lambda make=make, scope=scope: make(scope=scope) for name, (make, scope) in MAKE.items()
+}
 MAKE |= OTHERS | HOLDERS
 by_tree = [name for name in MAKE if not name.endswith((" groups", " units"))]
 each_by_tree = pytest.mark.parametrize("make", [MAKE[name] for name in by_tree], ids=by_tree)
@@ -27,18 +37,27 @@ def tree(dtype):
     rng = np.random.default_rng(0)
     own = ["float32", "bfloat16"] if dtype == "mixed" else [dtype] * 2
     leaf = {"bias": (3,), "kernel": (4, 3)}
-    return {"layer": {name: jnp.asarray(rng.normal(size=leaf[name]), d) for name, d in zip(leaf, own, strict=True)}}
+    return {
+        "layer": {
+            name: jnp.asarray(rng.normal(size=leaf[name]), d)
+            for name, d in zip(leaf, own, strict=True)
+        }
+    }
 
 
 def learned(state):
     """A state without the record of what happened, which does count what is not finite."""
     return jax.tree.map(
-        lambda x: None if isinstance(x, Metrics) else x, state, is_leaf=lambda x: isinstance(x, Metrics)
+        lambda x: None if isinstance(x, Metrics) else x,
+        state,
+        is_leaf=lambda x: isinstance(x, Metrics),
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "dtype"), [(n, "mixed") for n in MAKE] + [(n, "float64") for n in by_tree[::3]])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(n, "mixed") for n in MAKE] + [(n, "float64") for n in by_tree[::3]]
+)
 def test_the_state_keeps_its_form_from_the_first_step(name, dtype):
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         tx, grads = MAKE[name](), tree(dtype)
@@ -50,7 +69,9 @@ def test_the_state_keeps_its_form_from_the_first_step(name, dtype):
             return state, updates
 
         start = tx.init(grads)
-        state, updates = jax.jit(lambda s: jax.lax.scan(step, s, jnp.array([1.0, 0.0, 3.0], jnp.float32)))(start)
+        state, updates = jax.jit(
+            lambda s: jax.lax.scan(step, s, jnp.array([1.0, 0.0, 3.0], jnp.float32))
+        )(start)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, start)
         chex.assert_tree_all_finite(updates)
         assert all(np.any(np.asarray(u[2], np.float64)) for u in jax.tree.leaves(updates)), "frozen"
@@ -65,7 +86,9 @@ def test_nothing_is_learned_from_what_is_not_finite(make):
     for bad in (jnp.nan, jnp.inf):
         poisoned = state
         for _ in range(3):
-            _, poisoned = step(jax.tree.map(lambda g, bad=bad: g.at[0].set(bad), grads), poisoned, grads)
+            _, poisoned = step(
+                jax.tree.map(lambda g, bad=bad: g.at[0].set(bad), grads), poisoned, grads
+            )
         assert not any(np.any(np.isnan(x)) for x in jax.tree.leaves(learned(poisoned))), bad
         updates, _ = step(grads, poisoned, grads)
         chex.assert_tree_all_finite(updates)
@@ -78,7 +101,9 @@ def test_a_threshold_stays_as_it_was(case, nonfinite):
     step = jax.jit(tx.update)
     _, state = step(grads, tx.init(grads), grads)
     out, poisoned = step(jax.tree.map(lambda g: g.at[0].set(jnp.nan), grads), state, grads)
-    assert all(np.isnan(x).all() if nonfinite == "propagate" else not x.any() for x in jax.tree.leaves(out))
+    assert all(
+        np.isnan(x).all() if nonfinite == "propagate" else not x.any() for x in jax.tree.leaves(out)
+    )
     chex.assert_trees_all_equal(learned(poisoned), learned(state))
 
 
@@ -118,7 +143,9 @@ SIZES = {"autoclip": ("window",), "clip_by_median": ("window", "every")}
 
 @pytest.mark.parametrize("name", NAMED)
 def test_numbers_can_be_injected(name):
-    """`optax.inject_hyperparams` makes arrays of all numeric arguments, but for those that set the size of a state."""
+    """`optax.inject_hyperparams` makes arrays of all numeric arguments, but for those that set the
+    size of a state.
+    """
     algorithm, grads = getattr(optaxclip, name), tree("float32")
     tx = optax.inject_hyperparams(algorithm, static_args=SIZES.get(name, ()))()
     plain = algorithm()
@@ -137,8 +164,20 @@ def test_a_size_that_is_injected_is_refused_with_the_way_out(name):
 
 
 BAD = {
-    "autoclip": [{"percentile": -1.0}, {"percentile": 101.0}, {"window": 0}, {"window": 2.5}, {"update_first": "during"}],
-    "zclip": [{"z": -1.0}, {"decay": 1.0}, {"decay": "0.9"}, {"target": "median"}, {"max_norm": -1.0}],
+    "autoclip": [
+        {"percentile": -1.0},
+        {"percentile": 101.0},
+        {"window": 0},
+        {"window": 2.5},
+        {"update_first": "during"},
+    ],
+    "zclip": [
+        {"z": -1.0},
+        {"decay": 1.0},
+        {"decay": "0.9"},
+        {"target": "median"},
+        {"max_norm": -1.0},
+    ],
     "clip_by_log_zscore": [{"z": jnp.nan}, {"target": "adaptive"}, {"update_first": "during"}],
     "adagc": [{"ratio": 1.0}, {"ratio": True}, {"decay": -0.1}, {"max_norm": -1.0}],
     "quantile_clip": [{"quantile": 1.5}, {"learning_rate": -1.0}, {"init": -1.0}],

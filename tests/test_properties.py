@@ -1,4 +1,6 @@
-"""Properties that hold for any tree: magnitudes from 1e-38 to 3e38, ranks 0 to 6, empty leaves, None, masked leaves."""
+"""Properties that hold for any tree: magnitudes from 1e-38 to 3e38, ranks 0 to 6, empty leaves,
+None, masked leaves.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,9 @@ SCOPES = {
 
 @st.composite
 def trees(draw):
-    """A list of leaves of fixed shapes and dtypes (so that little is compiled), each of a magnitude of its own."""
+    """A list of leaves of fixed shapes and dtypes (so that little is compiled), each of a magnitude
+    of its own.
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     leaves = []
     for i, shape in enumerate(SHAPES):
@@ -30,7 +34,11 @@ def trees(draw):
         low, high = (-7, 4) if dtype == "float16" else (-37.5, 38.0)
         scale = 10.0 ** draw(st.floats(low, high)) * draw(st.sampled_from([1, 1, 1, 0]))
         x = rng.uniform(-3, 3, size=shape) * scale
-        leaves.append(jnp.asarray(np.clip(x, -3e38, 3e38) if dtype != "float16" else np.clip(x, -6e4, 6e4), dtype))
+        leaves.append(
+            jnp.asarray(
+                np.clip(x, -3e38, 3e38) if dtype != "float16" else np.clip(x, -6e4, 6e4), dtype
+            )
+        )
     return [*leaves, None, optax.MaskedNode()]
 
 
@@ -64,7 +72,7 @@ FLOAT = np.finfo(np.float32)
 
 
 def counts_as_bad(norm, bound, margin=1.0):
-    """Whether a norm is no finite float, or the factor that shortens it to the bound no normal one."""
+    """Whether a norm is no finite float, or the factor that shortens it no normal one."""
     return norm * margin > float(FLOAT.max) or bound < norm * margin * float(FLOAT.tiny)
 
 
@@ -81,14 +89,17 @@ def test_no_block_is_longer_than_its_bound_and_no_direction_is_lost(scope, grads
             assert np.all(np.isnan(after))
             continue
         # By rounding it may be so, and of units, whose norms are right up to 1e36.
-        if counts_as_bad(norm, float(bound), 1 + 1e-5) or (scope == "units" and norm > 1e36):
-            if np.all(np.isnan(after)):
-                continue
+        may_be = counts_as_bad(norm, float(bound), 1 + 1e-5) or (scope == "units" and norm > 1e36)
+        if may_be and np.all(np.isnan(after)):
+            continue
         assert np.all(np.isfinite(after))
         factor = min(1.0, bound / norm) if norm else 1.0
-        # A float16 or bfloat16 number is rounded once; what is below the smallest normal float32 may be flushed.
+        # A float16 or bfloat16 number is rounded once; what is below the smallest normal float32
+        # may be flushed.
         smallest = 1e-7 if max(after, default=0) < 7e4 else 0.0
-        np.testing.assert_allclose(after, before * factor, rtol=0.01, atol=max(smallest, 1.3e-38, 1e-6 * bound))
+        np.testing.assert_allclose(
+            after, before * factor, rtol=0.01, atol=max(smallest, 1.3e-38, 1e-6 * bound)
+        )
         assert np.linalg.norm(after) <= float(bound) * 1.01 + 1e-6
 
 
@@ -109,4 +120,8 @@ def test_one_bad_number_makes_its_whole_block_bad_and_no_other(grads, bad, where
     updates, _ = STEPS["leaf"](bound, grads)
     norms = [np.linalg.norm(x) for x in blocks_of("leaf", grads)]
     for i, (norm, leaf) in enumerate(zip(norms, blocks_of("leaf", updates), strict=True)):
-        assert np.all(np.isnan(leaf)) if i == 1 or counts_as_bad(norm, bound) else np.all(np.isfinite(leaf))
+        assert (
+            np.all(np.isnan(leaf))
+            if i == 1 or counts_as_bad(norm, bound)
+            else np.all(np.isfinite(leaf))
+        )

@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
-from optaxclip.base import Exclude
+from optaxclip.base import Exclude, annotate
 from optaxclip.clips.carry import start_carry
 from optaxclip.engine import Description
 from optaxclip.states import StateGuard
@@ -89,7 +89,7 @@ def scale_by_acclip(
         return leaves.rebuild(out), ACClipState(m.rebuild(momentum), size.rebuild(grown))
 
     about = Description(exclude=exclude, kind="other", name=call)
-    update_fn.description = about  # type: ignore[attr-defined]
+    annotate(update_fn, description=about)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

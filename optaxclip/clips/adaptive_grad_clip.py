@@ -103,8 +103,9 @@ def unitwise_norm(x: ArrayLike, axis: int | tuple[int, ...] | None = None) -> ja
     """
     x = jnp.asarray(x)
     blocks = scopes.units(axis).cut(["x"], [x.shape])
-    (norms,) = xla.measure(l2, [x], xla.lay_out(blocks, ["x"], [x.shape]))
-    return jnp.broadcast_to(norms[0], x.shape)
+    layout = xla.lay_out(blocks, ["x"], [x.shape])
+    (norms,) = xla.spread(xla.measure(l2, [x], layout), layout)
+    return jnp.broadcast_to(norms, x.shape)
 
 
 @validate.named

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import scopes, trees, validate
-from optaxclip.base import Blocks, Exclude, Scope
-from optaxclip.thresholds.blocks import Fixed
+from optaxclip.base import Blocks, Exclude, Scope, annotate
+from optaxclip.thresholds.blocks import Fixed, new_threshold
 from optaxclip.thresholds.fixed import as_threshold, scheduled
 
 
@@ -68,9 +68,11 @@ def bound_each(
     def update_fn(norms, state, params=None, **extra_args):
         return stack(0).astype(norms.dtype), state
 
-    update_fn.bound = tuple(bounds.values())  # type: ignore[attr-defined]
-    changing = any(map(callable, bounds.values()))
-    threshold = scheduled(stack) if changing else Fixed(lambda norms: optax.EmptyState(), update_fn)
+    if any(map(callable, bounds.values())):
+        threshold = scheduled(stack)
+    else:
+        annotate(update_fn, bound=tuple(bounds.values()))
+        threshold = new_threshold(lambda norms: optax.EmptyState(), update_fn, kind=Fixed)
     return threshold, _in_order(scope, argument_name, tuple(bounds))
 
 
@@ -80,14 +82,15 @@ def _in_order(scope: Scope, argument: str, names: tuple[str, ...]) -> Scope:
 
     def cut(paths, shapes) -> Blocks:
         blocks = scope.cut(paths, shapes)
-        missing = [name for name in blocks.names if name not in names]
-        unknown = [name for name in names if name not in blocks.names]
+        found = blocks.names or ()
+        missing = [name for name in found if name not in names]
+        unknown = [name for name in names if name not in found]
         if missing or unknown:
             raise ValueError(
                 f"{call}: {argument} must have one entry for each of the blocks"
-                f" {list(blocks.names)}: {missing} are missing, {unknown} are not among them."
+                f" {list(found)}: {missing} are missing, {unknown} are not among them."
             )
-        places = [names.index(name) for name in blocks.names]
+        places = [names.index(name) for name in found]
         return Blocks(names, tuple(places[block] for block in blocks.index))
 
     return scope._replace(cut=cut)
@@ -103,7 +106,7 @@ def _refuse_vector(argument: str, bounds: Any) -> Scope:
     call = validate.called()
 
     def cut(paths, shapes) -> Blocks:
-        names = list(scopes.leaf.cut(paths, shapes).names)
+        names = list(scopes.leaf.cut(paths, shapes).names or ())
         raise ValueError(
             f"{call}: {argument} is a bare array of shape {bounds.shape}, which does not say which"
             f" number is whose. Pass a tree of bounds with the structure of the updates, or a"

@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optaxclip import trees, xla
-from optaxclip.base import ClipState, Exclude
+from optaxclip.base import Exclude
+from optaxclip.record import metrics_of
 
 
 def start_carry(params: Any, exclude: Exclude, *, real: bool = False) -> Any:
@@ -33,12 +35,12 @@ def _zeros(x: Any) -> Any:
     return jnp.zeros_like(x) if numeric or trees.is_measured(x) else x
 
 
-def can_learn(state: ClipState, *, zeros: bool = True) -> jax.Array:
+def can_learn(state: optax.OptState, *, zeros: bool = True) -> jax.Array:
     """Whether all that a clip has measured was finite and, without `zeros`, not all zero.
 
     One decision for the whole tree, which so is that of one step. It is made of norms, which are
     the same on all devices; gradients may be parts.
     """
-    norms = jax.tree.leaves(state.metrics.grad_norm)
+    norms = jax.tree.leaves(metrics_of(state).grad_norm)
     finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(n)) for n in norms]))
     return finite & (zeros | jnp.any(jnp.array([jnp.any(n > 0) for n in norms])))

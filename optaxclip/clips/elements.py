@@ -11,7 +11,7 @@ from optaxclip.base import AxisNames, Exclude
 from optaxclip.engine import Description, Rule, build
 from optaxclip.norms import l1, linf
 from optaxclip.record import Step
-from optaxclip.thresholds.blocks import Fixed
+from optaxclip.thresholds.blocks import Fixed, new_threshold
 
 # The lower and the upper limit of the elements of a leaf: scalars, or arrays of its shape.
 Limits = tuple[jax.Array, jax.Array]
@@ -66,7 +66,7 @@ def clip_each(
     def given(norms, state, params=None, *, limits, **extra_args):
         return limits, state
 
-    threshold = Fixed(lambda norms: optax.EmptyState(), given)
+    threshold = new_threshold(lambda norms: optax.EmptyState(), given, kind=Fixed)
     description = Description(scopes.tree, linf, threshold, exclude=exclude, kind="elements")
     return build(description, Rule(_largest if measure else None, act, bounded=measure), axis_names)
 

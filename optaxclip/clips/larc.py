@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from optaxclip import scopes, validate
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
+from optaxclip.thresholds.blocks import new_threshold
 from optaxclip.thresholds.fixed import as_threshold
 from optaxclip.thresholds.learned import like
 
@@ -21,7 +22,7 @@ from optaxclip.thresholds.learned import like
 def larc(
     learning_rate: Threshold,
     trust_coefficient: ArrayLike = 0.02,
-    weight_decay: ArrayLike = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     eps: ArrayLike = 1e-8,
     *,
     mask: Any = None,
@@ -80,7 +81,7 @@ def larc(
         return update - like(weight_decay, param.real) * param
 
     clip = clip_by(
-        optax.GradientTransformationExtraArgs(rate.init, update_fn),
+        new_threshold(rate.init, update_fn, kind=optax.GradientTransformationExtraArgs),
         scope=scope,
         view=gradient,
         exclude=exclude,

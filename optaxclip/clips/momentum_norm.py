@@ -11,9 +11,10 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import scopes, validate, xla
-from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, annotate
 from optaxclip.clips.carry import can_learn, start_carry
 from optaxclip.core import clip_by
+from optaxclip.engine import description_of
 from optaxclip.states import StateGuard
 from optaxclip.thresholds.combine import param_relative
 from optaxclip.trees import select
@@ -100,8 +101,7 @@ def clip_by_momentum_norm(
         step = jnp.where(fine, optax.safe_increment(state.clip_step), state.clip_step)
         return clipped, MomentumNormState(step, old.rebuild(new), clip_state)
 
-    about = clip.update.description._replace(kind="other")
-    update_fn.description = about  # type: ignore[attr-defined]
+    annotate(update_fn, description=description_of(clip)._replace(kind="other"))
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

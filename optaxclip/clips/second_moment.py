@@ -12,9 +12,10 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import trees, validate, xla
-from optaxclip.base import AxisNames, Exclude
+from optaxclip.base import AxisNames, Exclude, annotate
 from optaxclip.clips.carry import start_carry
 from optaxclip.clips.elements import clip_each
+from optaxclip.engine import description_of
 from optaxclip.states import StateGuard
 from optaxclip.thresholds.fixed import advance
 from optaxclip.thresholds.learned import like
@@ -69,7 +70,7 @@ def _clip_by_rms(
         rms = kept.rebuild([rms for _, rms in done])
         return clipped, SecondMomentState(advance(step), rms, clip_state)
 
-    update_fn.description = clip.update.description  # type: ignore[attr-defined]
+    annotate(update_fn, description=description_of(clip))
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

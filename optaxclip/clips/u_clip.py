@@ -10,11 +10,12 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import scopes, validate, xla
-from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold, annotate
 from optaxclip.clips.carry import can_learn, start_carry
 from optaxclip.core import clip_by
+from optaxclip.engine import description_of
 from optaxclip.states import StateGuard
-from optaxclip.thresholds.blocks import Fixed
+from optaxclip.thresholds.blocks import Fixed, new_threshold
 from optaxclip.thresholds.fixed import as_threshold
 from optaxclip.thresholds.learned import like
 from optaxclip.trees import Leaves, select
@@ -52,8 +53,7 @@ def _remember(clip, exclude: Exclude, step) -> optax.GradientTransformationExtra
         out = list(map(xla.as_dtype_of, leaves.arrays, out))
         return leaves.rebuild(out), CarryState(old.rebuild(kept), clip_state)
 
-    about = clip.update.description._replace(kind="other")
-    update_fn.description = about  # type: ignore[attr-defined]
+    annotate(update_fn, description=description_of(clip)._replace(kind="other"))
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
@@ -111,7 +111,8 @@ def u_clip(
         return jax.tree.map(lambda bound: like(max_carry, bound) * bound, carry_bound), state
 
     # Built once, and passed the bound at each update: a new clip for each would compile each time.
-    cap = clip_by(Fixed(lambda norms: optax.EmptyState(), limit), scope=scope, **shared)
+    limits = new_threshold(lambda norms: optax.EmptyState(), limit, kind=Fixed)
+    cap = clip_by(limits, scope=scope, **shared)
 
     def step(leaves, carry, state, params, **extra_args):
         sums = [xla.widen(g) + c for g, c in zip(leaves.arrays, carry, strict=True)]

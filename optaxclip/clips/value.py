@@ -11,10 +11,11 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import trees, validate
-from optaxclip.base import AxisNames, Exclude, Threshold
+from optaxclip.base import AxisNames, Exclude, Threshold, annotate
 from optaxclip.clips.elements import clip_elements
-from optaxclip.thresholds.blocks import Fixed
-from optaxclip.thresholds.fixed import ScheduleState, advance, as_threshold
+from optaxclip.engine import description_of
+from optaxclip.thresholds.blocks import Fixed, new_threshold
+from optaxclip.thresholds.fixed import ScheduleState, advance, as_threshold, start_schedule
 
 
 @validate.named
@@ -53,14 +54,14 @@ def clip(
 
     def update_fn(norms, state, params=None, **extra_args):
         bound, state = threshold.update(norms, state, params, **extra_args)
-        bound = jnp.maximum(bound, 0)
+        bound = jnp.maximum(jnp.asarray(bound), 0)
         return (-bound, bound), state
 
-    limits = type(threshold)(threshold.init, update_fn)  # of its kind, which says what it reads
+    # Of its kind, which says what it reads.
+    limits = new_threshold(threshold.init, update_fn, threshold, kind=type(threshold))
     tx = clip_elements(limits, measure=measure, exclude=exclude, axis_names=axis_names)
     # What a reader of the chain wants to see is the threshold as it was given.
-    about = tx.update.description._replace(threshold=threshold)
-    tx.update.description = about  # type: ignore[attr-defined]
+    annotate(tx.update, description=description_of(tx)._replace(threshold=threshold))
     return tx
 
 
@@ -108,11 +109,11 @@ def clip_by_value(
             )
         return inner.update(updates, state, params, **extra_args)
 
-    update_fn.description = inner.update.description  # type: ignore[attr-defined]
+    annotate(update_fn, description=description_of(inner))
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
-def _limits(*limits: Any) -> Fixed:
+def _limits(*limits: Any) -> optax.GradientTransformationExtraArgs:
     """The threshold that returns a lower and an upper limit."""
 
     def at(step, norm: jax.Array):
@@ -125,7 +126,7 @@ def _limits(*limits: Any) -> Fixed:
     def scheduled_fn(norms, state, params=None, **extra_args):
         return at(state.clip_step, norms), ScheduleState(advance(state.clip_step))
 
-    fixed_fn.bound = scheduled_fn.bound = limits  # type: ignore[attr-defined]
-    if not any(map(callable, limits)):
-        return Fixed(lambda norms: optax.EmptyState(), fixed_fn)
-    return Fixed(lambda norms: ScheduleState(jnp.zeros((), jnp.int32)), scheduled_fn)
+    init, update = (lambda norms: optax.EmptyState()), fixed_fn
+    if any(map(callable, limits)):
+        init, update = start_schedule, scheduled_fn
+    return new_threshold(init, annotate(update, bound=limits), kind=Fixed)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
 from optaxclip.actions import keep
-from optaxclip.base import AxisNames, Exclude, Norms, Scope
+from optaxclip.base import AxisNames, Exclude, Norms, Scope, annotate
 from optaxclip.core import decide
 from optaxclip.engine import Description, Rule, build
 from optaxclip.monitoring.state import WatchState, fresh_watch
@@ -28,7 +28,7 @@ from optaxclip.monitoring.trackers import (
     update_trackers,
 )
 from optaxclip.norms import l2
-from optaxclip.record import pack_names, unpack_names
+from optaxclip.record import metrics_of, pack_names, unpack_names
 from optaxclip.scopes import as_scope, leaf, tree
 from optaxclip.states import StateGuard, check_names
 from optaxclip.thresholds.blocks import reads_params
@@ -145,7 +145,7 @@ def watch(
         )
 
     about = Description(scope, l2, exclude=exclude, kind="other", name="watch")
-    update_fn.description = about  # type: ignore[attr-defined]
+    annotate(update_fn, description=about)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
@@ -166,7 +166,7 @@ def _meter(
 
 def _start(meter: optax.GradientTransformationExtraArgs, params: Any) -> tuple[jax.Array, Any]:
     """Norms of zero, one a block, and the packed names of the blocks."""
-    metrics = meter.init(params).metrics
+    metrics = metrics_of(meter.init(params))
     return metrics.grad_norm, metrics.blocks
 
 
@@ -176,7 +176,8 @@ def _measure(
     """The norms of the blocks of a tree, and their names."""
     # The fresh state costs nothing under `jit`: the counters of a meter are not read.
     _, state = meter.update(updates, meter.init(updates))
-    return state.metrics.grad_norm, unpack_names(state.metrics.blocks)
+    metrics = metrics_of(state)
+    return metrics.grad_norm, unpack_names(metrics.blocks)
 
 
 def _advance(state: WatchState, now: Summary, limit: ArrayLike, tag: jax.Array) -> WatchState:

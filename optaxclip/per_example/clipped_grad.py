@@ -181,7 +181,7 @@ def ghost_parameters(
 
 
 def _check_numbers(**arguments: Any) -> None:
-    validate.bound(**arguments, may_be_threshold=False)
+    validate.bound(**arguments)
     for name, value in arguments.items():
         if jnp.ndim(value) != 0:
             raise validate.fail(

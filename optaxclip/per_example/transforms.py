@@ -47,7 +47,7 @@ def per_example_global_norm_clip(grads: Any, l2_norm_clip: ArrayLike) -> tuple[A
     >>> per_example.per_example_global_norm_clip(grads, 2.5)
     ([Array([2. , 1.5, 4.5], dtype=float32)], Array(2, dtype=int32))
     """
-    validate.bound(l2_norm_clip=l2_norm_clip, may_be_threshold=False, wait=False)
+    validate.bound(l2_norm_clip=l2_norm_clip, wait=False)
     leaves = _select_batched(grads)
     if not leaves.arrays:
         return grads, jnp.zeros((), jnp.int32)
@@ -86,7 +86,7 @@ def per_example_layer_norm_clip(
     >>> float(sums["a"][0]), int(clipped["a"])
     (3.0, 1)
     """
-    validate.bound(global_l2_norm_clip=global_l2_norm_clip, may_be_threshold=False, wait=False)
+    validate.bound(global_l2_norm_clip=global_l2_norm_clip, wait=False)
     validate.flag(uniform=uniform)
     leaves = _select_batched(grads)
     sizes = [1 if uniform else math.prod(shape[1:]) for shape in leaves.shapes]
@@ -121,7 +121,7 @@ def per_example_normalize(grads: Any, gamma: ArrayLike = 0.01) -> Any:
     >>> per_example.per_example_normalize(jnp.array([[3.0, 4.0], [0.0, 2.0]]), gamma=0.0)
     Array([0.6, 1.8], dtype=float32)
     """
-    validate.bound(gamma=gamma, may_be_threshold=False, wait=False)
+    validate.bound(gamma=gamma, wait=False)
     leaves = _select_batched(grads)
     if not leaves.arrays:
         return grads

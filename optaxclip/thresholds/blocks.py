@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip.base import Norms
+from optaxclip.base import Norms, annotate
 from optaxclip.validate import named
 
 
@@ -36,12 +36,23 @@ def reads_params(*thresholds: optax.GradientTransformation) -> bool:
     return not all(isinstance(threshold, NormsOnly) for threshold in thresholds)
 
 
-def new_threshold(init: Callable, update: Callable, *inside: optax.GradientTransformation):
-    """A threshold from its two functions; it reads parameters if one of those inside does."""
-    kind = optax.GradientTransformationExtraArgs if inside and reads_params(*inside) else NormsOnly
-    update.learns = learns(  # type: ignore[attr-defined]
-        update, *(threshold.update for threshold in inside)
-    )
+def new_threshold(
+    init: Callable[..., Any],
+    update: Callable[..., Any],
+    *inside: optax.GradientTransformation,
+    kind: type[optax.GradientTransformationExtraArgs] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A threshold from its two functions.
+
+    Args:
+      init: `norms -> state`.
+      update: `(norms, state, params=None, **extra_args) -> (bounds, state)`.
+      *inside: the thresholds that it is made of.
+      kind: what it reads; None: parameters if one of those inside does, and norms.
+    """
+    if kind is None:
+        kind = optax.GradientTransformationExtraArgs if reads_params(*inside) else NormsOnly
+    annotate(update, learns=learns(update, *(threshold.update for threshold in inside)))
     return kind(init, update)
 
 

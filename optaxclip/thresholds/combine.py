@@ -13,7 +13,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import feeds, validate
-from optaxclip.base import Feed, Threshold
+from optaxclip.base import Feed, Threshold, annotate
 from optaxclip.thresholds.blocks import hold, new_threshold
 from optaxclip.thresholds.fixed import advance, as_threshold
 
@@ -63,7 +63,7 @@ def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransf
         bounds, inner_state = inner.update(fed, state.inner, params, **extra_args)
         return state.clip_bound, hold(init_fn, fed, LagState(inner_state, bounds), state)
 
-    update_fn.learns = True  # type: ignore[attr-defined]
+    annotate(update_fn, learns=True)
     return new_threshold(init_fn, update_fn, inner)
 
 
@@ -109,7 +109,7 @@ class UntilState(NamedTuple):
     """State of `until`: the updates so far, int32, and the states of both thresholds."""
 
     clip_step: jax.Array
-    inner: tuple[Any, Any]
+    inner: tuple[optax.OptState, ...]
 
 
 @validate.named
@@ -167,7 +167,7 @@ def param_relative(
     """
     ratio = as_threshold(ratio=ratio)
     if floor is not None:
-        validate.bound(floor=floor, may_be_threshold=False)
+        validate.bound(floor=floor)
 
     def bound(ratio, size):
         if floor is None:
@@ -183,4 +183,4 @@ def param_relative(
         ratios, state = ratio.update(norms, state, params, **extra_args)
         return jax.tree.map(bound, ratios, params), state
 
-    return optax.GradientTransformationExtraArgs(ratio.init, update_fn)
+    return new_threshold(ratio.init, update_fn, kind=optax.GradientTransformationExtraArgs)

@@ -11,8 +11,8 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import validate
-from optaxclip.base import Norms, Threshold
-from optaxclip.thresholds.blocks import Fixed
+from optaxclip.base import Norms, Threshold, annotate
+from optaxclip.thresholds.blocks import Fixed, new_threshold
 
 
 def _bound_like(bound: Any, norms: jax.Array) -> jax.Array:
@@ -34,7 +34,7 @@ def constant(bound: ArrayLike) -> optax.GradientTransformationExtraArgs:
     Raises:
       ValueError: if the bound is a negative number, NaN, a boolean or a string.
     """
-    validate.bound(bound=bound)
+    validate.threshold(bound=bound)
     return unchecked(bound)
 
 
@@ -44,8 +44,8 @@ def unchecked(bound: Any) -> optax.GradientTransformationExtraArgs:
     def update_fn(norms, state, params=None, **extra_args):
         return jax.tree.map(functools.partial(_bound_like, bound), norms), state
 
-    update_fn.bound = bound  # type: ignore[attr-defined]
-    return Fixed(lambda norms: optax.EmptyState(), update_fn)
+    annotate(update_fn, bound=bound)
+    return new_threshold(lambda norms: optax.EmptyState(), update_fn, kind=Fixed)
 
 
 class ScheduleState(NamedTuple):
@@ -56,6 +56,11 @@ class ScheduleState(NamedTuple):
     """
 
     clip_step: jax.Array
+
+
+def start_schedule(norms: Norms) -> ScheduleState:
+    """The state before the first update."""
+    return ScheduleState(jnp.zeros((), jnp.int32))
 
 
 def advance(step: jax.Array) -> jax.Array:
@@ -85,13 +90,13 @@ def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs
 
     def update_fn(norms: Norms, state, params=None, **extra_args):
         bound = schedule(state.clip_step)
-        validate.bound(**{"the value of the schedule": bound}, may_be_threshold=False, wait=False)
+        validate.bound(**{"the value of the schedule": bound}, wait=False)
         return jax.tree.map(lambda n: _bound_like(bound, n), norms), ScheduleState(
             advance(state.clip_step)
         )
 
-    update_fn.bound = schedule  # type: ignore[attr-defined]
-    return Fixed(lambda norms: ScheduleState(jnp.zeros((), jnp.int32)), update_fn)
+    annotate(update_fn, bound=schedule)
+    return new_threshold(start_schedule, update_fn, kind=Fixed)
 
 
 def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs:
@@ -112,5 +117,5 @@ def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs
         return optax.with_extra_args_support(value)
     if callable(value) and not getattr(value, "makes_part", False):
         return scheduled(value)
-    validate.bound(**argument)
+    validate.threshold(**argument)
     return unchecked(value)

@@ -21,7 +21,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import feeds, validate
-from optaxclip.base import Feed, Threshold
+from optaxclip.base import Feed, Threshold, annotate
 from optaxclip.thresholds.blocks import new_threshold, over_blocks, start_blocks
 from optaxclip.thresholds.fixed import as_threshold
 
@@ -136,7 +136,7 @@ def learned(
         bounds, blocks = over_blocks(rule, start, norms, state.blocks, warmup_bounds)
         return bounds, LearnedState(blocks, warmup_state)
 
-    update_fn.learns = True  # type: ignore[attr-defined]
+    annotate(update_fn, learns=True)
     return new_threshold(init_fn, update_fn, warmup)
 
 

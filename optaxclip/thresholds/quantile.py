@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -24,8 +25,8 @@ class SortedRing(NamedTuple):
       ordered: the same norms, sorted.
     """
 
-    ring: jax.Array
-    ordered: jax.Array
+    ring: jax.Array | np.ndarray
+    ordered: jax.Array | np.ndarray
 
 
 def _unseen(window: int) -> SortedRing:
@@ -160,7 +161,7 @@ class MedianState(NamedTuple):
     """What `median` learns: the window, and the bound of its last refresh."""
 
     window: SortedRing
-    clip_bound: jax.Array
+    clip_bound: jax.Array | float
 
 
 @validate.named

@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import feeds, validate
-from optaxclip.base import Feed
+from optaxclip.base import Feed, annotate
 from optaxclip.thresholds.learned import Statistic, learned, like
 
 Target = Literal["adaptive", "mean", "threshold"]
@@ -88,7 +88,7 @@ def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
     )
     threshold = learned(last, feed=feeds.clipped)
     # It bounds growth, and seeks no spikes.
-    threshold.update.learns = False  # type: ignore[attr-defined]
+    annotate(threshold.update, learns=False)
     return threshold
 
 

@@ -105,9 +105,10 @@ def _read(norms: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     if rows or isinstance(norms, Mapping | History):
         seen = select_clip(norms)
         total, layers = find_norms(seen)
-        if total is None and not layers:
-            layers = _read_layers(seen, isinstance(norms, Mapping))
-        return (_pool_layers(np.stack(list(layers.values()), axis=1)) if layers else total), layers
+        if total is not None and not layers:
+            return total, layers
+        layers = layers or _read_layers(seen, isinstance(norms, Mapping))
+        return _pool_layers(np.stack(list(layers.values()), axis=1)), layers
     array = np.asarray(norms, float)
     if array.ndim not in (1, 2) or not array.size:
         raise ValueError(

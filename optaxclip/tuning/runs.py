@@ -88,6 +88,14 @@ def compile_program(step: TrainStep, init: Init, evaluate: Evaluate | None, call
         state, loss = out
         return state, {"loss": loss, **_read_clips(state)}
 
+    stepped = jax.jit(jax.vmap(step_once, (0, 0, None)), donate_argnums=1)
+    checked = evaluate and jax.jit(jax.vmap(_checked(evaluate, call)))
+    return Program(call, jax.jit(jax.vmap(start)), stepped, checked)
+
+
+def _checked(evaluate: Evaluate, call: str) -> Evaluate:
+    """`evaluate`, but that it raises for what is not a loss."""
+
     def evaluate_once(state):
         loss = evaluate(state)
         if not _is_loss(loss):
@@ -97,10 +105,7 @@ def compile_program(step: TrainStep, init: Init, evaluate: Evaluate | None, call
             )
         return loss
 
-    stepped = jax.jit(jax.vmap(step_once, (0, 0, None)), donate_argnums=1)
-    return Program(
-        call, jax.jit(jax.vmap(start)), stepped, evaluate and jax.jit(jax.vmap(evaluate_once))
-    )
+    return evaluate_once
 
 
 def _is_loss(x: Any) -> bool:

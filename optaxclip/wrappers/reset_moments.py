@@ -10,6 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import trees, validate, xla
+from optaxclip.base import annotate
 from optaxclip.engine import Description
 from optaxclip.states import StateGuard
 
@@ -85,7 +86,7 @@ def reset_moments(
         return updates, ResetState(jnp.asarray(optax.safe_increment(step)), new)
 
     about = Description(kind="other", name=call, inner=inner)
-    update_fn.description = about  # type: ignore[attr-defined]
+    annotate(update_fn, description=about)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
@@ -95,7 +96,8 @@ def _select(due, fresh, old):
 
 def _warmup(step, steps):
     """From 1 % to all of an update over so many steps, along half a cosine."""
-    done = jnp.clip(step.astype(jnp.float32) / jnp.maximum(steps, 1), 0, 1)
+    step = step.astype(jnp.float32)
+    done = jnp.clip(step / jnp.maximum(steps, 1), 0, 1)
     return jnp.where(step < steps, 1 - 0.99 * 0.5 * (1 + jnp.cos(jnp.pi * done)), 1)
 
 

@@ -17,8 +17,9 @@ from jax.typing import ArrayLike
 
 from optaxclip import validate
 from optaxclip.actions import keep
-from optaxclip.base import AxisNames, Exclude, Norm, Threshold
+from optaxclip.base import AxisNames, Exclude, Norm, Threshold, annotate
 from optaxclip.core import clip_by
+from optaxclip.engine import description_of
 from optaxclip.norms import l2
 from optaxclip.states import StateGuard
 from optaxclip.thresholds.blocks import hold
@@ -229,8 +230,8 @@ def _skip(inner, watch, loss_rule, most: ArrayLike, *, needs_loss: bool):
         return watch.init(params), loss_rule.init(jnp.zeros(()))
 
     def init_fn(params):
-        counts = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return SkipState(*counts, *thresholds(params), inner.init(params))
+        skipped, row, reason = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return SkipState(skipped, row, reason, *thresholds(params), inner.init(params))
 
     guard = StateGuard(call, SkipState, init_fn)
 
@@ -249,8 +250,7 @@ def _skip(inner, watch, loss_rule, most: ArrayLike, *, needs_loss: bool):
         skip, state = _decide(verdict, state, new, fresh, most)
         return jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), steps), state
 
-    about = watch.update.description._replace(inner=inner)
-    update_fn.description = about  # type: ignore[attr-defined]
+    annotate(update_fn, description=description_of(watch)._replace(inner=inner))
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

@@ -10,8 +10,9 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import scopes, validate
-from optaxclip.base import AxisNames
+from optaxclip.base import AxisNames, annotate
 from optaxclip.core import clip_by
+from optaxclip.engine import description_of
 from optaxclip.norms import rms
 from optaxclip.states import StateGuard
 from optaxclip.thresholds.learned import like
@@ -81,8 +82,7 @@ def scale_by_stable_rms(
         clipped, record = clip.update(steps, state.clip, _shares(call, updates, new, b2, eps))
         return clipped, StableRmsState(new, record)
 
-    about = clip.update.description._replace(inner=inner)
-    update_fn.description = about  # type: ignore[attr-defined]
+    annotate(update_fn, description=description_of(clip)._replace(inner=inner))
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

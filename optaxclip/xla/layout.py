@@ -34,6 +34,11 @@ class Layout(NamedTuple):
     rows: tuple[tuple[int, ...], ...]
     span: Span
 
+    def axes_of(self, leaf: int) -> tuple[int, ...]:
+        """The axes of a leaf that are pooled: those of a unit, or all."""
+        axes = self.blocks.axes
+        return tuple(range(len(self.shapes[leaf]))) if axes is None else axes[leaf]
+
 
 def group(keys: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
     """Sets of positions with equal keys, in order of their first."""

@@ -140,7 +140,8 @@ def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
 
 def _segments(norm: Norm, layout: Layout, pools: jax.Array, first: list[int]) -> jax.Array:
     """(S, P) to (S, B): the pools of each block met."""
-    count, blocks = len(layout.blocks.names), np.array([layout.blocks.index[i] for i in first], int)
+    count = len(layout.blocks.names or ())
+    blocks = np.array([layout.blocks.index[i] for i in first], int)
     order = np.argsort(blocks, kind="stable")
     if np.array_equal(blocks[order], np.arange(count)):
         return pools if np.array_equal(blocks, blocks[order]) else pools[:, order]
@@ -161,7 +162,7 @@ def counts_of(layout: Layout, dtype) -> Any:
 
 
 def _unit_counts(layout: Layout, row, sizes) -> np.ndarray:
-    shape, axes = layout.shapes[row[0]], layout.blocks.axes[row[0]]
+    shape, axes = layout.shapes[row[0]], layout.axes_of(row[0])
     kept = [n for axis, n in enumerate(shape) if axis not in axes]
     return np.stack([np.full(kept, sizes[i] / max(math.prod(kept), 1)) for i in row])
 

@@ -73,10 +73,10 @@ def _own_entries(value: jax.Array, layout: Layout) -> list[jax.Array]:
 
 
 def _unit_entries(values: list[jax.Array], layout: Layout) -> list[jax.Array]:
-    axes = layout.blocks.axes
-    return per_leaf(
-        layout.rows, lambda r, i: jnp.expand_dims(values[r][i], axes[layout.rows[r][i]])
-    )
+    def entry(r, i):
+        return jnp.expand_dims(values[r][i], layout.axes_of(layout.rows[r][i]))
+
+    return per_leaf(layout.rows, entry)
 
 
 def _held_unit_entries(values: list[jax.Array], layout: Layout) -> list[jax.Array]:
@@ -95,9 +95,8 @@ def _held_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:
     so in 6 % fewer cycles.
     """
     order = [layout.blocks.index[leaf] for row in layout.rows for leaf in row]
-    inner = (
-        vector if order == list(range(len(layout.blocks.names))) else vector[np.array(order, int)]
-    )
+    in_order = order == list(range(len(layout.blocks.names or ())))
+    inner = vector if in_order else vector[np.array(order, int)]
     starts, held = np.cumsum([0, *map(len, layout.rows)]), {}
 
     def entry(r, i):

@@ -16,7 +16,6 @@ Measured with XLA's own compilers, GPT-2 small before AdamW (150 kernels without
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +38,8 @@ _REDUCE = {"sum": jnp.sum, "max": lambda x, **kw: jnp.max(x, initial=0, **kw)}
 _MEET = {"sum": lax.add, "max": lax.max}
 
 Pools = tuple[jax.Array, list[int]]
+# Sums of a row at each scale, either stacked or one a leaf.
+Units = list[jax.Array] | list[list[jax.Array]]
 
 
 def lifted(norm: Norm, x: jax.Array, scale) -> jax.Array:
@@ -66,8 +67,7 @@ def _together(norm: Norm, leaves: Sequence[jax.Array], scale) -> jax.Array:
 
 def _parts(layout: Layout, row: Sequence[int], addends: int) -> list[Sequence[int]]:
     """A row as parts: leaves of one block, at most `addends` of them."""
-    index: Any = layout.blocks.index
-    by_block = group([index[leaf] for leaf in row])
+    by_block = group([layout.blocks.index[leaf] for leaf in row])
     return [chunk for part in by_block for chunk in chunks([row[i] for i in part], addends)]
 
 
@@ -162,8 +162,8 @@ def units(
     return [[x if isinstance(x, jax.Array) else jnp.stack(x) for x in row] for row in rows]
 
 
-def _units_of_row(norm, layout, row, arrays, scales, dtype, stacked) -> list[jax.Array]:
-    axes, same = layout.blocks.axes[row[0]], same_types(layout, row, arrays)
+def _units_of_row(norm, layout, row, arrays, scales, dtype, stacked) -> Units:
+    axes, same = layout.axes_of(row[0]), same_types(layout, row, arrays)
     reduce = _REDUCE[norm.pool]
     if len(same) == 1 and stacked and not layout.span.axes:
         below, whole = tuple(axis + 1 for axis in axes), jnp.stack([arrays[i] for i in row])
