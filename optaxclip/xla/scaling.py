@@ -1,6 +1,6 @@
 """Each leaf times the factor of its block, rounded once to its own dtype.
 
-One multiply a leaf is the form that XLA fuses into the optimizer that follows: no kernel of its
+One multiply per leaf is the form that XLA fuses into the optimizer that follows: no kernel of its
 own, no copy of the gradients. A division, a select or a `cond` on the tree is not fused.
 """
 
@@ -120,7 +120,7 @@ def as_dtype_of(x: jax.Array, out: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _bfloat16(x: jax.Array) -> jax.Array:
-    # A conversion on a CPU costs +6 bytes a parameter before AdamW, this +2; on a TPU it doubles
+    # A conversion on a CPU costs 6 bytes per parameter before AdamW, this 2; on a TPU it doubles
     # the compile time.
     return lax.platform_dependent(
         x, cpu=_round_in_integers, default=lambda x: x.astype(jnp.bfloat16)
@@ -140,7 +140,6 @@ def _round_in_integers(x: jax.Array) -> jax.Array:
     """
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     upper = (bits + jnp.uint32(0x7FFF) + (bits >> 16 & jnp.uint32(1))) >> 16
-    upper = jnp.where(
-        jnp.isnan(x), jnp.uint32(0x7FC0), upper
-    )  # whose bits might round to those of inf
+    # The bits of a NaN might round to those of infinity.
+    upper = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC0), upper)
     return lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)

@@ -78,24 +78,25 @@ def plain(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool = 
       norm, layout, arrays, scales, dtype: see above.
       stacked: whether to stack small leaves alike that are of several blocks.
     """
-    reduce, pools, first = _REDUCE[norm.pool], [], []
+    pools, first = [], []
+
+    def add(x, parts, axis):
+        """Pools of one array, or of a stack of them."""
+        sums = [_REDUCE[norm.pool](x(s), axis=axis).astype(dtype) for s in scales]
+        pools.append([jnp.atleast_1d(of_scale) for of_scale in sums])
+        first.extend(parts)
+
     for row in layout.rows:
         for same in same_types(layout, row, arrays):
             parts = _parts(layout, same, ADDENDS)
             if stacked and len(parts) > 1 and arrays[same[0]].size < SMALL:
                 for chunk in chunks(same, MOST):
                     whole = jnp.stack([arrays[i].ravel() for i in chunk])
-                    pools.append(
-                        [reduce(lifted(norm, whole, s), axis=1).astype(dtype) for s in scales]
-                    )
-                    first.extend(chunk)
+                    add(lambda s, x=whole: lifted(norm, x, s), chunk, 1)
                 continue
             for part in parts:
                 leaves = [arrays[i] for i in part]
-                pools.append(
-                    [reduce(_together(norm, leaves, s)).astype(dtype)[None] for s in scales]
-                )
-                first.append(part[0])
+                add(lambda s, xs=leaves: _together(norm, xs, s), part[:1], None)
     return _joined(pools, first, len(scales), dtype)
 
 
@@ -124,26 +125,21 @@ def variadic(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
 
 
 def _reduce(operands: list[jax.Array], norm: Norm) -> list[jax.Array]:
-    n, meet = len(operands), _MEET[norm.pool]
-    zeros = [jnp.zeros((), x.dtype) for x in operands]
+    meet = _MEET[norm.pool]
 
     def step(a, b):
         return tuple(map(meet, a, b))
 
-    return (
-        list(lax.reduce(tuple(operands), tuple(zeros), step, tuple(range(operands[0].ndim))))
-        if n
-        else []
-    )
+    zeros = tuple(jnp.zeros((), x.dtype) for x in operands)
+    return list(lax.reduce(tuple(operands), zeros, step, tuple(range(operands[0].ndim))))
 
 
 def _joined(pools, first: list[int], scales: int, dtype) -> Pools:
     """All pools in one concatenation: XLA:TPU runs each of these small operations as a kernel."""
     if not pools:
         return jnp.zeros((scales, 0), dtype), first
-    return jnp.concatenate([x for at in zip(*pools, strict=True) for x in at]).reshape(
-        scales, -1
-    ), first
+    joined = jnp.concatenate([x for at in zip(*pools, strict=True) for x in at])
+    return joined.reshape(scales, -1), first
 
 
 def units(
