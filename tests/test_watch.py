@@ -254,7 +254,6 @@ def test_tags_are_one_integer_or_nothing():
         {"candidates": [-1.0]},
         {"candidates": {"a": oc.clip_by(1.0)}},
     ],
-    ids=repr,
 )
 def test_wrong_arguments(wrong):
     ((argument, _),) = wrong.items()
