@@ -1,4 +1,4 @@
-"""Two ways to write one thing give one result; and what a threshold is given is what the docs say."""
+"""Two ways to write one thing give one result; what a threshold is given is what the docs say."""
 
 import chex
 import jax
