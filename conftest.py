@@ -1,4 +1,6 @@
-"""Runs every example in docstrings, README and docs as a test, under JAX's defaults, as a user would."""
+"""Runs every example in docstrings, README and docs as a test, under JAX's defaults, as a user
+would.
+"""
 
 import pytest
 from sybil import Sybil
@@ -18,20 +20,33 @@ def _as_tests(namespace):
 
 
 pytest_collect_file = (
-    Sybil(parsers=[DocTestParser()], patterns=["*.py"], path="optaxclip", setup=_as_users, teardown=_as_tests)
-    + Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"], setup=_as_users, teardown=_as_tests)
+    Sybil(
+        parsers=[DocTestParser()],
+        patterns=["*.py"],
+        path="optaxclip",
+        setup=_as_users,
+        teardown=_as_tests,
+    )
+    + Sybil(
+        parsers=[PythonCodeBlockParser()], patterns=["*.md"], setup=_as_users, teardown=_as_tests
+    )
 ).pytest()
 
 
 class _PageAtOnce(LoadScopeScheduling):
-    """Gives the examples of one page to one process: a later example uses the names of an earlier one.
+    """Gives the examples of one page to one process: a later example uses the names of an earlier
+    one.
 
     Also the tests of a module whose fixture takes long.
     """
 
     def _split_scope(self, nodeid):
         module = nodeid.split("::")[0]
-        return module if "::line:" in nodeid or module.endswith(("test_meshes.py", "test_processes.py")) else nodeid
+        return (
+            module
+            if "::line:" in nodeid or module.endswith(("test_meshes.py", "test_processes.py"))
+            else nodeid
+        )
 
 
 @pytest.hookimpl(optionalhook=True)

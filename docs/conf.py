@@ -21,7 +21,11 @@ html_title = "optaxclip"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
-html_theme_options = {"navbar_persistent": [], "use_download_button": False, "use_fullscreen_button": False}
+html_theme_options = {
+    "navbar_persistent": [],
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+}
 
 
 PIECES = re.compile(
@@ -33,13 +37,24 @@ PIECES = re.compile(
 )
 
 
+def _is_public(name):
+    """Whether a name is documented: at the top level, or in one of its namespaces."""
+    room, _, own = name.rpartition(".")
+    if not room:
+        return name in optaxclip.__all__
+    inside = getattr(optaxclip, room, None) if room in optaxclip.__all__ else None
+    return own in getattr(inside, "__all__", ())
+
+
 def as_written(app, what, name, obj, options, lines):
-    """Our docstrings' backticks as code, or as a link where they hold a public name, and bars as they are."""
+    """Backticks in docstrings as code, or as a link if they hold a public name; bars as bars."""
 
     def piece(found):
         if found["code"]:
             name = found["code"].removeprefix("optaxclip.")
-            return f":py:obj:`{name}`" if name in optaxclip.__all__ else f"``{found['code']}``"
+            if _is_public(name):
+                return f":py:obj:`{name} <optaxclip.{name}>`"
+            return f"``{found['code']}``"
         return r"\|" if found["bar"] else found[0]
 
     lines[:] = PIECES.sub(piece, "\n".join(lines)).split("\n")

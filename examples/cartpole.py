@@ -1,13 +1,15 @@
-"""A pole kept upright by a policy that learns from its own episodes (REINFORCE), in plain JAX, the cart-pole included.
+"""A pole kept upright by a policy that learns from its own episodes (REINFORCE), in plain JAX.
 
     uv run --extra examples examples/cartpole.py
 
-The gradient is a sum over an episode of what each action earned afterwards: it grows with the square of the time that
-the pole stood.  So the better the policy, the longer its gradients, and one long step can undo it.  A clip lets the
-rate be chosen for the beginning, when gradients are short.  But its bound must fit: the 0.5 of many an implementation
-of PPO, whose advantages are scaled, is far too small for plain returns.
+The gradient is a sum over an episode of what each action earned afterwards: it grows with the
+square of the time that the pole stood. So the better the policy, the longer its gradients, and one
+long step can undo it. A clip lets the rate be chosen for the beginning, when gradients are short.
+But its bound must fit: the 0.5 of many an implementation of PPO, whose advantages are scaled, is
+far too small for plain returns.
 
-A step is an update by 16 episodes of at most 200 moves of 20 ms; the score is the mean length of 64 new episodes.
+A step is an update by 16 episodes of at most 200 moves of 20 ms; the score is the mean length of 64
+new episodes.
 """
 
 import jax
@@ -29,11 +31,14 @@ CLIPS = {
 
 def init_policy(key):
     a, b = jax.random.split(key)
-    return {"in": jax.random.normal(a, (4, WIDTH)) / 2, "out": 0.1 * jax.random.normal(b, (WIDTH, 2)) / WIDTH**0.5}
+    return {
+        "in": jax.random.normal(a, (4, WIDTH)) / 2,
+        "out": 0.1 * jax.random.normal(b, (WIDTH, 2)) / WIDTH**0.5,
+    }
 
 
 def push(state, right):
-    """What 20 ms of a force of 10 N do to a cart (1 kg) and a pole (0.1 kg, 0.5 m to its middle)."""
+    """What 20 ms of 10 N do to a cart (1 kg) and a pole (0.1 kg, 0.5 m to its middle)."""
     _, speed, angle, spin = state
     sine, cosine = jnp.sin(angle), jnp.cos(angle)
     thrust = (jnp.where(right, 10.0, -10.0) + 0.05 * spin**2 * sine) / 1.1
@@ -42,7 +47,9 @@ def push(state, right):
 
 
 def play(policy, key):
-    """An episode: the log-probability of each action, and for each move whether the pole still stood."""
+    """An episode: the log-probability of each action, and for each move whether the pole still
+    stood.
+    """
 
     def move(carry, key):
         state, up = carry
@@ -91,7 +98,9 @@ def task(clip):
 
 def main(argv=None):
     args = options(__file__, __doc__, argv, steps=100, rates=(1e-5, 1e-4, 1e-3, 3e-3), seeds=5)
-    goal = Goal("Length of an episode, of at most 200", failed=100, higher=True, drawn="episode length")
+    goal = Goal(
+        "Length of an episode, of at most 200", failed=100, higher=True, drawn="episode length"
+    )
     return compare({name: task(clip) for name, clip in CLIPS.items()}, goal, args)
 
 

@@ -1,12 +1,13 @@
-"""A character model of Python source, trained without a clip, with a fixed clip and with an adaptive one.
+"""A character model of Python source, without a clip, with a fixed clip and with an adaptive one.
 
     uv run --extra examples examples/char_rnn.py
 
-The text is the source of Python's own standard library, a megabyte of it, read from this machine.  The network is a
-plain tanh recurrent network, the optimizer SGD with momentum: the setting of the paper that introduced clipping.  It is
-chosen because it shows the effect: Adam divides by the size of the gradient, and gated cells (LSTM, GRU) tame it, so
-both hide most of what a clip does.  Without a clip one would take a smaller learning rate; so every method runs at each
-of a grid of rates, and is compared at the same rate and at its own best.
+The text is the source of Python's own standard library, a megabyte of it, read from this machine.
+The network is a plain tanh recurrent network, the optimizer SGD with momentum: the setting of the
+paper that introduced clipping. It is chosen because it shows the effect: Adam divides by the size
+of the gradient, and gated cells (LSTM, GRU) tame it, so both hide most of what a clip does. Without
+a clip one would take a smaller learning rate; so every method runs at each of a grid of rates, and
+is compared at the same rate and at its own best.
 """
 
 import jax
@@ -21,17 +22,22 @@ from data import LETTERS, library_text, windows
 
 HIDDEN, LENGTH, BATCH = 64, 64, 16
 
-# 1.5 times the running mean of past norms, in which a spike counts as its bound, and never more than 1.
-running_mean = optaxclip.lag(optax.chain(optax.ema(0.95), optax.scale(1.5)), feed=optaxclip.clipped)
+# 1.5 times the running mean of past norms, in which a spike counts as its bound, and never more
+# than 1.
+running_mean = optaxclip.thresholds.lag(
+    optax.chain(optax.ema(0.95), optax.scale(1.5)), feed=optaxclip.feeds.clipped
+)
 CLIPS = {
     "no clip": optaxclip.clip_by(jnp.inf),  # an infinite bound only measures
     "global norm 1": optaxclip.clip_by_global_norm(1.0),
-    "1.5 x the mean, capped": optaxclip.clip_by(optaxclip.at_most(running_mean, 1.0)),
+    "1.5 x the mean, capped": optaxclip.clip_by(optaxclip.thresholds.at_most(running_mean, 1.0)),
 }
 
 
 class CharRNN(nnx.Module):
-    """A vanilla recurrent network, started orthogonal with a gain of 1.3: there gradients can explode."""
+    """A vanilla recurrent network, started orthogonal with a gain of 1.3: there gradients can
+    explode.
+    """
 
     def __init__(self, rngs):
         start = nnx.initializers.orthogonal(1.3)

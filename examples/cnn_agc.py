@@ -1,11 +1,12 @@
-"""A residual network without normalisers on handwritten digits, clipped unit by unit: the clip of NFNets.
+"""A residual network without normalisers on handwritten digits, with the clip of NFNets, by unit.
 
     uv run --extra examples examples/cnn_agc.py
 
-Without batch normalisation nothing holds the activations, and with a large learning rate the first steps throw such a
-network out of reach.  Adaptive gradient clipping (AGC) lets no unit move by more than a share of its own weights.  The
-paper leaves the last, linear, layer alone; clipped as well, with its small weights, it learns slowly.  Flax linen, as
-most published NFNets are; the images are scikit-learn's digits, 8 x 8 pixels.
+Without batch normalisation nothing holds the activations, and with a large learning rate the first
+steps throw such a network out of reach. Adaptive gradient clipping (AGC) lets no unit move by more
+than a share of its own weights. The paper leaves the last, linear, layer alone; clipped as well,
+with its small weights, it learns slowly. Flax linen, as most published NFNets are; the images are
+scikit-learn's digits, 8 x 8 pixels.
 """
 
 import jax
@@ -69,8 +70,12 @@ def task(clip, steps, train, held_out):
 
 def main(argv=None):
     args = options(__file__, __doc__, argv, steps=200, rates=(0.03, 0.1, 0.3, 1.0))
-    goal = Goal("Accuracy on digits never seen", failed=0.5, higher=True, norms="longest unit's norm")
-    return compare({name: task(clip, args.steps, *digits()) for name, clip in CLIPS.items()}, goal, args)
+    goal = Goal(
+        "Accuracy on digits never seen", failed=0.5, higher=True, norms="longest unit's norm"
+    )
+    return compare(
+        {name: task(clip, args.steps, *digits()) for name, clip in CLIPS.items()}, goal, args
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the examples share: each method at each learning rate with each seed, side by side; a table and a picture.
+"""What the examples share: all methods, rates and seeds side by side, a table and a picture.
 
 Nothing in here is about clipping. What to copy is in the examples.
 """
@@ -23,11 +23,13 @@ LINES = ("-o", "--s", "-.^", ":d", "-x")
 
 
 class Task(NamedTuple):
-    """A training as functions of arrays, so that many runs are one `vmap`; as `optaxclip.tune` takes them.
+    """A training as functions of arrays, so that many runs are one `vmap`; as `optaxclip.tune`
+    takes them.
 
     Attributes:
       init: (rate, key) -> state.
-      step: (rate, state, key) -> (state, seen), `seen` the metrics of the clip and what else is to be drawn.
+      step: (rate, state, key) -> (state, seen), `seen` the metrics of the clip and what else is to
+        be drawn.
       evaluate: state -> score.
     """
 
@@ -58,8 +60,8 @@ class Runs(NamedTuple):
     """What came of one method.
 
     Attributes:
-      seen: what each step returned, (rates, seeds, steps): the metrics of a clip, the loss; "share clipped", if
-        what is clipped are examples.
+      seen: what each step returned, (rates, seeds, steps): the metrics of a clip, the loss; "share
+        clipped", if what is clipped are examples.
       scores: (rates, seeds).
     """
 
@@ -77,7 +79,9 @@ def nnx_task(build: Callable, train_step: Callable, evaluate: Callable) -> Task:
     """
 
     def objects(rate, state):
-        built = build(rate, nnx.Rngs(0))  # for its structure: XLA drops the numbers, since nobody uses them
+        built = build(
+            rate, nnx.Rngs(0)
+        )  # for its structure: XLA drops the numbers, since nobody uses them
         nnx.update(built, state)
         return built
 
@@ -92,16 +96,30 @@ def nnx_task(build: Callable, train_step: Callable, evaluate: Callable) -> Task:
     return Task(init, step, lambda state: evaluate(objects(0.0, state)[0]))
 
 
-def options(file: str, doc: str, argv: list[str] | None, *, steps: int, rates: tuple[float, ...], seeds: int = 3):
+def options(
+    file: str,
+    doc: str,
+    argv: list[str] | None,
+    *,
+    steps: int,
+    rates: tuple[float, ...],
+    seeds: int = 3,
+):
     """The options that all examples have."""
     parser = argparse.ArgumentParser(
         description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=steps, help="of each run")
     parser.add_argument("--seeds", type=int, default=seeds, help="runs of each method at each rate")
-    parser.add_argument("--rates", type=float, nargs="+", default=list(rates), help="learning rates")
-    parser.add_argument("--only", nargs="+", metavar="METHOD", help="leave out the other methods of the table")
-    parser.add_argument("--out", default=f"{pathlib.Path(file).stem}.png", help="where to put the picture")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=list(rates), help="learning rates"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="METHOD", help="leave out the other methods of the table"
+    )
+    parser.add_argument(
+        "--out", default=f"{pathlib.Path(file).stem}.png", help="where to put the picture"
+    )
     return parser.parse_args(argv)
 
 
@@ -115,7 +133,10 @@ def chosen(args: argparse.Namespace, methods: Collection[str]) -> list[str]:
 def compare(tasks: dict[str, Task], goal: Goal, args: argparse.Namespace) -> dict[str, Runs]:
     """Trains all, prints the table, draws the picture."""
     rates = sorted(args.rates)
-    results = {name: train(name, tasks[name], rates, args.seeds, args.steps) for name in chosen(args, tasks)}
+    results = {
+        name: train(name, tasks[name], rates, args.seeds, args.steps)
+        for name in chosen(args, tasks)
+    }
     print(report(results, rates, goal))
     draw(results, rates, goal, args.out)
     return results
@@ -123,13 +144,16 @@ def compare(tasks: dict[str, Task], goal: Goal, args: argparse.Namespace) -> dic
 
 def train(name: str, task: Task, rates: list[float], seeds: int, steps: int) -> Runs:
     """Trains a method at all rates with all seeds, side by side."""
-    rate, seed = (x.ravel() for x in jnp.meshgrid(jnp.asarray(rates), jnp.arange(seeds), indexing="ij"))
+    rate, seed = (
+        x.ravel() for x in jnp.meshgrid(jnp.asarray(rates), jnp.arange(seeds), indexing="ij")
+    )
     keys, history = jax.vmap(jax.random.key)(seed), []
 
     @partial(jax.jit, donate_argnums=0)
     @partial(jax.vmap, in_axes=(0, 0, 0, None))
     def step(state, rate, key, i):
-        return task.step(rate, state, jax.random.fold_in(key, i))
+        state, seen = task.step(rate, state, jax.random.fold_in(key, i))
+        return state, with_skips(seen)
 
     state = jax.jit(jax.vmap(task.init))(rate, keys)
     bar = tqdm(range(steps), desc=f"{name:>20}", unit="step")
@@ -137,20 +161,48 @@ def train(name: str, task: Task, rates: list[float], seeds: int, steps: int) -> 
         state, seen = step(state, rate, keys, i)
         history.append(seen)
         if i % 10 == 0:  # to read a number waits for the device
-            bar.set_postfix({key.split("/")[-1]: f"{seen[key][-1]:.3g}" for key in SHOWN if key in seen})
+            bar.set_postfix(
+                {key.split("/")[-1]: f"{seen[key][-1]:.3g}" for key in SHOWN if key in seen}
+            )
     shape = (len(rates), seeds)
     scores = np.asarray(jax.jit(jax.vmap(task.evaluate))(state)).reshape(shape)
     history = jax.device_get(history)
-    return Runs({key: np.stack([seen[key] for seen in history], -1).reshape(*shape, -1) for key in history[0]}, scores)
+    return Runs(
+        {
+            key: np.stack([seen[key] for seen in history], -1).reshape(*shape, -1)
+            for key in history[0]
+        },
+        scores,
+    )
+
+
+def with_skips(seen: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The metrics of a skip wrapper under the names of a clip's, too: the table and the picture
+    read these.
+    """
+    if "skip/bound" not in seen:
+        return seen
+    norm, bound = seen["skip/grad_norm"], seen["skip/bound"]
+    return {
+        "clip/grad_norm": norm,
+        "clip/bound": bound,
+        "clip/clipped": (norm > bound).astype(norm.dtype),
+    } | seen
 
 
 def report(results: dict[str, Runs], rates: list[float], goal: Goal) -> str:
     """Two tables: all methods at the largest rate, then each at the rate of its best median."""
-    best = {name: int(np.argmin(np.median(costs(runs, goal), axis=1))) for name, runs in results.items()}
+    best = {
+        name: int(np.argmin(np.median(costs(runs, goal), axis=1))) for name, runs in results.items()
+    }
     last = dict.fromkeys(results, len(rates) - 1)
-    all_rates, seeds = ", ".join(f"{rate:g}" for rate in rates), next(iter(results.values())).scores.shape[1]
+    all_rates, seeds = (
+        ", ".join(f"{rate:g}" for rate in rates),
+        next(iter(results.values())).scores.shape[1],
+    )
     return (
-        f"\n{goal.score} ({'higher' if goal.higher else 'lower'} is better; failed: worse than {goal.failed:.3g})\n\n"
+        f"\n{goal.score} ({'higher' if goal.higher else 'lower'} is better;"
+        f" failed: worse than {goal.failed:.3g})\n\n"
         f"All at the same learning rate, {seeds} seeds:\n\n{table(results, rates, last, goal)}\n\n"
         f"Each at its best learning rate of {all_rates}:\n\n{table(results, rates, best, goal)}"
     )
@@ -166,17 +218,27 @@ def table(results: dict[str, Runs], rates: list[float], at: dict[str, int], goal
     sign = -1 if goal.higher else 1
     rows = [["", "rate", "median", "worst", "clipped", "failed"]]
     for name, runs in results.items():
-        cost, clipped = costs(runs, goal)[at[name]], runs.seen.get("share clipped", runs.seen.get("clip/clipped"))
-        numbers = [f"{rates[at[name]]:g}", f"{sign * np.median(cost):.3g}", f"{sign * cost.max():.3g}"]
+        cost, clipped = (
+            costs(runs, goal)[at[name]],
+            runs.seen.get("share clipped", runs.seen.get("clip/clipped")),
+        )
+        numbers = [
+            f"{rates[at[name]]:g}",
+            f"{sign * np.median(cost):.3g}",
+            f"{sign * cost.max():.3g}",
+        ]
         share = "" if clipped is None else f"{clipped[at[name]].mean():.0%}"
         rows.append([name, *numbers, share, f"{np.sum(cost > sign * goal.failed)} of {cost.size}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
 def draw(results: dict[str, Runs], rates: list[float], goal: Goal, path: str) -> None:
-    """Scores against rates; and of the first seed at the largest rate what happened at each step."""
+    """Scores against rates; and each step of the first seed at the largest rate."""
     fig = plt.figure(figsize=(3.2 + 2 * len(results), 4.6), layout="constrained")
     left, right = fig.subfigures(1, 2, width_ratios=[3.2, 2 * len(results)])
     plot_scores(results, rates, goal, left.subplots())
@@ -184,8 +246,13 @@ def draw(results: dict[str, Runs], rates: list[float], goal: Goal, path: str) ->
     for (name, runs), top, bottom in zip(results.items(), *axes, strict=True):
         seen = {key: x[-1, 0] for key, x in runs.seen.items()}
         share = seen.get("clip/clipped", np.zeros(1))
-        if np.any((share > 0) & (share < 1)):  # of units: the longest beside the smallest bound would say nothing
-            seen = seen | {"clip/clipped": np.round(share), "clip/bound": np.full_like(share, np.inf)}
+        if np.any(
+            (share > 0) & (share < 1)
+        ):  # of units: the longest beside the smallest bound would say nothing
+            seen = seen | {
+                "clip/clipped": np.round(share),
+                "clip/bound": np.full_like(share, np.inf),
+            }
         top.plot(seen[goal.drawn], color="black", linewidth=0.9)
         top.set_title(name, fontsize=9)
         optaxclip.plots.plot_norms(seen, bottom)
@@ -212,18 +279,27 @@ def cut_axes(results: dict[str, Runs], goal: Goal, top: Any, bottom: Any) -> Non
 
 
 def plot_scores(results: dict[str, Runs], rates: list[float], goal: Goal, ax: Any) -> None:
-    """The median score over seeds against the rate, from the best to the worst; what failed is at the edge, alone."""
+    """The median score over seeds against the rate, from the best to the worst; what failed is at
+    the edge, alone.
+    """
     sign = -1 if goal.higher else 1
     for i, ((name, runs), style) in enumerate(zip(results.items(), LINES, strict=False)):
         cost, beside = costs(runs, goal), np.array(rates) * 1.06 ** (i - len(results) / 2)
-        score, lost = sign * np.minimum(cost, sign * goal.failed), np.median(cost, axis=1) > sign * goal.failed
+        score, lost = (
+            sign * np.minimum(cost, sign * goal.failed),
+            np.median(cost, axis=1) > sign * goal.failed,
+        )
         middle = np.median(score, axis=1)
         spread = np.stack([middle - score.min(axis=1), score.max(axis=1) - middle])
         look = {"color": "black", "mfc": "white"}
-        ax.errorbar(beside, np.where(lost, np.nan, middle), spread, fmt=style, capsize=2, label=name, **look)
+        ax.errorbar(
+            beside, np.where(lost, np.nan, middle), spread, fmt=style, capsize=2, label=name, **look
+        )
         ax.plot(beside[lost], middle[lost], style[-1], **look)
     ax.set(xscale="log", xlabel="learning rate")
-    ax.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_xticks(
+        rates, [f"{rate:g}" for rate in rates], rotation=45, ha="right", rotation_mode="anchor"
+    )
     ax.minorticks_off()
     ax.set_title(f"{goal.score}\n(cut at {goal.failed:.3g}: failed)", fontsize=10)
     ax.legend(fontsize=8)

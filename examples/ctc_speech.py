@@ -2,10 +2,11 @@
 
     uv run --extra examples examples/ctc_speech.py
 
-The CTC loss is a sum over all frames of an utterance, and as long as the network knows nothing all frames pull the
-same way: towards silence.  Those first gradients, some twenty times as long as later ones, set the largest rate that
-does not end there for good, unless they are clipped.  An utterance is a string of "letters", each two formants held for
-60 to 160 ms, with noise; the network hears log spectra of 20 ms and is told the letters, not when they are spoken.
+The CTC loss is a sum over all frames of an utterance, and as long as the network knows nothing all
+frames pull the same way: towards silence. Those first gradients, some twenty times as long as later
+ones, set the largest rate that does not end there for good, unless they are clipped. An utterance
+is a string of "letters", each two formants held for 60 to 160 ms, with noise; the network hears log
+spectra of 20 ms and is told the letters, not when they are spoken.
 """
 
 import jax
@@ -27,13 +28,21 @@ CLIPS = {
 
 
 def speak(random):
-    """An utterance: log spectra, (FRAMES, BANDS), its letters from 1 on, and how many frames and letters it has."""
+    """An utterance: log spectra, (FRAMES, BANDS), its letters from 1 on, and how many frames and
+    letters it has.
+    """
     count = random.integers(SHORTEST, LONGEST + 1)
     letters = random.integers(0, LETTERS, count)
     frames = np.repeat(letters, random.integers(3, 9, count))
-    formants = np.stack([300 + 150 * (np.arange(LETTERS) % 4), 1200 + 700 * (np.arange(LETTERS) // 4)])
-    hertz = np.repeat(formants[:, frames], HOP, axis=1) * random.uniform(0.95, 1.05)  # a speaker's voice
-    sound = np.sin(2 * np.pi * np.cumsum(hertz, axis=1) / RATE).sum(0) + random.normal(0, 0.3, hertz.shape[1])
+    formants = np.stack(
+        [300 + 150 * (np.arange(LETTERS) % 4), 1200 + 700 * (np.arange(LETTERS) // 4)]
+    )
+    hertz = np.repeat(formants[:, frames], HOP, axis=1) * random.uniform(
+        0.95, 1.05
+    )  # a speaker's voice
+    sound = np.sin(2 * np.pi * np.cumsum(hertz, axis=1) / RATE).sum(0) + random.normal(
+        0, 0.3, hertz.shape[1]
+    )
     spectra = np.abs(np.fft.rfft(sound.reshape(-1, HOP) * np.hanning(HOP)))[:, : 2 * BANDS]
     heard = np.zeros((FRAMES, BANDS), np.float32)
     heard[: len(frames)] = np.log(1e-2 + spectra.reshape(len(frames), BANDS, 2).sum(-1))
@@ -43,7 +52,10 @@ def speak(random):
 def utterances(count, seed):
     """Many of them, as arrays."""
     random = np.random.default_rng(seed)
-    return tuple(jnp.asarray(np.stack(part)) for part in zip(*(speak(random) for _ in range(count)), strict=True))
+    return tuple(
+        jnp.asarray(np.stack(part))
+        for part in zip(*(speak(random) for _ in range(count)), strict=True)
+    )
 
 
 class Speller(nnx.Module):
@@ -70,7 +82,9 @@ def task(clip, spoken, held_out):
 
     def build(rate, rngs):
         model = Speller(rngs)
-        return model, nnx.Optimizer(model, optax.chain(clip, optax.sgd(rate, momentum=0.9)), wrt=nnx.Param)
+        return model, nnx.Optimizer(
+            model, optax.chain(clip, optax.sgd(rate, momentum=0.9)), wrt=nnx.Param
+        )
 
     def train_step(model, optimizer, key):
         picked = jax.random.randint(key, (BATCH,), 0, len(spoken[0]))
@@ -83,7 +97,10 @@ def task(clip, spoken, held_out):
 
 def main(argv=None):
     args = options(__file__, __doc__, argv, steps=300, rates=(0.01, 0.03, 0.1))
-    data, goal = (utterances(512, 0), utterances(128, 1)), Goal("CTC loss of a letter, nats", failed=np.log(LETTERS))
+    data, goal = (
+        (utterances(512, 0), utterances(128, 1)),
+        Goal("CTC loss of a letter, nats", failed=np.log(LETTERS)),
+    )
     return compare({name: task(clip, *data) for name, clip in CLIPS.items()}, goal, args)
 
 

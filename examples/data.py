@@ -1,4 +1,4 @@
-"""Data that every machine has: the source of Python's standard library, and scikit-learn's handwritten digits."""
+"""Data that every machine has: the source of Python's library, and scikit-learn's digits."""
 
 import glob
 import os
@@ -14,7 +14,9 @@ LETTERS = 128
 
 
 def library_text(size=1_000_000):
-    """A megabyte of the standard library's source, as numbers from 0 to 127: to train on, and a tenth not to."""
+    """A megabyte of the standard library's source, as numbers from 0 to 127: to train on, and a
+    tenth not to.
+    """
     names = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
     text = b"".join(pathlib.Path(name).read_bytes() for name in names)
     numbers = jnp.asarray(np.frombuffer(text[:size], np.uint8) & (LETTERS - 1))
@@ -28,8 +30,13 @@ def windows(text, key, count, length):
 
 
 def digits(train=1400):
-    """Pixels from 0 to 1, (n, 8, 8), and labels, in an order of their own: to train on, and 397 not to."""
+    """Pixels from 0 to 1, (n, 8, 8), and labels, in an order of their own: to train on, and 397 not
+    to.
+    """
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
-    images, labels = jnp.asarray(data.images[order] / 16, jnp.float32), jnp.asarray(data.target[order])
+    images, labels = (
+        jnp.asarray(data.images[order] / 16, jnp.float32),
+        jnp.asarray(data.target[order]),
+    )
     return (images[:train], labels[:train]), (images[train:], labels[train:])

@@ -1,12 +1,13 @@
-"""Federated learning: each client's update is clipped to the median length of the clients' updates, then noise for all.
+"""Federated learning: clients' updates clipped to their median length, then noise for all.
 
     uv run --extra examples examples/federated.py
 
-A hundred clients hold fourteen handwritten digits each, of two kinds or so, and send what a few steps on them changed.
-For privacy the server clips each update to a bound C and adds noise in proportion to C to their sum.  Which C?  Updates
-shrink as the model learns, and to look at them costs privacy.  Andrew et al. (2021) have each client also send one bit,
-whether its update was within C, and move it: C ← C · exp(-0.2 · (share within - 0.5)), the share with noise of its own.
-Wherever it starts, C comes to rest at the median; nobody chooses it.  Plain JAX.
+A hundred clients hold fourteen handwritten digits each, of two kinds or so, and send what a few
+steps on them changed. For privacy the server clips each update to a bound C and adds noise in
+proportion to C to their sum. Which C? Updates shrink as the model learns, and to look at them costs
+privacy. Andrew et al. (2021) have each client also send one bit, whether its update was within C,
+and move it: C ← C · exp(-0.2 · (share within - 0.5)), the share with noise of its own. Wherever it
+starts, C comes to rest at the median; nobody chooses it. Plain JAX.
 """
 
 import jax
@@ -33,7 +34,9 @@ METHODS = {
 
 
 def clients_of(train):
-    """The data as (clients, examples, ...): sorted by digit, cut into 200 pieces, two for each client."""
+    """The data as (clients, examples, ...): sorted by digit, cut into 200 pieces, two for each
+    client.
+    """
     images, labels = train
     by_digit = np.argsort(labels, kind="stable").reshape(2 * CLIENTS, -1)
     pieces = by_digit[np.random.default_rng(0).permutation(2 * CLIENTS)].reshape(CLIENTS, -1)
@@ -42,7 +45,10 @@ def clients_of(train):
 
 def init_params(key):
     a, b = jax.random.split(key)
-    return {"in": jax.random.normal(a, (64, 32)) / 8, "out": jax.random.normal(b, (32, 10)) / 32**0.5}
+    return {
+        "in": jax.random.normal(a, (64, 32)) / 8,
+        "out": jax.random.normal(b, (32, 10)) / 32**0.5,
+    }
 
 
 def logits_of(params, pixels):
@@ -53,7 +59,9 @@ def local_update(params, pixels, labels):
     """What a client sends: how a few steps on its own data change the parameters."""
 
     def loss_of(params):
-        return optax.softmax_cross_entropy_with_integer_labels(logits_of(params, pixels), labels).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits_of(params, pixels), labels
+        ).mean()
 
     def step(_, new):
         return jax.tree.map(lambda p, g: p - LOCAL_RATE * g, new, jax.grad(loss_of)(new))
@@ -74,8 +82,12 @@ def task(start, follow, train, held_out):
         chosen = jax.random.choice(who, CLIENTS, (SENT,), replace=False)
         sent = jax.vmap(local_update, (None, 0, 0))(params, pixels[chosen], labels[chosen])
         total, clipped = optaxclip.per_example_global_norm_clip(sent, bound)
-        deviation = jnp.where(jnp.isfinite(bound), NOISE * bound, 0)  # without a bound no noise would do: there is none
-        total = jax.tree.map(lambda t, n: t + deviation * n, total, optax.tree.random_like(noise, total))
+        deviation = jnp.where(
+            jnp.isfinite(bound), NOISE * bound, 0
+        )  # without a bound no noise would do: there is none
+        total = jax.tree.map(
+            lambda t, n: t + deviation * n, total, optax.tree.random_like(noise, total)
+        )
         params = jax.tree.map(lambda p, t: p + rate * t / SENT, params, total)
         within = 1 - clipped / SENT + jax.random.normal(coin) / 20
         moved = bound * jnp.exp(-0.2 * (within - 0.5)) if follow else bound
@@ -89,16 +101,27 @@ def task(start, follow, train, held_out):
 
 
 def seen(sent, bound, share):
-    """For table and picture; a server that keeps its promises would not look at the median of the norms."""
+    """For table and picture; a server that keeps its promises would not look at the median of the
+    norms.
+    """
     norms = jax.vmap(optax.tree.norm)(sent)
     middle = jnp.median(norms)
-    return {"clip/grad_norm": middle, "clip/bound": bound, "clip/clipped": middle > bound, "share clipped": share}
+    return {
+        "clip/grad_norm": middle,
+        "clip/bound": bound,
+        "clip/clipped": middle > bound,
+        "share clipped": share,
+    }
 
 
 def main(argv=None):
     args = options(__file__, __doc__, argv, steps=200, rates=(0.3, 1.0, 3.0))
     goal = Goal(
-        "Accuracy on digits never seen", failed=0.5, higher=True, drawn="share clipped", norms="median update's norm"
+        "Accuracy on digits never seen",
+        failed=0.5,
+        higher=True,
+        drawn="share clipped",
+        norms="median update's norm",
     )
     data = digits()
     return compare({name: task(*method, *data) for name, method in METHODS.items()}, goal, args)

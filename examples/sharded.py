@@ -1,12 +1,13 @@
-"""The same training on one device, with the batch cut among eight, and with parameters and moments cut as well (FSDP).
+"""The same training on one device, data parallel on eight, and with all sharded (FSDP).
 
     uv run --extra examples examples/sharded.py
 
-The norm that a clip needs is that of the whole gradient.  Under `jit` it is, however the arrays lie.  Under `shard_map`
-each device sees its own piece; from the types of the gradients optaxclip finds over which axes they vary, and adds up
-over those.  Optax's clip takes the norm of the piece, without a word: each device then shortens its piece by a factor
-of its own, the step points elsewhere, and the run is another one: its parameters end elsewhere, as the last lines say.
-Eight devices are simulated here; several processes and restarts are in multi_host.py.
+The norm that a clip needs is that of the whole gradient. Under `jit` it is, however the arrays lie.
+Under `shard_map` each device sees its own piece; from the types of the gradients optaxclip finds
+over which axes they vary, and adds up over those. Optax's clip takes the norm of the piece, without
+a word: each device then shortens its piece by a factor of its own, the step points elsewhere, and
+the run is another one: its parameters end elsewhere, as the last lines say. Eight devices are
+simulated here; several processes and restarts are in multi_host.py.
 """
 
 import jax
@@ -24,14 +25,19 @@ from data import LETTERS, library_text, windows
 
 LENGTH, BATCH, WIDTH, AXIS = 8, 64, 64, "devices"
 
-# name -> the clip, how the parameters lie, and whether the program is written for one device (shard_map)
+# name -> the clip, how the parameters lie, and whether the program is written for one device
+# (shard_map)
 RUNS = {
     "no clip, one device": (optaxclip.clip_by(jnp.inf), "one", False),
     "one device": (optaxclip.clip_by_global_norm(1.0), "one", False),
     "batch cut, jit": (optaxclip.clip_by_global_norm(1.0), "data", False),
     "FSDP, jit": (optaxclip.clip_by_global_norm(1.0), "fsdp", False),
     "FSDP, shard_map": (optaxclip.clip_by_global_norm(1.0), "fsdp", True),
-    "FSDP, shard_map, Optax": (optax.chain(optaxclip.clip_by(jnp.inf), optax.clip_by_global_norm(1.0)), "fsdp", True),
+    "FSDP, shard_map, Optax": (
+        optax.chain(optaxclip.clip_by(jnp.inf), optax.clip_by_global_norm(1.0)),
+        "fsdp",
+        True,
+    ),
 }
 DRAWN = "no clip, one device", "one device", "FSDP, shard_map", "FSDP, shard_map, Optax"
 
@@ -56,7 +62,9 @@ def gathered_loss(params, rows):
 
 
 def program(clip, layout, manual):
-    """Compiled start, step and evaluation. With FSDP matrices are cut by rows; else only the batch is."""
+    """Compiled start, step and evaluation. With FSDP matrices are cut by rows; else only the batch
+    is.
+    """
     mesh = jax.make_mesh((1 if layout == "one" else 8,), (AXIS,), axis_types=(AxisType.Auto,))
 
     def make_tx(rate):
@@ -76,18 +84,35 @@ def program(clip, layout, manual):
     shapes = jax.eval_shape(init, 0.0, jax.random.key(0))
     specs = jax.tree.map(lambda x: P(AXIS) if layout == "fsdp" and x.ndim == 2 else P(), shapes)
     if manual:
-        step = jax.shard_map(step, mesh=mesh, in_specs=(P(), specs, P(AXIS)), out_specs=(specs, P()))
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(P(), specs, P(AXIS)), out_specs=(specs, P())
+        )
     everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
     placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    step = jax.jit(step, in_shardings=(everywhere, placed, rows), out_shardings=(placed, everywhere), donate_argnums=1)
-    return jax.jit(init, out_shardings=placed), step, jax.jit(lambda state, rows: loss_of(state[0], rows))
+    step = jax.jit(
+        step,
+        in_shardings=(everywhere, placed, rows),
+        out_shardings=(placed, everywhere),
+        donate_argnums=1,
+    )
+    return (
+        jax.jit(init, out_shardings=placed),
+        step,
+        jax.jit(lambda state, rows: loss_of(state[0], rows)),
+    )
 
 
 def train(name, rates, seeds, steps, text, held_out):
-    """Trains at all rates with all seeds, one after the other. Returns what happened, and the last parameters."""
+    """Trains at all rates with all seeds, one after the other. Returns what happened, and the last
+    parameters.
+    """
     init, step, evaluate = program(*RUNS[name])
     batch = jax.jit(lambda key, i: windows(text, jax.random.fold_in(key, i), BATCH, LENGTH))
-    held_out, histories, ends = np.asarray(windows(held_out, jax.random.key(99), 2000, LENGTH)), [], []
+    held_out, histories, ends = (
+        np.asarray(windows(held_out, jax.random.key(99), 2000, LENGTH)),
+        [],
+        [],
+    )
     with tqdm(total=len(rates) * seeds * steps, desc=f"{name:>22}", unit="step") as bar:
         for rate, seed in [(rate, seed) for rate in rates for seed in range(seeds)]:
             key, history = jax.random.key(seed), optaxclip.History()
@@ -98,10 +123,15 @@ def train(name, rates, seeds, steps, text, held_out):
                 bar.update()
             histories.append(history.arrays())
             ends.append((jax.device_get(state[0]), float(evaluate(state, held_out))))
-    seen = {key: np.stack([h[key] for h in histories]).reshape(len(rates), seeds, -1) for key in histories[0]}
+    seen = {
+        key: np.stack([h[key] for h in histories]).reshape(len(rates), seeds, -1)
+        for key in histories[0]
+    }
     if "Optax" in name:
         del seen["clip/clipped"]  # Optax's clip does not tell
-    return Runs(seen, np.reshape([score for _, score in ends], (len(rates), seeds))), [params for params, _ in ends]
+    return Runs(seen, np.reshape([score for _, score in ends], (len(rates), seeds))), [
+        params for params, _ in ends
+    ]
 
 
 def distance(ends, others):
@@ -114,12 +144,17 @@ def main(argv=None):
     args = options(__file__, __doc__, argv, steps=100, rates=(0.03, 0.1, 0.3))
     jax.config.update("jax_num_cpu_devices", 8)
     text, rates = library_text(), sorted(args.rates)
-    trained = {name: train(name, rates, args.seeds, args.steps, *text) for name in chosen(args, RUNS)}
+    trained = {
+        name: train(name, rates, args.seeds, args.steps, *text) for name in chosen(args, RUNS)
+    }
     results, ends = ({name: both[i] for name, both in trained.items()} for i in (0, 1))
     goal = Goal("Evaluation loss, nats a character", failed=np.log(LETTERS))
     print(report(results, rates, goal))
     draw({name: results[name] for name in DRAWN if name in results}, rates, goal, args.out)
-    print(f"\nAt rate {rates[0]:g}, how far the parameters end from those of one device, over their norm, at most:\n")
+    print(
+        f"\nAt rate {rates[0]:g}, how far the parameters end from those of one device, over their"
+        " norm, at most:\n"
+    )
     first = {name: params[: args.seeds] for name, params in ends.items()}  # of the smallest rate
     others = [name for name in first if "one device" in first and not name.endswith("one device")]
     away = {name: distance(first[name], first["one device"]) for name in others}

@@ -1,11 +1,12 @@
-"""A small transformer that meets bad batches: from step 80 on one in 40 is noise, and weighs 1,000 times as much.
+"""A small transformer that meets bad batches: from step 80 on one in 40 is noise, and weighs 1,000.
 
     uv run --extra examples examples/transformer.py
 
-Such batches are real: a corrupt shard, a loss that was summed where all others were averaged.  Adam divides by the size
-of past gradients, so one of them does not throw the parameters far; but it makes the second moment a million times too
-large, and for hundreds of steps Adam all but stands still.  A smaller learning rate does not help.  Three ways out: a
-fixed bound, a bound that follows the norms (ZClip), and to leave the whole step out, moments and all.
+Such batches are real: a corrupt shard, a loss that was summed where all others were averaged. Adam
+divides by the size of past gradients, so one of them does not throw the parameters far; but it
+makes the second moment a million times too large, and for hundreds of steps Adam all but stands
+still. A smaller learning rate does not help. Three ways out: a fixed bound, a bound that follows
+the norms (ZClip), and to leave the whole step out, moments and all.
 """
 
 import jax
@@ -20,10 +21,14 @@ from data import LETTERS, library_text, windows
 WIDTH, HEADS, LENGTH, BATCH = 32, 2, 32, 16
 
 METHODS = {
-    "no clip": lambda adam: optax.chain(optaxclip.clip_by(jnp.inf), adam),  # an infinite bound only measures
+    "no clip": lambda adam: optax.chain(
+        optaxclip.clip_by(jnp.inf), adam
+    ),  # an infinite bound only measures
     "global norm 1": lambda adam: optax.chain(optaxclip.clip_by_global_norm(1.0), adam),
     "ZClip": lambda adam: optax.chain(optaxclip.zclip(), adam),
-    "skip 20 x the mean": lambda adam: optaxclip.skip_spikes(adam, optaxclip.running(20.0, feed=optaxclip.accepted)),
+    "skip 20 x the mean": lambda adam: optaxclip.skip_spikes(
+        adam, optaxclip.thresholds.running(20.0, feed=optaxclip.feeds.accepted)
+    ),
 }
 
 
@@ -62,7 +67,9 @@ def bad_or_not(key, rows, step):
     """The batch and its weight: from step 80 on one in 40 is noise, and weighs 1,000."""
     chance, noise = jax.random.split(key)
     bad = jax.random.bernoulli(chance, 1 / 40) & (step >= 80)
-    return jnp.where(bad, jax.random.randint(noise, rows.shape, 0, LETTERS), rows), jnp.where(bad, 1000.0, 1.0)
+    return jnp.where(bad, jax.random.randint(noise, rows.shape, 0, LETTERS), rows), jnp.where(
+        bad, 1000.0, 1.0
+    )
 
 
 def task(method, text, held_out):

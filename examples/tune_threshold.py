@@ -1,10 +1,11 @@
-"""Which threshold? Found by training at all of them, side by side, and judged on starts that it was not tuned on.
+"""Which threshold? Found by training at all of them side by side, and judged on new starts.
 
     uv run --extra examples examples/tune_threshold.py
 
-The task is the pole of cartpole.py, whose gradients are hundreds long: with the bound of 1 that so many take by habit
-it is learned slowly, with none not for sure.  `optaxclip.tune` compiles the train step once for all thresholds and
-seeds, and recommends the middle of the best plateau, not the luckiest value.
+The task is the pole of cartpole.py, whose gradients are hundreds long: with the bound of 1 that so
+many take by habit it is learned slowly, with none not for sure. `optaxclip.tune` compiles the train
+step once for all thresholds and seeds, and recommends the middle of the best plateau, not the
+luckiest value.
 """
 
 import pathlib
@@ -39,7 +40,9 @@ def tuned(rate, steps):
         return cartpole.MOVES - task(1.0).evaluate(state[0])
 
     bar = tqdm(range(steps), desc=f"{'all thresholds':>20}", unit="step")
-    return optaxclip.tune(step, init, VALUES, batches=bar, seeds=TUNED_ON, evaluate=evaluate, failed=100)
+    return optaxclip.tune(
+        step, init, VALUES, batches=bar, seeds=TUNED_ON, evaluate=evaluate, failed=100
+    )
 
 
 def main(argv=None):
@@ -48,11 +51,17 @@ def main(argv=None):
     value = sweep.recommended.value
     print(f"\nMoves that an episode lacks of 200, tuned on {len(TUNED_ON)} seeds\n\n{sweep}")
     picture = pathlib.Path(args.out).with_suffix(".sweep.png")
-    sweep.plot().figure.savefig(picture, dpi=100)
+    optaxclip.plots.plot_sweep(sweep).figure.savefig(picture, dpi=100)
     print(f"The picture of the sweep is in {picture}.\n")
     clips = {"no clip": np.inf, "1, by habit": 1.0, f"{value:g}, tuned": value}
-    goal = Goal("Length of an episode, of at most 200", failed=100, higher=True, drawn="episode length")
-    return compare({name: cartpole.task(optaxclip.clip_by_global_norm(x)) for name, x in clips.items()}, goal, args)
+    goal = Goal(
+        "Length of an episode, of at most 200", failed=100, higher=True, drawn="episode length"
+    )
+    return compare(
+        {name: cartpole.task(optaxclip.clip_by_global_norm(x)) for name, x in clips.items()},
+        goal,
+        args,
+    )
 
 
 if __name__ == "__main__":

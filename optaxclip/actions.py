@@ -1,83 +1,102 @@
-"""What is done about a block: (norms, bounds) -> factors, each the number that the block is multiplied by.
+"""What is done about a block: `(norms, bounds) -> factors`, by which blocks are multiplied.
 
-Each action first says how long the block shall be, then divides.  A block that already is that long gets a factor of
-exactly 1 and comes back bit for bit.  An action is homogeneous: it depends on the ratio of norm and bound alone, so the
-engine may hand it both in any unit.
+Each action first says how long the block shall be, then divides. A block that already is that long
+gets a factor of exactly 1 and comes back bit for bit. An action is homogeneous: it depends on the
+ratio of norm and bound alone.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from optaxclip.given import known, said
+from optaxclip import validate
+from optaxclip.base import Action, Part
 
-Action = Callable[[jax.Array, jax.Array], jax.Array]
+
+def _action(rule) -> Part:
+    return Part(f"actions.{rule.__name__}", rule)
 
 
 def _factor(lengths, norms):
-    """`lengths / norms`; exactly 1 where nothing changes, and for blocks of zeros, which no factor can lengthen.
+    """`lengths / norms`; exactly 1 where nothing changes, and for blocks of zeros.
 
-    The division never sees a zero, not even where its result is dropped: `0 / 0` there would poison derivatives.
+    The division never sees a zero, not even where its result is dropped: `0 / 0` there would poison
+      derivatives.
     """
     same = (lengths == norms) | (norms == 0)
     return jnp.where(same, 1, lengths / jnp.where(same, 1, norms))
 
 
+@_action
 def rescale(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     """Shortens a block that is too long to its bound: min(1, b / n).
 
-    >>> rescale(jnp.array([0.5, 2.0]), jnp.array([1.0, 1.0]))
+    >>> from optaxclip import actions
+    >>> actions.rescale(jnp.array([0.5, 2.0]), jnp.array([1.0, 1.0]))
     Array([1. , 0.5], dtype=float32)
     """
     return _factor(jnp.minimum(norms, bounds), norms)
 
 
+@_action
 def normalize(norms: jax.Array, bounds: jax.Array) -> jax.Array:
-    """Gives every block the length of its bound: b / n. Zeros stay zeros; no bound (infinity), no change.
+    """Gives every block the length of its bound: b / n. Zeros stay zeros.
 
-    >>> normalize(jnp.array([0.5, 2.0]), jnp.array([1.0, 1.0]))
+    No bound (infinity) means no change.
+
+    >>> from optaxclip import actions
+    >>> actions.normalize(jnp.array([0.5, 2.0]), jnp.array([1.0, 1.0]))
     Array([2. , 0.5], dtype=float32)
     """
     return _factor(jnp.where(jnp.isinf(bounds), norms, bounds), norms)
 
 
+@_action
 def zero(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     """Drops a block that is too long: 0 if n > b, else 1.
 
-    Note that an optimizer after the clip still steps: momentum moves the parameters, and moments decay.
+    Note that an optimizer after the clip still steps: momentum moves the parameters, and moments
+    decay. To leave
+    the whole step out, use `optaxclip.skip_spikes`.
 
-    >>> zero(jnp.array([0.5, 2.0]), jnp.array([1.0, 1.0]))
+    >>> from optaxclip import actions
+    >>> actions.zero(jnp.array([0.5, 2.0]), jnp.array([1.0, 1.0]))
     Array([1., 0.], dtype=float32)
     """
     return jnp.where(norms > bounds, 0, jnp.ones_like(norms))
 
 
-def _outside(value, low: float, high: float) -> bool:
-    """Whether a number is outside [low, high]; tracers are not looked into."""
-    value = known(value)
-    return not isinstance(value, jax.Array) and not low <= value <= high
+@_action
+def keep(norms: jax.Array, bounds: jax.Array) -> jax.Array:
+    """Changes nothing: for a clip that only measures."""
+    return jnp.ones_like(norms)
 
 
-def smooth(p: jax.typing.ArrayLike = 2.0) -> Action:
-    """Shortens every block, the more the longer it is: (1 + (n / b)ᵖ)^(-1/p), at most b in length, without a kink.
+@validate.makes_part
+@validate.named
+def smooth(p: ArrayLike = 2.0) -> Action:
+    """Shortens every block to at most b, without a kink: (1 + (n / b)ᵖ)^(-1/p).
 
     At n = b the factor is 2^(-1/p): 0.5 for p = 1, 0.71 for 2, 0.92 for 8. p = inf is `rescale`.
 
     Raises:
       ValueError: if p < 1.
 
-    >>> smooth(1.0)(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]))
+    >>> from optaxclip import actions
+    >>> actions.smooth(1.0)(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]))
     Array([0.5 , 0.25], dtype=float32)
     """
-    if _outside(p, 1, math.inf):
-        raise ValueError(f"smooth: p must be at least 1 (inf for the hard clip), got {p!r}.")
+    validate.at_least(1, p=p)
     if not isinstance(p, jax.Array) and p == math.inf:
         return rescale
 
-    def action(norms, bounds):
-        # The smaller over the larger: no power overflows, and b = 0, b = inf and n = 0 need no case of their own.
+    def rule(norms, bounds):
+        # The smaller over the larger: no power overflows, and b = 0, b = inf and n = 0 need no case
+        # of their own.
         over = norms > bounds
         ratio = _factor(jnp.where(over, bounds, norms), jnp.where(over, norms, bounds))
         ratio = jnp.where((norms == 0) | jnp.isinf(bounds), 0, ratio)
@@ -85,45 +104,57 @@ def smooth(p: jax.typing.ArrayLike = 2.0) -> Action:
         shrink = (1 + ratio**power) ** (-1 / power)
         return jnp.where(over, ratio, 1) * shrink
 
-    return action
+    return Part(f"actions.smooth({p})", rule)
 
 
-def band(low: jax.typing.ArrayLike = 0.0, *, floor: jax.typing.ArrayLike = 0.0) -> Action:
+@validate.makes_part
+@validate.named
+def band(low: ArrayLike = 0.0, *, floor: ArrayLike = 0.0) -> Action:
     """Keeps a block's length between a floor and its bound: clip(n, max(low · b, floor), b) / n.
 
-    The floor lifts vanishing gradients as the bound holds exploding ones. Zeros stay zeros; where floor and bound
-    contradict each other the bound wins.
+    The floor lifts vanishing gradients as the bound holds exploding ones. Zeros stay zeros; where
+    floor and bound contradict each other the bound wins.
 
     Args:
       low: the floor as a share of the bound, from 0 to 1.
       floor: the floor as a length.
 
     Raises:
-      ValueError: if `low` is outside [0, 1].
+      ValueError: if `low` is outside [0, 1], or `floor` is negative.
 
-    >>> band(0.5)(jnp.array([0.1, 0.8, 2.0]), jnp.array([1.0, 1.0, 1.0]))
+    >>> from optaxclip import actions
+    >>> actions.band(0.5)(jnp.array([0.1, 0.8, 2.0]), jnp.array([1.0, 1.0, 1.0]))
     Array([5. , 1. , 0.5], dtype=float32)
     """
-    if _outside(low, 0, 1):
-        raise ValueError(f"band: low is a share of the bound, from 0 to 1, got {low!r}.")
+    validate.between(0, 1, low=low)
+    validate.nonnegative(floor=floor)
 
-    def action(norms, bounds):
+    def rule(norms, bounds):
         relative = jnp.asarray(low).astype(norms.dtype) * jnp.where(jnp.isinf(bounds), 0, bounds)
         lowest = jnp.minimum(jnp.maximum(relative, jnp.asarray(floor, norms.dtype)), bounds)
         return _factor(jnp.clip(norms, lowest, bounds), norms)
 
-    return action
+    given = f"{low}" if isinstance(floor, float) and floor == 0 else f"{low}, floor={floor}"
+    return Part(f"actions.band({given})", rule)
 
 
-def as_action(action: Action | None, call: str) -> Action:
+def as_action(action: Action | None) -> Action:
     """The action; `rescale` for None.
 
     Raises:
-      ValueError: naming the call and what there is, for what is no function, and for `smooth` and `band` not called.
+      ValueError: naming the call and what there is, for what is no function, and for `smooth` and
+        `band` not called.
     """
     if action is None:
         return rescale
-    if not callable(action) or action in (smooth, band):
-        choices = "optaxclip.rescale, normalize, zero, smooth(p), band(low) or a function (norms, bounds) -> factors"
-        raise ValueError(f"{call}: action must be {choices}, got {said(action, smooth, band)}.")
+    if not callable(action) or getattr(action, "makes_part", False):
+        choices = (
+            "actions.rescale, actions.normalize, actions.zero, actions.smooth(p), actions.band(low)"
+        )
+        raise validate.fail(
+            f"action must be {choices} or a function (norms, bounds) -> factors", action
+        )
     return action
+
+
+__all__ = ["band", "keep", "normalize", "rescale", "smooth", "zero"]

@@ -1,85 +1,90 @@
-"""How long a block is: what a number contributes, how contributions meet, and what turns them into a length.
+"""How long a block is.
 
-A norm is a contribution a number (`lift`), a way to pool contributions (`pool`) and what turns the pool into a length
-(`finish`).  How a tree is measured by one, in one read, is told in `optaxclip.measure`.
+A norm is what each number contributes, `|x|ᵖ`, how contributions meet, and what makes a length of
+them. Its derivative is stated, not derived: at a block of zeros the norm has a kink, and the slope
+there is 0, so that a clip is the identity near a zero gradient.
 """
 
+from __future__ import annotations
+
+import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-
-class Pool(NamedTuple):
-    """How contributions meet: inside a leaf, between the leaves of a group, and across devices."""
-
-    reduce: Callable[..., jax.Array]
-    segment: Callable[..., jax.Array]
-    across: Callable[..., Any]
-
-
-SUM = Pool(jnp.sum, jax.ops.segment_sum, lax.psum)
-# An empty leaf has no largest element: it counts as 0. (A segment without leaves does not occur.)
-MAX = Pool(lambda x, **kw: jnp.max(x, initial=0, **kw), jax.ops.segment_max, lax.pmax)
-
-
-class Norm(NamedTuple):
-    """A way to measure a block.
-
-    Attributes:
-      lift: maps numbers to their contributions, 0 to 0.
-      pool: how contributions meet, `SUM` or `MAX`.
-      finish: maps the pooled contributions and the number of elements to a length.
-      power: contributions grow as |x|^power; it tells in which range the pool is exact.
-    """
-
-    lift: Callable[[jax.Array], jax.Array]
-    pool: Pool
-    finish: Callable[[jax.Array, Any], jax.Array]
-    power: float
+from optaxclip.base import Norm
+from optaxclip.validate import fail, named
 
 
 def _square(x):
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
-def _root(x, p: float):
-    """x^(1/p) for x >= 0, with derivative 0 at 0 (so that a clip is the identity near a zero gradient)."""
-    some = jnp.where(x == 0, 1, x)  # `x == 0`, not `x > 0`: a NaN must come out as NaN
-    return jnp.where(x == 0, 0, jnp.sqrt(some) if p == 2 else some ** (1 / p))
-
-
 #: Euclidean length, √Σ|x|².
-l2 = Norm(_square, SUM, lambda pooled, count: _root(pooled, 2), 2.0)
+l2 = Norm("norms.l2", _square, "sum", lambda pool, count: jnp.sqrt(pool), lambda u, count: u, 2.0)
+
 #: Sum of moduli, Σ|x|.
-l1 = Norm(jnp.abs, SUM, lambda pooled, count: pooled, 1.0)
-#: Largest modulus, max|x|.
-linf = Norm(jnp.abs, MAX, lambda pooled, count: pooled, 1.0)
+l1 = Norm("norms.l1", jnp.abs, "sum", lambda pool, count: pool, lambda u, count: jnp.sign(u), 1.0)
+
+#: Largest modulus, max|x|. Its slope is that of the elements that reach it.
+linf = Norm(
+    "norms.linf",
+    jnp.abs,
+    "max",
+    lambda pool, count: pool,
+    lambda u, count: jnp.where(jnp.abs(u) >= 1, jnp.sign(u), 0),
+    1.0,
+)
+
 #: Root mean square, √(Σ|x|² / N).
-rms = Norm(_square, SUM, lambda pooled, count: _root(pooled / jnp.maximum(count, 1), 2), 2.0)
+rms = Norm(
+    "norms.rms",
+    _square,
+    "sum",
+    lambda pool, count: jnp.sqrt(pool / jnp.maximum(count, 1)),
+    lambda u, count: u / count,
+    2.0,
+)
+
+
+@functools.cache  # one object for each p: norms are compared where compiled functions are looked up
+def _power(p: float) -> Norm:
+    def slope(u, count):
+        return jnp.sign(u) * (jnp.abs(u) ** (p - 1)).astype(u.dtype)
+
+    return Norm(
+        f"norms.lp({p:g})",
+        lambda x: jnp.abs(x) ** p,
+        "sum",
+        lambda pool, count: pool ** (1 / p),
+        slope,
+        p,
+    )
 
 
 def _is_power(p: Any) -> bool:
     return isinstance(p, int | float) and not isinstance(p, bool) and p >= 1
 
 
+@named
 def lp(p: float) -> Norm:
     """The p-norm, (Σ|x|ᵖ)^(1/p), for p from 1 to inf.
 
     Raises:
       ValueError: if p is not a number of at least 1.
+
+    >>> from optaxclip import norms
+    >>> norms.lp(2), norms.lp(3)
+    (norms.l2, norms.lp(3))
     """
     if not _is_power(p):
-        raise ValueError(f"lp: p must be a number from 1 to inf, got {p!r}.")
+        raise fail("p must be a number from 1 to inf", p)
     known = {1.0: l1, 2.0: l2, math.inf: linf}
-    return known.get(float(p)) or Norm(lambda x: jnp.abs(x) ** p, SUM, lambda pooled, count: _root(pooled, p), float(p))
+    return known.get(float(p)) or _power(float(p))
 
 
-def as_norm(norm: Norm | float, call: str) -> Norm:
+def as_norm(norm: Norm | float) -> Norm:
     """A norm, or the p-norm of a number p.
 
     Raises:
@@ -88,23 +93,11 @@ def as_norm(norm: Norm | float, call: str) -> Norm:
     if isinstance(norm, Norm):
         return norm
     if not _is_power(norm):
-        choices = "optaxclip.l2, l1, linf, rms or a number from 1 to inf"
-        raise ValueError(f"{call}: norm must be {choices}, got {norm!r}.")
+        raise fail(
+            "norm must be norms.l2, norms.l1, norms.linf, norms.rms, or a number p from 1 to inf",
+            norm,
+        )
     return lp(norm)
 
 
-def accumulator(arrays) -> np.dtype:
-    """The dtype in which norms are taken: float64 if any leaf is that wide, else float32."""
-    wide = any(jnp.finfo(x.dtype).bits == 64 for x in arrays)
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """A leaf in at least float32 (or complex64), where it is measured and scaled."""
-    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
-
-
-def times(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """`x` times a real factor. JAX would make it complex for a complex `x`, and lose the sign of zeros."""
-    factor = factor.astype(x.real.dtype)
-    return lax.complex(x.real * factor, x.imag * factor) if jnp.iscomplexobj(x) else x * factor
+__all__ = ["l1", "l2", "linf", "lp", "rms"]

@@ -1,4 +1,6 @@
-"""The table: every clip and part, one line each. An entry here is enrolled in every law of `test_contract.py`."""
+"""The table: every clip and part, one line each. An entry here is enrolled in every law of
+`test_contract.py`.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,6 +32,15 @@ class Case(NamedTuple):
     relative: bool = False
     history: bool = False
 
+    @property
+    def units(self) -> bool:
+        """Whether its scope is `units`, whose norms may be no larger than 1e36."""
+        return (
+            self.block == "unit"
+            or "units" in self.name
+            or self.name.startswith("adaptive_grad_clip")
+        )
+
 
 def by(threshold=lambda bound: bound, **parts):
     """`clip_by` with these parts."""
@@ -53,28 +64,72 @@ CASES = [
     Case("clip_by_global_norm", oc.clip_by_global_norm),
     Case("clip_by_global_norm p=1", lambda b, **k: oc.clip_by_global_norm(b, norm=1, **k), norm=1),
     Case("clip_by_global_norm p=3", lambda b, **k: oc.clip_by_global_norm(b, norm=3, **k), norm=3),
-    Case("clip_by_global_norm p=inf", lambda b, **k: oc.clip_by_global_norm(b, norm=jnp.inf, **k), norm=jnp.inf),
+    Case(
+        "clip_by_global_norm p=inf",
+        lambda b, **k: oc.clip_by_global_norm(b, norm=jnp.inf, **k),
+        norm=jnp.inf,
+    ),
     Case("clip_by_leaf_norm", oc.clip_by_leaf_norm, "leaf"),
-    Case("clip_by_group_norm", lambda b, **k: oc.clip_by_group_norm(b, lambda path: path, **k), "leaf"),
+    Case(
+        "clip_by_group_norm",
+        lambda b, **k: oc.clip_by_group_norm(b, lambda path: path, **k),
+        "leaf",
+    ),
     Case("clip_by_block_rms", oc.clip_by_block_rms, "leaf", norm="rms"),
     Case("clip", lambda b, nonfinite=None, **k: oc.clip(b, **k), "element"),
-    Case("clip_by whole leaves as units", by(scope=oc.units(...)), "leaf"),
-    Case("clip_by units", by(scope=oc.units()), "unit"),
-    Case("clip_by normalize", by(action=oc.normalize), hard=False),
-    Case("clip_by smooth", by(action=oc.smooth(2.0), scope=oc.leaf), "leaf", hard=False),
-    Case("clip_by smooth p=inf", by(action=oc.smooth(jnp.inf), scope=oc.leaf), "leaf"),
-    Case("clip_by band", by(action=oc.band(0.5)), hard=False),
-    Case("clip_by zero", by(action=oc.zero, scope=oc.leaf), "leaf", hard=False),
-    Case("constant", by(oc.constant)),
-    Case("scheduled", by(lambda b: oc.scheduled(lambda step: b)), history=True),
-    Case("until", by(lambda b: oc.until(3, b, b), scope=oc.leaf), "leaf", history=True),
-    Case("at_least", by(lambda b: oc.at_least(b, 0.0))),
-    Case("at_most", by(lambda b: oc.at_most(jnp.inf, b), scope=oc.units()), "unit"),
-    Case("at_most lag", by(lambda b: oc.at_most(oc.lag(optax.scale(jnp.inf)), b)), history=True),
-    Case("per_block", by(lambda b: oc.at_most(oc.per_block(0.0, no_bound), b), scope=oc.leaf), "leaf", history=True),
+    Case("clip_by whole leaves as units", by(scope=oc.scopes.units(...)), "leaf"),
+    Case("clip_by units", by(scope=oc.scopes.units()), "unit"),
+    Case("clip_by normalize", by(action=oc.actions.normalize), hard=False),
+    Case(
+        "clip_by smooth",
+        by(action=oc.actions.smooth(2.0), scope=oc.scopes.leaf),
+        "leaf",
+        hard=False,
+    ),
+    Case(
+        "clip_by smooth p=inf", by(action=oc.actions.smooth(jnp.inf), scope=oc.scopes.leaf), "leaf"
+    ),
+    Case("clip_by band", by(action=oc.actions.band(0.5)), hard=False),
+    Case("clip_by zero", by(action=oc.actions.zero, scope=oc.scopes.leaf), "leaf", hard=False),
+    Case("constant", by(oc.thresholds.constant)),
+    Case("scheduled", by(lambda b: oc.thresholds.scheduled(lambda step: b)), history=True),
+    Case(
+        "until",
+        by(lambda b: oc.thresholds.until(3, b, b), scope=oc.scopes.leaf),
+        "leaf",
+        history=True,
+    ),
+    Case("at_least", by(lambda b: oc.thresholds.at_least(b, 0.0))),
+    Case(
+        "at_most", by(lambda b: oc.thresholds.at_most(jnp.inf, b), scope=oc.scopes.units()), "unit"
+    ),
+    Case(
+        "at_most lag",
+        by(lambda b: oc.thresholds.at_most(oc.thresholds.lag(optax.scale(jnp.inf)), b)),
+        history=True,
+    ),
+    Case(
+        "per_block",
+        by(
+            lambda b: oc.thresholds.at_most(oc.thresholds.per_block(0.0, no_bound), b),
+            scope=oc.scopes.leaf,
+        ),
+        "leaf",
+        history=True,
+    ),
     Case("adaptive_grad_clip", oc.adaptive_grad_clip, "unit", relative=True),
-    Case("adaptive_grad_clip leaves", lambda b, **k: oc.adaptive_grad_clip(b, axis=..., **k), "leaf", relative=True),
-    Case("param_relative", by(lambda b: oc.param_relative(b, 1e-3), scope=oc.leaf), "leaf", relative=True),
+    Case(
+        "adaptive_grad_clip leaves",
+        lambda b, **k: oc.adaptive_grad_clip(b, axis=..., **k),
+        "leaf",
+        relative=True,
+    ),
+    Case(
+        "param_relative",
+        by(lambda b: oc.thresholds.param_relative(b, 1e-3), scope=oc.scopes.leaf),
+        "leaf",
+        relative=True,
+    ),
 ]
 HARD = [case for case in CASES if case.hard]
 
@@ -85,8 +140,8 @@ class Adaptive(NamedTuple):
     Attributes:
       name: what the test reports call it.
       make: the clip; keyword arguments (scope, nonfinite, exclude ...) go to it.
-      within: after a spike, a run of NaN, a lasting change of scale ... its bound is near that of a run without, after
-        this many steps at most.
+      within: after a spike, a run of NaN, a lasting change of scale ... its bound is near that of a
+        run without, after this many steps at most.
       relative: its bound does not depend on the scale of the gradients.
     """
 
@@ -107,22 +162,38 @@ def with_parts(algorithm, *args, **own):
 
 
 ADAPTIVE = [
-    Adaptive("lag", learning(lambda: oc.lag(oc.per_block(0.0, last), feed=oc.raw)), 1),
-    Adaptive("running", learning(lambda: oc.running(2.0)), 900),
-    Adaptive("running raw", learning(lambda: oc.running(1.0, feed=oc.raw)), 900),
-    Adaptive("running accepted", learning(lambda: oc.running(feed=oc.accepted, relearn_after=50)), 900),
-    Adaptive("window_zscore", learning(oc.window_zscore), 130),
-    Adaptive("previous", learning(lambda: oc.previous(1.1)), 50),
+    Adaptive(
+        "lag",
+        learning(lambda: oc.thresholds.lag(oc.thresholds.per_block(0.0, last), feed=oc.feeds.raw)),
+        1,
+    ),
+    Adaptive("running", learning(lambda: oc.thresholds.running(2.0)), 900),
+    Adaptive("running raw", learning(lambda: oc.thresholds.running(1.0, feed=oc.feeds.raw)), 900),
+    Adaptive(
+        "running accepted",
+        learning(lambda: oc.thresholds.running(feed=oc.feeds.accepted, relearn_after=50)),
+        900,
+    ),
+    Adaptive("window_zscore", learning(oc.thresholds.window_zscore), 130),
+    Adaptive("previous", learning(lambda: oc.thresholds.previous(1.1)), 50),
     Adaptive("autoclip", with_parts(oc.autoclip, window=100), 100),
-    Adaptive("autoclip after", with_parts(oc.autoclip, 95.0, 100, order="after", max_norm=1e9), 100),
+    Adaptive(
+        "autoclip after", with_parts(oc.autoclip, 95.0, 100, update_first=False, max_norm=1e9), 100
+    ),
     Adaptive("zclip", oc.zclip, 900),
     Adaptive("zclip mean", with_parts(oc.zclip, target="mean"), 900),
     Adaptive("clip_by_log_zscore", oc.clip_by_log_zscore, 100),
-    Adaptive("clip_by_log_zscore after", with_parts(oc.clip_by_log_zscore, 3.0, order="after", warmup_steps=25), 130),
+    Adaptive(
+        "clip_by_log_zscore after",
+        with_parts(oc.clip_by_log_zscore, 3.0, update_first=False, warmup_steps=25),
+        130,
+    ),
     Adaptive("adagc", oc.adagc, 7500),
     Adaptive(
-        "adagc anew",
-        with_parts(oc.adagc, decay=0.9, ratio=1.5, max_norm=jnp.inf, relearn_after=50, warmup_steps=10),
+        "adagc relearning",
+        with_parts(
+            oc.adagc, decay=0.9, ratio=1.5, max_norm=jnp.inf, relearn_after=50, warmup_steps=10
+        ),
         120,
     ),
     Adaptive("quantile_clip", oc.quantile_clip, 50),
@@ -132,14 +203,15 @@ ADAPTIVE = [
     Adaptive("clip_by_momentum_norm", oc.clip_by_momentum_norm, 120),
     Adaptive("band_clip", oc.band_clip, 2200),
     Adaptive("normalize_by_moments", oc.normalize_by_moments, 250, relative=True),
-    Adaptive("u_clip", with_parts(oc.u_clip, oc.percentile(50.0, window=100)), 200),
-    Adaptive("clip21", with_parts(oc.clip21, oc.running(2.0)), 1500),
+    Adaptive("u_clip", with_parts(oc.u_clip, oc.thresholds.percentile(50.0, window=100)), 200),
+    Adaptive("clip21", with_parts(oc.clip21, oc.thresholds.running(2.0)), 1500),
 ]
 
 
-# Transformations that are not made of a threshold, or hold an optimizer: the laws of states and poison are theirs, too.
+# Transformations that are not made of a threshold, or hold an optimizer: the laws of states and
+# poison are theirs, too.
 OTHERS = {
-    "spam_clip": lambda: oc.spam_clip(grace_steps=1, every=2),
+    "spam_clip": lambda: oc.spam_clip(warmup_steps=1, every=2),
     "adamw_clip": lambda: oc.adamw_clip(warmup_steps=1),
     "clippy": oc.clippy,
     "smooth_clip": lambda: oc.smooth_clip(1.0, 4.0),
@@ -147,13 +219,29 @@ OTHERS = {
     "scale_by_acclip": oc.scale_by_acclip,
     "clip_by_median by params": lambda: oc.clip_by_median(scale_by_params=True),
     "spectral_clip": lambda: oc.spectral_clip(1.0),
-    "spectral_clip adaptive": lambda: oc.spectral_clip(oc.running(2.0), method="soft"),
-    "u_clip by element": lambda: oc.u_clip(1.0, scope=oc.units(())),
+    "spectral_clip adaptive": lambda: oc.spectral_clip(oc.thresholds.running(2.0), method="soft"),
+    "u_clip by element": lambda: oc.u_clip(1.0, scope=oc.scopes.units(())),
 }
 # These hold a part of Optax's, and take the trees that it takes.
 HOLDERS = {
     "larc": lambda: oc.larc(0.1, weight_decay=0.01),
-    "reset_moments": lambda: oc.skip_nonfinite(oc.reset_moments(optax.trace(0.9), every=2, warmup_steps=1)),
+    "reset_moments": lambda: oc.skip_nonfinite(
+        oc.reset_moments(optax.trace(0.9), every=2, warmup_steps=1)
+    ),
     "skip_spikes": lambda: oc.skip_spikes(optax.trace(0.9)),
     "skip_nonfinite": lambda: oc.skip_nonfinite(optax.trace(0.9)),
+}
+
+
+# Every row, ready to be built: the laws of building, trees and states hold for all of them.
+ROWS: dict[str, Callable[[], Any]] = {
+    **{case.name: lambda make=case.make: make(1.0) for case in CASES},
+    **{case.name: case.make for case in ADAPTIVE},
+    **OTHERS,
+    **HOLDERS,
+    "watch": oc.watch,
+    "clip that measures": lambda: oc.clip(1.0, measure=True),
+    "clip_by_value": lambda: oc.clip_by_value(-1.0, 2.0),
+    "stable_adamw": lambda: oc.stable_adamw(0.1),
+    "stable_spam": lambda: oc.stable_spam(0.1),
 }

@@ -1,4 +1,6 @@
-"""Strict JAX for all tests: eight devices, no silent promotion; programs are compiled quickly and kept between runs."""
+"""Strict JAX for all tests: eight devices, no silent promotion; programs are compiled quickly and
+kept between runs.
+"""
 
 import gc
 import os
@@ -7,15 +9,17 @@ import pathlib
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# XLA runs simulated devices on a pool of as many threads, each waiting in a collective for the others; where a mesh has
-# two axes, and so collectives that may come in any order, all can wait for ones that find no thread: a deadlock.
+# XLA runs simulated devices on a pool of as many threads, each waiting in a collective for the
+# others; where a mesh has two axes, and so collectives that may come in any order, all can wait for
+# ones that find no thread: a deadlock.
 os.environ.setdefault("NPROC", "64")
 
 import jax
 
-# Most of a test's time is XLA's: JAX 0.10 compiles four times as fast by its older emitters and without LLVM's
-# optimizations. A later JAX has no other emitters (and dies of a flag that it does not know): there, all is as users
-# have it. Tests of costs, and of numbers that must be exact, are compiled as users have it everywhere, by `AS_USERS`.
+# Most of a test's time is XLA's: JAX 0.10 compiles four times as fast by its older emitters and
+# without LLVM's optimizations. A later JAX has no other emitters (and dies of a flag that it does
+# not know): there, all is as users have it. Tests of costs, and of numbers that must be exact, are
+# compiled as users have it everywhere, by `AS_USERS`.
 AS_USERS: dict = {}
 if jax.__version_info__ < (0, 11) and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
     AS_USERS = {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3}
@@ -29,11 +33,15 @@ def set_promotion(dtypes: str, ranks: str) -> None:
 
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache"))
+# Eight devices; CI runs the laws on one, too, which is what most users have.
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("OPTAXCLIP_TEST_DEVICES", "8")))
+jax.config.update(
+    "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache")
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 set_promotion("strict", "raise")
 
-# By Python's own thresholds, 5% of the CPU time of 357 tests in one process went into the search for garbage.
+# By Python's own thresholds, 5% of the CPU time of 357 tests in one process went into the search
+# for garbage.
 gc.freeze()
 gc.set_threshold(100_000, 50, 100)

@@ -1,7 +1,8 @@
-"""Each published method retold in NumPy from its paper, the oracle of the tests: one loop, slow and obvious.
+"""Each published method retold in NumPy from its paper: one loop, slow and obvious.
 
-Two forms. Methods of norms take the norms of one block, step by step, and return its norms after the clip. Methods of
-elements take the gradients of one leaf, `(steps, ...)`, and return what becomes of them in that shape.
+Two forms. Methods of norms take the norms of one block, step by step, and return its norms after
+the clip. Methods of elements take the gradients of one leaf, `(steps, ...)`, and return what
+becomes of them in that shape.
 """
 
 import numpy as np
@@ -17,15 +18,21 @@ def autoclip(norms, percentile=10.0, window=1000):
 
 
 def autoclip_after(norms, percentile=95.0, window=100, max_norm=1.0):
-    """TRELLIS: the percentile of a full window before this norm, capped; the cap until the window is full."""
+    """TRELLIS: the percentile of a full window before this norm, capped; the cap until the window
+    is full.
+    """
     out = []
     for t, n in enumerate(norms):
-        bound = max_norm if t < window else min(max_norm, np.percentile(norms[t - window : t], percentile))
+        bound = (
+            max_norm
+            if t < window
+            else min(max_norm, np.percentile(norms[t - window : t], percentile))
+        )
         out.append(min(n, bound))
     return out
 
 
-def zclip(norms, z_threshold=2.5, decay=0.97, warmup_steps=25):
+def zclip(norms, z=2.5, decay=0.97, warmup_steps=25):
     """Kumar et al. 2025: a z-score over the threshold is turned into threshold² / z-score."""
     out, mean, var = [], 0.0, 0.0
     for t, n in enumerate(norms):
@@ -34,28 +41,32 @@ def zclip(norms, z_threshold=2.5, decay=0.97, warmup_steps=25):
             mean, var = np.mean(norms[: t + 1]), np.var(norms[: t + 1])
             continue
         std = np.sqrt(var)
-        z = (n - mean) / std
-        clipped = mean + z_threshold**2 / z * std if z > z_threshold else n
+        score = (n - mean) / std
+        clipped = mean + z**2 / score * std if score > z else n
         mean = decay * mean + (1 - decay) * clipped
         var = decay * var + (1 - decay) * (clipped - mean) ** 2
         out.append(clipped)
     return out
 
 
-def clip_by_log_zscore(norms, z_threshold=2.0, decay=0.95):
-    """Chorowski et al. 2014: norms over exp(mean + z deviations) of the logarithms become exp(mean)."""
+def clip_by_log_zscore(norms, z=2.0, decay=0.95):
+    """Chorowski et al. 2014: norms over exp(mean + z deviations) of the logarithms become
+    exp(mean).
+    """
     out, mean, square = [], 0.0, 0.0
     for t, n in enumerate(norms):
         d = min(decay, t / (t + 1))
         mean = d * mean + (1 - d) * np.log(n)
         square = d * square + (1 - d) * np.log(n) ** 2
         std = np.sqrt(max(1e-8, square - mean**2))
-        out.append(np.exp(mean) if n >= np.exp(mean + z_threshold * std) else n)
+        out.append(np.exp(mean) if n >= np.exp(mean + z * std) else n)
     return out
 
 
 def adagc(norms, ratio=1.05, decay=0.98, warmup_steps=100, max_norm=1.0):
-    """Wang et al. 2025, a tree of one leaf: the smallest norm of the warm-up, then the mean of clipped norms."""
+    """Wang et al. 2025, a tree of one leaf: the smallest norm of the warm-up, then the mean of
+    clipped norms.
+    """
     out, gamma = [], np.inf
     for t, n in enumerate(norms):
         if t < warmup_steps:
@@ -79,7 +90,9 @@ def quantile_clip(norms, quantile=0.5, learning_rate=0.2, init=0.1):
 
 
 def clip_by_median(norms, scale=2.0, window=100, every=100):
-    """ScaledAdam: twice the median of the last norms, renewed every 100 steps, and, doubled, after 10, 20 and 40."""
+    """ScaledAdam: twice the median of the last norms, renewed every 100 steps, and, doubled, after
+    10, 20 and 40.
+    """
     out, bound = [], np.inf
     for t, n in enumerate(norms):
         if t > 0 and (t % every == 0 or t in (10, 20, 40)):
@@ -125,17 +138,21 @@ def band_clip(norms, low=0.5, high=2.0, decay=0.99):
     return out
 
 
-def skip_spikes(norms, sigmas=6.0, window=128, min_steps=64):
-    """OLMo's rule: which steps are skipped; spikes are remembered, too."""
+def skip_spikes(norms, sigmas=6.0, window=128, warmup_steps=64):
+    """OLMo's rule: which steps are skipped, from the 64th on; spikes are remembered, too."""
     out = []
     for t, n in enumerate(norms):
         past = norms[max(0, t - window) : t]
-        out.append(len(past) >= min_steps and n - np.mean(past) > sigmas * np.std(past, ddof=1))
+        out.append(
+            len(past) + 1 >= warmup_steps and n - np.mean(past) > sigmas * np.std(past, ddof=1)
+        )
     return out
 
 
 def lingvo(norms, sigmas=4.0, decay=0.995, warmup_steps=60):
-    """Lingvo's tracker in log space: which steps are skipped; spikes are remembered at the length of their cap."""
+    """Lingvo's tracker in log space: which steps are skipped; spikes are remembered at the length
+    of their cap.
+    """
     out, mean, square, weight = [], 0.0, 0.0, 0.0
     for t, n in enumerate(norms):
         x, cap = np.log(n), np.inf
@@ -145,30 +162,34 @@ def lingvo(norms, sigmas=4.0, decay=0.995, warmup_steps=60):
         out.append(x > cap)
         d = min(decay, t / (t + 1))  # plain means first, where Lingvo divides by the weight so far
         mean, square, weight = (
-            d * a + (1 - d) * b for a, b in ((mean, min(x, cap)), (square, min(x, cap) ** 2), (weight, 1))
+            d * a + (1 - d) * b
+            for a, b in ((mean, min(x, cap)), (square, min(x, cap) ** 2), (weight, 1))
         )
     return out
 
 
-def spam_clip(grads, threshold=5000.0, decay=0.999, grace_steps=20, every=500):
+def spam_clip(grads, threshold=5000.0, decay=0.999, warmup_steps=20, every=500):
     """SPAM's spike clip; v without bias correction, forgotten every 500 steps."""
     out, v = [], np.zeros_like(grads[0])
     for t, g in enumerate(grads):
         if t % every == 0:
             v = np.zeros_like(g)
-        spike = (g**2 > threshold * v) & (v > 0) & (t % every >= grace_steps)
+        spike = (g**2 > threshold * v) & (v > 0) & (t % every >= warmup_steps)
         g = np.where(spike, np.sign(g) * np.sqrt(threshold * v), g)
         v = decay * v + (1 - decay) * g**2
         out.append(g)
     return np.array(out)
 
 
-def adamw_clip(grads, ratio=3.0, decay=0.999, floor=0.01, warmup_steps=10):
-    """AdamWClip: elements within 3 of their root mean square, which counts for 0.01 at least."""
+def adamw_clip(grads, ratio=3.0, decay=0.999, floor=1e-10, warmup_steps=0):
+    """AdamWClip: elements within 3 of their root mean square, or the floor if that is larger; free
+    where v = 0.
+    """
     out, v = [], np.zeros_like(grads[0])
     for t, g in enumerate(grads):
         if t >= warmup_steps:
-            bound = ratio * np.maximum(np.sqrt(v / (1 - decay**t)), floor)
+            rms = np.sqrt(v / (1 - decay ** max(t, 1)))
+            bound = np.where(v > 0, np.maximum(ratio * rms, floor), np.inf)
             g = np.clip(g, -bound, bound)
         v = decay * v + (1 - decay) * g**2
         out.append(g)
@@ -176,7 +197,9 @@ def adamw_clip(grads, ratio=3.0, decay=0.999, floor=0.01, warmup_steps=10):
 
 
 def clip_by_running_max(grads, decay=0.999):
-    """Stable-SPAM's AdaClip: elements over the mean of the largest are scaled so that the largest becomes it."""
+    """Stable-SPAM's AdaClip: elements over the mean of the largest are scaled so that the largest
+    becomes it.
+    """
     out, mean = [], 0.0
     for t, g in enumerate(grads, start=1):
         largest = np.max(np.abs(g))

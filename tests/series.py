@@ -46,11 +46,15 @@ POISONS = {
 def factors(poison: Poison, steps: int) -> np.ndarray:
     step = np.arange(steps)
     out = np.where(step > poison.last, poison.lasting, 1.0)
-    return np.where((step >= poison.first) & (step <= poison.last), poison.factor, out).astype(np.float32)
+    return np.where((step >= poison.first) & (step <= poison.last), poison.factor, out).astype(
+        np.float32
+    )
 
 
 def gradients(steps: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """A run of gradients of two leaves: directions that share a mean, log-normal lengths, the second leaf ten times."""
+    """A run of gradients of two leaves: directions that share a mean, log-normal lengths, the
+    second leaf ten times.
+    """
     rng = np.random.default_rng(seed)
     shapes = {"a": (3,), "b": (2, 2)}
     run = {}
@@ -58,7 +62,9 @@ def gradients(steps: int, seed: int = 0) -> dict[str, np.ndarray]:
         x = rng.normal(size=(steps, *shape)) + 0.5
         lengths = np.exp(0.3 * rng.normal(size=steps)) * 10.0**i
         flat = x.reshape(steps, -1)
-        run[name] = (flat / np.linalg.norm(flat, axis=1, keepdims=True) * lengths[:, None]).reshape(x.shape)
+        run[name] = (flat / np.linalg.norm(flat, axis=1, keepdims=True) * lengths[:, None]).reshape(
+            x.shape
+        )
     return {name: x.astype(np.float32) for name, x in run.items()}
 
 
@@ -70,7 +76,9 @@ def bounds_of(tx, run, factor) -> tuple[jax.Array, jax.Array]:
         grads, factor = now
         _, state = tx.update(jax.tree.map(lambda g: g * factor, grads), state, params)
         found = oc.metrics(state, prefix="")
-        return state, jnp.stack([value for name, value in found.items() if name.split("/")[0] == "bound"])
+        return state, jnp.stack(
+            [value for name, value in found.items() if name.split("/")[0] == "bound"]
+        )
 
     state, bounds = jax.lax.scan(step, tx.init(params), (run, factor))
     return bounds, jnp.array([~jnp.any(jnp.isnan(x)) for x in jax.tree.leaves(state)]).all()
@@ -79,7 +87,8 @@ def bounds_of(tx, run, factor) -> tuple[jax.Array, jax.Array]:
 def steps_to_recover(
     tx: optax.GradientTransformation, steps: int, relative: bool = False
 ) -> dict[str, tuple[float, bool]]:
-    """For each poison: after how many steps all bounds stay near the clean run's, and whether no NaN is in the state.
+    """For each poison: after how many steps all bounds stay near the clean run's, and whether no
+    NaN is in the state.
 
     Near is within a factor of 3. All runs are one compiled program.
 
@@ -89,7 +98,9 @@ def steps_to_recover(
       relative: whether the bound does not depend on the scale of gradients.
     """
     run = jax.tree.map(jnp.asarray, gradients(steps))
-    series = jnp.stack([jnp.ones(steps), *(jnp.asarray(factors(p, steps)) for p in POISONS.values())])
+    series = jnp.stack(
+        [jnp.ones(steps), *(jnp.asarray(factors(p, steps)) for p in POISONS.values())]
+    )
     bounds, sound = jax.jit(jax.vmap(lambda factor: bounds_of(tx, run, factor)))(series)
     out = {}
     for i, (name, poison) in enumerate(POISONS.items(), start=1):
@@ -99,7 +110,8 @@ def steps_to_recover(
 
 
 def near(bounds: np.ndarray, clean: np.ndarray, poison: Poison) -> float:
-    """After how many steps from the end of the poison on all bounds stay within a factor of 3 of those of a clean run.
+    """After how many steps from the end of the poison on all bounds stay within a factor of 3 of
+    those of a clean run.
 
     Args:
       bounds, clean: (steps, blocks).

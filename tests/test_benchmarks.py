@@ -7,7 +7,9 @@ from tests.benchmarks import choosing, robustness, speed, tuning, watching
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["digits_cnn", "cartpole"])  # the others train in the tests of examples and of tuning
+@pytest.mark.parametrize(
+    "task", ["digits_cnn", "cartpole"]
+)  # the others train in the tests of examples and of tuning
 def test_every_task_trains_and_is_reported(task, tmp_path, capsys):
     document = tmp_path / "choosing.md"
     document.write_text("before\n<!-- results -->\nyesterday\n<!-- end results -->\nafter\n")
@@ -34,7 +36,9 @@ def test_speed_is_measured_and_put_into_the_document(name, tmp_path):
 
 
 def test_a_poisoned_peer_is_seen():
-    """The measure itself: a running mean that a NaN gets into never comes back, one that it does not never leaves."""
+    """The measure itself: a running mean that a NaN gets into never comes back, one that it does
+    not never leaves.
+    """
     bounds = robustness.np.ones((50, 1))
     poison = robustness.POISONS["NaN first"]
     assert robustness.near(bounds, bounds, poison) == 0
@@ -50,7 +54,9 @@ def test_the_tuned_threshold_is_judged_on_other_seeds(tmp_path, capsys):
     document, picture = tmp_path / "tuning.md", tmp_path / "tuning.png"
     document.write_text("before\n<!-- results -->\nyesterday\n<!-- end results -->\nafter\n")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        tuning.main(["--small", "--tasks", "char_rnn", "--into", str(document), "--picture", str(picture)])
+        tuning.main(
+            ["--small", "--tasks", "char_rnn", "--into", str(document), "--picture", str(picture)]
+        )
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
     rows = [line for line in text.splitlines() if line.startswith("| character RNN |")]
@@ -64,5 +70,6 @@ def test_the_cost_of_a_watch_is_reported(capsys):
         watching.main(["--small", "--models", "cnn"])
     lines = capsys.readouterr().out.splitlines()
     assert (
-        len(lines) == 2 + len(watching.CHAINS) + len(watching.EVERY) and len({line.count("|") for line in lines}) == 1
+        len(lines) == 2 + len(watching.CHAINS) + len(watching.EVERY)
+        and len({line.count("|") for line in lines}) == 1
     )

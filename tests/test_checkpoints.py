@@ -1,4 +1,6 @@
-"""A run that stops and goes on is the run that did not stop, through every way to keep a state on disk."""
+"""A run that stops and goes on is the run that did not stop, through every way to keep a state on
+disk.
+"""
 
 import pickle
 
@@ -13,12 +15,26 @@ import pytest
 from flax import nnx
 
 import optaxclip
-from optaxclip.thresholds.combine import LagState
+from optaxclip.clips.acclip import ACClipState
+from optaxclip.clips.momentum_norm import MomentumNormState
+from optaxclip.clips.second_moment import SecondMomentState
+from optaxclip.clips.u_clip import CarryState
+from optaxclip.thresholds.combine import LagState, UntilState
 from optaxclip.thresholds.fixed import ScheduleState
+from optaxclip.thresholds.learned import BlockState, LearnedState
+from optaxclip.thresholds.quantile import MedianState, SortedRing
+from optaxclip.wrappers.reset_moments import ResetState
+from optaxclip.wrappers.skip import SkipState
+from optaxclip.wrappers.stable_adamw import StableRmsState
 
-PARAMS = {"enc": {"kernel": jnp.ones((3, 2), jnp.bfloat16)}, "head": [jnp.ones(2), jnp.full(1, 2.0)]}
+PARAMS = {
+    "enc": {"kernel": jnp.ones((3, 2), jnp.bfloat16)},
+    "head": [jnp.ones(2), jnp.full(1, 2.0)],
+}
 GRADS = jax.tree.map(lambda p: p * jnp.asarray(3, p.dtype), PARAMS)
-HISTORY = optaxclip.until(2, 5.0, optaxclip.lag(optax.chain(optax.ema(0.5), optax.scale(0.9))))
+HISTORY = optaxclip.thresholds.until(
+    2, 5.0, optaxclip.thresholds.lag(optax.chain(optax.ema(0.5), optax.scale(0.9)))
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +45,7 @@ def promotion():
 
 
 def optimizer():
-    return optax.chain(optaxclip.clip_by(HISTORY, scope=optaxclip.leaf), optax.adamw(0.1))
+    return optax.chain(optaxclip.clip_by(HISTORY, scope=optaxclip.scopes.leaf), optax.adamw(0.1))
 
 
 def steps(params, state, factors):
@@ -49,18 +65,24 @@ def by_pickle(state, path):
 
 
 def by_flax(state, path):
-    return flax.serialization.from_bytes(optimizer().init(PARAMS), flax.serialization.to_bytes(state))
+    return flax.serialization.from_bytes(
+        optimizer().init(PARAMS), flax.serialization.to_bytes(state)
+    )
 
 
 def by_flax_dict(state, path):
-    return flax.serialization.from_state_dict(optimizer().init(PARAMS), flax.serialization.to_state_dict(state))
+    return flax.serialization.from_state_dict(
+        optimizer().init(PARAMS), flax.serialization.to_state_dict(state)
+    )
 
 
 def by_orbax(state, path):
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(path / "state", state)
         checkpointer.wait_until_finished()
-        return checkpointer.restore(path / "state", jax.eval_shape(lambda: optimizer().init(PARAMS)))
+        return checkpointer.restore(
+            path / "state", jax.eval_shape(lambda: optimizer().init(PARAMS))
+        )
 
 
 @pytest.mark.filterwarnings("ignore")  # what Orbax warns of is not ours
@@ -71,8 +93,13 @@ def test_a_run_goes_on_where_it_stopped(keep, tmp_path):
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     chex.assert_trees_all_equal_shapes_and_dtypes(restored, state)
     chex.assert_trees_all_equal(restored, state)
-    assert type(restored[0]) is optaxclip.ClipState and type(restored[0].metrics) is optaxclip.Metrics
-    chex.assert_trees_all_equal(steps(params, restored, [4.0, 1.0]), steps(params, state, [4.0, 1.0]))
+    assert (
+        type(restored[0]) is optaxclip.base.ClipState
+        and type(restored[0].metrics) is optaxclip.base.Metrics
+    )
+    chex.assert_trees_all_equal(
+        steps(params, restored, [4.0, 1.0]), steps(params, state, [4.0, 1.0])
+    )
     assert optaxclip.metrics(restored).keys() == optaxclip.metrics(state).keys()
 
 
@@ -109,24 +136,46 @@ def test_a_clip_can_be_added_to_a_run_that_had_none(tmp_path):
         restored = checkpointer.restore(tmp_path / "old", jax.eval_shape(lambda: old.init(PARAMS)))
     fresh = optimizer().init(PARAMS)
     _, after = steps(PARAMS, (fresh[0], *restored), [1.0])
-    assert int(optax.tree.get(after[1], "count")) == 2 and int(optaxclip.metrics(after)["clip/steps"]) == 1
+    assert (
+        int(optax.tree.get(after[1], "count")) == 2
+        and int(optaxclip.metrics(after)["clip/steps"]) == 1
+    )
 
 
 def test_the_record_is_arrays_and_dicts_only():
-    """No node type that a serializer would have to know, and nothing that is not an array of fixed shape."""
+    """No node type that a serializer would have to know, and nothing that is not an array of fixed
+    shape.
+    """
     state = optimizer().init(PARAMS)[0]
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
-    assert state.metrics.blocks == {"enc/kernel": None, "head/0": None, "head/1": None}
+    blocks = {
+        "0": {"enc": {"kernel": None}},
+        "1": {"head": {"0": None}},
+        "2": {"head": {"1": None}},
+    }
+    assert state.metrics.blocks == blocks
     shapes = {jnp.shape(x) for x in jax.tree.leaves(state)}
     assert shapes == {(), (3,)}
 
 
 FIELDS = {
-    optaxclip.ClipState: "threshold metrics",
-    optaxclip.Metrics: "grad_norm clip_bound clip_factor clipped_share clipped_steps nonfinite_steps total_steps"
-    " blocks",
+    optaxclip.base.ClipState: "threshold metrics",
+    optaxclip.base.Metrics: "grad_norm clip_bound clip_factor clipped_share clipped_steps"
+    " nonfinite_steps total_steps blocks",
     LagState: "inner clip_bound",
-    ScheduleState: "clip_step inner",
+    UntilState: "clip_step inner",
+    ScheduleState: "clip_step",
+    LearnedState: "blocks warmup",
+    BlockState: "value seen over",
+    SortedRing: "ring ordered",
+    MedianState: "window clip_bound",
+    CarryState: "carry clip",
+    MomentumNormState: "clip_step momentum clip",
+    SecondMomentState: "clip_step rms clip",
+    ACClipState: "momentum size",
+    StableRmsState: "inner clip",
+    ResetState: "reset_step inner",
+    SkipState: "skipped_steps consecutive_skips last_reason spike loss inner",
 }
 
 
@@ -138,7 +187,7 @@ def test_the_names_of_the_fields_are_frozen(state):
 
 def test_the_names_by_which_optax_users_look_up_adam_are_not_taken():
     """(A threshold made of `optax.ema` does bring a second `count`: that is Optax's own.)"""
-    threshold = optaxclip.until(2, 5.0, optaxclip.lag(optax.scale(2.0)))
+    threshold = optaxclip.thresholds.until(2, 5.0, optaxclip.thresholds.lag(optax.scale(2.0)))
     state = optax.chain(optaxclip.clip_by(threshold), optax.adamw(0.1)).init(PARAMS)
     assert optax.tree.get(state, "count") == 0 and optax.tree.get(state, "clip_step") == 0
     chex.assert_trees_all_equal(optax.tree.get(state, "mu"), state[1][0].mu)

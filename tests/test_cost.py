@@ -1,4 +1,6 @@
-"""What a clip costs, by XLA's own accounts: a broken fusion, a copy or a second read fails here. Nothing is timed."""
+"""What a clip costs on a CPU, by XLA's programs: a broken fusion, a copy or a second read fails
+here. Nothing is timed.
+"""
 
 import functools
 
@@ -10,17 +12,24 @@ import optax
 import pytest
 
 import optaxclip
-from optaxclip import leaves, measure, record
+from optaxclip.xla.scaling import _bfloat16
 from tests import conftest as strict
 from tests.benchmarks.speed import OPTIMIZERS, account, train_step
 from tests.cases import CASES
 
-TREE = {"embed": (4000, 512), "kernel": (512, 1024), "conv": (3, 3, 128, 256), "bias": (1024,), "scale": (512,)}
+TREE = {
+    "embed": (4000, 512),
+    "kernel": (512, 1024),
+    "conv": (3, 3, 128, 256),
+    "bias": (1024,),
+    "scale": (512,),
+}
 CLIPS = {
     "global": lambda: optaxclip.clip_by_global_norm(1.0),
     "leaf": lambda: optaxclip.clip_by_leaf_norm(1.0),
     "groups": lambda: optaxclip.clip_by_group_norm(1.0),
     "block rms": lambda: optaxclip.clip_by_block_rms(1.0),
+    "units": lambda: optaxclip.clip_by(1.0, scope=optaxclip.scopes.units()),
     "smooth": lambda: optaxclip.smooth_clip(1.0),
     "zero": lambda: optaxclip.clip_by_global_norm(1.0, nonfinite="zero"),
     "zclip": lambda: optaxclip.zclip(),
@@ -28,33 +37,34 @@ CLIPS = {
     "quantile": lambda: optaxclip.quantile_clip(),
     "growth": lambda: optaxclip.limit_norm_growth(),
     "adagc, a leaf": lambda: optaxclip.adagc(),
-    "zclip, a leaf": lambda: optaxclip.zclip(scope=optaxclip.leaf),
+    "zclip, a leaf": lambda: optaxclip.zclip(scope=optaxclip.scopes.leaf),
 }
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @pytest.fixture(autouse=True)
-def _as_users(monkeypatch):
-    """Optimizers promote dtypes; and most users of a CPU have one device, not the eight of these tests."""
-    for module in (leaves, measure, record):
-        monkeypatch.setattr(module, "alone", lambda: True)
+def _as_users():
+    """Optimizers promote dtypes."""
     strict.set_promotion("standard", "allow")
     yield
     strict.set_promotion("strict", "raise")
 
 
-def cost(tx, dtype):
-    return account(train_step(tx, TREE, dtype, strict.AS_USERS), TREE, dtype)
+def compile_chain(clip, optimizer, dtype):
+    return train_step(optax.chain(clip, OPTIMIZERS[optimizer]()), TREE, dtype, strict.AS_USERS)
 
 
 @functools.cache
 def bare(optimizer, dtype):
     """What an optimizer costs without a clip."""
-    return cost(optax.chain(optax.identity(), OPTIMIZERS[optimizer]()), dtype)
+    return account(compile_chain(optax.identity(), optimizer, dtype), TREE, dtype)
 
 
 def beside(clip, optimizer, dtype):
-    """Bytes a parameter, and temporaries relative to the gradients, that a clip adds to an optimizer."""
-    own = cost(optax.chain(clip, OPTIMIZERS[optimizer]()), dtype)
+    """Bytes a parameter, and temporaries relative to the gradients, that a clip adds to an
+    optimizer.
+    """
+    own = account(compile_chain(clip, optimizer, dtype), TREE, dtype)
     return tuple(a - b for a, b in zip(own, bare(optimizer, dtype), strict=True))
 
 
@@ -70,32 +80,50 @@ def test_with_every_optimizer(name):
     assert 3.9 < read <= 4.1 and copies < 0.05
 
 
-@pytest.mark.parametrize("name", ["adamw", "Nesterov"])
-def test_bfloat16_gradients_are_read_once_and_not_copied(name):
-    read, copies = beside(optaxclip.clip_by_global_norm(1.0), name, jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("name", "clip"), [("adamw", "global"), ("Nesterov", "global"), ("adamw", "units")]
+)
+def test_bfloat16_gradients_are_read_once_and_not_copied(name, clip):
+    read, copies = beside(CLIPS[clip](), name, jnp.bfloat16)
     assert 1.9 < read <= 2.1 and copies < 0.05
 
 
-def test_by_unit_the_parameters_are_read_too():
-    read, copies = beside(optaxclip.adaptive_grad_clip(0.01), "adamw", jnp.float32)
-    assert 7.9 < read <= 8.7 and copies < 0.05
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_by_unit_the_parameters_are_read_too(dtype):
+    read, copies = beside(optaxclip.adaptive_grad_clip(0.01), "adamw", DTYPES[dtype])
+    both = 4 + jnp.dtype(dtype).itemsize
+    assert both - 0.1 < read <= both + 0.2 and copies < 0.05
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_limits_of_elements_cost_nothing(dtype):
+    read, copies = beside(optaxclip.clip(1.0), "adamw", DTYPES[dtype])
+    assert abs(read) < 0.1 and copies < 0.05
 
 
 def test_the_account_sees_what_it_is_to_see():
-    """Optax's clip divides, which XLA does not repeat in each loop that reads the result."""
+    """Optax's clip divides, which XLA does not repeat in each loop that reads the result. Neither
+    has a branch.
+    """
     read, copies = beside(optax.clip_by_global_norm(1.0), "adamw", jnp.float32)
     assert read > 15 and copies > 0.9
+    for clip in (optax.identity(), optax.clip_by_global_norm(1.0)):
+        compiled = compile_chain(clip, "adamw", jnp.float32)
+        all_bytes = compiled.cost_analysis()["bytes accessed"] / sum(map(np.prod, TREE.values()))
+        assert account(compiled, TREE)[0] == pytest.approx(all_bytes, rel=1e-3)
+
+
+PLATFORMS = ["cuda", "tpu"]
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_several_devices(monkeypatch):
-    """What is joined, or branches, where there is one device, changes nothing but the order of sums."""
-    everything = {case.name: case.make(0.7) for case in CASES} | {
-        "adagc": optaxclip.adagc(),
-        "zclip": optaxclip.zclip(),
-    }
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_forms_for_other_platforms_give_the_same_numbers(platform, monkeypatch):
+    """They are run here, on a CPU: nothing but the order of sums may differ."""
+    everything = {case.name: case.make(0.7) for case in CASES}
+    everything |= {"adagc": optaxclip.adagc(), "zclip": optaxclip.zclip()}
     rng = np.random.default_rng(0)
-    shapes = {"a": {"kernel": (4, 3), "bias": (3,)}, "b": (5,), "c": (2, 2, 3, 2)}
+    shapes = {"a": {"kernel": (4, 3), "bias": (3,)}, "b": (5,), "c": (2, 2, 3, 2), "d": (4, 3)}
     arrays = {"is_leaf": lambda x: isinstance(x, tuple)}
     small = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, **arrays)
     large = jax.tree.map(lambda g: 1e25 * g, small)
@@ -111,30 +139,47 @@ def test_the_numbers_are_those_of_several_devices(monkeypatch):
         """Of each clip alone, so that none hides behind another."""
 
         def through(tx, grads):
-            return sum(jnp.sum(jnp.sin(u)) for u in jax.tree.leaves(tx.update(grads, tx.init(grads), small)[0]))
+            return sum(
+                jnp.sum(jnp.sin(u))
+                for u in jax.tree.leaves(tx.update(grads, tx.init(grads), small)[0])
+            )
 
         some = [
-            case for case in CASES if case.block == "unit" or case.name in ("clip_by_global_norm", "clip_by_leaf_norm")
+            case
+            for case in CASES
+            if case.block == "unit" or case.name in ("clip_by_global_norm", "clip_by_leaf_norm")
         ]
-        return {case.name: jax.grad(functools.partial(through, case.make(0.7)))(small) for case in some}
+        return {
+            case.name: jax.grad(functools.partial(through, case.make(0.7)))(small) for case in some
+        }
 
     def both(small, large):
         return steps(small, large), slopes(small)
 
-    joined = jax.jit(both)(small, large)
-    for module in (leaves, measure, record):
-        monkeypatch.setattr(module, "alone", lambda: False)
-    apart = jax.jit(lambda *grads: both(*grads))(small, large)
-    chex.assert_trees_all_close(joined[0], apart[0], rtol=2e-5, atol=1e-30)
-    chex.assert_trees_all_close(joined[1], apart[1], rtol=2e-5, atol=1e-6)
+    here = jax.jit(both)(small, large)
+    chosen = []
+
+    def form_of(*operands, default, **forms):
+        chosen.append(forms.get(platform, default))
+        return chosen[-1](*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", form_of)
+    jax.clear_caches()  # of traces with the forms of a CPU
+    there = jax.jit(lambda *grads: both(*grads))(small, large)
+    jax.clear_caches()
+    assert chosen
+    chex.assert_trees_all_close(here[0], there[0], rtol=2e-5, atol=1e-30)
+    chex.assert_trees_all_close(here[1], there[1], rtol=2e-5, atol=1e-6)
 
 
 def test_rounding_to_bfloat16_is_that_of_a_conversion():
-    from optaxclip.apply import _bfloat16
-
-    bits = jnp.concatenate([jnp.arange(0, 2**32 - 1, 65_521, jnp.uint32), jnp.arange(2**15, dtype=jnp.uint32)])
+    bits = jnp.concatenate(
+        [jnp.arange(0, 2**32 - 1, 65_521, jnp.uint32), jnp.arange(2**15, dtype=jnp.uint32)]
+    )
     near_ties = jnp.concatenate([bits, bits & jnp.uint32(0xFFFF0000) | jnp.uint32(0x8000)])
     x = jax.lax.bitcast_convert_type(near_ties, jnp.float32)
     by_hand = jax.jit(_bfloat16, compiler_options=strict.AS_USERS)(x)
-    got, want = (jax.lax.bitcast_convert_type(y, jnp.uint16) for y in (by_hand, x.astype(jnp.bfloat16)))
+    got, want = (
+        jax.lax.bitcast_convert_type(y, jnp.uint16) for y in (by_hand, x.astype(jnp.bfloat16))
+    )
     assert jnp.all((got == want) | jnp.isnan(x)) and jnp.all(jnp.isnan(by_hand) == jnp.isnan(x))

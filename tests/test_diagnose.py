@@ -1,4 +1,4 @@
-"""The signs in a recorded window: each planted one is found, by its numbers; healthy runs have none."""
+"""The signs in a recorded run: each planted one is found; healthy runs have none."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optaxclip as oc
+from optaxclip.monitoring.history import read_run
 
 RNG = np.random.default_rng(0)
 N = 200
@@ -71,10 +72,12 @@ def test_the_planted_sign_is_found(case):
     found = oc.diagnose(history, **more)
     assert case.split()[0] in [sign.name for sign in found]
     if "NaN" not in case:
-        assert {sign.name for sign in found} <= {case.split()[0], *ALONG.get(case, ())}, [str(sign) for sign in found]
+        assert {sign.name for sign in found} <= {case.split()[0], *ALONG.get(case, ())}, [
+            str(sign) for sign in found
+        ]
     for sign in found:
         assert sign.evidence and all(np.isfinite(x) for x in sign.evidence.values())
-        assert sign.name in str(sign) and sign.mend in str(sign)
+        assert sign.name in str(sign) and sign.fix in str(sign)
 
 
 HEALTHY = {
@@ -111,19 +114,47 @@ def test_depth_counts_as_people_do_and_gives_the_numbers():
 def test_forms_of_a_history():
     history = oc.History(window=150)
     for i in range(N):
-        history.append({"watch/grad_norm": jnp.float32(1.1**i), "clip/grad_norm": 1.0}, loss=FALLING[i], param_norm=1.0)
+        history.append(
+            {"watch/grad_norm": jnp.float32(1.1**i), "clip/grad_norm": 1.0},
+            loss=FALLING[i],
+            param_norm=1.0,
+        )
     assert len(history) == 150 and history.rows()[0]["loss"] == FALLING[50]
     assert names(history) == ["norms-exploding"] == names(history.rows()) == names(history.arrays())
     late = [{"grad_norm": 1.0}, {"grad_norm": 1.0, "loss": 2.0}]
-    assert np.isnan(oc.diagnose.__globals__["as_window"](late).losses[0])
+    assert np.isnan(read_run(late).losses[0])
     with pytest.raises(ValueError, match="no key 'grad_norm'"):
         oc.diagnose({"loss": FALLING})
+
+
+def test_a_history_takes_scalars_only():
+    history, state = oc.History(), oc.clip_by_leaf_norm(1.0).init({"w": jnp.ones(2)})
+    with pytest.raises(
+        ValueError, match=r"history\.append\(optaxclip\.metrics\(opt_state\).* Got ClipState"
+    ):
+        history.append(state)
+    with pytest.raises(
+        ValueError, match=r"one number under each key; not so \{'clip/grad_norm': \(2,\)\}"
+    ):
+        history.append({"clip/grad_norm": jnp.ones(2)})
+    for window in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="History: window must be"):
+            oc.History(window)
+    assert len(history) == 0
+
+
+def test_a_clip_that_does_not_measure_is_not_judged():
+    run = norms(NOISE) | {"clip/bound": np.ones(N), "clip/steps": np.arange(N)}
+    assert names(run) == [] and read_run(run).clips == {}
 
 
 def trained(rate, depth=3, unit=jnp.tanh, steps=150, bound=1.0):
     """Trains a chain of layers; what was seen at each step."""
     rng = np.random.default_rng(0)
-    params = {f"dense_{i}": jnp.asarray(rng.normal(size=(8, 8)) / 8**0.5, jnp.float32) for i in range(depth)}
+    params = {
+        f"dense_{i}": jnp.asarray(rng.normal(size=(8, 8)) / 8**0.5, jnp.float32)
+        for i in range(depth)
+    }
     x, y = (jnp.asarray(rng.normal(size=(32, 8)), jnp.float32) for _ in range(2))
     tx = optax.chain(oc.watch(), oc.clip_by_global_norm(bound), optax.sgd(rate))
 

@@ -1,4 +1,4 @@
-"""What is said about a state: the planted culprit, by name, for clips, watches and wrappers that skip."""
+"""What `explain` says of clips, watches and skip wrappers: the planted culprit, by name."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,12 @@ import optax
 import pytest
 
 import optaxclip as oc
+from optaxclip import actions
 
-PARAMS = {"decoder": {"layers": [{"attn": {"kernel": jnp.full((2, 2), 0.5)}} for _ in range(4)]}, "embed": jnp.ones(2)}
+PARAMS = {
+    "decoder": {"layers": [{"attn": {"kernel": jnp.full((2, 2), 0.5)}} for _ in range(4)]},
+    "embed": jnp.ones(2),
+}
 
 
 def grads_of(factor, culprit=1.0):
@@ -17,8 +21,8 @@ def grads_of(factor, culprit=1.0):
     return grads
 
 
-def said(tx, *steps, params=None):
-    """What is said after steps, each a factor or a factor and one more for the culprit."""
+def explained(tx, *steps, params=None):
+    """What `explain` says after steps, each a factor or a factor and one more for the culprit."""
     state = tx.init(PARAMS)
     update = jax.jit(tx.update)
     for step in steps:
@@ -31,74 +35,118 @@ CLIP = oc.clip_by_global_norm(1.0)
 
 
 def test_the_sentence_of_the_readme():
-    text = said(optax.chain(oc.watch(), CLIP), *USUAL, (1.0, 30.0)).splitlines()
-    first = "step 16: norm 30.1 = 13 x the median; 99 % of it in decoder/layers/3/attn/kernel; clipped to 1.0 (16 of 16"
-    assert (
-        text[0].startswith(first[:19])
-        and text[0].split("x the median")[1] == first.split("x the median")[1] + " steps)"
-    )
+    text = explained(optax.chain(oc.watch(), CLIP), *USUAL, (1.0, 30.0)).splitlines()
+    head, tail = text[0].split(" x the median; ")
+    assert head.startswith("step 16: norm 30.1 = 1")
+    assert tail == "99 % of it in decoder/layers/3/attn/kernel; clipped to 1.0 (16 of 16 steps)"
     assert text[1].startswith("bad: step 16: norm 30.1 = ")
-    assert text[2].startswith("norms lately: 5 % below ")
+    assert (
+        text[2].startswith("recent norms: 50 % below ") and "5 % below 0" not in text[2]
+    )  # the others wait
+    later = explained(optax.chain(oc.watch(), CLIP), *USUAL, *USUAL).splitlines()
+    assert later[1].startswith("recent norms: 5 % below 2.") and "95 % below 2." in later[1]
     assert text[3].startswith("would have clipped of 16 steps: 100 % at 0.1, 100 % at 0.5")
 
 
 def test_a_clip_alone_says_what_it_knows():
-    assert said(CLIP) == "no step yet"
-    assert said(CLIP, 1.0) == "step 1: norm 2.45; clipped to 1.0 (1 of 1 steps)"
-    assert said(CLIP, 1.0, 0.1) == "step 2: norm 0.245; not clipped: within 1.0 (1 of 2 steps)"
-    assert said(oc.zclip(), 1.0) == "step 1: norm 2.45; not clipped: no bound (0 of 1 steps)"
-    assert said(CLIP, jnp.nan) == "step 1: the norm is not finite; all of it is NaN now (0 of 1 steps, 1 not finite)"
+    assert explained(CLIP) == "no step yet"
+    assert explained(CLIP, 1.0) == "step 1: norm 2.45; clipped to 1.0 (1 of 1 steps)"
+    assert explained(CLIP, 1.0, 0.1) == "step 2: norm 0.245; not clipped: within 1.0 (1 of 2 steps)"
+    assert explained(oc.zclip(), 1.0) == "step 1: norm 2.45; not clipped: no bound (0 of 1 steps)"
+    assert (
+        explained(CLIP, jnp.nan)
+        == "step 1: the norm is not finite; NaN now (0 of 1 steps, 1 not finite)"
+    )
     zero = oc.clip_by_global_norm(1.0, nonfinite="zero")
-    assert said(zero, jnp.inf).startswith("step 1: the norm is not finite; made zero")
-    assert "scaled to 1.0" in said(oc.clip_by(1.0, action=oc.normalize), 0.1)
-    assert "of units or elements clipped" in said(oc.clip(0.7), 1.0)
+    assert explained(zero, jnp.inf).startswith("step 1: the norm is not finite; set to zero")
+    assert "scaled to 1.0" in explained(oc.clip_by(1.0, action=actions.normalize), 0.1)
+    assert "of units or elements clipped" in explained(oc.clip(0.7, measure=True), 1.0)
+    assert (
+        explained(oc.clip(0.7), 1.0)
+        == "step 1: bound 0.7; what it clipped is not measured (see its argument measure=)"
+    )
+    both = explained(optax.chain(oc.watch(), oc.clip(0.7)), 1.0).splitlines()
+    assert both[0].startswith("step 1: norm 2.45; 33 %") and "not measured" in both[1]
 
 
 def test_a_clip_of_blocks_names_the_block():
-    text = said(oc.clip_by_leaf_norm(2.0), (1.0, 10.0))
-    what = "step 1: norm 10 in decoder/layers/3/attn/kernel, the longest of 5;"
-    assert text == what + " 1 of 5 blocks clipped, most decoder/layers/3/attn/kernel, to 2.0 (1 of 1 steps)"
-    assert "nothing clipped" in said(oc.clip_by_leaf_norm(20.0), 1.0)
-    assert "in 1 of 5 blocks, first in decoder/layers/3" in said(oc.clip_by_leaf_norm(2.0), (1.0, jnp.nan))
+    text = explained(oc.clip_by_leaf_norm(2.0), (1.0, 10.0))
+    what = "step 1: norm 10 in decoder/layers/3/attn/kernel, the largest of 5;"
+    assert (
+        text
+        == what + " 1 of 5 blocks clipped, most decoder/layers/3/attn/kernel, to 2.0 (1 of 1 steps)"
+    )
+    assert "nothing clipped" in explained(oc.clip_by_leaf_norm(20.0), 1.0)
+    assert "in 1 of 5 blocks, first in decoder/layers/3" in explained(
+        oc.clip_by_leaf_norm(2.0), (1.0, jnp.nan)
+    )
 
 
 def test_steps_that_are_not_finite():
     tx = optax.chain(oc.watch(), CLIP)
-    assert "not finite in 1 of 5 blocks, first in decoder/layers/3/attn/kernel; all of it is NaN" in said(
-        tx, (1.0, jnp.inf)
+    assert (
+        "not finite in 1 of 5 blocks, first in decoder/layers/3/attn/kernel; NaN now"
+        in explained(tx, (1.0, jnp.inf))
     )
-    assert "not finite in all of 5 blocks: the loss itself" in said(tx, jnp.nan)
+    assert "not finite in all 5 blocks: either the loss is not finite, or embed" in explained(
+        tx, jnp.nan
+    )
 
 
 def test_a_watch_alone_and_after():
-    assert said(oc.watch(), 1.0).startswith("step 1: norm 2.45; 33 % of it in embed")
-    assert said(oc.watch()).endswith("nothing seen yet")
-    assert "NaN" not in said(oc.watch(), 0.0)
-    text = said(optax.chain(CLIP, oc.watch()), 1.0)  # behind the clip it sees other norms: two lines
-    assert text.splitlines()[0].startswith("step 1: norm 2.45; clipped") and "step 1: norm 1.0; 33 %" in text
+    assert explained(oc.watch(), 1.0).startswith("step 1: norm 2.45; 33 % of it in embed")
+    assert explained(oc.watch()).endswith("nothing seen yet")
+    assert "NaN" not in explained(oc.watch(), 0.0)
+    text = explained(
+        optax.chain(CLIP, oc.watch()), 1.0
+    )  # behind the clip it sees other norms: two lines
+    assert (
+        text.splitlines()[0].startswith("step 1: norm 2.45; clipped")
+        and "step 1: norm 1.0; 33 %" in text
+    )
 
 
 def test_wrappers_that_skip():
     tx = optax.chain(oc.watch(), oc.skip_spikes(optax.sgd(0.1), 10.0))
-    assert "step taken (0 of 15 steps skipped)" in said(tx, *USUAL)
-    assert "kernel; step skipped, over 10 (1 of 16 steps skipped, 1 without a break)" in said(tx, *USUAL, (1.0, 30.0))
-    inside = said(oc.skip_spikes(optax.chain(oc.watch(), CLIP, optax.sgd(0.1)), 10.0), *USUAL, (1.0, 30.0)).splitlines()
-    assert inside[0].startswith("clip/0: step 16: norm 30.1; step skipped") and inside[1].startswith("clip/1: step 15:")
-    nan = said(oc.skip_nonfinite(optax.sgd(0.1)), 1.0, jnp.nan)
-    assert nan == "step 2: the norm is not finite; step skipped (1 of 2 steps skipped, 1 without a break)"
+    assert "step taken (0 of 15 steps skipped)" in explained(tx, *USUAL)
+    assert "kernel; step skipped, over 10 (1 of 16 steps skipped, 1 consecutive)" in explained(
+        tx, *USUAL, (1.0, 30.0)
+    )
+    inside = explained(
+        oc.skip_spikes(optax.chain(oc.watch(), CLIP, optax.sgd(0.1)), 10.0), *USUAL, (1.0, 30.0)
+    ).splitlines()
+    assert inside[0].startswith("step 16: norm 30.1; step skipped") and inside[1].startswith(
+        "step 15:"
+    )
+    nan = explained(oc.skip_nonfinite(optax.sgd(0.1)), 1.0, jnp.nan)
+    assert (
+        nan == "step 2: the norm is not finite; step skipped (1 of 2 steps skipped, 1 consecutive)"
+    )
     tx = oc.skip_spikes(optax.sgd(0.1), jnp.inf, loss_threshold=1.0)
     _, state = tx.update(PARAMS, tx.init(PARAMS), loss=2.0)
     assert "skipped for its loss" in oc.explain(state)
+    _, state = tx.update(PARAMS, tx.init(PARAMS), loss=jnp.nan)
+    assert "skipped: the loss is not finite" in oc.explain(state)
+    twice = explained(
+        oc.skip_nonfinite(oc.skip_spikes(optax.chain(CLIP, CLIP), 10.0)), 1.0
+    ).splitlines()
+    assert [line.split(":")[0] for line in twice] == ["skip/0", "skip/1", "clip/0", "clip/1"]
 
 
 def test_parameters():
-    assert said(CLIP, 1.0, params=PARAMS).splitlines()[1] == "parameters: norm 2.45"
+    assert explained(CLIP, 1.0, params=PARAMS).splitlines()[1] == "parameters: norm 2.45"
     lost = PARAMS | {"embed": jnp.array([1.0, jnp.nan])}
-    assert "not finite in 1 of 5 leaves, first in embed" in said(CLIP, 1.0, params=lost)
+    assert "not finite in 1 of 5 leaves, first in embed" in explained(CLIP, 1.0, params=lost)
 
 
 def test_nothing_and_too_much():
-    assert oc.explain(optax.adam(0.1).init(PARAMS)) == ""
+    searched = "no clip, watch or skip wrapper of optaxclip in (ScaleByAdamState, EmptyState)"
+    nothing = f"nothing to explain: {searched}"
+    assert oc.explain(optax.adam(0.1).init(PARAMS)) == nothing
+    assert oc.explain(optax.adam(0.1).init(PARAMS), PARAMS).splitlines() == [
+        nothing,
+        "parameters: norm 2.45",
+    ]
     many = jax.vmap(lambda _: CLIP.init(PARAMS))(jnp.arange(2))
     with pytest.raises(ValueError, match="several runs"):
         oc.explain(many)
@@ -106,11 +154,30 @@ def test_nothing_and_too_much():
         oc.bad_steps(jax.vmap(lambda _: oc.watch().init(PARAMS))(jnp.arange(2)))
 
 
+def test_parameters_that_are_one_bare_array():
+    one = jnp.ones(3)
+    tx = optax.chain(oc.watch(), oc.clip_by_leaf_norm(1.0))
+    _, state = tx.update(one, tx.init(one))
+    assert (
+        oc.explain(state, one)
+        == "step 1: norm 1.73; clipped to 1.0 (1 of 1 steps)\nparameters: norm 1.73"
+    )
+    _, state = tx.update(one * jnp.nan, state)
+    text = "step 2: not finite; NaN now (1 of 2 steps, 1 not finite)\nbad: step 2: not finite"
+    assert oc.explain(state) == text
+    assert oc.explain(state, one * jnp.nan).endswith(
+        "parameters: not finite: go back to a checkpoint"
+    )
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_culprit_is_the_planted_one(seed):
-    """Whichever block is blown up or made NaN among many of various size, it is the one that is named."""
+    """Whichever of many blocks is blown up or made NaN, it is the one that is named."""
     rng = np.random.default_rng(seed)
-    params = {f"block_{i}": jnp.asarray(rng.normal(size=3) * np.exp(rng.normal()), jnp.float32) for i in range(30)}
+    params = {
+        f"block_{i}": jnp.asarray(rng.normal(size=3) * np.exp(rng.normal()), jnp.float32)
+        for i in range(30)
+    }
     tx = optax.chain(oc.watch(), CLIP)
     update, state = jax.jit(tx.update), tx.init(params)
     for step in range(20):

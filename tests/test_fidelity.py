@@ -1,4 +1,4 @@
-"""Each algorithm follows its paper, retold in NumPy, over 300 steps of warm-up, drift and spikes."""
+"""Each algorithm follows its paper, retold in NumPy, for 300 steps of warm-up, drift, spikes."""
 
 import json
 import pathlib
@@ -17,7 +17,7 @@ SHAPE = (3, 2)
 
 
 def series(seed=0):
-    """Gradients of one leaf: log-normal norms that drift by a factor of 4, with spikes and lulls."""
+    """Gradients of one leaf: log-normal norms that drift by a factor of 4, spikes and lulls."""
     rng = np.random.default_rng(seed)
     grads = rng.normal(size=(STEPS, *SHAPE)) + 0.3
     scale = np.exp(0.3 * rng.normal(size=STEPS)) * 4.0 ** (np.arange(STEPS) / STEPS)
@@ -43,8 +43,8 @@ def lengths(grads):
 
 BY_NORM = {
     "autoclip": ({}, {"percentile": 35.0, "window": 50}),
-    "zclip": ({}, {"z_threshold": 1.5, "decay": 0.9, "warmup_steps": 10}),
-    "clip_by_log_zscore": ({}, {"z_threshold": 1.2, "decay": 0.8}),
+    "zclip": ({}, {"z": 1.5, "decay": 0.9, "warmup_steps": 10}),
+    "clip_by_log_zscore": ({}, {"z": 1.2, "decay": 0.8}),
     "adagc": ({}, {"ratio": 1.2, "decay": 0.9, "warmup_steps": 20, "max_norm": 3.0}),
     "quantile_clip": ({}, {"quantile": 0.9, "learning_rate": 0.05, "init": 2.0}),
     "clip_by_median": ({}, {"scale": 1.5, "window": 30, "every": 60}),
@@ -67,8 +67,11 @@ def test_norms_follow_the_paper(name, own, seed):
 
 
 PARTS = {
-    "autoclip_after": (lambda: oc.autoclip(95.0, 100, order="after", max_norm=30.0), {"max_norm": 30.0}),
-    "running": (lambda: oc.clip_by(oc.running(2.0)), {}),
+    "autoclip_after": (
+        lambda: oc.autoclip(95.0, 100, update_first=False, max_norm=30.0),
+        {"max_norm": 30.0},
+    ),
+    "running": (lambda: oc.clip_by(oc.thresholds.running(2.0)), {}),
 }
 
 
@@ -81,7 +84,7 @@ def test_variants_follow_their_rule(name):
 
 
 BY_ELEMENT = {
-    "spam_clip": ({}, {"threshold": 5.0, "decay": 0.9, "grace_steps": 5, "every": 70}),
+    "spam_clip": ({}, {"threshold": 5.0, "decay": 0.9, "warmup_steps": 5, "every": 70}),
     "adamw_clip": ({}, {"ratio": 1.2, "decay": 0.9, "floor": 2.0, "warmup_steps": 3}),
     "clip_by_running_max": ({}, {"decay": 0.9}),
     "scale_by_acclip": ({}, {"b1": 0.5, "b2": 0.9, "alpha": 1.7}),
@@ -122,7 +125,9 @@ def test_stable_adamw_and_stable_spam_are_their_parts():
     norms = reference.normalize_by_moments(lengths(calm))
     unit = calm / lengths(calm)[:, None, None] * np.asarray(norms)[:, None, None]
     got = followed(oc.stable_spam(1.0, warmup_steps=0), grads, params)
-    np.testing.assert_allclose(got, -followed(optax.scale_by_adam(), np.float32(unit), params), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        got, -followed(optax.scale_by_adam(), np.float32(unit), params), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_clippy_and_larc_follow_the_paper():
@@ -133,15 +138,25 @@ def test_clippy_and_larc_follow_the_paper():
     for arguments in ({}, {"trust_coefficient": 0.1, "weight_decay": 0.3}):
         want = reference.larc(np.float64(grads), np.float64(params), 0.05, **arguments)
         for rate in (0.05, lambda step: 0.05):
-            np.testing.assert_allclose(followed(oc.larc(rate, **arguments), grads, params), want, rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(
+                followed(oc.larc(rate, **arguments), grads, params), want, rtol=1e-4, atol=1e-7
+            )
     still = oc.larc(0.05, weight_decay=0.1)
-    np.testing.assert_allclose(followed(still, grads[:1], jnp.zeros(SHAPE))[0], grads[0])  # as in apex
+    np.testing.assert_allclose(
+        followed(still, grads[:1], jnp.zeros(SHAPE))[0], grads[0]
+    )  # as in apex
 
 
 SKIPS = {
-    "skip_spikes": oc.window_zscore,
-    "lingvo": lambda: oc.log_zscore(
-        4.0, 0.995, order="after", target="threshold", feed=oc.clipped, warmup_steps=60, relearn_after=None
+    "skip_spikes": oc.thresholds.window_zscore,
+    "lingvo": lambda: oc.thresholds.log_zscore(
+        4.0,
+        0.995,
+        update_first=False,
+        target="threshold",
+        feed=oc.feeds.clipped,
+        warmup_steps=60,
+        relearn_after=None,
     ),
 }
 
@@ -149,12 +164,12 @@ SKIPS = {
 @pytest.mark.parametrize("name", SKIPS)
 def test_the_same_steps_are_skipped(name):
     norms = np.exp(0.2 * np.random.default_rng(0).normal(size=STEPS))
-    norms[[10, 90, 91, 200]] *= [50, 30, 1000, 8]
+    norms[[10, 63, 90, 91, 200]] *= [5, 8, 30, 1000, 8]  # 63: the first step that OLMo judges
     tx = oc.skip_spikes(optax.identity(), SKIPS[name]())
     got = followed(tx, norms.astype(np.float32)[:, None], jnp.ones(1))[:, 0] == 0
     want = getattr(reference, name)(norms)
     assert got.tolist() == want
-    assert any(want)
+    assert want[63] and want[90]
 
 
 RECORDED = json.loads((pathlib.Path(__file__).parent / "recorded.json").read_text())
@@ -175,14 +190,19 @@ def test_skip_spikes_skips_what_olmos_code_did():
 
 
 def test_auto_s_follows_the_paper():
-    grads = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32) * np.array([[1e-3], [1], [10], [1e3], [2]])
-    got = oc.per_example_normalize(jnp.asarray(grads, jnp.float32))
+    grads = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32) * np.array(
+        [[1e-3], [1], [10], [1e3], [2]]
+    )
+    got = oc.per_example.per_example_normalize(jnp.asarray(grads, jnp.float32))
     np.testing.assert_allclose(got, reference.per_example_normalize(grads), rtol=1e-5)
-    split = {"a": jnp.asarray(grads[:, :2], jnp.float32), "b": jnp.asarray(grads[:, 2:], jnp.float32)}
-    both = oc.per_example_normalize(split)
+    split = {
+        "a": jnp.asarray(grads[:, :2], jnp.float32),
+        "b": jnp.asarray(grads[:, 2:], jnp.float32),
+    }
+    both = oc.per_example.per_example_normalize(split)
     np.testing.assert_allclose(np.r_[both["a"], both["b"]], got, rtol=1e-5)
     poisoned = jnp.asarray(np.r_[grads, [[np.nan, 1, 1, 1], [0, 0, 0, 0]]], jnp.float32)
-    np.testing.assert_allclose(oc.per_example_normalize(poisoned), got, rtol=1e-6)
+    np.testing.assert_allclose(oc.per_example.per_example_normalize(poisoned), got, rtol=1e-6)
 
 
 def test_the_parameter_scaled_median():
@@ -191,12 +211,16 @@ def test_the_parameter_scaled_median():
     tx = oc.clip_by_median(scale_by_params=True)
     grads = {"a": jnp.full(4, 1.0), "b": jnp.full(2, 1.0)}
     _, state = tx.update(grads, tx.init(params), params)
-    np.testing.assert_allclose(oc.metrics(state)["clip/grad_norm"], np.sqrt(4 * 100 + 2 * 0.01), rtol=1e-6)
+    np.testing.assert_allclose(
+        oc.metrics(state)["clip/grad_norm"], np.sqrt(4 * 100 + 2 * 0.01), rtol=1e-6
+    )
 
 
 def test_qk_clip_scales_weights_not_norms():
     rng = np.random.default_rng(0)
-    query, key = ({"kernel": jnp.asarray(rng.normal(size=(5, 3, 2)), jnp.float32)} for _ in range(2))
+    query, key = (
+        {"kernel": jnp.asarray(rng.normal(size=(5, 3, 2)), jnp.float32)} for _ in range(2)
+    )
     x = jnp.asarray(rng.normal(size=(7, 5)), jnp.float32)
 
     def logits(query, key):

@@ -1,4 +1,5 @@
-"""The same network in nnx, linen and Equinox: the same paths, the same norms, the same training; and what only one has.
+"""The same network in nnx, linen and Equinox: the same paths, the same norms, the same training;
+and what only one has.
 
 `test_training.py` trains a layerwise clip in each; here the three are held against one another.
 """
@@ -18,7 +19,10 @@ X = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 Y = np.float32([[3.0], [1.0], [0.0], [-2.0]])
 RNG = np.random.default_rng(0)
 SIZES = {"inner": (3, 5), "outer": (5, 1)}
-WEIGHTS = {name: {"bias": RNG.normal(size=shape[1]), "kernel": RNG.normal(size=shape)} for name, shape in SIZES.items()}
+WEIGHTS = {
+    name: {"bias": RNG.normal(size=shape[1]), "kernel": RNG.normal(size=shape)}
+    for name, shape in SIZES.items()
+}
 WEIGHTS = jax.tree.map(np.float32, WEIGHTS)
 STEPS = 5
 
@@ -65,7 +69,9 @@ def in_linen(tx):
 
     @jax.jit
     def step(state):
-        loss, grads = jax.value_and_grad(lambda params: mse(state.apply_fn({"params": params}, X)))(state.params)
+        loss, grads = jax.value_and_grad(lambda params: mse(state.apply_fn({"params": params}, X)))(
+            state.params
+        )
         state = state.apply_gradients(grads=grads)
         return state, {"loss": loss, **optaxclip.metrics(state)}
 
@@ -87,7 +93,10 @@ def in_equinox(tx):
         name: str = "net"  # not an array: Equinox filters it out
 
         def __call__(self, x):
-            return jnp.tanh(x @ self.inner.kernel + self.inner.bias) @ self.outer.kernel + self.outer.bias
+            return (
+                jnp.tanh(x @ self.inner.kernel + self.inner.bias) @ self.outer.kernel
+                + self.outer.bias
+            )
 
     model = Net(**{name: Dense(**jax.tree.map(jnp.asarray, w)) for name, w in WEIGHTS.items()})
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
@@ -106,12 +115,18 @@ def in_equinox(tx):
 
 
 LAYERS = {"^inner/": "first", "^outer/": "last"}
-LAG = optaxclip.lag(optax.chain(optax.ema(0.5), optax.scale(0.8)))
+LAG = optaxclip.thresholds.lag(optax.chain(optax.ema(0.5), optax.scale(0.8)))
 CLIPS = {
-    "leaf": (optaxclip.clip_by_leaf_norm(0.5), ["inner/bias", "inner/kernel", "outer/bias", "outer/kernel"]),
+    "leaf": (
+        optaxclip.clip_by_leaf_norm(0.5),
+        ["inner/bias", "inner/kernel", "outer/bias", "outer/kernel"],
+    ),
     "module": (optaxclip.clip_by_group_norm(0.5), ["inner", "outer"]),
-    "groups": (optaxclip.clip_by_group_norm({"first": 0.5, "last": 9.0}, LAYERS), ["first", "last"]),
-    "adaptive": (optaxclip.clip_by(LAG, scope=optaxclip.groups()), ["inner", "outer"]),
+    "groups": (
+        optaxclip.clip_by_group_norm({"first": 0.5, "last": 9.0}, LAYERS),
+        ["first", "last"],
+    ),
+    "adaptive": (optaxclip.clip_by(LAG, scope=optaxclip.scopes.groups()), ["inner", "outer"]),
     "excluded": (optaxclip.adaptive_grad_clip(0.1, exclude="^outer/|bias$"), []),
 }
 
@@ -119,10 +134,15 @@ CLIPS = {
 @pytest.mark.parametrize("name", CLIPS)
 def test_the_same_paths_and_the_same_training_in_all_three(name):
     clip, blocks = CLIPS[name]
-    runs = [run(optax.chain(clip, optax.sgd(0.1, momentum=0.9))) for run in (in_nnx, in_linen, in_equinox)]
+    runs = [
+        run(optax.chain(clip, optax.sgd(0.1, momentum=0.9)))
+        for run in (in_nnx, in_linen, in_equinox)
+    ]
     prefix = "clip/grad_norm/"
     for run in runs:
-        assert [key.removeprefix(prefix) for key in sorted(run[-1]) if key.startswith(prefix)] == blocks
+        assert [
+            key.removeprefix(prefix) for key in sorted(run[-1]) if key.startswith(prefix)
+        ] == blocks
         assert int(run[-1]["clip/steps"]) == STEPS and float(run[-1]["clip/clipped_fraction"]) > 0
     for nnx_step, *others in zip(*runs, strict=True):
         for other in others:
@@ -132,7 +152,9 @@ def test_the_same_paths_and_the_same_training_in_all_three(name):
 
 
 def test_the_adaptive_clip_follows_each_layer():
-    """The bound of a step is 0.8 of the running mean of the norms before it, layer by layer, in nnx."""
+    """The bound of a step is 0.8 of the running mean of the norms before it, layer by layer, in
+    nnx.
+    """
     seen = in_nnx(optax.chain(CLIPS["adaptive"][0], optax.sgd(0.1)))
     for layer in ("inner", "outer"):
         mean, weight = 0.0, 0.0
@@ -152,7 +174,9 @@ def test_layers_stacked_by_nnx_vmap_have_a_norm_each():
 
     model = stacked(jax.random.split(jax.random.key(0), 4))
     grads = jax.tree.map(lambda w: w * 100, nnx.state(model, nnx.Param))
-    optimizer = nnx.Optimizer(model, optaxclip.adaptive_grad_clip(0.5, axis=..., batch_axes=1), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(
+        model, optaxclip.adaptive_grad_clip(0.5, axis=..., batch_axes=1), wrt=nnx.Param
+    )
     before = np.asarray(model.kernel[...])
     optimizer.update(model, grads)
     np.testing.assert_allclose(model.kernel[...], 1.5 * before, rtol=1e-5)
@@ -162,7 +186,9 @@ def test_layers_stacked_by_nnx_vmap_have_a_norm_each():
 
 def test_masks_and_partitions_that_are_functions_of_the_tree_in_nnx():
     def kernels(tree):
-        return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), tree)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "kernel" in jax.tree_util.keystr(path), tree
+        )
 
     masked = optax.chain(optax.masked(optaxclip.clip_by_leaf_norm(0.5), kernels), optax.sgd(0.1))
     excluding = optax.chain(optaxclip.clip_by_leaf_norm(0.5, exclude="bias$"), optax.sgd(0.1))

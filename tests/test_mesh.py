@@ -1,4 +1,6 @@
-"""The same numbers on every mesh: sharded arrays under jit, shard_map with and without types, pmap, vmap."""
+"""The same numbers on every mesh: sharded arrays under jit, shard_map with and without types, pmap,
+vmap.
+"""
 
 import re
 from functools import partial
@@ -13,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
-from optaxclip.mesh import alone
 from tests.conftest import AS_USERS
 
 GRADS = {
@@ -29,12 +30,17 @@ CLIPS = {
     "rms": optaxclip.clip_by_block_rms(0.5),
     "linf": optaxclip.clip_by_global_norm(1.0, norm=jnp.inf),
     "value": optaxclip.clip(2.0),
-    "adaptive": optaxclip.clip_by(optaxclip.at_most(optaxclip.lag(optax.scale(1.5)), 3.0), scope=optaxclip.leaf),
+    "adaptive": optaxclip.clip_by(
+        optaxclip.thresholds.at_most(optaxclip.thresholds.lag(optax.scale(1.5)), 3.0),
+        scope=optaxclip.scopes.leaf,
+    ),
 }
 
 
 def mesh_of(*shape):
-    return Mesh(np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape), ("x", "y")[: len(shape)])
+    return Mesh(
+        np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape), ("x", "y")[: len(shape)]
+    )
 
 
 def steps(tx, grads):
@@ -50,20 +56,27 @@ def test_sharded_arrays_under_jit_give_the_numbers_of_one_device(name):
     sharded = {k: jax.device_put(g, NamedSharding(mesh, SPECS[k])) for k, g in GRADS.items()}
     updates, seen = jax.jit(partial(steps, tx))(sharded)
     chex.assert_trees_all_close((updates, seen), steps(tx, GRADS), rtol=1e-6)
-    assert all(updates[k].sharding.is_equivalent_to(sharded[k].sharding, updates[k].ndim) for k in GRADS)
+    assert all(
+        updates[k].sharding.is_equivalent_to(sharded[k].sharding, updates[k].ndim) for k in GRADS
+    )
 
 
 def test_sharded_arrays_cost_one_all_reduce():
     mesh, tx = mesh_of(8), CLIPS["tree"]
     grads = {i: jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("x"))) for i in range(5)}
     text = jax.jit(lambda g: tx.update(g, None)[0]).lower(grads).compile(AS_USERS).as_text()
-    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1  # the rescue of unusual magnitudes included
+    ran = text[
+        text.index("ENTRY") :
+    ]  # the rescue of unusual magnitudes is a branch, which has its own
+    assert len(re.findall(r" all-reduce(?:-start)?\(", ran)) == 1
     assert "all-gather" not in text
 
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_shard_map_knows_from_the_types(name):
-    run = jax.shard_map(partial(steps, CLIPS[name]), mesh=mesh_of(4, 2), in_specs=(SPECS,), out_specs=(SPECS, P()))
+    run = jax.shard_map(
+        partial(steps, CLIPS[name]), mesh=mesh_of(4, 2), in_specs=(SPECS,), out_specs=(SPECS, P())
+    )
     chex.assert_trees_all_close(jax.jit(run)(GRADS), steps(CLIPS[name], GRADS), rtol=1e-6)
 
 
@@ -72,7 +85,9 @@ def test_shard_map_rescues_unusual_magnitudes(scale):
     """The loop that looks again holds a collective: all devices must agree on it."""
     grads = jax.tree.map(lambda g: g * scale, GRADS)
     tx = optaxclip.clip_by_leaf_norm(scale)
-    run = jax.shard_map(partial(steps, tx), mesh=mesh_of(4, 2), in_specs=(SPECS,), out_specs=(SPECS, P()))
+    run = jax.shard_map(
+        partial(steps, tx), mesh=mesh_of(4, 2), in_specs=(SPECS,), out_specs=(SPECS, P())
+    )
     chex.assert_trees_all_close(jax.jit(run)(grads), steps(tx, grads), rtol=1e-6)
 
 
@@ -83,14 +98,22 @@ NAMES = {"dense": ("x", "y"), "bias": (), "table": "y"}
 def test_shard_map_without_types_takes_names(names):
     tx = optaxclip.clip_by_global_norm(1.0, axis_names=names)
     run = jax.shard_map(
-        partial(steps, tx), mesh=mesh_of(4, 2), in_specs=(SPECS,), out_specs=(SPECS, P()), check_vma=False
+        partial(steps, tx),
+        mesh=mesh_of(4, 2),
+        in_specs=(SPECS,),
+        out_specs=(SPECS, P()),
+        check_vma=False,
     )
     chex.assert_trees_all_close(jax.jit(run)(GRADS), steps(CLIPS["tree"], GRADS), rtol=1e-6)
 
 
 def test_shard_map_without_types_or_names_is_an_error():
     run = jax.shard_map(
-        partial(steps, CLIPS["tree"]), mesh=mesh_of(4, 2), in_specs=(SPECS,), out_specs=(SPECS, P()), check_vma=False
+        partial(steps, CLIPS["tree"]),
+        mesh=mesh_of(4, 2),
+        in_specs=(SPECS,),
+        out_specs=(SPECS, P()),
+        check_vma=False,
     )
     with pytest.raises(ValueError, match=r"Pass axis_names= to the clip"):
         run(GRADS)
@@ -115,9 +138,9 @@ def test_the_derivative_goes_through_shard_map():
         return sum(jnp.sum(jnp.sin(u)) for u in jax.tree.leaves(tx.update(grads, None)[0]))
 
     def sharded(grads):
-        u = jax.shard_map(lambda g: tx.update(g, None)[0], mesh=mesh_of(4, 2), in_specs=(SPECS,), out_specs=SPECS)(
-            grads
-        )
+        u = jax.shard_map(
+            lambda g: tx.update(g, None)[0], mesh=mesh_of(4, 2), in_specs=(SPECS,), out_specs=SPECS
+        )(grads)
         return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(u))
 
     chex.assert_trees_all_close(jax.jit(jax.grad(sharded))(GRADS), jax.grad(loss)(GRADS), atol=1e-6)
@@ -125,15 +148,19 @@ def test_the_derivative_goes_through_shard_map():
 
 def test_units_in_shard_map_need_names_and_then_are_right():
     specs, params = {"w": P("x", None)}, {"w": GRADS["dense"]}
-    whole = optaxclip.clip_by(1.0, scope=optaxclip.units())
+    whole = optaxclip.clip_by(1.0, scope=optaxclip.scopes.units())
     run = partial(jax.shard_map, mesh=mesh_of(4), in_specs=(specs,), out_specs=specs)
     with pytest.raises(ValueError, match="cannot know whether these cut units"):
         run(lambda g: whole.update(g, None)[0])(params)
-    cut = optaxclip.clip_by(1.0, scope=optaxclip.units(), axis_names="x")
-    chex.assert_trees_all_close(run(lambda g: cut.update(g, None)[0])(params), whole.update(params, None)[0], rtol=1e-6)
-    own = optaxclip.clip_by(1.0, scope=optaxclip.units(axes=1), axis_names=())
-    rows = optaxclip.clip_by(1.0, scope=optaxclip.units(axes=1))
-    chex.assert_trees_all_close(run(lambda g: own.update(g, None)[0])(params), rows.update(params, None)[0], rtol=1e-6)
+    cut = optaxclip.clip_by(1.0, scope=optaxclip.scopes.units(), axis_names="x")
+    chex.assert_trees_all_close(
+        run(lambda g: cut.update(g, None)[0])(params), whole.update(params, None)[0], rtol=1e-6
+    )
+    own = optaxclip.clip_by(1.0, scope=optaxclip.scopes.units(axes=1), axis_names=())
+    rows = optaxclip.clip_by(1.0, scope=optaxclip.scopes.units(axes=1))
+    chex.assert_trees_all_close(
+        run(lambda g: own.update(g, None)[0])(params), rows.update(params, None)[0], rtol=1e-6
+    )
 
 
 def test_pmap_and_vmap_take_the_name_of_their_axis():
@@ -146,14 +173,5 @@ def test_pmap_and_vmap_take_the_name_of_their_axis():
 
 
 def test_pmap_without_a_name_is_an_error():
-    with pytest.raises(ValueError, match=r"such as axis_names=\('i',\)"):
+    with pytest.raises(ValueError, match=r"axis_names=\(\) if .* axis_names=\('i',\) if"):
         jax.pmap(lambda g: CLIPS["tree"].update(g, None)[0], axis_name="i")(GRADS["dense"])
-
-
-def test_arrays_are_joined_only_where_none_can_be_spread(monkeypatch):
-    """Not on several devices, nor where one device compiles for a mesh of several."""
-    assert not alone()
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert alone()
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("x",))):
-        assert not alone()

@@ -1,9 +1,10 @@
 """Optax's own tests of its clips, run on ours.
 
-Optax ships them in its wheel. They reach the functions under test as attributes of the module `_clipping`: the name is
-bound to a stand-in that holds ours, and the tests run as they are, but for one digit: seven decimal places near 1 are
-more than float32 has, and Optax's own `clip_by_block_rms` does not hold them either. Their loops go through ten bounds,
-1 to 1/10, not fifty: each is a clip of its own, which is compiled.
+Optax ships them in its wheel. They reach the functions under test as attributes of the module
+`_clipping`: the name is bound to a stand-in that holds ours, and the tests run as they are, but for
+one digit: seven decimal places near 1 are more than float32 has, and Optax's own
+`clip_by_block_rms` does not hold them either. Their loops go through ten bounds, 1 to 1/10, not
+fifty: each is a clip of its own, which is compiled.
 """
 
 import collections
@@ -70,7 +71,9 @@ def suite(clips):
 
 def test_every_clip_that_optax_has_is_here():
     public = set(dir(optax)) | set(dir(optax.transforms))
-    assert {name for name in public if name[0] != "_" and ("clip" in name or "unitwise" in name)} == set(SHARED)
+    assert {
+        name for name in public if name[0] != "_" and ("clip" in name or "unitwise" in name)
+    } == set(SHARED)
     assert set(SHARED) <= set(optaxclip.__all__)
 
 
@@ -82,4 +85,6 @@ def test_optax_tests_pass_on_our_clips():
     assert result.testsRun >= 9
     assert not result.skipped
     assert result.wasSuccessful(), "\n".join(text for _, text in result.failures + result.errors)
-    assert set(calls) == set(SHARED) - {"unitwise_clip"}, "the functions that Optax's tests call are ours"
+    assert set(calls) == set(SHARED) - {"unitwise_clip"}, (
+        "the functions that Optax's tests call are ours"
+    )

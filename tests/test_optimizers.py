@@ -1,4 +1,6 @@
-"""Every optimizer that Optax exports, behind our clips: the same numbers as clipping by hand, in NumPy, before it."""
+"""Every optimizer that Optax exports, behind our clips: the same numbers as clipping by hand, in
+NumPy, before it.
+"""
 
 import inspect
 
@@ -13,7 +15,10 @@ import optaxclip
 from tests import conftest as strict
 
 MODULES = {"optax": optax, "contrib": optax.contrib}
-RATES = {"learning_rate", "max_learning_rate"}  # what makes a function an optimizer, not a part of one
+RATES = {
+    "learning_rate",
+    "max_learning_rate",
+}  # what makes a function an optimizer, not a part of one
 
 # What an optimizer needs besides a learning rate.
 NEEDS = {
@@ -23,7 +28,11 @@ NEEDS = {
     "optax.noisy_sgd": {"key": jax.random.key(0)},
 }
 # What the update is given besides gradients and parameters, where that is not only the loss.
-EXTRA_ARGS = {"optax.lbfgs": ("value", "grad", "value_fn"), "contrib.sophia": ("obj_fn",), "contrib.sam": ()}
+EXTRA_ARGS = {
+    "optax.lbfgs": ("value", "grad", "value_fn"),
+    "contrib.sophia": ("obj_fn",),
+    "contrib.sam": (),
+}
 # What is not tested here, and why.
 EXCLUDED = {
     "contrib.dpsgd": "takes the gradient of each example and clips these itself",
@@ -34,7 +43,8 @@ WRAPPERS = {
     "contrib.mechanize": lambda: optax.contrib.mechanize(optax.sgd(0.1)),
     "contrib.sam": lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.01)),
 }
-# Everything else that returns a transformation: parts to build optimizers of. `scale_by_*` belong here, too.
+# Everything else that returns a transformation: parts to build optimizers of. `scale_by_*` belong
+# here, too.
 PARTS = {
     "adaptive_grad_clip",
     "add_decayed_weights",
@@ -86,23 +96,42 @@ def functions():
                 yield f"{prefix}.{name}", function, inspect.signature(function)
 
 
-OPTIMIZERS = {name: function for name, function, s in functions() if RATES & set(s.parameters) and name not in EXCLUDED}
+OPTIMIZERS = {
+    name: function
+    for name, function, s in functions()
+    if RATES & set(s.parameters) and name not in EXCLUDED
+}
 
 
 def optimizer(name):
     if name in WRAPPERS:
         return WRAPPERS[name]()
-    rate = {"learning_rate": 0.1} if "learning_rate" in inspect.signature(OPTIMIZERS[name]).parameters else {}
+    rate = (
+        {"learning_rate": 0.1}
+        if "learning_rate" in inspect.signature(OPTIMIZERS[name]).parameters
+        else {}
+    )
     return OPTIMIZERS[name](**rate, **NEEDS.get(name, {}))
 
 
 def test_no_exported_optimizer_is_missed():
-    """An optimizer takes a learning rate, or is named above; so is every part. A new name must be put in its place."""
-    transformations = {name for name, _, s in functions() if "GradientTransformation" in str(s.return_annotation)}
-    named = set(OPTIMIZERS) | set(WRAPPERS) | set(EXCLUDED) | {f"{m}.{part}" for m in MODULES for part in PARTS}
+    """An optimizer takes a learning rate, or is named above; so is every part. A new name must be
+    put in its place.
+    """
+    transformations = {
+        name for name, _, s in functions() if "GradientTransformation" in str(s.return_annotation)
+    }
+    named = (
+        set(OPTIMIZERS)
+        | set(WRAPPERS)
+        | set(EXCLUDED)
+        | {f"{m}.{part}" for m in MODULES for part in PARTS}
+    )
     assert transformations - named == set()
     assert len(OPTIMIZERS) >= 47
-    assert {"optax.adam", "optax.lbfgs", "optax.polyak_sgd", "contrib.muon", "contrib.momo"} <= set(OPTIMIZERS)
+    assert {"optax.adam", "optax.lbfgs", "optax.polyak_sgd", "contrib.muon", "contrib.momo"} <= set(
+        OPTIMIZERS
+    )
     for name in set(NEEDS) | set(EXCLUDED) | set(WRAPPERS):
         assert hasattr(MODULES[name.partition(".")[0]], name.partition(".")[2])
 
@@ -126,9 +155,13 @@ def by_leaf_norm(grads, params, norms):
 def by_unit(grads, params, norms):
     """AGC: a column of "w" is a unit, and all of "b"."""
     columns = [
-        shortened(g, norm(g), 0.3 * max(norm(w), 1e-3)) for g, w in zip(grads["w"].T, params["w"].T, strict=True)
+        shortened(g, norm(g), 0.3 * max(norm(w), 1e-3))
+        for g, w in zip(grads["w"].T, params["w"].T, strict=True)
     ]
-    return {"b": shortened(grads["b"], norm(grads["b"]), 0.3 * max(norm(params["b"]), 1e-3)), "w": np.stack(columns, 1)}
+    return {
+        "b": shortened(grads["b"], norm(grads["b"]), 0.3 * max(norm(params["b"]), 1e-3)),
+        "w": np.stack(columns, 1),
+    }
 
 
 def by_the_norm_before(grads, params, norms):
@@ -140,7 +173,7 @@ CLIPS = {
     "global": (optaxclip.clip_by_global_norm(1.0), by_global_norm),
     "leaf": (optaxclip.clip_by_leaf_norm(0.5), by_leaf_norm),
     "adaptive": (optaxclip.adaptive_grad_clip(0.3), by_unit),
-    "lag": (optaxclip.clip_by(optaxclip.lag(optax.scale(1.5))), by_the_norm_before),
+    "lag": (optaxclip.clip_by(optaxclip.thresholds.lag(optax.scale(1.5))), by_the_norm_before),
 }
 PARAMS = {"b": np.float32([0.5, -1.0]), "w": np.float32([[1.0, -0.2], [0.3, 2.0], [-1.5, 0.7]])}
 TARGET = {"b": np.float32([0.0, 1.0]), "w": np.float32([[0.0, 1.0], [1.0, -1.0], [2.0, 0.0]])}
@@ -152,7 +185,9 @@ def loss(params):
 
 
 def gradients(params, size):
-    """Gradients of a loss on a batch that is not the whole: close to the true ones, of one more size each step."""
+    """Gradients of a loss on a batch that is not the whole: close to the true ones, of one more
+    size each step.
+    """
     return {k: np.float32(size * 0.2 * (params[k] - TARGET[k]) + 0.01 * size) for k in PARAMS}
 
 
@@ -163,7 +198,9 @@ def stepper(tx, extra_args=("value",)):
     @jax.jit
     def step(params, state, grads):
         known = {"value": loss(params), "grad": grads, "value_fn": loss, "obj_fn": loss}
-        updates, state = tx.update(grads, state, params, **{name: known[name] for name in extra_args})
+        updates, state = tx.update(
+            grads, state, params, **{name: known[name] for name in extra_args}
+        )
         return optax.apply_updates(params, updates), state
 
     return step, tx.init
@@ -184,7 +221,9 @@ def run(tx, clip=None):
 
 @pytest.fixture(autouse=True)
 def _as_users():
-    """Optax's optimizers promote dtypes and ranks; our clips, which do not, are tested strictly elsewhere."""
+    """Optax's optimizers promote dtypes and ranks; our clips, which do not, are tested strictly
+    elsewhere.
+    """
     strict.set_promotion("standard", "allow")
     yield
     strict.set_promotion("strict", "raise")

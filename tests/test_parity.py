@@ -1,4 +1,6 @@
-"""The same results as the frameworks that people come from: compared with the real thing where it is installed."""
+"""The same results as the frameworks that people come from: compared with the real thing where it
+is installed.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,10 @@ import pytest
 import optaxclip
 
 RNG = np.random.default_rng(0)
-GRADS = {"b": RNG.normal(size=3).astype("float32"), "w": RNG.normal(size=(4, 3)).astype("float32") * 3}
+GRADS = {
+    "b": RNG.normal(size=3).astype("float32"),
+    "w": RNG.normal(size=(4, 3)).astype("float32") * 3,
+}
 PARAMS = {"b": RNG.normal(size=3).astype("float32"), "w": RNG.normal(size=(4, 3)).astype("float32")}
 
 
@@ -50,14 +55,27 @@ def test_optax_per_example(name, bound):
     assert jax.tree.map(int, got[1]) == jax.tree.map(int, want[1])
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (4, 3), (2, 3, 4), (2, 2, 3, 4), (2, 2, 2, 3, 4), (1, 5)])
+@pytest.mark.parametrize(
+    "shape", [(), (5,), (4, 3), (2, 3, 4), (2, 2, 3, 4), (2, 2, 2, 3, 4), (1, 5)]
+)
 def test_optax_units(shape):
     x = jnp.asarray(RNG.normal(size=shape), jnp.float32)
     norm = optax.transforms.unitwise_norm(x)
     np.testing.assert_allclose(optaxclip.unitwise_norm(x), norm, rtol=1e-6)
     limit = jnp.full_like(norm, 0.5)
     np.testing.assert_allclose(
-        optaxclip.unitwise_clip(norm, limit, x), optax.transforms.unitwise_clip(norm, limit, x), rtol=1e-6
+        optaxclip.unitwise_clip(norm, limit, x),
+        optax.transforms.unitwise_clip(norm, limit, x),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, (0, 2), (1, 2), ()], ids=str)
+def test_units_of_any_axes(axis):
+    x = RNG.normal(size=(3, 3, 3)).astype("float32")
+    want = np.sqrt(np.sum(np.square(x), axis=axis, keepdims=True))
+    np.testing.assert_allclose(
+        optaxclip.unitwise_norm(x, axis), np.broadcast_to(want, x.shape), rtol=1e-6
     )
 
 
@@ -108,4 +126,7 @@ def test_torch_value():
 def test_numpy_and_torch_formula(p):
     norm = np.linalg.norm(np.concatenate([g.ravel() for g in GRADS.values()]).astype(float), p)
     factor = min(1.0, 0.7 / (norm + 1e-6))
-    close(ours(optaxclip.clip_by_global_norm(0.7, norm=p, eps=1e-6)), {k: g * factor for k, g in GRADS.items()})
+    close(
+        ours(optaxclip.clip_by_global_norm(0.7, norm=p, eps=1e-6)),
+        {k: g * factor for k, g in GRADS.items()},
+    )

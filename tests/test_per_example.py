@@ -1,4 +1,4 @@
-"""Gradients of examples, clipped and summed: every method is as the slow one, on every way to write a loss."""
+"""Gradients of examples, clipped and summed: every method is as the slow one, on every loss."""
 
 import functools
 import operator
@@ -13,6 +13,7 @@ from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optaxclip as oc
+from optaxclip import per_example
 from tests.benchmarks import per_example as benchmark
 from tests.conftest import AS_USERS
 
@@ -83,8 +84,15 @@ def in_linen():
     batch = words(4, B, 3), normal(B, 8, 8, 3, seed=2)
     params = net.init(key(0), jax.tree.map(lambda x: x[0], batch))
     found = ["Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel", "Embed_0/embedding"]
-    found += [f"MultiHeadDotProductAttention_0/{name}/kernel" for name in ("key", "out", "query", "value")]
-    return (lambda p, x: jnp.sum(jnp.square(net.apply(p, x)))), params, batch, {f"params/{path}" for path in found}
+    found += [
+        f"MultiHeadDotProductAttention_0/{name}/kernel" for name in ("key", "out", "query", "value")
+    ]
+    return (
+        (lambda p, x: jnp.sum(jnp.square(net.apply(p, x)))),
+        params,
+        batch,
+        {f"params/{path}" for path in found},
+    )
 
 
 class Pair(nnx.Module):
@@ -99,14 +107,26 @@ class Pair(nnx.Module):
 def in_nnx():
     graph, params = nnx.split(Pair(nnx.Rngs(0)))
     found = {"table/embedding", "out/kernel"}
-    return (lambda p, ids: jnp.sum(jnp.sin(nnx.merge(graph, p)(ids)))), params, words(6, B, 2), found
+    return (
+        (lambda p, ids: jnp.sum(jnp.sin(nnx.merge(graph, p)(ids)))),
+        params,
+        words(6, B, 2),
+        found,
+    )
 
 
 def in_equinox():
-    net = equinox.nn.Sequential([equinox.nn.Linear(4, 6, key=key(0)), equinox.nn.Linear(6, 3, key=key(1))])
+    net = equinox.nn.Sequential(
+        [equinox.nn.Linear(4, 6, key=key(0)), equinox.nn.Linear(6, 3, key=key(1))]
+    )
     params, static = equinox.partition(net, equinox.is_array)
     found = {"layers/0/weight", "layers/1/weight"}
-    return (lambda p, x: jnp.sum(jnp.exp(equinox.combine(p, static)(x)))), params, normal(B, 4, scale=0.1), found
+    return (
+        (lambda p, x: jnp.sum(jnp.exp(equinox.combine(p, static)(x)))),
+        params,
+        normal(B, 4, scale=0.1),
+        found,
+    )
 
 
 def tied():
@@ -122,33 +142,47 @@ def scanned():
         x = jax.checkpoint(lambda x, w: jnp.tanh(x @ w))(x, p["again"])
         return jnp.sum(jnp.square(jax.jit(jnp.matmul)(x, p["last"])))
 
-    params = {"layers": normal(3, 4, 4), "again": normal(4, 4, seed=1), "last": normal(4, 3, seed=2)}
+    params = {
+        "layers": normal(3, 4, 4),
+        "again": normal(4, 4, seed=1),
+        "last": normal(4, 3, seed=2),
+    }
     return loss, params, normal(B, 4), {"last"}
 
 
 def tables():
-    """Entries that are not there, by every mode; other axes; one row; a position table that is cut."""
+    """Entries that are not there, by every mode; other axes; one row; a table that is cut."""
 
     def loss(p, ids):
-        clipped, filled = p["clip"].at[ids].get(mode="clip"), p["fill"].at[ids].get(mode="fill", fill_value=0)
+        clipped, filled = (
+            p["clip"].at[ids].get(mode="clip"),
+            p["fill"].at[ids].get(mode="fill", fill_value=0),
+        )
         columns, row = jnp.take(p["columns"], ids % 9, axis=1), p["row"][ids[0] % 9]
         cut = jnp.tanh(jnp.where(filled == 0, 0, filled) @ p["cut"][:3])
         return sum(jnp.sum(jnp.sin(x)) for x in (clipped, filled, columns, row, cut))
 
     params = {name: normal(20, 3, seed=i) for i, name in enumerate(("clip", "fill", "row", "cut"))}
     params = {**params, "columns": normal(2, 20), "cut": normal(5, 4)}
-    return loss, params, jax.random.randint(key(1), (B, 4), -5, 26), {"clip", "fill", "columns", "row"}
+    return (
+        loss,
+        params,
+        jax.random.randint(key(1), (B, 4), -5, 26),
+        {"clip", "fill", "columns", "row"},
+    )
 
 
 def convolutions():
-    """Padding, dilation on both sides, another layout, channels in groups; wider than long, and longer than wide."""
+    """Padding, dilation on both sides, another layout, groups; wide kernels and long ones."""
     layout = jax.lax.conv_dimension_numbers((1, 3, 6, 5), (4, 3, 2, 3), ("NCHW", "OIHW", "NCHW"))
 
     def loss(p, x):
         y = jax.lax.conv_general_dilated(
             x[None], p["a"], (2, 1), [(1, 2), (-1, 2)], (2, 1), (1, 2), dimension_numbers=layout
         )
-        z = jax.lax.conv_general_dilated(jnp.tanh(y), p["groups"], (1, 1), "SAME", feature_group_count=2)
+        z = jax.lax.conv_general_dilated(
+            jnp.tanh(y), p["groups"], (1, 1), "SAME", feature_group_count=2
+        )
         return jnp.sum(jnp.sin(z)) + jnp.sum(jnp.tanh(jax.lax.conv(z, p["wide"], (1, 1), "VALID")))
 
     params = {
@@ -160,24 +194,35 @@ def convolutions():
 
 
 LOSSES = [plain, sequences, in_linen, in_nnx, in_equinox, tied, scanned, tables, convolutions]
+RUNS = [(plain, way) for way in WAYS] + [
+    (make, way) for make in LOSSES[1:] for way in ("ghost", "microbatch of 2")
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", LOSSES)
-def test_every_method_is_as_clipping_one_example_after_another(make):
-    loss, params, batch, found = make()
+@pytest.mark.parametrize(
+    ("make", "way"), RUNS, ids=[f"{make.__name__} {way}" for make, way in RUNS]
+)
+def test_every_method_is_as_clipping_one_example_after_another(make, way):
+    loss, params, batch, _ = make()
     bound = float(np.median(oracle(loss, params, batch, 1.0)[1])) * 1.0001
     want, norms = oracle(loss, params, batch, bound)
-    for way in WAYS.values() if make is plain else (WAYS["ghost"], WAYS["microbatch of 2"]):
-        (value, examples), grads = jax.jit(oc.clipped_value_and_grad(loss, bound, **way))(params, batch)
-        np.testing.assert_allclose(examples.norms, norms, rtol=2e-6)
-        np.testing.assert_allclose(value, np.mean(examples.losses), rtol=1e-6)
-        assert (examples.clipped, examples.nonfinite) == (B // 2, 0) and examples.aux is None
-        for x, y, p in zip(*map(jax.tree.leaves, (grads, want, params)), strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6 * (np.abs(y).max() + bound / B))
-            assert (x.dtype, x.shape) == (p.dtype, p.shape)
-    assert set(oc.ghost_parameters(loss, params, batch)) == found
+    step = jax.jit(oc.clipped_value_and_grad(loss, bound, **WAYS[way]))
+    (value, examples), grads = step(params, batch)
+    np.testing.assert_allclose(examples.norms, norms, rtol=2e-6)
+    np.testing.assert_allclose(value, np.mean(examples.losses), rtol=1e-6)
+    assert (examples.clipped, examples.nonfinite) == (B // 2, 0)
+    assert examples.aux is None
+    for x, y, p in zip(*map(jax.tree.leaves, (grads, want, params)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6 * (np.abs(y).max() + bound / B))
+        assert (x.dtype, x.shape) == (p.dtype, p.shape)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("make", LOSSES)
+def test_which_parameters_are_ghosts(make):
+    loss, params, batch, found = make()
+    assert set(per_example.ghost_parameters(loss, params, batch)) == found
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -204,11 +249,13 @@ def test_an_example_that_is_not_finite_weighs_nothing_and_is_counted(way, poison
 @pytest.mark.parametrize("method", ["ghost", "microbatch"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_measured_in_float32(dtype, method):
-    """The norm of the very gradients that were formed in half precision, to their rounding; parameters stay narrow."""
+    """The norm of the gradients that were formed in half precision, to their rounding."""
     loss, params, batch, _ = plain()
     params, batch = jax.tree.map(lambda x: x.astype(dtype), (params, batch))
     want, norms = oracle(loss, params, batch, 0.5)
-    (_, examples), grads = jax.jit(oc.clipped_value_and_grad(loss, 0.5, method=method))(params, batch)
+    (_, examples), grads = jax.jit(oc.clipped_value_and_grad(loss, 0.5, method=method))(
+        params, batch
+    )
     eps = float(jnp.finfo(dtype).eps)
     assert examples.norms.dtype == jnp.float32
     np.testing.assert_allclose(examples.norms, norms, rtol=2 * eps)
@@ -222,27 +269,28 @@ def test_half_precision_is_measured_in_float32(dtype, method):
 def test_gradients_of_any_size(size, method):
     loss, params, batch, _ = sequences()
     step = oc.clipped_value_and_grad(lambda p, x, size: size * loss(p, x), 1.0, method=method)
-    norms, ((_, examples), grads) = jax.jit(lambda: (step(params, batch, 1.0)[0][1].norms, step(params, batch, size)))()
+    norms, ((_, examples), grads) = jax.jit(
+        lambda: (step(params, batch, 1.0)[0][1].norms, step(params, batch, size))
+    )()
     np.testing.assert_allclose(examples.norms, norms * size, rtol=1e-5)
     length = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(grads)))
     assert examples.nonfinite == 0 and length <= 1.00001 and (size < 1 or length > 0.01)
 
 
-def test_keys_shared_arguments_and_what_the_loss_returns_beside():
+@pytest.mark.parametrize("way", ["ghost", "microbatch of 2"])
+def test_keys_shared_arguments_and_what_the_loss_returns_beside(way):
     def loss(w, example, scale):
         x, k = example
         mask = jax.random.bernoulli(k, 0.5, x.shape)
         return scale * jnp.sum(jnp.tanh(jnp.where(mask, x, 0) @ w)), {"mask": mask}
 
     w, batch = normal(4, 3), (normal(B, 4), jax.random.split(key(3), B))
-    want = None
-    for way in (WAYS["ghost"], WAYS["microbatch of 2"]):
-        (_, examples), grads = jax.jit(oc.clipped_value_and_grad(loss, 1.0, has_aux=True, **way))(w, batch, 2.0)
-        want = grads if want is None else want
-        np.testing.assert_array_equal(
-            examples.aux["mask"], jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (4,)))(batch[1])
-        )
-        np.testing.assert_allclose(grads, want, rtol=1e-5, atol=1e-6)
+    step = jax.jit(oc.clipped_value_and_grad(loss, 1.0, has_aux=True, **WAYS[way]))
+    (_, examples), grads = step(w, batch, 2.0)
+    want, _ = oracle(lambda w, example: loss(w, example, 2.0)[0], w, batch, 1.0)
+    masks = jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (4,)))(batch[1])
+    np.testing.assert_array_equal(examples.aux["mask"], masks)
+    np.testing.assert_allclose(grads, want, rtol=1e-5, atol=1e-6)
 
 
 def test_the_bound_may_change_without_a_new_trace():
@@ -254,21 +302,23 @@ def test_the_bound_may_change_without_a_new_trace():
         traces.append(1)
         return oc.clipped_value_and_grad(loss, bound, method="ghost")(params, batch)[1]
 
-    lengths = [float(optax.tree.norm(step(params, batch, jnp.float32(bound)))) for bound in (0.0, 0.1, 0.2, -1.0)]
+    lengths = [
+        float(optax.tree.norm(step(params, batch, jnp.float32(bound))))
+        for bound in (0.0, 0.1, 0.2, -1.0)
+    ]
     assert lengths[0] == lengths[3] == 0 and 0 < lengths[1] < lengths[2] <= 0.2 and len(traces) == 1
 
 
-def test_without_jit():
-
+@pytest.mark.parametrize("method", ["ghost", "microbatch"])
+def test_without_jit(method):
     def loss(p, x):
         return jnp.sum(jnp.square(jnp.matmul(x, p["w"]) + p["b"]))
 
     params = {"w": normal(3, 2), "b": jnp.ones(2)}
-    for method in ("ghost", "microbatch"):
-        (_, examples), grads = oc.clipped_value_and_grad(loss, np.float32(1), gamma=0.1, method=method)(
-            params, normal(B, 3)
-        )
-        assert examples.clipped == B and 0.1 < optax.tree.norm(grads) <= 1
+    step = oc.clipped_value_and_grad(loss, np.float32(1), gamma=0.1, method=method)
+    (_, examples), grads = step(params, normal(B, 3))
+    assert examples.clipped == B
+    assert 0.1 < optax.tree.norm(grads) <= 1
 
 
 def memory(way, batch, width=24):
@@ -298,9 +348,278 @@ def test_a_batch_over_devices_stays_there(way):
     step = jax.jit(oc.clipped_value_and_grad(loss, 1.0, **WAYS[way]))
     whole = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     compiled = step.lower(whole, spread).compile(AS_USERS).as_text()
-    assert "all-reduce" in compiled and "all-gather" not in compiled and "all-to-all" not in compiled
-    want, got = step(params, batch)[1], jax.device_get(step(params, spread)[1])
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, want)
+    assert "all-reduce" in compiled
+    assert "all-gather" not in compiled
+    assert "all-to-all" not in compiled
+    assert_close(jax.device_get(step(params, spread)[1]), step(params, batch)[1])
+
+
+def assert_close(got, want, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), got, want)
+
+
+@pytest.mark.parametrize("way", ["ghost", "ghost, 2 at a time", "microbatch of 2"])
+@pytest.mark.parametrize("make", [plain, sequences, in_equinox, scanned])
+def test_a_mesh_of_explicit_axes(make, way):
+    """Where the types of arrays say how they are sharded, nothing is ambiguous."""
+    loss, params, batch, _ = make()
+    batch = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), batch)
+    step = jax.jit(oc.clipped_value_and_grad(loss, 0.5, **WAYS[way]))
+    want = step(params, batch)[1]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        whole = jax.device_put(params, PartitionSpec())
+        (_, examples), grads = step(whole, jax.device_put(batch, PartitionSpec("data")))
+        assert jax.typeof(examples.norms).sharding.spec == PartitionSpec("data")
+    assert_close(jax.device_get(grads), want)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("data")], ids=["whole", "spread"])
+@pytest.mark.parametrize("way", ["ghost", "microbatch of 2"])
+def test_weights_on_a_mesh_of_explicit_axes(way, spec):
+    loss, params, batch, _ = plain()
+    batch, weights = batch[:4], jnp.array([1.0, 0.0, 2.0, 1.0])
+    step = jax.jit(oc.clipped_value_and_grad(loss, 0.5, **WAYS[way]))
+    want = step(params, batch, weights=weights)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))):
+        spread = jax.device_put(batch, PartitionSpec("data"))
+        whole = jax.device_put(params, PartitionSpec())
+        got = step(whole, spread, weights=jax.device_put(weights, spec))
+    assert_close(jax.device_get(got), want)
+
+
+@pytest.mark.parametrize("clip", ["per_example_global_norm_clip", "per_example_layer_norm_clip"])
+def test_gradients_on_a_mesh_of_explicit_axes(clip):
+    grads = {"a": normal(4, 3), "b": normal(4, 2, 2, seed=1)}
+    clip = jax.jit(getattr(per_example, clip))
+    want = clip(grads, 1.0)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))):
+        got = clip(jax.device_put(grads, PartitionSpec("data")), 1.0)
+    assert_close(jax.device_get(got), want)
+
+
+@pytest.mark.parametrize("typed", [True, False], ids=["typed", "untyped"])
+@pytest.mark.parametrize("way", ["ghost", "ghost, 2 at a time", "microbatch of 2"])
+def test_in_shard_map_each_device_clips_its_own_examples(way, typed):
+    """JAX sums the gradient of what all devices share: here of two examples, clipped as one."""
+    loss, params, batch, _ = plain()
+    batch = jnp.concatenate([batch, batch[:1]])
+    step = oc.clipped_value_and_grad(loss, 0.5, reduce="sum", **WAYS[way])
+
+    def local(params, batch):
+        (_, examples), grads = step(params, batch)
+        return jax.lax.psum(grads, "data"), examples.norms
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    data, whole = PartitionSpec("data"), PartitionSpec()
+    spread = jax.shard_map(
+        local, mesh=mesh, in_specs=(whole, data), out_specs=(whole, data), check_vma=typed
+    )
+    (_, examples), grads = step(params, batch)
+    assert_close(jax.jit(spread)(params, batch), (grads, examples.norms))
+
+
+MASKS = {
+    "booleans": np.array([True, False, True, True, False]),
+    "ones and zeros": jnp.array([1, 0, 1, 1, 0]),
+    "negative and NaN": jnp.array([1.0, -1.0, 1.0, 1.0, jnp.nan]),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_example_of_weight_zero_is_as_if_it_were_not_there(way, reduce, mask):
+    loss, params, batch, _ = plain()
+    step = oc.clipped_value_and_grad(loss, 0.5, reduce=reduce, **WAYS[way])
+    padded = batch.at[1].set(jnp.nan).at[4].set(99.0)
+    (value, examples), grads = jax.jit(step)(params, padded, weights=MASKS[mask])
+    (want, others), want_grads = jax.jit(step)(params, batch[np.array([0, 2, 3])])
+    assert_close(grads, want_grads)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    assert (examples.clipped, examples.nonfinite) == (others.clipped, 0)
+    np.testing.assert_allclose(examples.norms[np.array([0, 2, 3])], others.norms, rtol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["ghost, 2 at a time", "microbatch"])
+def test_an_example_of_weight_two_counts_twice(way):
+    loss, params, batch, _ = plain()
+    step = jax.jit(oc.clipped_value_and_grad(loss, 0.5, **WAYS[way]))
+    (value, _), grads = step(params, batch[:3], weights=jnp.array([2.0, 1.0, 2.0]))
+    (want, _), want_grads = step(params, batch[np.array([0, 0, 1, 2, 2])])
+    assert_close(grads, want_grads)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_of_padding_only_makes_no_step(way):
+    loss, params, batch, _ = plain()
+    step = jax.jit(oc.clipped_value_and_grad(loss, 0.5, **WAYS[way]))
+    (value, examples), grads = step(params, batch, weights=jnp.zeros(B))
+    assert (value, examples.clipped, examples.nonfinite) == (0, 0, 0)
+    assert optax.tree.norm(grads) == 0
+
+
+@pytest.mark.parametrize("method", ["ghost", "microbatch"])
+def test_a_loss_may_want_a_batch_of_one(method):
+    net = linen.Dense(3)
+    batch = {"x": normal(B, 4), "y": words(3, B)}
+    params = net.init(key(0), batch["x"])
+
+    def mean_loss(params, batch):
+        logits = net.apply(params, batch["x"])
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]))
+
+    step = oc.clipped_value_and_grad(mean_loss, 0.5, method=method, keep_batch_dim=True)
+    (value, _), grads = jax.jit(step)(params, batch)
+    one_by_one = lambda p, x: mean_loss(p, jax.tree.map(lambda x: x[None], x))  # noqa: E731
+    assert_close(grads, oracle(one_by_one, params, batch, 0.5)[0])
+    np.testing.assert_allclose(value, mean_loss(params, batch), rtol=1e-6)
+    found = per_example.ghost_parameters(mean_loss, params, batch, keep_batch_dim=True)
+    assert found == ("params/kernel",)
+
+
+WITHOUT_GRADIENTS = {
+    "unused": (lambda p, x: jnp.sum(x), {"w": jnp.ones(3)}),
+    "constant": (lambda p, x: 1.0, {"w": jnp.ones(3)}),
+    "no parameters": (lambda p, x: jnp.sum(x), {}),
+    "None": (lambda p, x: jnp.sum(x), None),
+    "no elements": (lambda p, x: jnp.sum(p["w"]), {"w": jnp.ones((0, 3))}),
+}
+
+
+@pytest.mark.parametrize(("loss", "params"), WITHOUT_GRADIENTS.values(), ids=WITHOUT_GRADIENTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loss_without_gradients_has_zeros(way, loss, params):
+    step = jax.jit(oc.clipped_value_and_grad(loss, 1.0, **WAYS[way]))
+    (_, examples), grads = step(params, normal(B, 3))
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    assert_close(grads, jax.tree.map(jnp.zeros_like, params))
+    np.testing.assert_array_equal(examples.norms, np.zeros(B))
+    assert (examples.clipped, examples.nonfinite) == (0, 0)
+
+
+@pytest.mark.parametrize("bound", [0.1, 100.0])
+@pytest.mark.parametrize("way", WAYS)
+def test_of_one_example_it_is_the_global_clip(way, bound):
+    loss, params, batch, _ = plain()
+    _, got = jax.jit(oc.clipped_value_and_grad(loss, bound, **WAYS[way]))(params, batch[:1])
+    grads = jax.grad(loss)(params, batch[0])
+    clip = oc.clip_by_global_norm(bound)
+    want, state = clip.update(grads, clip.init(params))
+    assert_close(got, want)
+    stacked = jax.tree.map(lambda g: g[None], grads)
+    sums, clipped = per_example.per_example_global_norm_clip(stacked, bound)
+    assert_close(sums, want)
+    assert float(clipped) == float(state.metrics.clipped_share)
+
+
+@pytest.mark.parametrize("size", [1e-33, 1e-27, 1e-19, 1.0, 1e19, 1e30, 1e34])
+def test_formed_gradients_of_any_size(size):
+    """Each example in a size of its own, beside one of zeros."""
+    grads = {"a": normal(4, 300), "b": normal(4, 7, 5, seed=1), "c": jnp.zeros((4, 3))}
+    scale = jnp.array([1.0, size, 0.0, 1e-3])
+    scaled = jax.tree.map(lambda g: g * scale.reshape(-1, *[1] * (g.ndim - 1)), grads)
+    sums = jax.jit(per_example.per_example_normalize)(scaled, 0.0)
+    lengths = jnp.sqrt(sum(jnp.sum(g**2, axis=range(1, g.ndim)) for g in grads.values()))
+    lengths = jnp.where(scale == 0, jnp.inf, lengths)
+    want = jax.tree.map(lambda g: jnp.tensordot(1 / lengths, g, 1), grads)
+    assert_close(sums, want)
+
+
+def test_no_example_at_all_sums_to_zeros():
+    grads = {"a": jnp.ones((0, 3))}
+    assert_close(per_example.per_example_global_norm_clip(grads, 1.0), ({"a": jnp.zeros(3)}, 0))
+    assert_close(
+        per_example.per_example_layer_norm_clip(grads, 1.0), ({"a": jnp.zeros(3)}, {"a": 0})
+    )
+    assert_close(per_example.per_example_normalize(grads), {"a": jnp.zeros(3)})
+
+
+class WithBatchNorm(linen.Module):
+    axis_name: str | None = None
+
+    @linen.compact
+    def __call__(self, x, train=True):
+        norm = linen.BatchNorm(use_running_average=not train, axis_name=self.axis_name)
+        return jnp.sum(linen.Dense(2)(norm(linen.Dense(4)(x))))
+
+
+def in_linen_with_batch_norm(returned, axis_name=None, mutable=("batch_stats",)):
+    net = WithBatchNorm(axis_name)
+    variables = WithBatchNorm().init(key(0), normal(1, 3))
+
+    def loss(params, x):
+        variables_now = {**variables, "params": params}
+        if not mutable:
+            return net.apply(variables_now, x), {}
+        value, state = net.apply(variables_now, x, mutable=mutable)
+        return value, returned(state)
+
+    return loss, variables["params"]
+
+
+class NnxWithBatchNorm(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.sum(self.norm(x))
+
+
+def in_nnx_with_batch_norm(wrt):
+    graph, params, rest = nnx.split(NnxWithBatchNorm(nnx.Rngs(0)), wrt, ...)
+
+    def loss(params, x):
+        model = nnx.merge(graph, params, rest)
+        return model(x), nnx.state(model, nnx.BatchStat)
+
+    return loss, params
+
+
+def in_equinox_with_batch_norm():
+    norm, state = equinox.nn.make_with_state(equinox.nn.BatchNorm)(
+        3, axis_name="batch", mode="batch"
+    )
+    params, static = equinox.partition(norm, equinox.is_inexact_array)
+
+    def loss(params, x):
+        value, new = equinox.combine(params, static)(x[0], state)
+        return jnp.sum(value), new
+
+    return loss, params
+
+
+BATCH_NORMS = {
+    "linen, all state": lambda: in_linen_with_batch_norm(lambda state: state),
+    "linen, statistics": lambda: in_linen_with_batch_norm(lambda state: state["batch_stats"]),
+    "linen, pooled": lambda: in_linen_with_batch_norm(lambda state: {}, axis_name="batch"),
+    "linen, immutable": lambda: in_linen_with_batch_norm(None, mutable=()),
+    "nnx": lambda: in_nnx_with_batch_norm(nnx.Param),
+    "nnx, statistics trained": lambda: in_nnx_with_batch_norm(nnx.Variable),
+    "equinox": in_equinox_with_batch_norm,
+}
+
+
+@pytest.mark.parametrize("make", BATCH_NORMS.values(), ids=BATCH_NORMS)
+@pytest.mark.parametrize("method", ["ghost", "microbatch"])
+def test_batch_norm_is_refused(method, make):
+    loss, params = make()
+    step = oc.clipped_value_and_grad(loss, 1.0, has_aux=True, keep_batch_dim=True, method=method)
+    with pytest.raises(ValueError, match=r"clipped_value_and_grad: .*Use GroupNorm"):
+        step(params, normal(B, 3))
+
+
+def test_batch_norm_with_fixed_statistics_is_fine():
+    net = WithBatchNorm()
+    variables = net.init(key(0), normal(1, 3))
+
+    def loss(params, x, stats):
+        return net.apply({"params": params, "batch_stats": stats}, x, train=False)
+
+    step = oc.clipped_value_and_grad(loss, 1.0, keep_batch_dim=True)
+    (_, examples), _ = step(variables["params"], normal(B, 3), variables["batch_stats"])
+    assert examples.clipped > 0
 
 
 REFUSED = {
@@ -310,10 +629,23 @@ REFUSED = {
     "bounds": ({"max_norm": jnp.ones(2)}, {}, "max_norm must be one number"),
     "gamma": ({"gamma": -0.1}, {}, "gamma must be a number from 0"),
     "microbatch": ({"microbatch_size": 0}, {}, "microbatch_size must be a whole number"),
-    "sizes": ({}, {"batch": {"x": jnp.ones((2, 3)), "y": jnp.ones(3)}}, "same examples.*'y': \\(3,\\)"),
+    "sizes": (
+        {},
+        {"batch": {"x": jnp.ones((2, 3)), "y": jnp.ones(3)}},
+        "same examples.*'y': \\(3,\\)",
+    ),
     "no axis": ({}, {"batch": 1.0}, "leading axis"),
-    "no example": ({}, {"batch": jnp.ones((0, 3))}, "at least one"),
-    "whole numbers": ({}, {"params": {"w": jnp.ones(3), "n": 1}}, "floating-point numbers, n does not"),
+    "no example": ({}, {"batch": jnp.ones((0, 3))}, "at least one example"),
+    "no leaves": ({}, {"batch": {}}, "leading axis"),
+    "flag": ({"keep_batch_dim": 1}, {}, "keep_batch_dim must be True or False"),
+    "few weights": ({}, {"weights": jnp.ones(1)}, "weights must be 2 real numbers.*\\(1,\\)"),
+    "weights in words": ({}, {"weights": ["a", "b"]}, "weights must be 2 real numbers"),
+    "complex weights": ({}, {"weights": jnp.ones(2, complex)}, "weights must be 2 real numbers"),
+    "whole numbers": (
+        {},
+        {"params": {"w": jnp.ones(3), "n": 1}},
+        "floating-point numbers, n does not",
+    ),
     "vector": ({"loss": lambda p, x: x}, {}, "one real number for one example.*\\(3,\\)"),
     "pair": ({"loss": lambda p, x: (jnp.sum(x), x)}, {}, "pass has_aux=True"),
     "no pair": ({"has_aux": True}, {}, "must return a pair"),
@@ -326,18 +658,21 @@ def test_what_cannot_be_is_refused(method, make, call, message):
     make = {"loss": lambda p, x: jnp.sum(p["w"] * x), "max_norm": 1.0, "method": method, **make}
     call = {"params": {"w": jnp.ones(3)}, "batch": jnp.ones((2, 3)), **call}
     with pytest.raises(ValueError, match=f"clipped_value_and_grad: .*{message}"):
-        oc.clipped_value_and_grad(**make)(call["params"], call["batch"])
+        oc.clipped_value_and_grad(**make)(**call)
 
 
-def test_auto_counts_parameters():
-    """A table that is used twice outweighs the layer between: its gradients are formed, a few examples at a time."""
-    for make, chosen in ((plain, "ghost"), (tied, "microbatch")):
-        loss, params, batch, _ = make()
-        auto, other = (
-            jax.jit(oc.clipped_value_and_grad(loss, 1.0, method=method)).lower(params, batch).as_text()
-            for method in ("auto", chosen)
-        )
-        assert auto == other
+AUTO = {"ghost": plain, "microbatch": tied}
+
+
+@pytest.mark.parametrize("method", AUTO)
+def test_auto_counts_parameters(method):
+    """A table that is used twice outweighs the layer between: its gradients are formed."""
+    loss, params, batch, _ = AUTO[method]()
+    auto, other = (
+        jax.jit(oc.clipped_value_and_grad(loss, 1.0, method=m)).lower(params, batch).as_text()
+        for m in ("auto", method)
+    )
+    assert auto == other
 
 
 def test_the_benchmark_runs(capsys):

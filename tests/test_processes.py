@@ -1,4 +1,6 @@
-"""Several processes are as one: the same parameters, and a killed run goes on bit for bit where it was."""
+"""Several processes are as one: the same parameters, and a killed run goes on bit for bit where it
+was.
+"""
 
 import os
 import pathlib
@@ -14,10 +16,24 @@ SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "multi_host.py"
 def run(folder, name, *options, steps=50, fails=False):
     """The example in a process of its own, or several: what process 0 wrote in the end."""
     out = folder / f"{name}.npz"
-    command = [sys.executable, str(SCRIPT), "--checkpoints", str(folder / name), "--out", str(out), *options]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}  # and compiled as quickly as the other tests: see conftest.py
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--checkpoints",
+        str(folder / name),
+        "--out",
+        str(out),
+        *options,
+    ]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu"
+    }  # and compiled as quickly as the other tests: see conftest.py
     done = subprocess.run(
-        [*command, "--steps", str(steps)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--steps", str(steps)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return None if fails else (dict(np.load(out)), done.stdout)
@@ -59,7 +75,9 @@ def test_processes_train_what_one_trains(alone, tmp_path, options):
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path):
-    """Killed between two checkpoints, after the bad step: the statistics of the clip come back, too."""
+    """Killed between two checkpoints, after the bad step: the statistics of the clip come back,
+    too.
+    """
     run(tmp_path, "killed", *TWO, "--die-after", "39", fails=True)
     resumed, said = run(tmp_path, "killed", *TWO)
     assert "step 48" in said and "step 32" not in said and "skipped 1" in said

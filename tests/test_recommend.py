@@ -1,4 +1,4 @@
-"""`recommend`: shares as NumPy has them; what is planted is recognised, and nothing else is said."""
+"""`recommend`: shares as NumPy has them; what is planted is found, and nothing else."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -78,45 +78,88 @@ def test_silent_on_series_without_anything():
 def test_the_numbers():
     numbers = optaxclip.recommend(PLANTED["falls"]).numbers
     assert numbers.drift == pytest.approx(np.exp(-2), rel=0.1) and numbers.steps == 1000
-    assert numbers.tail_ratio == pytest.approx(np.exp(0.2 * 2.326), rel=0.1)  # the drift is taken out first
-    assert optaxclip.recommend(PLANTED["heavy-tail"]).numbers.tail_index == pytest.approx(1.5, abs=0.5)
+    assert numbers.tail_ratio == pytest.approx(
+        np.exp(0.2 * 2.326), rel=0.1
+    )  # the drift is taken out first
+    assert optaxclip.recommend(PLANTED["heavy-tail"]).numbers.tail_index == pytest.approx(
+        1.5, abs=0.5
+    )
     assert optaxclip.recommend(PLANTED["layers"]).numbers.scale_ratio == pytest.approx(100)
     assert optaxclip.recommend(PLANTED["nan"]).numbers[1:3] == (10, 0)
 
 
-@pytest.mark.parametrize("norms", [[1.0, 2.0, 3.0], np.zeros(100), np.full(100, np.nan), np.arange(19.0)])
+@pytest.mark.parametrize(
+    "norms",
+    [[1.0, 2.0, 3.0], np.zeros(100), np.full(100, np.nan), np.arange(19.0)],
+    ids=["three", "zeros", "NaN", "nineteen"],
+)
 def test_too_few_steps_say_so(norms):
     found = optaxclip.recommend(norms)
-    assert found.reasons[0].name == "too-few-steps" and found.code == "" and "nan" not in str(found).split(".")[0]
-    assert list(optaxclip.recommend(PLAIN[:50]).thresholds) == [0.05, 0.10]  # fifty steps cannot show 1 %
+    assert (
+        found.reasons[0].name == "too-few-steps"
+        and found.code == ""
+        and "nan" not in str(found).split(".")[0]
+    )
+    assert list(optaxclip.recommend(PLAIN[:50]).thresholds) == [
+        0.05,
+        0.10,
+    ]  # fifty steps cannot show 1 %
 
 
 def test_every_form_of_input_says_the_same():
     layers = PLANTED["layers"]
     whole = optaxclip.recommend(layers)
-    np.testing.assert_allclose(whole.thresholds[0.05], np.quantile(np.linalg.norm(layers, axis=1), 0.95))
+    np.testing.assert_allclose(
+        whole.thresholds[0.05], np.quantile(np.linalg.norm(layers, axis=1), 0.95)
+    )
     np.testing.assert_allclose(whole.layers["2"][0.05], np.quantile(layers[:, 2], 0.95))
     by_name = optaxclip.recommend({"0": layers[:, 0], "1": layers[:, 1], "2": layers[:, 2]})
-    history = [{f"clip/grad_norm/{i}": x for i, x in enumerate(row)} | {"clip/grad_norm": max(row)} for row in layers]
+    history = [
+        {f"clip/grad_norm/{i}": x for i, x in enumerate(row)} | {"clip/grad_norm": max(row)}
+        for row in layers
+    ]
     assert by_name == whole and optaxclip.recommend(history) == whole
     plain = [{"clip/grad_norm": jnp.float32(x), "loss": 1.0} for x in PLAIN[:100]]
-    assert optaxclip.recommend(plain).layers == {} and optaxclip.recommend(plain).numbers.steps == 100
+    assert (
+        optaxclip.recommend(plain).layers == {} and optaxclip.recommend(plain).numbers.steps == 100
+    )
+    watched = [
+        row | {"clip/bound": 1.0} for row in watch_rows(layers)
+    ]  # of a clip that does not measure
+    assert optaxclip.recommend(watched) == whole
+
+
+def watch_rows(layers):
+    return [
+        {f"watch/grad_norm/{i}": x for i, x in enumerate(row)} | {"watch/grad_norm": max(row)}
+        for row in layers
+    ]
 
 
 def test_norms_of_any_size():
-    assert names(STEADY * 1e300) == ["steady"] and names(STEADY[:, None] * [1e300, 2e300]) == ["steady"]
+    assert names(STEADY * 1e300) == ["steady"] and names(STEADY[:, None] * [1e300, 2e300]) == [
+        "steady"
+    ]
     assert names(np.ones(100)) == ["steady"]
     rare = optaxclip.recommend(np.where(np.arange(1000) % 30 == 0, STEADY, 0.0))
-    assert "(0)" not in rare.code and list(rare.thresholds) == [0.01]  # a bound of 0 would clip all to nothing
+    assert "(0)" not in rare.code and list(rare.thresholds) == [
+        0.01
+    ]  # a bound of 0 would clip all to nothing
 
 
-@pytest.mark.parametrize("norms", [np.ones((2, 2, 2)), [], 1.0])
+@pytest.mark.parametrize(
+    "norms", [np.ones((2, 2, 2)), [], 1.0], ids=["three axes", "empty", "a number"]
+)
 def test_other_shapes_are_refused(norms):
     with pytest.raises(ValueError, match="norms must have"):
         optaxclip.recommend(norms)
 
 
-@pytest.mark.parametrize("history", [{"loss": np.ones(50)}, [{"loss": 1.0}] * 50, [{"accuracy": 1.0}] * 50])
+@pytest.mark.parametrize(
+    "history",
+    [{"loss": np.ones(50)}, [{"loss": 1.0}] * 50, [{"accuracy": 1.0}] * 50],
+    ids=["losses", "rows of losses", "rows of accuracies"],
+)
 def test_losses_are_not_taken_for_norms(history):
     with pytest.raises(ValueError, match="there is no 'grad_norm' among"):
         optaxclip.recommend(history)

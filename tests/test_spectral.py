@@ -14,7 +14,9 @@ METHODS = ["hard", "soft"]
 
 
 def spectra(count):
-    """Singular values: of all sizes, nearly all 0, at the bound, large spikes, next to the bound among small ones."""
+    """Singular values: of all sizes, nearly all 0, at the bound, large spikes, next to the bound
+    among small ones.
+    """
     yield np.geomspace(1e-6, 100, count)
     yield np.r_[np.zeros(count - 1), 5.0]
     yield np.r_[np.ones(count - 1), 300.0]
@@ -30,7 +32,9 @@ def matrix(shape, values, seed=0):
 
 
 def decomposed(x, bound, method):
-    u, s, v = np.linalg.svd(np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64), full_matrices=False)
+    u, s, v = np.linalg.svd(
+        np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64), full_matrices=False
+    )
     s = np.minimum(s, bound) if method == "hard" else s / np.sqrt(1 + (s / bound) ** 2)
     return (u * s[..., None, :]) @ v
 
@@ -44,7 +48,9 @@ def clipped(tx, grads, options=None):
 @pytest.mark.parametrize("solver", ["polar", "svd"])
 def test_singular_values_are_clipped(method, solver):
     grads = {
-        name: jnp.asarray(np.stack([matrix(shape, values) for values in spectra(min(shape))]), jnp.float32)
+        name: jnp.asarray(
+            np.stack([matrix(shape, values) for values in spectra(min(shape))]), jnp.float32
+        )
         for name, shape in SHAPES.items()
     }
     updates = clipped(oc.spectral_clip(1.0, method=method, solver=solver, batch_axes=1), grads)
@@ -66,7 +72,8 @@ def test_large_matrices(method):
 def test_more_steps_reach_further():
     x = jnp.asarray(matrix((6, 4), np.array([1e4, 2.0, 1.0, 0.5])), jnp.float32)
     few, many = (
-        np.linalg.norm(clipped(oc.spectral_clip(1.0, steps=n), x) - decomposed(x, 1.0, "hard")) for n in (6, 11)
+        np.linalg.norm(clipped(oc.spectral_clip(1.0, steps=n), x) - decomposed(x, 1.0, "hard"))
+        for n in (6, 11)
     )
     assert many < 1e-3 < 0.1 < few
 
@@ -87,7 +94,9 @@ def test_any_scale(method):
 
 
 def test_stacked_layers_and_kernels():
-    """Leading axes stack matrices where the caller says so; all axes between are one side of a matrix."""
+    """Leading axes stack matrices where the caller says so; all axes between are one side of a
+    matrix.
+    """
     rng = np.random.default_rng(0)
     stack, kernel = rng.normal(size=(3, 6, 4)), rng.normal(size=(3, 3, 2, 4))
     grads = {"layers": jnp.asarray(stack, jnp.float32), "conv": jnp.asarray(kernel, jnp.float32)}
@@ -109,8 +118,12 @@ def test_other_dtypes(dtype):
     updates = clipped(oc.spectral_clip(1.0), grads)
     assert updates.dtype == grads.dtype
     assert (clipped(oc.spectral_clip(100.0), grads, AS_USERS) == grads).all()
-    want = decomposed(np.asarray(grads, np.complex64 if dtype == "complex64" else np.float32), 1.0, "hard")
-    np.testing.assert_allclose(np.asarray(updates, want.dtype), want, atol=1e-4 if dtype == "complex64" else 1e-2)
+    want = decomposed(
+        np.asarray(grads, np.complex64 if dtype == "complex64" else np.float32), 1.0, "hard"
+    )
+    np.testing.assert_allclose(
+        np.asarray(updates, want.dtype), want, atol=1e-4 if dtype == "complex64" else 1e-2
+    )
 
 
 def test_float64():
@@ -142,21 +155,34 @@ def test_the_corners(method):
     assert not quiet["bad"].any() and quiet["good"].any()
     vector = jnp.array([3.0, 4.0])
     np.testing.assert_allclose(
-        at(1.0, vector), vector / 5 * (1 if method == "hard" else 1 / np.sqrt(1 + 1 / 25)), rtol=1e-6
+        at(1.0, vector),
+        vector / 5 * (1 if method == "hard" else 1 / np.sqrt(1 + 1 / 25)),
+        rtol=1e-6,
     )
 
 
 def test_the_norm_in_the_metrics_is_the_largest_singular_value():
-    grads = {"a": jnp.asarray(matrix((9, 6), np.array([3.0, 1.0, 0.5, 0.1])), jnp.float32), "b": jnp.array([3.0, 4.0])}
-    tx = oc.spectral_clip(oc.running(1.5))
+    grads = {
+        "a": jnp.asarray(matrix((9, 6), np.array([3.0, 1.0, 0.5, 0.1])), jnp.float32),
+        "b": jnp.array([3.0, 4.0]),
+    }
+    tx = oc.spectral_clip(oc.thresholds.running(1.5))
     _, state = tx.update(grads, tx.init(grads))
     _, state = tx.update(grads, state)
     seen = oc.metrics(state)
-    np.testing.assert_allclose([seen["clip/grad_norm/a"], seen["clip/grad_norm/b"]], [3.0, 5.0], rtol=1e-3)
+    np.testing.assert_allclose(
+        [seen["clip/grad_norm/a"], seen["clip/grad_norm/b"]], [3.0, 5.0], rtol=1e-3
+    )
     np.testing.assert_allclose([seen["clip/bound/a"], seen["clip/bound/b"]], [4.5, 7.5], rtol=1e-3)
 
 
-BAD = [{"method": "medium"}, {"solver": "qr"}, {"nonfinite": "skip"}, {"steps": 4}, {"max_singular_value": -1.0}]
+BAD = [
+    {"method": "medium"},
+    {"solver": "qr"},
+    {"nonfinite": "skip"},
+    {"steps": 4},
+    {"max_singular_value": -1.0},
+]
 
 
 @pytest.mark.parametrize("argument", BAD)
@@ -174,7 +200,12 @@ def test_the_norm_is_found_where_the_longest_row_is_no_guide():
 
 
 def test_in_scan_the_state_keeps_its_form_and_nothing_is_compiled_twice():
-    grads = {"a": jnp.ones((4, 3), jnp.bfloat16), "b": jnp.ones(2), "empty": jnp.zeros((0, 3)), "count": jnp.arange(3)}
+    grads = {
+        "a": jnp.ones((4, 3), jnp.bfloat16),
+        "b": jnp.ones(2),
+        "empty": jnp.zeros((0, 3)),
+        "count": jnp.arange(3),
+    }
     tx = oc.spectral_clip(lambda step: jnp.array([1.0, 2.0])[step])
 
     @jax.jit
@@ -203,14 +234,16 @@ def test_the_derivative_is_finite(method):
 def test_stacked_by_vmap_or_by_axis():
     stack = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 4)), jnp.float32).at[1].mul(1e5)
     mapped = jax.vmap(lambda g: oc.spectral_clip(1.0).update(g, None)[0])(stack)
-    np.testing.assert_allclose(mapped, clipped(oc.spectral_clip(1.0, batch_axes=1), stack), atol=1e-5)
+    np.testing.assert_allclose(
+        mapped, clipped(oc.spectral_clip(1.0, batch_axes=1), stack), atol=1e-5
+    )
     with pytest.raises(ValueError, match=r"batch_axes=4, but the leaf .* \(3, 5, 4\)"):
         oc.spectral_clip(1.0, batch_axes=4).update(stack, None)
 
 
 def test_a_bound_may_follow_the_parameters():
     params = jnp.asarray(matrix((5, 4), np.array([8.0, 4.0, 2.0, 1.0])), jnp.float32)
-    tx = oc.spectral_clip(oc.param_relative(0.5, 1e-3))
+    tx = oc.spectral_clip(oc.thresholds.param_relative(0.5, 1e-3))
     updates, _ = tx.update(params, tx.init(params), params)
     np.testing.assert_allclose(np.linalg.norm(updates, 2), 4.0, rtol=1e-3)
     with pytest.raises(ValueError, match=r"tx\.update\(grads, state, params\)"):

@@ -1,4 +1,4 @@
-"""`tune`: one compile, the same numbers as runs one by one, the planted threshold, no clip beside it."""
+"""`tune`: one compile, the same numbers as runs one by one, the planted threshold."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optaxclip
-from optaxclip.tuning import objective
+from optaxclip.tuning import Sweep, objective
 
 BATCHES = [jnp.float32(x) for x in np.linspace(0.5, 1.5, 12)]
 
@@ -71,9 +71,16 @@ def test_one_compile_in_all(at_once):
 
 
 def test_in_parts_is_the_same():
-    whole = optaxclip.tune(step, init, [0.1, 1.0], batches=BATCHES, evaluate=lambda state: jnp.sum(state[0]["w"]))
+    whole = optaxclip.tune(
+        step, init, [0.1, 1.0], batches=BATCHES, evaluate=lambda state: jnp.sum(state[0]["w"])
+    )
     parts = optaxclip.tune(
-        step, init, [0.1, 1.0], batches=iter(BATCHES), at_once=4, evaluate=lambda state: jnp.sum(state[0]["w"])
+        step,
+        init,
+        [0.1, 1.0],
+        batches=iter(BATCHES),
+        at_once=4,
+        evaluate=lambda state: jnp.sum(state[0]["w"]),
     )
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -88,7 +95,9 @@ def planted(best):
     def one(value, state, batch):
         steps, noise = state
         loss = 1.0 + jnp.log(value / best) ** 2 * (steps > 0) + noise
-        return (steps + 1, noise), jnp.where(steps > 0, jnp.where(value > 50 * best, jnp.nan, loss), 5.0)
+        return (steps + 1, noise), jnp.where(
+            steps > 0, jnp.where(value > 50 * best, jnp.nan, loss), 5.0
+        )
 
     return one, start
 
@@ -98,7 +107,11 @@ def test_the_planted_threshold_is_found(best):
     sweep = optaxclip.tune(*planted(best), [0.01, 0.1, 1.0, 10.0, 100.0], batches=range(5), seeds=4)
     assert sweep.recommended.value == best
     assert sweep.recommended.low == sweep.recommended.high == best
-    assert sweep.diverged[-1].all() and np.isinf(sweep.values[-1]) and not sweep.diverged[sweep.values == best].any()
+    assert (
+        sweep.diverged[-1].all()
+        and np.isinf(sweep.values[-1])
+        and not sweep.diverged[sweep.values == best].any()
+    )
     lines = str(sweep).splitlines()
     assert lines[7].startswith("| no clip | inf |") and lines[7].endswith("| 100% |")
     assert lines[-1].startswith(f"Recommended: {best:g}, alone")
@@ -107,19 +120,27 @@ def test_the_planted_threshold_is_found(best):
 def sweep_of(final, values=(0.1, 1.0, 10.0, np.inf), failed=9.0):
     final = np.asarray(final, float)
     runs = np.zeros((*final.shape, 2))
-    return optaxclip.Sweep(np.asarray(values), np.arange(final.shape[1]), final, runs, runs, runs, failed, np.inf)
+    return Sweep(
+        np.asarray(values), np.arange(final.shape[1]), final, runs, runs, runs, failed, np.inf
+    )
 
 
 def test_the_middle_of_the_plateau():
     sweep = sweep_of([[2.0, 4.0], [2.1, 4.1], [2.2, 4.2], [8.0, 8.0]])
-    assert (sweep.recommended.low, sweep.recommended.value, sweep.recommended.high) == (0.1, 1.0, 10.0)
+    assert (sweep.recommended.low, sweep.recommended.value, sweep.recommended.high) == (
+        0.1,
+        1.0,
+        10.0,
+    )
     assert sweep.recommended.error == pytest.approx(1.0)
 
 
 def test_a_diverged_run_counts_as_no_training():
     sweep = sweep_of([[5.0, 5.0, 5.0], [1.0, 1.1, np.nan], [1.0, np.inf, 1e30], [np.nan] * 3])
     np.testing.assert_allclose(sweep.diverged.mean(axis=1), [0, 1 / 3, 2 / 3, 1])
-    assert sweep.recommended.value == 1.0 and sweep.recommended.mean == pytest.approx((1 + 1.1 + 9) / 3)
+    assert sweep.recommended.value == 1.0 and sweep.recommended.mean == pytest.approx(
+        (1 + 1.1 + 9) / 3
+    )
     nothing = sweep_of([[np.nan], [np.inf], [10.0], [99.0]]).recommended
     assert np.isnan(nothing.value) and "Every run diverged" in nothing.why
 
@@ -135,9 +156,13 @@ def test_the_last_tenth_decides_and_one_nan_does_not():
     def one(value, state, batch):
         return state, jnp.where(batch == 38, jnp.nan, 40.0 - batch)
 
-    sweep = optaxclip.tune(one, lambda value, key: jnp.zeros(()), [1.0], batches=range(40), seeds=1, baseline=None)
+    sweep = optaxclip.tune(
+        one, lambda value, key: jnp.zeros(()), [1.0], batches=range(40), seeds=1, baseline=None
+    )
     assert sweep.final[0, 0] == np.median([4.0, 3.0, np.inf, 1.0])
-    assert np.isnan(sweep.clip_rate).all() and "| 3.5 |" in str(sweep)  # no clip in the state, so no rate
+    assert np.isnan(sweep.clip_rate).all() and "| 3.5 |" in str(
+        sweep
+    )  # no clip in the state, so no rate
 
 
 def test_any_number_of_any_clip():
@@ -158,11 +183,65 @@ def test_any_number_of_any_clip():
 
 
 @pytest.mark.parametrize(
-    ("values", "more"), [([], {}), ([np.nan], {}), ([1.0], {"seeds": 0}), ([1.0], {"batches": []})]
+    ("values", "more", "words"),
+    [
+        ([], {}, "values must be a list of numbers"),
+        ([np.nan], {}, "values must be a list of numbers"),
+        (1.0, {}, "values must be a list of numbers"),
+        ([1.0], {"seeds": 0}, "seeds must be"),
+        ([1.0], {"batches": []}, "there must be at least one batch"),
+        ([1.0], {"at_once": 0}, "at_once must be"),
+    ],
+    ids=["no values", "NaN", "one number", "no seeds", "no batches", "none at once"],
 )
-def test_mistakes_are_named(values, more):
-    with pytest.raises(ValueError, match="tune: "):
+def test_mistakes_are_named(values, more, words):
+    with pytest.raises(ValueError, match=f"tune: {words}"):
         optaxclip.tune(step, init, values, **{"batches": BATCHES, **more})
+
+
+FORMS = {
+    "step of two": (
+        {"step": lambda state, batch: 0},
+        r"step must be a function of \(value, state, batch\), got step",
+    ),
+    "init of one": (
+        {"init": lambda key: 0},
+        r"init must be a function of \(value, key\), got init\(key\)",
+    ),
+    "evaluate of two": ({"evaluate": lambda a, b: 0}, r"evaluate must be a function of \(state\)"),
+    "no function": ({"step": 1.0}, "step must be a function of"),
+    "only a loss": (
+        {"step": lambda value, state, batch: jnp.sum(state[0]["w"])},
+        "step must return",
+    ),
+    "loss first": (
+        {"step": lambda *args: step(*args)[::-1]},
+        r"step must return \(new state, loss\), in this order",
+    ),
+    "loss of several": ({"step": lambda value, state, batch: (state, state[0]["w"])}, "shape"),
+    "evaluate to a state": ({"evaluate": lambda state: state}, "evaluate must return a loss"),
+}
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_functions_of_another_form_are_refused(case):
+    wrong, words = FORMS[case]
+    more = {"step": step, "init": init, "evaluate": None, "batches": BATCHES[:1]} | wrong
+    with pytest.raises(ValueError, match=f"tune: .*{words}"):
+        optaxclip.tune(values=[1.0], **more)
+    if case != "evaluate to a state":
+        with pytest.raises(ValueError, match=f"objective: .*{words}"):
+            objective(suggest=lambda trial: 1.0, **more)(None)
+
+
+def test_a_clip_that_does_not_measure_has_no_rate():
+    def start(value, key):
+        return jnp.ones(2), optaxclip.clip_by_value(-value, value).init(jnp.ones(2))
+
+    sweep = optaxclip.tune(
+        lambda value, state, batch: (state, state[0][0]), start, [1.0], batches=[0], seeds=1
+    )
+    assert np.isnan(sweep.clip_rate).all() and np.isnan(sweep.norms).all()
 
 
 def test_optuna_has_one_compile_for_all_trials_and_the_same_numbers():
@@ -181,12 +260,16 @@ def test_optuna_has_one_compile_for_all_trials_and_the_same_numbers():
         return {"max_norm": trial.suggest_float("max_norm", 0.05, 5.0, log=True)}
 
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    study.optimize(objective(counted, start, suggest, batches=BATCHES, seeds=2, failed=np.inf), n_trials=6)
+    study.optimize(
+        objective(counted, start, suggest, batches=BATCHES, seeds=2, failed=np.inf), n_trials=6
+    )
     assert len(traced) == 1
     trial = study.trials[0]
     wanted = [by_hand(trial.params["max_norm"], seed)[0][-1] for seed in range(2)]
     assert trial.value == pytest.approx(np.mean(wanted), rel=1e-5)
-    assert trial.intermediate_values and all(np.isfinite(x.value) for x in study.trials if x.value is not None)
+    assert trial.intermediate_values and all(
+        np.isfinite(x.value) for x in study.trials if x.value is not None
+    )
 
 
 def test_optuna_prunes():

@@ -1,1 +1,1 @@
-"""What goes wrong silently in a chain: its parts read off, and a rule for each mistake."""
+"""Linting chains: each is read as a list of nodes, to which one rule per mistake is applied."""

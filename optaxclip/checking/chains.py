@@ -1,18 +1,14 @@
-"""What a chain is made of, read off its update functions.
+"""A chain as a flat list of nodes, in the order in which gradients reach them.
 
-An optax transformation is a pair of closures, and its state often an `EmptyState`, but a closure says who made it
-(`clip_by_global_norm.<locals>.update_fn`) and what it holds.  From that a chain is written down once, as a flat list of
-nodes in the order in which gradients pass them; each node knows the holders around it, so that "does this one feed that
-one" has an answer.  What a foreign wrapper does between its inside and its outside cannot be read: nothing is said to
-pass its border.
+Our transformations describe themselves; of Optax's the closures are read. Each node knows the
+holders around it, which answers "does this one feed that one?". What a foreign wrapper does with
+what goes in and comes out cannot be read, so no node inside it feeds one outside, nor the reverse.
 """
 
-import contextlib
-import functools
-import inspect
+from __future__ import annotations
+
 import itertools
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,222 +16,193 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip.leaves import Exclude, is_measured, matcher, path_string
+from optaxclip.base import Exclude
+from optaxclip.checking.closures import find_description, find_maker, find_module, read_closure
+from optaxclip.engine import Description
+from optaxclip.trees import flatten_with_paths, is_measured, matcher
+from optaxclip.validate import is_transformation
 
-# Wrappers whose inside gets what they get, and whose result is made of that of their inside: where they keep it.
+# Wrappers of Optax that pass on what they get, and return what becomes of it inside: the variable
+# in which they keep the transformation inside.
 _INSIDE = {
     "MultiSteps": "_opt",
     "apply_if_finite": "inner",
+    "conditionally_mask": "inner",
     "flatten": "inner",
     "lookahead": "fast_optimizer",
     "mechanize": "base_optimizer",
-    "reset_moments": "inner",
-    "scale_by_stable_rms": "inner",
     "schedule_free": "base_optimizer",
-    "skip_nonfinite": "inner",
-    "skip_spikes": "inner",
     "split_real_and_imaginary": "inner",
 }
 _SERIES = {"chain", "named_chain"}
-HOLDERS = _SERIES | _INSIDE.keys() | {"partition", "masked", "inject_hyperparams"}
-_DEEPEST, _MOST = 64, 10_000  # a foreign wrapper may hold itself
+_HOLDERS = _SERIES | _INSIDE.keys() | {"partition", "masked", "inject_hyperparams"}
+# A foreign wrapper may hold itself, directly or by way of others.
+_MAX_DEPTH, _MAX_NODES = 64, 10_000
 
 
+# Compared by identity: the same transformation at two places makes two nodes.
 @dataclass(frozen=True, eq=False)
 class Node:
     """One transformation of a chain.
 
     Attributes:
-      name: the function that made it, such as "scale_by_adam"; with its module, if that is not optax or optaxclip.
-      where: the way to it, such as "chain[1]/partition['decoder']/scale_by_adam".
-      facts: what its functions hold: the arguments that it was made with, and more.
-      leaves: the paths of the floating-point leaves that it gets; None where that is unknown.
+      name: the function that made it, such as "scale_by_adam", with its module if that is not
+        optax or optaxclip; "threshold" for any of our thresholds.
+      where: the path to it, such as "chain[1]/partition['decoder']/scale_by_adam".
+      about: how it describes itself; None if it is not one of our transformations.
+      facts: the variables of its closures, among them the arguments that it was made with; of our
+        own code none.
+      module: the module that defines its update function.
+      leaves: the paths of the floating-point leaves that it gets; None if they are unknown.
       holders: the nodes around it, outermost first.
       place: how many nodes come before it.
     """
 
     name: str
     where: str
+    about: Description | None
     facts: dict[str, Any]
+    module: str
     leaves: frozenset[str] | None
-    holders: tuple["Node", ...]
+    holders: tuple[Node, ...]
     place: int
 
+    @property
+    def is_holder(self) -> bool:
+        """Whether it passes what it gets to the nodes inside, and returns what they make of it."""
+        return self.name in _HOLDERS or (self.about is not None and self.about.inner is not None)
+
     def paths(self, exclude: Exclude = None) -> frozenset[str]:
-        """The leaves that it gets, without those that are excluded; none, where they are unknown."""
-        return frozenset(path for path in self.leaves or () if not matcher(exclude)(path))
+        """The leaves that it gets, without those excluded; empty if they are unknown."""
+        excluded = matcher(exclude)
+        return frozenset(path for path in self.leaves or () if not excluded(path))
 
 
-def described(tx: optax.GradientTransformation, params: Any) -> list[Node]:
-    """All nodes of a chain, holders before what they hold, in the order in which gradients pass them."""
+def read_chain(tx: optax.GradientTransformation, params: Any) -> list[Node]:
+    """Lists the nodes of a chain, in the order of gradients, holders before what they hold."""
     return list(_walk(tx, params, "", (), itertools.count()))
 
 
-def _walk(tx, params: Any, way: str, holders: tuple[Node, ...], places: Iterator[int]) -> Iterator[Node]:
-    name, facts = _made(tx)
-    node = Node(name, way + name, facts, _paths(params), holders, next(places))
+def _walk(tx, params: Any, path: str, holders: tuple[Node, ...], places) -> Iterator[Node]:
+    tx = _strip(tx)
+    about, leaves = find_description(tx.update), _find_paths(params)
+    module, name = find_module(tx.update), find_maker(tx.update) if about is None else about.name
+    name = "threshold" if module.startswith("optaxclip.thresholds.") else name
+    facts: dict[str, Any] = {}
+    for fn in (tx.init, tx.update):  # a foreign wrapper may pass on the `init` of one of ours
+        facts |= {} if find_module(fn).startswith("optaxclip.") else read_closure(fn)
+    node = Node(name, path + name, about, facts, module, leaves, holders, next(places))
     yield node
-    if len(holders) < _DEEPEST and node.place < _MOST:
-        for key, inner, seen in _held(node, tx, params):
-            yield from _walk(inner, seen, f"{way}{name}{key}/", (*holders, node), places)
+    if len(holders) < _MAX_DEPTH and node.place < _MAX_NODES:
+        for key, inner, seen in _open(node, params):
+            yield from _walk(inner, seen, f"{path}{name}{key}/", (*holders, node), places)
 
 
-def common(a: Node, b: Node) -> tuple[Node, ...]:
-    """The holders that two nodes share, each counted among its own."""
+def find_shared(a: Node, b: Node) -> tuple[Node, ...]:
+    """The holders that two nodes share, outermost first; a node counts as a holder of itself."""
     pairs = zip((*a.holders, a), (*b.holders, b), strict=False)
     return tuple(x for x, _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
 
 
 def feeds(a: Node, b: Node) -> bool:
-    """Whether what leaves `a` goes on to a later `b`: they part in a chain, and nothing foreign is between."""
-    shared = common(a, b)
+    """Whether what leaves `a` reaches `b`: both are in one chain, no foreign wrapper between."""
+    shared = find_shared(a, b)
     if a.place >= b.place or a in shared or shared[-1].name not in _SERIES:
         return False
-    return all(holder.name in HOLDERS for holder in (a.holders + b.holders)[len(shared) :] if holder not in shared)
+    own = (a.holders + b.holders)[len(shared) :]
+    return all(holder.is_holder for holder in own if holder not in shared)
 
 
-def holds(fn: Callable) -> dict[str, Any]:
-    """What a function holds: the variables of its closure, or the attributes of the object whose method it is."""
-    fn = _plain(fn)
-    if isinstance(fn, functools.partial):
-        return holds(fn.func) | fn.keywords
-    if inspect.ismethod(fn):
-        return dict(getattr(fn.__self__, "__dict__", {}))
-    names = getattr(getattr(fn, "__code__", None), "co_freevars", ())
-    found = {}
-    for name, cell in zip(names, getattr(fn, "__closure__", None) or (), strict=True):
-        with contextlib.suppress(ValueError):  # a variable that was never set
-            found[name] = cell.cell_contents
-    return found
+def _strip(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Unwraps `optax.with_extra_args_support`, which changes nothing."""
+    while find_maker(tx.update) == "with_extra_args_support":
+        tx = read_closure(tx.update)["tx"]
+    return tx
 
 
-def maker(fn: Callable) -> str:
-    """The function that made a function; with its module, if that is not optax or optaxclip.
-
-    Read off the code, not off `__qualname__`, which `functools.wraps` copies from what is wrapped.
-    """
-    fn = _plain(fn)
-    if isinstance(fn, functools.partial):
-        return maker(fn.func)
-    code = getattr(fn, "__code__", None)
-    name = code.co_qualname.split(".")[0] if code else type(fn).__name__
-    module = getattr(fn, "__globals__", {}).get("__name__", "")
-    return name if module.split(".")[0] in ("optax", "optaxclip") else f"{module}.{name}"
-
-
-def makers(value: Any, depth: int = 12) -> set[str]:
-    """The makers of all functions that can be reached from a value."""
-    if depth == 0 or isinstance(value, str | bytes | jax.Array):
-        return set()
-    if isinstance(value, dict | tuple | list):
-        inside = value.values() if isinstance(value, dict) else value
-        return set().union(*(makers(x, depth - 1) for x in inside))
-    return {maker(value)} | makers(holds(value), depth - 1) if callable(value) else set()
-
-
-def _plain(fn: Any) -> Any:
-    """The Python function inside a compiled one."""
-    while hasattr(fn, "__wrapped__") and not isinstance(fn, types.FunctionType):
-        fn = fn.__wrapped__
-    return fn
-
-
-def _is_transformation(value: Any) -> bool:
-    return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
-
-
-def _made(tx) -> tuple[str, dict[str, Any]]:
-    """The name of a transformation, and what it holds, less the wrappers that change nothing."""
-    name, facts = maker(tx.update), holds(tx.init) | holds(tx.update)
-    if name == "with_extra_args_support":
-        return _made(facts["tx"])
-    if name == "skip_spikes":
-        return name, facts | _made(facts["skipping"])[1]
-    return ("skip_nonfinite" if name == "_skipping" else name), facts
-
-
-def _held(node: Node, tx: optax.GradientTransformation, params: Any) -> list[tuple[str, Any, Any]]:
-    """What a node holds: the key, the transformation, and the parameters that it sees."""
-    facts = node.facts
-    if node.name in HOLDERS:
+def _open(node: Node, params: Any) -> list[tuple[str, Any, Any]]:
+    """Lists what a node holds: the key, the transformation, and the parameters that it sees."""
+    if node.about is not None:
+        return [] if node.about.inner is None else [("", node.about.inner, params)]
+    if node.name in _HOLDERS:
         try:
-            return _BY_NAME.get(node.name, _of_others)(facts, params, _INSIDE.get(node.name))
-        except Exception:  # a user's function may ask for what is not here: then nothing can be seen
+            return _OPEN.get(node.name, _open_wrapper)(node, params)
+        except Exception:  # a user's factory may fail outside of training: its inside stays unknown
             return []
-    if _module(tx) == "optaxclip":  # its own thresholds are transformations, but not of gradients
+    if node.name == "threshold":  # a transformation, but not of gradients
         return []
-    found = [(key, x) for key, value in facts.items() for x in _flat(value) if _is_transformation(x)]
+    found = [(k, x) for k, v in node.facts.items() for x in _list_items(v) if is_transformation(x)]
     return [(f"<{i}:{key}>", x, params) for i, (key, x) in enumerate(found)]
 
 
-def _module(tx) -> str:
-    return getattr(_plain(tx.update), "__globals__", {}).get("__name__", "").split(".")[0]
-
-
-def _flat(value: Any):
-    if _is_transformation(value):
+def _list_items(value: Any) -> list:
+    if is_transformation(value) or not isinstance(value, dict | list | tuple):
         return [value]
-    return list(value.values() if isinstance(value, dict) else value) if isinstance(value, dict | list | tuple) else []
+    return list(value.values() if isinstance(value, dict) else value)
 
 
-def _of_chain(facts, params, _):
-    pairs = zip(facts["init_fns"], facts["update_fns"], strict=True)
-    return [(f"[{i}]", optax.GradientTransformation(*pair), params) for i, pair in enumerate(pairs)]
+def _open_wrapper(node: Node, params):
+    return [("", node.facts[_INSIDE[node.name]], params)]
 
 
-def _of_named_chain(facts, params, _):
-    return [(f"[{name!r}]", tx, params) for name, tx in facts["transforms"]]
+def _open_chain(node: Node, params):
+    pairs = zip(node.facts["init_fns"], node.facts["update_fns"], strict=True)
+    return [(f"[{i}]", optax.GradientTransformation(*p), params) for i, p in enumerate(pairs)]
 
 
-def _of_partition(facts, params, _):
-    labels = _called(facts["param_labels"], params)
-    return [
-        (f"[{group!r}]", tx, _picked(params, labels and jax.tree.map(lambda label, g=group: label == g, labels)))
-        for group, tx in facts["transforms"].items()
-    ]
+def _open_named_chain(node: Node, params):
+    return [(f"[{name!r}]", tx, params) for name, tx in node.facts["transforms"]]
 
 
-def _of_masked(facts, params, _):
-    return [("", facts["inner"], _picked(params, _called(facts["mask"], params)))]
+def _open_partition(node: Node, params):
+    labels = _evaluate(node.facts["param_labels"], params)
+
+    def group_of(group):
+        return labels and jax.tree.map(lambda label: label == group, labels)
+
+    groups = node.facts["transforms"].items()
+    return [(f"[{group!r}]", tx, _pick(params, group_of(group))) for group, tx in groups]
 
 
-def _of_inject_hyperparams(facts, params, _):
-    now = {name: schedule(schedule.init()) for name, schedule in facts["sched_hps"].items()} | facts["numeric_hps"]
-    arrays = {name: jnp.asarray(value) for name, value in now.items()}
+def _open_masked(node: Node, params):
+    return [("", node.facts["inner"], _pick(params, _evaluate(node.facts["mask"], params)))]
+
+
+def _open_inject_hyperparams(node: Node, params):
+    facts = node.facts
+    # As arrays, as the wrapper passes them: what may change is not mistaken for a constant.
+    now = {name: schedule(schedule.init()) for name, schedule in facts["sched_hps"].items()}
+    arrays = {name: jnp.asarray(value) for name, value in (now | facts["numeric_hps"]).items()}
     return [("", facts["inner_factory"](**facts["other_hps"], **arrays), params)]
 
 
-def _of_others(facts, params, inside):
-    return [("", facts[inside], params)]
-
-
-_BY_NAME = {
-    "chain": _of_chain,
-    "named_chain": _of_named_chain,
-    "partition": _of_partition,
-    "masked": _of_masked,
-    "inject_hyperparams": _of_inject_hyperparams,
+_OPEN = {
+    "chain": _open_chain,
+    "named_chain": _open_named_chain,
+    "partition": _open_partition,
+    "masked": _open_masked,
+    "inject_hyperparams": _open_inject_hyperparams,
 }
 
 
-def _called(tree_or_function: Any, params: Any) -> Any:
-    """Labels or a mask, of the parameters if they are a function; None if that fails."""
+def _evaluate(tree_or_function: Any, params: Any) -> Any:
+    """Labels or a mask; of the parameters, if they are a function. None if that fails."""
     try:
         return tree_or_function(params) if callable(tree_or_function) else tree_or_function
-    except Exception:  # a user's function may ask for what is not here: then it is unknown which leaves it means
+    except Exception:  # a user's function may fail outside of training
         return None
 
 
-def _picked(params: Any, mask: Any) -> Any:
-    """The parameters under a mask, or a prefix of one; None where that is unknown."""
+def _pick(params: Any, mask: Any) -> Any:
+    """The parameters under a mask, or a prefix of one; None if the mask is unknown or no fit."""
     try:
-        return jax.tree.map(lambda m, p: p if m else optax.MaskedNode(), mask, params) if mask is not None else None
+        picked = jax.tree.map(lambda m, p: p if m else optax.MaskedNode(), mask, params)
     except (TypeError, ValueError):
         return None
+    return None if mask is None else picked
 
 
-def _paths(params: Any) -> frozenset[str] | None:
+def _find_paths(params: Any) -> frozenset[str] | None:
     if params is None:
         return None
-    flat = jax.tree_util.tree_leaves_with_path(params)
-    return frozenset(path_string(path) for path, leaf in flat if is_measured(leaf))
+    return frozenset(path for path, leaf in flatten_with_paths(params)[0] if is_measured(leaf))

@@ -1,49 +1,72 @@
 """A linter for chains: what goes wrong silently, where, and what to write instead.
 
-`chains` reads a chain off its closures, `kinds` says which nodes are clips, and of what kind, `rules` holds one
-function a mistake.
+`chains` reads a chain, `kinds` tells which nodes are clips, and of what kind; `placement` and
+`misuse` have one function per mistake.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optax
 
-from optaxclip.checking.chains import described
-from optaxclip.checking.rules import RULES
-from optaxclip.findings import Findings
+from optaxclip.checking import misuse, placement
+from optaxclip.checking.chains import Node, read_chain
+from optaxclip.checking.kinds import Found
+from optaxclip.monitoring.findings import Findings
+from optaxclip.validate import is_transformation
+
+_RULES: dict[str, Callable[[list[Node]], Found]] = {
+    "clip-per-branch": placement.clip_per_branch,
+    "frozen-in-norm": placement.frozen_in_norm,
+    "clip-after-normaliser": placement.clip_after_normaliser,
+    "spike-test-after-clip": placement.spike_test_after_clip,
+    "clip-before-accumulation": placement.clip_before_accumulation,
+    "clip-before-unscale": placement.clip_before_unscale,
+    "guard-after-clip": misuse.guard_after_clip,
+    "guard-without-optimizer": misuse.guard_without_optimizer,
+    "guard-in-accumulation": misuse.guard_in_accumulation,
+    "clip-before-sign": placement.clip_before_sign,
+    "clip-twice": placement.clip_twice,
+    "threshold-as-clip": misuse.threshold_as_clip,
+    "optimizer-as-threshold": misuse.optimizer_as_threshold,
+    "idle-exclude": misuse.idle_exclude,
+}
 
 
 class Finding(NamedTuple):
     """One mistake in a chain.
 
     Attributes:
-      name: a short name, which stays: "clip-after-normaliser".
-      where: the way to it: "chain[1]/partition['decoder']/clip_by_global_norm".
+      name: a short, stable name: "clip-after-normaliser".
+      where: the path to it: "chain[1]/partition['decoder']/clip_by_global_norm".
       what: what goes wrong.
-      mend: what to write instead.
+      fix: what to write instead.
     """
 
     name: str
     where: str
     what: str
-    mend: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.name}, at {self.where}: {self.what}\n    Instead: {self.mend}"
+        return f"{self.name}, at {self.where}: {self.what}\n    Instead: {self.fix}"
 
 
 def check(tx: optax.GradientTransformation, params: Any) -> tuple[Finding, ...]:
-    """Finds what goes wrong silently in a chain: clips in the wrong place, behind the wrong wrapper, without effect.
+    """Finds silent mistakes in a chain: clips in the wrong place, or without effect.
 
-    Nothing is computed: the chain is read, not run. What it cannot read, a foreign wrapper, it passes over; what is
-    sound, it leaves unmentioned. The findings are listed in docs/check.md.
+    The chain is read, not run. What a foreign wrapper does cannot be read, so nothing is reported
+    across it, but its inside is checked. All findings are listed in docs/check.md.
 
     Args:
       tx: an optimizer, a chain, or any optax transformation.
-      params: the parameters, or their shapes (`jax.eval_shape`): masks and labels are asked which leaves they mean.
+      params: the parameters, or their shapes (`jax.eval_shape`), to which masks, labels and
+        `exclude` are applied.
 
     Returns:
-      A tuple of `Finding`, empty if there are none; it prints well.
+      A tuple of `Finding`, which prints one below the other; empty if the chain is sound.
 
     Raises:
       TypeError: if `tx` is not an optax transformation.
@@ -54,9 +77,10 @@ def check(tx: optax.GradientTransformation, params: Any) -> tuple[Finding, ...]:
     ...     print(finding.name, "at", finding.where)
     clip-after-normaliser at chain[1]/clip_by_global_norm
     """
-    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+    if not is_transformation(tx):
         raise TypeError(f"check: tx must be an optax transformation, got {type(tx).__name__}.")
-    nodes = described(tx, params)
-    found = [Finding(name, *finding) for name, rule in RULES.items() for finding in rule(nodes)]
+    nodes = read_chain(tx, params)
+    found = [Finding(name, *finding) for name, rule in _RULES.items() for finding in rule(nodes)]
+    # A clip may be part of several pairs: of one mistake at one place, only the first is reported.
     first = {(finding.name, finding.where): finding for finding in reversed(found)}
     return Findings(reversed(first.values()))

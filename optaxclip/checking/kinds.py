@@ -1,42 +1,59 @@
-"""What a node of a chain is to the rules of `check`: a clip of which kind, or one of a few families of names."""
+"""What the rules ask of a node: which kind of clip it is, or to which family it belongs."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
-from optaxclip.actions import rescale, zero
-from optaxclip.checking.chains import Node, holds, maker, makers
+from optaxclip.actions import keep
+from optaxclip.checking.chains import Node, feeds, find_shared
+from optaxclip.engine import Description
 from optaxclip.norms import l2, rms
-from optaxclip.scopes import leaf, tree
+from optaxclip.scopes import tree
+from optaxclip.thresholds.blocks import learns
 
-# What makes the size of an update independent of the gradient's.
+# These make the size of an update independent of the size of the gradient.
 NORMALISERS = {
-    "normalize_by_update_norm", "normalize", "scale_by_acprop", "scale_by_adadelta", "scale_by_adam", "scale_by_adamax",
-    "scale_by_adan", "scale_by_ademamix", "scale_by_adopt", "scale_by_amsgrad", "scale_by_belief",
-    "scale_by_factored_rms", "scale_by_lion", "scale_by_muon", "scale_by_novograd", "scale_by_radam", "scale_by_rms",
-    "scale_by_rprop", "scale_by_rss", "scale_by_sign", "scale_by_simplified_ademamix", "scale_by_sm3",
-    "scale_by_stable_rms", "scale_by_stddev", "scale_by_yogi",
+    "normalize_by_update_norm", "normalize", "scale_by_acprop", "scale_by_adadelta",
+    "scale_by_adam", "scale_by_adamax", "scale_by_adan", "scale_by_ademamix", "scale_by_adopt",
+    "scale_by_amsgrad", "scale_by_belief", "scale_by_factored_rms", "scale_by_lion",
+    "scale_by_muon", "scale_by_novograd", "scale_by_radam", "scale_by_rms", "scale_by_rprop",
+    "scale_by_rss", "scale_by_sign", "scale_by_simplified_ademamix", "scale_by_sm3",
+    "scale_by_stddev", "scale_by_yogi",
 }  # fmt: skip
-STATEFUL = (NORMALISERS - {"scale_by_sign", "normalize_by_update_norm", "normalize"}) | {"trace", "ema"}
-GUARDS = {"apply_if_finite", "skip_nonfinite", "skip_spikes"}
+_FORGETFUL = {"scale_by_sign", "normalize_by_update_norm", "normalize"}
+STATEFUL = (NORMALISERS - _FORGETFUL) | {"trace", "ema"}
 SCALES = {"scale", "scale_by_learning_rate", "scale_by_schedule", "identity"}
-THRESHOLDS = {"learned", "lag", "per_block", "_combined", "stateless", "scheduled", "param_relative", "until"}
-REMEMBERING = {"MultiSteps", "lookahead", "mechanize", "schedule_free"}
-_OPTAX = {"clip_by_global_norm": "tree", "clip": "element", "clip_by_block_rms": "other", "adaptive_grad_clip": "other"}
+_HOLDERS_WITH_MEMORY = {"MultiSteps", "lookahead", "mechanize", "schedule_free"}
+_OPTAX = {
+    "clip_by_global_norm": "tree",
+    "clip": "element",
+    "clip_by_block_rms": "other",
+    "adaptive_grad_clip": "other",
+}
+# Actions that bound a norm, by the names that they show; `normalize` sets it. What an action of the
+# user's does is not known, and it shows none of these.
+_LIMITS = ("actions.rescale", "actions.band", "actions.smooth", "actions.zero", "actions.keep")
+
+Test = Callable[[Node], Any]
+# Of each mistake: where it is, what goes wrong, and what to write instead.
+Found = Iterator[tuple[str, str, str]]
 
 
 class Clip(NamedTuple):
-    """What a rule asks of a clip.
+    """What the rules ask of a clip.
 
     Attributes:
       block: which numbers share one norm: "tree", "leaf", "element" or "other".
-      bound: the fixed bound, a number, an array or a schedule; None if it is learned or relative.
-      learned: it decides by the history of the norms, so a norm out of the ordinary is what it looks for.
-      hard: blocks within the bound are left alone, others shortened to it.
-      l2: whether its norm is the plain one.
+      bound: the fixed bound, a number, an array or a schedule, of `clip_by_value` both limits; None
+        if it is learned or relative.
+      learned: whether it judges a norm by earlier norms, and so looks for unusual ones.
+      hard: whether blocks within the bound are left alone, and others shortened to it.
+      l2: whether its norm is the Euclidean norm.
       paths: the leaves that it measures.
     """
 
@@ -49,32 +66,64 @@ class Clip(NamedTuple):
 
 
 def as_clip(node: Node) -> Clip | None:
-    """What a node is as a clip; None if it is none, or has an infinite bound and only measures."""
-    facts, paths = node.facts, node.paths(node.facts.get("exclude"))
-    if node.name in _OPTAX:
-        bound = facts.get("max_norm", facts.get("max_delta"))
-        clip = Clip(_OPTAX[node.name], bound, paths=paths)
-    elif node.name == "clip_by":
-        clip = _of_clip_by(facts, paths)
-    elif node.name == "clip_elements":
-        limits = holds(facts["limits"].update)
-        symmetric = "threshold" in limits  # ours to clip; else to clip_by_value, or learned
-        bound = _made_of(limits["threshold"]) if symmetric else _both(limits.get("limits", ()))
-        clip = Clip("element", bound, learned=not limits.keys() & {"threshold", "limits"}, hard=symmetric, paths=paths)
+    """The node as a clip; None if it is not a clip, or only measures, by an infinite bound."""
+    about = node.about
+    if about is None:
+        bound = node.facts.get("max_norm", node.facts.get("max_delta"))
+        clip = Clip(_OPTAX[node.name], bound, paths=node.paths()) if node.name in _OPTAX else None
     else:
-        return None
-    return None if number_of(clip.bound) == math.inf else clip
+        is_clip = about.threshold is not None and about.inner is None and about.action is not keep
+        clip = _describe(about, node) if is_clip else None
+    return None if clip is None or to_number(clip.bound) == math.inf else clip
 
 
-def measures(node: Node) -> Clip | None:
-    """What a node measures: as a clip, or as a wrapper that skips steps by their norm."""
-    if node.name == "skip_spikes":
-        facts = holds(holds(node.facts["judge"])["watch"].update)
-        return _of_clip_by(facts, node.paths(facts["exclude"]))
-    return as_clip(node)
+def as_test(node: Node) -> Clip | None:
+    """As `as_clip`, but also for a wrapper that skips steps by their norm."""
+    if node.about is None or not is_guard(node):
+        return as_clip(node)
+    clip = _describe(node.about, node)
+    return None if to_number(clip.bound) == math.inf else clip
 
 
-def bound_of(node: Node) -> Any:
+def _describe(about: Description, node: Node) -> Clip:
+    """What one of our own clips is, by its description."""
+    paths, update = node.paths(about.exclude), about.threshold.update
+    bound, learned = getattr(update, "bound", None), learns(update)
+    if about.kind == "elements":
+        two_sided = isinstance(bound, tuple)  # `clip_by_value`
+        fixed = _require_finite(bound) if two_sided else bound
+        return Clip("element", fixed, learned or bound is None, not two_sided, paths=paths)
+    if about.kind == "other":
+        return Clip("other", hard=False, l2=False, paths=paths)
+    action, block = repr(about.action), _name_block(about, paths)
+    limits = action.startswith(_LIMITS)
+    fixed = bound if limits and about.view is None else None
+    hard = action.startswith("actions.rescale")
+    return Clip(block, fixed, learned and limits, hard, about.norm is l2, paths)
+
+
+def _name_block(about: Description, paths: frozenset[str]) -> str:
+    """Which numbers share one norm. Groups may turn out to be the whole tree, or single leaves."""
+    if about.scope == tree:
+        return "tree"
+    if about.scope is None or not about.scope.named:
+        return "other"
+    try:
+        blocks = about.scope.cut(tuple(sorted(paths)), ((),) * len(paths)).names or ()
+    except Exception:  # labels that do not fit these leaves
+        return "other"
+    if len(blocks) == 1:
+        return "tree"
+    # A bound on the root mean square of a leaf is one on updates, on purpose: Adafactor's.
+    return "leaf" if len(blocks) == len(paths) and about.norm is not rms else "other"
+
+
+def _require_finite(limits: tuple) -> tuple | None:
+    """The lower and the upper limit; None if one is infinite, so that infinities pass."""
+    return None if any(abs(to_number(limit)) == math.inf for limit in limits) else limits
+
+
+def read_bound(node: Node) -> Any:
     """The fixed bound of a clip; None for anything else."""
     clip = as_clip(node)
     return clip and clip.bound
@@ -82,53 +131,61 @@ def bound_of(node: Node) -> Any:
 
 def has_bound(node: Node) -> bool:
     """Whether a node is a clip with a fixed bound."""
-    return bound_of(node) is not None
+    return read_bound(node) is not None
 
 
 def is_global(node: Node) -> bool:
-    """Whether a node clips all that it gets by one norm to a fixed bound."""
+    """Whether a node clips all its leaves by one norm to a fixed bound."""
     clip = as_clip(node)
     return clip is not None and clip.block == "tree" and clip.bound is not None and bool(clip.paths)
 
 
+def is_guard(node: Node) -> bool:
+    """Whether a node skips steps: `apply_if_finite`, `skip_nonfinite`, `skip_spikes`."""
+    about = node.about
+    ours = about is not None and about.inner is not None and about.action is keep
+    return ours or node.name == "apply_if_finite"
+
+
 def seeks_spikes(node: Node) -> bool:
-    """Whether a node looks for global norms out of the ordinary, to clip them or to skip the step."""
-    test = measures(node)
-    return test is not None and test.block == "tree" and (test.learned or node.name == "skip_spikes")
+    """Whether a node looks for unusual global norms, to clip them or to skip the step."""
+    test = as_test(node)
+    return test is not None and test.block == "tree" and (test.learned or is_guard(node))
 
 
-def _of_clip_by(facts: dict[str, Any], paths: frozenset[str]) -> Clip:
-    """What our own engine does: see `optaxclip.clip_by`."""
-    scope, norm = holds(facts["cut"])["scope"], holds(facts["measured"])["norm"]
-    action, threshold, made_by = holds(facts["factor_rule"])["action"], facts["threshold"], makers(facts["threshold"])
-    block = "tree" if scope is tree else "leaf" if scope is leaf and norm is not rms else "other"
-    hard = action is rescale or maker(action) == "_action"
-    learned = bool(made_by & {"learned", "lag"}) and "previous" not in made_by
-    bounds = hard or action is zero or maker(action) in ("smooth", "_leave_alone")
-    bound = _made_of(threshold) if bounds and facts["view"] is None else None
-    return Clip(block, bound, learned and bounds, hard, norm is l2, paths)
+def to_number(bound: Any) -> float:
+    """A bound as a Python number; NaN, which equals nothing, if it is not a known number."""
+    known = isinstance(bound, int | float | np.generic | np.ndarray | jax.Array)
+    if not known or np.ndim(bound) or isinstance(bound, jax.core.Tracer):
+        return math.nan
+    return float(bound)
 
 
-def _made_of(threshold: optax.GradientTransformation) -> Any:
-    """The number or schedule that a threshold was made of; None for any other."""
-    facts = holds(threshold.update)
-    if "bound_of" in facts:
-        return holds(facts["bound_of"]).get("bound")
-    return facts.get("schedule")
+def to_constant(value: Any) -> float:
+    """As `to_number`, but NaN for an array, which `optax.inject_hyperparams` may change."""
+    return math.nan if isinstance(value, jax.Array) else to_number(value)
 
 
-def _both(limits) -> Any:
-    """The limits of `clip_by_value`; None, which says nothing, if there are none or one is infinite."""
-    values = [holds(limit).get("value", limit) for limit in limits]
-    return None if any(abs(number_of(value)) == math.inf for value in values) else tuple(values) or None
+def is_named(*names: str) -> Test:
+    """A test of whether a node has one of these names."""
+    return lambda node: node.name in names
 
 
-def number_of(bound: Any) -> float:
-    """A bound as a Python number; NaN, which equals nothing, if it is not one."""
-    known = isinstance(bound, int | float | np.generic | np.ndarray | jax.Array) and np.ndim(bound) == 0
-    return float(bound) if known and not isinstance(bound, jax.core.Tracer) else math.nan
+def find_pairs(nodes: list[Node], first: Test, second: Test) -> Iterator[tuple[Node, Node]]:
+    """Yields each `first` node with each `second` node that it feeds and shares leaves with."""
+    seconds = [n for n in nodes if n.leaves and second(n)]
+    for a in nodes:
+        if a.leaves and first(a):
+            yield from ((a, b) for b in seconds if feeds(a, b) and a.leaves & (b.leaves or set()))
 
 
-def constant_of(value: Any) -> float:
-    """A number that stays what it is; NaN for any other, also for one that `optax.inject_hyperparams` may change."""
-    return math.nan if isinstance(value, jax.Array) else number_of(value)
+def list_between(nodes: list[Node], a: Node, b: Node) -> list[Node]:
+    """Lists the nodes on the way from one to another; of holders only those with a memory."""
+    passed = [c for c in nodes if not c.is_holder and feeds(a, c) and feeds(c, b)]
+    own = [h for h in a.holders + b.holders if h not in find_shared(a, b)]
+    return passed + [h for h in own if h.name in _HOLDERS_WITH_MEMORY]
+
+
+def only_scales(nodes: list[Node], a: Node, b: Node) -> bool:
+    """Whether only scales and clips are between two nodes."""
+    return all(n.name in SCALES or as_clip(n) for n in list_between(nodes, a, b))

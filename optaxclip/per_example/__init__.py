@@ -1,1 +1,30 @@
-"""Gradients of single examples, weighted and summed: all of them at once, a few at a time, or never formed at all."""
+"""Gradients of single examples, weighted and summed.
+
+They are formed all at once, a few at a time, or never ("ghost" clipping):
+
+    clipped_value_and_grad          as jax.value_and_grad, of a loss of one example
+    ghost_parameters                the parameters whose gradients it never forms
+
+Of gradients of examples that you already have, such as those of `vmap(grad(loss))`:
+
+    per_example_global_norm_clip
+    per_example_layer_norm_clip
+    per_example_normalize
+"""
+
+from optaxclip.per_example.clipped_grad import clipped_value_and_grad, ghost_parameters
+from optaxclip.per_example.examples import ClippedExamples
+from optaxclip.per_example.transforms import (
+    per_example_global_norm_clip,
+    per_example_layer_norm_clip,
+    per_example_normalize,
+)
+
+__all__ = [
+    "ClippedExamples",
+    "clipped_value_and_grad",
+    "ghost_parameters",
+    "per_example_global_norm_clip",
+    "per_example_layer_norm_clip",
+    "per_example_normalize",
+]

@@ -1,11 +1,15 @@
 """One backward pass for the norms and the weighted sum of the gradients of all examples.
 
-A zero is added to the result of every site; its gradient is that of the result (dy).  The operands of a site and dy
-give the norms, and the same two give the weighted sum, as the one product of matrices that a plain gradient takes, with
-dyᵢ · weightᵢ in place of dyᵢ.  The gradients of parameters without a site are formed for each example and summed.
+A zero, the probe, is added to the result of every site; its gradient is that of the result, dy. The
+operands of a site and dy give the norms. They also give the weighted sum, by the product of
+matrices that a plain gradient takes, with dyᵢ · weightᵢ in place of dyᵢ. The gradients of
+parameters without a site are formed for each example and summed.
 
-Bu et al., `Differentially Private Optimization on Large Model at Small Cost <https://arxiv.org/abs/2210.00038>`_, 2023
+Bu et al., `Differentially Private Optimization on Large Model at Small Cost
+<https://arxiv.org/abs/2210.00038>`_, 2023
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,22 +17,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip.norms import widen
+from optaxclip.per_example.losses import Loss, vary_like
 from optaxclip.per_example.sites import Site, find_sites
-from optaxclip.per_example.walk import Program, flatten, shaped
-from optaxclip.per_example.weights import counted, example_norms, per_example, weighted_sum
-
-Loss = Callable[..., tuple[jax.Array, Any]]
+from optaxclip.per_example.walk import Program, flatten, get_aval
+from optaxclip.per_example.weights import (
+    align,
+    drop_unweighted,
+    example_norms,
+    weighted_sum,
+)
+from optaxclip.trees import is_measured, select
+from optaxclip.xla import accumulator, widen
 
 
 class Backward(NamedTuple):
-    """What a backward pass over some examples leaves.
+    """The result of a backward pass over some examples.
 
     Attributes:
-      losses: one an example.
-      aux: what the loss returned beside, with a leading axis.
-      norms: of the gradients, one an example.
-      sums: `sums(weights)`, the weighted sum of the gradients, one array a parameter, in float32 at least.
+      losses: the loss of each example.
+      aux: the aux of each example, with a leading axis.
+      norms: the norm of the gradient of each example.
+      sums: `sums(weights)`, the weighted sum of the gradients, one array per parameter, in float32
+        at least.
     """
 
     losses: jax.Array
@@ -41,8 +51,14 @@ def by_vmap(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Backw
     """Forms the gradient of every example."""
     each = jax.vmap(jax.value_and_grad(loss, has_aux=True), (None, 0, *(None for _ in shared)))
     (losses, aux), grads = each(params, batch, *shared)
-    arrays = jax.tree.leaves(grads)
-    return Backward(losses, aux, example_norms(arrays), lambda weights: [weighted_sum(x, weights) for x in arrays])
+    leaves = select(grads)
+    norms = _norms(leaves.arrays, leaves.paths, losses)
+    return Backward(losses, aux, norms, lambda w: [weighted_sum(x, w) for x in leaves.arrays])
+
+
+def _norms(arrays: list[jax.Array], paths: Sequence[str], losses: jax.Array) -> jax.Array:
+    """The norm of each example; 0 where no parameter has a gradient."""
+    return example_norms(arrays, paths) if arrays else jnp.zeros_like(widen(losses))
 
 
 class Traced(NamedTuple):
@@ -51,7 +67,7 @@ class Traced(NamedTuple):
     Attributes:
       program: its operations.
       sites: one for each parameter whose gradient is not formed.
-      rest: the numbers of the parameters whose gradients are.
+      rest: the numbers of the parameters whose gradients are formed.
       outputs: the structure of (loss, aux).
     """
 
@@ -62,12 +78,23 @@ class Traced(NamedTuple):
 
 
 def trace(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Traced:
-    """Traces the loss for the first example of a batch. A parameter without any use has neither site nor gradient."""
-    example = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[0], batch), batch)
-    closed, shapes = jax.make_jaxpr(loss, return_shape=True)(params, example, *shared)
-    program = flatten(closed, len(jax.tree.leaves(params)))
+    """Traces the loss for one example of a batch.
+
+    A parameter that the loss does not use has neither a site nor a gradient.
+    """
+    found = []
+
+    def read(example):
+        found.append(jax.make_jaxpr(loss, return_shape=True)(params, example, *shared))
+
+    # Not of `x[0]`: only inside `vmap` does an example have the type, sharding included, that the
+    # operations will see when they run.
+    jax.vmap(read, out_axes=None)(batch)
+    ((closed, shapes),) = found
+    parameters = len(jax.tree.leaves(params))
+    program = flatten(closed, parameters)
     sites, uses = find_sites(program), program.uses()
-    used = {i for i, slot in enumerate(program.inputs[: len(jax.tree.leaves(params))]) if uses[slot]}
+    used = {i for i, slot in enumerate(program.inputs[:parameters]) if uses[slot]}
     rest = sorted(used - {site.origin.parameter for site in sites})
     return Traced(program, sites, rest, jax.tree.structure(shapes))
 
@@ -81,17 +108,21 @@ def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
         i = number.get(op.outputs)
         if i is None:
             return results
-        seen[i] = [jnp.zeros(()) if j == traced.sites[i].side else jnp.asarray(x) for j, x in enumerate(operands)]
+        seen[i] = [
+            None if j == traced.sites[i].side else jnp.asarray(x) for j, x in enumerate(operands)
+        ]
         return [results[0] + probes[i]]
 
     loss, aux = traced.outputs.unflatten(traced.program.run(arguments, at))
     return loss, (aux, seen)
 
 
-def _site_sum(site: Site, param: jax.Array, operands: list[jax.Array], dy: jax.Array, weights: jax.Array) -> jax.Array:
+def _site_sum(site: Site, param: jax.Array, operands, dy: jax.Array, weights: jax.Array):
     """Σᵢ weightsᵢ · Gᵢ of one site: the transpose of its operation, for all examples at once."""
-    weighted = counted(widen(dy) * per_example(weights.astype(widen(dy).dtype), dy), weights).astype(dy.dtype)
-    clean = [counted(x, weights) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in operands]
+    wide = widen(dy)
+    weighted = wide * align(weights.astype(wide.dtype), dy)
+    weighted = drop_unweighted(weighted, weights).astype(dy.dtype)
+    clean = [drop_unweighted(x, weights) if is_measured(x) else x for x in operands]
 
     def forward(param):
         value = site.origin(param)
@@ -102,19 +133,21 @@ def _site_sum(site: Site, param: jax.Array, operands: list[jax.Array], dy: jax.A
     return widen(total)
 
 
-def mostly_ghost(traced: Traced, params: Any) -> bool:
-    """Whether sites have at least half of all numbers.
+def is_mostly_ghost(traced: Traced, params: Any) -> bool:
+    """Whether the parameters at sites have at least half of all elements.
 
-    If not, memory is that of the gradients of all examples, and a few of them at a time are as fast.
+    If not, the gradients that are formed dominate the memory, and microbatches are as fast.
     """
     sizes = [jnp.size(x) for x in jax.tree.leaves(params)]
-    return sum(sizes[site.origin.parameter] for site in traced.sites) >= sum(sizes[i] for i in traced.rest)
+    at_sites = sum(sizes[site.origin.parameter] for site in traced.sites)
+    return at_sites >= sum(sizes[i] for i in traced.rest)
 
 
 def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
     """Forms no gradient of a parameter that has a site."""
     leaves = list(map(jnp.asarray, jax.tree.leaves(params)))
-    probes = [jnp.zeros(y.shape, y.dtype) for y in (shaped(site.op.eqn.outvars[0]) for site in traced.sites)]
+    outputs = [get_aval(site.op.eqn.outvars[0]) for site in traced.sites]
+    probes = vary_like([jnp.zeros(y.shape, y.dtype) for y in outputs], params)
 
     def probed(rest, probes, example):
         arguments = [*leaves, *jax.tree.leaves((example, *shared))]
@@ -124,16 +157,26 @@ def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> 
 
     each = jax.vmap(jax.value_and_grad(probed, argnums=(0, 1), has_aux=True), (None, None, 0))
     (losses, (aux, operands)), (grads, dys) = each([leaves[i] for i in traced.rest], probes, batch)
-    lengths = [site.norms(seen, dy) for site, seen, dy in zip(traced.sites, operands, dys, strict=True)]
-    norms = example_norms(grads + ([jnp.stack(lengths, axis=1)] if lengths else []))
+    at_sites = list(zip(traced.sites, operands, dys, strict=True))
 
     def sums(weights):
         total = [jnp.zeros(x.shape, widen(x).dtype) for x in leaves]
         for i, g in zip(traced.rest, grads, strict=True):
             total[i] = weighted_sum(g, weights)
-        for site, seen, dy in zip(traced.sites, operands, dys, strict=True):
+        for site, seen, dy in at_sites:
             i = site.origin.parameter
             total[i] = _site_sum(site, leaves[i], seen, dy, weights)
         return total
 
-    return Backward(losses, aux, norms, sums)
+    lengths = [site.norms(seen, dy) for site, seen, dy in at_sites]
+    paths = [select(params).paths[i] for i in traced.rest]
+    return Backward(losses, aux, _join_norms(paths, grads, lengths, losses), sums)
+
+
+def _join_norms(paths: list[str], grads: list[jax.Array], lengths: list[jax.Array], losses):
+    """The norm of each example, of gradients that were formed and norms found at sites."""
+    if lengths:
+        wide = accumulator(lengths)
+        paths = [*paths, "sites"]
+        grads = [*grads, jnp.stack([n.astype(wide) for n in lengths], axis=1)]
+    return _norms(grads, paths, losses)

@@ -1,18 +1,19 @@
-"""Where a parameter meets an example, and how long its gradient is there, without the gradient.
+"""Sites, where a parameter meets an example, and the norm of its gradient there without forming it.
 
-A parameter that is used once, by an operation that is linear in it, has a gradient made of what went in (x) and of the
-gradient of what came out (dy):
+The gradient of a parameter that is used once, by an operation that is linear in it, is made of the
+input x of that operation and the gradient dy of its output:
 
     dense, (T, d) by (d, p)      G = Σₜ xₜ ⊗ dyₜ        ‖G‖² = Σₛₜ ⟨xₛ, xₜ⟩ · ⟨dyₛ, dyₜ⟩
     convolution                  the same, where xₜ is the patch that one output position sees
     rows of a table              the same, where xₜ is one-hot: ⟨xₛ, xₜ⟩ = [idₛ = idₜ]
     one slice                    ‖G‖ = ‖dy‖
 
-A site is kept only where this is less work, and less memory, than the gradient itself: T·(d + p) <= d·p, so that
-nothing is ever larger than the activations that the backward pass holds anyway.
+A site is kept only where this is less work, and takes less memory, than the gradient itself,
+T·(d + p) <= d·p: so nothing is larger than the activations that the backward pass keeps anyway.
 """
 
-import functools
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,19 +24,20 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from optaxclip.norms import accumulator
-from optaxclip.per_example.walk import Op, Origin, Program, shaped
-from optaxclip.per_example.weights import per_example
+from optaxclip.per_example.products import in_unit, length, product_squares, row_norms, total
+from optaxclip.per_example.walk import Op, Origin, Program, get_aval
+from optaxclip.xla import accumulator
 
 
 class Site(NamedTuple):
-    """The one use of a parameter.
+    """The only use of a parameter.
 
     Attributes:
       origin: the parameter, and how it is rearranged before the use.
       op: the operation, with one result.
       side: which operand of it is the parameter.
-      norms: `norms(operands, dy)`, one norm an example; operands and dy have a leading axis that numbers examples.
+      norms: `norms(operands, dy)`, one norm an example; operands and dy have a leading axis that
+        numbers examples.
     """
 
     origin: Origin
@@ -44,56 +46,8 @@ class Site(NamedTuple):
     norms: Callable[[list[jax.Array], jax.Array], jax.Array]
 
 
-def _power_of_two(exponents: jax.Array, dtype) -> jax.Array:
-    """2ᵉ, exactly, for exponents in the range of the dtype."""
-    limit = jnp.finfo(dtype).maxexp - 2
-    return jnp.asarray(np.ldexp(1.0, np.arange(-limit, limit + 1)), dtype)[exponents + limit]
-
-
-def _in_unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x` in a unit of its own for each example, 2ᵉ, such that its squares neither overflow nor vanish; and e."""
-    wide = accumulator([x])
-    largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0).astype(wide)
-    limit = jnp.finfo(x.dtype).maxexp - 2
-    exponents = jnp.clip(jnp.frexp(largest)[1], -limit, limit)
-    return x * per_example(_power_of_two(-exponents, x.dtype), x), exponents
-
-
-def _gram(x: jax.Array) -> jax.Array:
-    """The inner products of all pairs of rows, (B, T, T); in float32 at least."""
-    wide = accumulator([x])
-    if x.shape[1] == 1:  # a product of matrices of one row is slow
-        return jnp.sum(jnp.square(x.astype(wide)), axis=2, keepdims=True)
-    return jnp.einsum("bsd,btd->bst", x, x, precision=lax.Precision.HIGHEST, preferred_element_type=wide)
-
-
-def _total(products: jax.Array) -> jax.Array:
-    return jnp.sum(products, axis=tuple(range(1, products.ndim)))
-
-
-def _length(squares: jax.Array, exponents: jax.Array) -> jax.Array:
-    """√squares back in the unit 1. Rounding may have made a sum of nearly nothing negative; NaN stays NaN."""
-    half, norms = exponents // 2, jnp.sqrt(jnp.maximum(squares, 0))  # in halves: 2ᵉ itself may be beyond the range
-    return norms * _power_of_two(half, norms.dtype) * _power_of_two(exponents - half, norms.dtype)
-
-
-def product_norms(parts: list[jax.Array], dy: jax.Array, pairs: bool) -> jax.Array:
-    """‖Σₜ xₜ ⊗ dyₜ‖² for dy: (B, T, p), and x: (B, T, d) in parts along d; by pairs of rows, or by forming the sum."""
-    wide = accumulator([dy, *parts])
-    if pairs:
-        return _total(sum(_gram(x).astype(wide) for x in parts) * _gram(dy).astype(wide))
-    form = functools.partial(jnp.einsum, "btd,btp->bdp", precision=lax.Precision.HIGHEST, preferred_element_type=wide)
-    return jnp.sum(jnp.stack([_total(jnp.square(form(x, dy))) for x in parts]), axis=0)
-
-
-def row_norms(ids: jax.Array, dy: jax.Array) -> jax.Array:
-    """‖Σₜ onehot(idₜ) ⊗ dyₜ‖ for ids: (B, T) and dy: (B, T, p)."""
-    dy, e = _in_unit(dy)
-    return _length(_total(jnp.where(ids[:, :, None] == ids[:, None, :], _gram(dy), 0)), e)
-
-
-def _rows(x: jax.Array, row_axes, column_axes) -> jax.Array:
-    """(B, ...) as (B, T, d); the axes are counted without that of the examples."""
+def _as_rows(x: jax.Array, row_axes, column_axes) -> jax.Array:
+    """(B, ...) as (B, T, d). Axes are counted without the one of the examples."""
     order = [0, *(a + 1 for a in row_axes), *(a + 1 for a in column_axes)]
     rows = math.prod(x.shape[a + 1] for a in row_axes)
     columns = math.prod(x.shape[a + 1] for a in column_axes)
@@ -104,41 +58,43 @@ def _rest(ndim: int, axes) -> list[int]:
     return [a for a in range(ndim) if a not in axes]
 
 
-def _worthwhile(rows: int, columns: int, size: int) -> bool:
+def _pays(rows: int, columns: int, size: int) -> bool:
     """Whether T·(d + p) is no more than the size of the gradient, given d + p."""
     return rows * columns <= size
 
 
 def _dense(eqn: core.JaxprEqn, side: int):
     contracted, batched = eqn.params["dimension_numbers"]
-    x, w, y = shaped(eqn.invars[1 - side]), shaped(eqn.invars[side]), shaped(eqn.outvars[0])
+    x, w, y = get_aval(eqn.invars[1 - side]), get_aval(eqn.invars[side]), get_aval(eqn.outvars[0])
     free = _rest(x.ndim, contracted[1 - side])
     rows, outputs = math.prod(x.shape[a] for a in free), w.ndim - len(contracted[side])
     inputs = math.prod(w.shape[a] for a in contracted[side])
-    if batched[0] or not _worthwhile(rows, inputs + w.size // max(inputs, 1), w.size):
+    if batched[0] or not _pays(rows, inputs + w.size // max(inputs, 1), w.size):
         return None
     columns = range(outputs) if side == 0 else range(y.ndim - outputs, y.ndim)
 
     def norms(operands, dy):
-        (x, e), (dy, f) = _in_unit(operands[1 - side]), _in_unit(dy)
-        part = _rows(x, free, contracted[1 - side])
-        return _length(product_norms([part], _rows(dy, _rest(y.ndim, columns), columns), pairs=True), e + f)
+        (x, e), (dy, f) = in_unit(operands[1 - side]), in_unit(dy)
+        part = _as_rows(x, free, contracted[1 - side])
+        rows = _as_rows(dy, _rest(y.ndim, columns), columns)
+        return length(product_squares([part], rows, pairs=True), e + f)
 
     return norms
 
 
-def _shifted(x: jax.Array, eqn: core.JaxprEqn) -> list[jax.Array]:
-    """What each tap of a convolution's kernel sees: (B, T, channels) for T output positions. No patches are stored."""
-    p, kernel, out = eqn.params, shaped(eqn.invars[1]).shape, shaped(eqn.outvars[0]).shape
+def _list_taps(x: jax.Array, eqn: core.JaxprEqn) -> list[jax.Array]:
+    """Lists what each tap of a kernel sees: (B, T, channels) for T output positions."""
+    p, kernel, out = eqn.params, get_aval(eqn.invars[1]).shape, get_aval(eqn.outvars[0]).shape
     lhs_spec, rhs_spec, out_spec = p["dimension_numbers"]
     order = (lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
-    spread = [(low, high, n - 1) for (low, high), n in zip(p["padding"], p["lhs_dilation"], strict=True)]
+    spread = [(*pad, n - 1) for pad, n in zip(p["padding"], p["lhs_dilation"], strict=True)]
     x = x.transpose(0, *(a + 1 for a in order))
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *spread, (0, 0, 0)])
 
     def tap(at):
         cuts = [slice(None), slice(None)]
-        for i, n, step, apart in zip(at, out_spec[2:], p["window_strides"], p["rhs_dilation"], strict=True):
+        strides = zip(at, out_spec[2:], p["window_strides"], p["rhs_dilation"], strict=True)
+        for i, n, step, apart in strides:
             cuts.append(slice(i * apart, i * apart + (out[n] - 1) * step + 1, step))
         return x[tuple(cuts)].reshape(x.shape[0], -1, x.shape[-1])
 
@@ -146,43 +102,47 @@ def _shifted(x: jax.Array, eqn: core.JaxprEqn) -> list[jax.Array]:
 
 
 def _convolution(eqn: core.JaxprEqn, side: int):
-    """Where pairs of positions do not pay, gradients are formed tap by tap: the convolution of `vmap(grad)` is slow."""
-    p, w, y = eqn.params, shaped(eqn.invars[1]), shaped(eqn.outvars[0])
+    # Where pairs of positions do not pay, the gradient is formed after all, but tap by tap: the
+    # convolution that `vmap(grad)` makes of it is slow.
+    p, w, y = eqn.params, get_aval(eqn.invars[1]), get_aval(eqn.outvars[0])
     outputs, channel = w.shape[p["dimension_numbers"][1][0]], p["dimension_numbers"][2][1]
-    if side != 1 or p["feature_group_count"] > 1 or p["batch_group_count"] > 1 or not w.size * y.size:
+    grouped = p["feature_group_count"] > 1 or p["batch_group_count"] > 1
+    if side != 1 or grouped or not w.size * y.size:
         return None
-    pairs = _worthwhile(y.size // outputs, w.size // outputs + outputs, w.size)
+    pairs = _pays(y.size // outputs, w.size // outputs + outputs, w.size)
 
     def norms(operands, dy):
-        (x, e), (dy, f) = _in_unit(operands[0]), _in_unit(dy)
+        (x, e), (dy, f) = in_unit(operands[0]), in_unit(dy)
         order = [p["dimension_numbers"][2][0], *p["dimension_numbers"][2][2:]]
-        return _length(product_norms(_shifted(x, eqn), _rows(dy, order, [channel]), pairs), e + f)
+        rows = _as_rows(dy, order, [channel])
+        return length(product_squares(_list_taps(x, eqn), rows, pairs), e + f)
 
     return norms
 
 
 def _table(eqn: core.JaxprEqn, side: int):
-    dims, w, y = eqn.params["dimension_numbers"], shaped(eqn.invars[0]), shaped(eqn.outvars[0])
+    dims, w, y = eqn.params["dimension_numbers"], get_aval(eqn.invars[0]), get_aval(eqn.outvars[0])
     axis = dims.collapsed_slice_dims
     whole = all(
-        n == m for a, (n, m) in enumerate(zip(eqn.params["slice_sizes"], w.shape, strict=True)) if a not in axis
+        n == m
+        for a, (n, m) in enumerate(zip(eqn.params["slice_sizes"], w.shape, strict=True))
+        if a not in axis
     )
     one_axis = len(axis) == 1 and dims.start_index_map == axis and not dims.operand_batching_dims
     if side or not one_axis or not whole:
         return None
     entries, width = w.shape[axis[0]], w.size // max(w.shape[axis[0]], 1)
     looked_up = y.size // max(width, 1)
-    if not _worthwhile(looked_up, looked_up + width, w.size):
+    if not _pays(looked_up, looked_up + width, w.size):
         return None
 
     def norms(operands, dy):
-        ids, dy = (
-            operands[1].reshape(dy.shape[0], looked_up),
-            _rows(dy, _rest(y.ndim, dims.offset_dims), dims.offset_dims),
-        )
+        ids = operands[1].reshape(dy.shape[0], looked_up)
+        dy = _as_rows(dy, _rest(y.ndim, dims.offset_dims), dims.offset_dims)
         if eqn.params["mode"] == lax.GatherScatterMode.CLIP:
             return row_norms(jnp.clip(ids, 0, entries - 1), dy)
-        inside = (ids >= 0) & (ids < entries)  # the gradient of an entry that is not there goes nowhere
+        # The gradient of an entry that is not there goes nowhere.
+        inside = (ids >= 0) & (ids < entries)
         return row_norms(ids, jnp.where(inside[:, :, None], dy, jnp.zeros_like(dy)))
 
     return norms
@@ -190,13 +150,13 @@ def _table(eqn: core.JaxprEqn, side: int):
 
 def _slice(eqn: core.JaxprEqn, side: int):
     def norms(operands, dy):
-        dy, e = _in_unit(dy)
-        return _length(_total(jnp.square(dy.astype(accumulator([dy])))), e)
+        dy, e = in_unit(dy)
+        return length(total(jnp.square(dy.astype(accumulator([dy])))), e)
 
     return None if side else norms
 
 
-# For each operation its rule, and how many of its operands must be real numbers.
+# The rule of each operation, and how many of its operands must be real numbers.
 _RULES = {
     "dot_general": (_dense, 2),
     "conv_general_dilated": (_convolution, 2),
@@ -205,18 +165,21 @@ _RULES = {
 }
 
 
-def _floating(eqn: core.JaxprEqn, operands: int) -> bool:
-    return all(jnp.issubdtype(shaped(v).dtype, jnp.floating) for v in (*eqn.invars[:operands], *eqn.outvars))
+def _is_real(eqn: core.JaxprEqn, operands: int) -> bool:
+    return all(
+        jnp.issubdtype(get_aval(v).dtype, jnp.floating)
+        for v in (*eqn.invars[:operands], *eqn.outvars)
+    )
 
 
-def _only_use(program: Program, uses, origin: Origin) -> bool:
-    """Whether a parameter goes one way only, from its input through its chain."""
-    way = [program.inputs[origin.parameter], *(slot for op in origin.chain for slot in op.outputs)]
-    return all(uses[slot] == 1 for slot in way)
+def _is_used_once(program: Program, uses, origin: Origin) -> bool:
+    """Whether a parameter, and each of its rearrangements, is used exactly once."""
+    path = [program.inputs[origin.parameter], *(slot for op in origin.chain for slot in op.outputs)]
+    return all(uses[slot] == 1 for slot in path)
 
 
 def find_sites(program: Program) -> list[Site]:
-    """The sites of a program, one for each parameter that has no other use and whose norm there is worth while."""
+    """The sites of a program: for each parameter that is used once, if its norm there is cheap."""
     uses, found = program.uses(), []
     for op in program.ops:
         rule, operands = _RULES.get(op.eqn.primitive.name, (None, 0))
@@ -225,10 +188,10 @@ def find_sites(program: Program) -> list[Site]:
             for i, slot in enumerate(op.inputs)
             if isinstance(slot, int) and slot in program.origins
         }
-        if rule is None or not origins or not _floating(op.eqn, operands):
+        if rule is None or not origins or not _is_real(op.eqn, operands):
             continue
         side, origin = min(origins.items())
-        norms = rule(op.eqn, side) if _only_use(program, uses, origin) else None
+        norms = rule(op.eqn, side) if _is_used_once(program, uses, origin) else None
         if norms is not None:
             found.append(Site(origin, op, side, norms))
     return found

@@ -1,9 +1,11 @@
 """A loss as a flat list of operations, and which of them takes which parameter.
 
-The loss is traced for one example.  Calls of jitted functions that a parameter enters are inlined, so that its use
-inside them is seen; everything else (loops, functions with derivatives of their own, rematerialization) stays one
-operation.  Running the list again runs the loss; nothing is known about frameworks.
+The loss is traced for one example. A jitted function that takes a parameter is inlined, so that the
+use inside it is seen; everything else (loops, custom derivatives, rematerialization) stays one
+operation. Running the list runs the loss. Nothing here knows about frameworks.
 """
+
+from __future__ import annotations
 
 import itertools
 from collections import Counter
@@ -13,18 +15,29 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend import core
 
-# Linear, and their transpose keeps the length: the gradient of what comes out is as long as that of what goes in.
-_KEEP_LENGTH = {"convert_element_type", "copy", "copy_p", "reshape", "rev", "sharding_constraint", "slice", "squeeze"}
-_KEEP_LENGTH |= {"broadcast_in_dim", "transpose"}
+# Linear, and their transpose keeps the length: the gradient of the input is as long as that of the
+# output.
+_KEEP_LENGTH = {
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "reshape",
+    "rev",
+    "sharding_constraint",
+    "slice",
+    "squeeze",
+    "transpose",
+}
 
 
-def shaped(var: Any) -> Any:
+def get_aval(var: Any) -> Any:
     """The shape and dtype of a variable or literal of a jaxpr."""
     return var.aval
 
 
 class Op(NamedTuple):
-    """One operation: slots (numbers) and literals go in, slots come out."""
+    """One operation: inputs are slots (numbers) and literals, outputs are slots."""
 
     eqn: core.JaxprEqn
     inputs: tuple[Any, ...]
@@ -33,7 +46,9 @@ class Op(NamedTuple):
     def __call__(self, *values):
         """The results of the operation, a list."""
         with self.eqn.ctx.manager:
-            out = self.eqn.primitive.bind(*values, **self.eqn.primitive.get_bind_params(self.eqn.params))
+            out = self.eqn.primitive.bind(
+                *values, **self.eqn.primitive.get_bind_params(self.eqn.params)
+            )
         return out if self.eqn.primitive.multiple_results else [out]
 
     @property
@@ -42,7 +57,7 @@ class Op(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """A slot that holds one parameter, rearranged: its number, and the operations that did it."""
+    """Where a slot with a rearranged parameter comes from: its number, and the operations."""
 
     parameter: int
     chain: tuple[Op, ...]
@@ -54,14 +69,14 @@ class Origin(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A loss, flat.
+    """A loss as a flat list of operations.
 
     Attributes:
-      ops: the operations whose results matter.
+      ops: the operations that the results need.
       inputs: the slots of the arguments; parameters come first.
       outputs: the slots (or literals) of the results.
       constants: what the loss closes over, by slot.
-      origins: the slots that hold a single parameter, rearranged or as it is.
+      origins: by slot, where parameters and rearranged parameters come from.
     """
 
     ops: list[Op]
@@ -71,11 +86,16 @@ class Program(NamedTuple):
     origins: dict[int, Origin]
 
     def uses(self) -> Counter:
-        """How often each slot is read."""
-        return Counter(i for op in self.ops for i in op.slots) + Counter(i for i in self.outputs if isinstance(i, int))
+        """Counts how often each slot is read."""
+        return Counter(i for op in self.ops for i in op.slots) + Counter(
+            i for i in self.outputs if isinstance(i, int)
+        )
 
     def run(self, arguments: Iterable[Any], at: Callable[[Op, list, list], list]) -> list[Any]:
-        """The results for `arguments`; `at(op, operands, results)` sees every operation and may replace its results."""
+        """The results for `arguments`.
+
+        `at(op, operands, results)` sees every operation, and returns its results or others.
+        """
         values = self.constants | dict(zip(self.inputs, arguments, strict=True))
 
         def read(i):
@@ -90,7 +110,7 @@ class Program(NamedTuple):
 def _keeps_length(eqn: core.JaxprEqn) -> bool:
     if eqn.primitive.name not in _KEEP_LENGTH or len(eqn.invars) != 1:
         return False
-    before, after = shaped(eqn.invars[0]), shaped(eqn.outvars[0])
+    before, after = get_aval(eqn.invars[0]), get_aval(eqn.outvars[0])
     real = jnp.issubdtype(before.dtype, jnp.floating) and jnp.issubdtype(after.dtype, jnp.floating)
     return real and (before.size == after.size or eqn.primitive.name == "slice")
 
@@ -114,7 +134,9 @@ class _Flattener:
             return var if isinstance(var, core.Literal) else slots[var]
 
         for eqn in jaxpr.eqns:
-            slots.update(zip(eqn.outvars, self.step(eqn, tuple(map(read, eqn.invars))), strict=True))
+            slots.update(
+                zip(eqn.outvars, self.step(eqn, tuple(map(read, eqn.invars))), strict=True)
+            )
         return list(map(read, jaxpr.outvars))
 
     def step(self, eqn: core.JaxprEqn, inputs: tuple[Any, ...]) -> Iterable[Any]:
@@ -128,8 +150,8 @@ class _Flattener:
         return op.outputs
 
 
-def _living(ops: list[Op], outputs: list[Any]) -> list[Op]:
-    """The operations that the outputs need, and those with effects."""
+def _drop_unused(ops: list[Op], outputs: list[Any]) -> list[Op]:
+    """Keeps the operations that the outputs need, and those with effects."""
     needed, kept = {i for i in outputs if isinstance(i, int)}, []
     for op in reversed(ops):
         if op.eqn.effects or not needed.isdisjoint(op.outputs):
@@ -144,4 +166,4 @@ def flatten(closed: core.ClosedJaxpr, parameters: int) -> Program:
     inputs = [flat.slot() for _ in closed.jaxpr.invars]
     flat.origins.update({slot: Origin(i, ()) for i, slot in enumerate(inputs[:parameters])})
     outputs = flat.walk(closed, inputs)
-    return Program(_living(flat.ops, outputs), inputs, outputs, flat.constants, flat.origins)
+    return Program(_drop_unused(flat.ops, outputs), inputs, outputs, flat.constants, flat.origins)

@@ -1,54 +1,104 @@
-"""Norms of the gradients of examples, and sums of them by weight.
+"""Norms of the gradients of examples, and their weighted sums.
 
-A list of arrays holds the gradients: one array a parameter, with a leading axis that numbers the examples.
+Gradients are a list of arrays, one per parameter, with a leading axis that numbers the examples.
 """
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
+from optaxclip import scopes, xla
 from optaxclip.actions import rescale
-from optaxclip.measure import measure
-from optaxclip.mesh import Span
-from optaxclip.norms import l2, widen
-from optaxclip.scopes import units
+from optaxclip.norms import l2
+
+_EXAMPLES = scopes.units(..., batch_axes=1)
+# On a CPU, units count an array whose squares all underflow as zeros. Next to an array with a norm
+# above this, that changes nothing.
+_LOST = 1e-10
+_LIFT = 2.0**80
 
 
-def example_norms(arrays: list[jax.Array]) -> jax.Array:
-    """The norm of each example over all arrays, a vector: the norm of the vector of its norms in the arrays."""
-    nowhere = Span((frozenset(),) * len(arrays), (), False)
-    shapes = [x.shape for x in arrays]
-    by_leaf = measure(l2, arrays, units(..., batch_axes=1).cut([""] * len(arrays), shapes), nowhere).norms
-    stacked = jnp.stack([n.ravel() for n in by_leaf], axis=1)
-    own = Span((frozenset(),), (), False)
-    return measure(l2, [stacked], units(..., batch_axes=1).cut([""], [stacked.shape]), own).norms[0].ravel()
+def example_norms(arrays: Sequence[jax.Array], paths: Sequence[str]) -> jax.Array:
+    """The norm of each example over all arrays (at least one array), in float32 at least."""
+
+    def checked(arrays):
+        norms = _norms(arrays, paths)
+        fine = ~(norms <= _LOST)  # NaN counts as fine: at another scale it is NaN, too
+        return lax.cond(
+            jnp.all(fine), lambda: norms, lambda: jnp.where(fine, norms, _tiny_norms(arrays))
+        )
+
+    # On other platforms units are measured at two scales already, and a branch would make a GPU
+    # wait for its host.
+    return lax.platform_dependent(list(arrays), cpu=checked, default=lambda x: _norms(x, paths))
 
 
-def clip_weights(norms: jax.Array, bound: jax.typing.ArrayLike) -> jax.Array:
+def _tiny_norms(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Norms of at most 1e-10, which cannot overflow when they are scaled up."""
+
+    def pool(x):
+        lifted = xla.times(xla.widen(x), jnp.float32(_LIFT))
+        return jnp.sum(l2.lift(lifted), axis=tuple(range(1, x.ndim)), dtype=xla.accumulator(arrays))
+
+    return jnp.sqrt(functools.reduce(operator.add, map(pool, arrays))) / _LIFT
+
+
+def _norms(arrays: Sequence[jax.Array], paths: Sequence[str]) -> jax.Array:
+    """The norm of the norms of each array, by example."""
+    rows = xla.measure(l2, list(arrays), _lay_out(paths, [x.shape for x in arrays]))
+    by_array = jnp.concatenate([row.reshape(row.shape[0], -1) for row in rows]).T
+    return xla.measure(l2, [by_array], _lay_out([""], [by_array.shape]))[0].ravel()
+
+
+def _lay_out(paths, shapes) -> xla.Layout:
+    return xla.lay_out(_EXAMPLES.cut(paths, shapes), paths, shapes)
+
+
+def clip_weights(norms: jax.Array, bound: ArrayLike) -> jax.Array:
     """min(1, bound / norm); 0 for an example that is not finite. A negative bound counts as 0."""
     finite = jnp.isfinite(norms)
     bounds = jnp.broadcast_to(jnp.asarray(bound).astype(norms.dtype), norms.shape)
     return jnp.where(finite, rescale(jnp.where(finite, norms, 0), jnp.maximum(bounds, 0)), 0)
 
 
-def normal_weights(norms: jax.Array, bound: jax.typing.ArrayLike, gamma: jax.typing.ArrayLike) -> jax.Array:
-    """The bound by (norm + γ); 0 for an example that is not finite, or all zeros. A negative bound counts as 0."""
+def normalizing_weights(norms: jax.Array, bound: ArrayLike, gamma: ArrayLike) -> jax.Array:
+    """`bound / (norm + γ)`; 0 for an example that is not finite, or is all zeros."""
     some = jnp.isfinite(norms) & (norms > 0)
     longer = norms + jnp.asarray(gamma).astype(norms.dtype)
-    return jnp.where(some, jnp.maximum(jnp.asarray(bound).astype(norms.dtype), 0) / jnp.where(some, longer, 1), 0)
+    bound = jnp.maximum(jnp.asarray(bound).astype(norms.dtype), 0)
+    return jnp.where(some, bound / jnp.where(some, longer, 1), 0)
 
 
-def per_example(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """Weights in a shape that multiplies `x`, example by example."""
+def align(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """Weights with as many axes as `x`, to multiply it example by example."""
     return weights.reshape(weights.shape + (1,) * (x.ndim - 1))
 
 
-def counted(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`x` with zeros for the examples of weight 0, whatever is in them."""
-    return jnp.where(per_example(weights, x) == 0, jnp.zeros_like(x), x)
+def drop_unweighted(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`x` with zeros for the examples of weight 0, since 0 · NaN is NaN."""
+    return jnp.where(align(weights, x) == 0, jnp.zeros_like(x), x)
 
 
 def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Σᵢ weightsᵢ · xᵢ in float32 at least; an example of weight 0 adds nothing, whatever is in it."""
-    wide = widen(x)
+    """Σᵢ weightsᵢ · xᵢ in float32 at least; what is in examples of weight 0 does not matter."""
+    wide = xla.widen(x)
     weights = weights.astype(wide.dtype)
-    return jnp.tensordot(weights, counted(wide, weights), axes=1, precision=jax.lax.Precision.HIGHEST)
+    (over, *rest) = jax.typeof(wide).sharding.spec
+    return jnp.tensordot(
+        weights,
+        drop_unweighted(wide, weights),
+        axes=1,
+        precision=lax.Precision.HIGHEST,
+        # Where the type of an array says that examples are spread (on an explicit mesh), a dot over
+        # them has to be told how its result is. A product and a sum need not, but take 9 times as
+        # long on a CPU.
+        out_sharding=None if over is None else PartitionSpec(*rest),
+    )

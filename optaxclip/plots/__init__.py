@@ -1,13 +1,14 @@
-"""Pictures of what clipping does. They need matplotlib, the extra `plot`, which is imported when one is drawn.
+"""Plots of what clipping does. They need matplotlib: `pip install 'optaxclip[plot]'`.
 
-Each takes `ax=` (None: a figure of its own) and returns the axes that it drew on; nothing is shown, saved or closed.
-All are legible in black and white: what differs in colour differs in line, marker or hatch as well.
+It is imported when one is drawn. Each takes `ax=` (None: a new figure) and returns the axes that it
+drew on; nothing is shown, saved or closed. All are legible in black and white: what differs in
+colour differs in line, marker or hatch as well.
 """
 
 from optaxclip.plots.cliff import plot_cliff
 from optaxclip.plots.distribution import plot_histogram, plot_layers
 from optaxclip.plots.steps import plot_clipped_share, plot_loss, plot_norms
-from optaxclip.plots.values import plot_sweep
+from optaxclip.plots.sweep import plot_sweep
 
 __all__ = [
     "plot_clipped_share",

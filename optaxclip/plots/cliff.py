@@ -1,4 +1,6 @@
-"""The picture of why clipping works: a loss with a cliff, and descent with and without a clip. Computed, not drawn."""
+"""Why clipping works: a loss with a cliff, and descent on it with and without a clip."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -9,26 +11,30 @@ import numpy as np
 import optax
 from jax import lax
 
-from optaxclip.algorithms.global_norm import clip_by_global_norm
-from optaxclip.plots.axes import DARK, above, axes_or_new
+from optaxclip.clips.norm import clip_by_global_norm
+from optaxclip.plots.axes import DARK, axes_or_new, draw_legend_above
 
 Loss = Callable[[jax.Array], jax.Array]
 
 
 def unit_loss(point: jax.Array, steps: int = 50) -> jax.Array:
-    """The loss of a recurrent net of one unit, xₜ = w σ(xₜ₋₁) + b from x₀ = 0.5, that should end at σ(x) = 0.7.
+    """The loss of a recurrent net of one unit, xₜ = w σ(xₜ₋₁) + b, whose target is σ(x) = 0.7.
 
     Args:
       point: (2,), w and b.
-      steps: of the net.
+      steps: of the net, from x₀ = 0.5.
     """
     w, b = point
-    last = lax.fori_loop(0, steps, lambda _, x: w * jax.nn.sigmoid(x) + b, jnp.asarray(0.5, point.dtype))
+    last = lax.fori_loop(
+        0, steps, lambda _, x: w * jax.nn.sigmoid(x) + b, jnp.asarray(0.5, point.dtype)
+    )
     return jnp.square(jax.nn.sigmoid(last) - 0.7)
 
 
-def descent(loss: Loss, tx: optax.GradientTransformation, start: tuple[float, float], steps: int) -> np.ndarray:
-    """The points that an optimizer comes through, (steps + 1, 2)."""
+def descend(
+    loss: Loss, tx: optax.GradientTransformation, start: tuple[float, float], steps: int
+) -> np.ndarray:
+    """The points that an optimizer visits, (steps + 1, 2)."""
     points = [jnp.asarray(start, float)]
     state = tx.init(points[0])
 
@@ -54,10 +60,11 @@ def plot_cliff(
     window: tuple[float, float, float, float] = (4.2, 5.6, -2.75, -1.65),
     resolution: int = 120,
 ) -> Any:
-    """Draws a loss of two numbers, its descent directions, and gradient descent on it with and without a clip.
+    """Draws a loss of two numbers, and gradient descent on it with and without a clip.
 
-    The default is the experiment of Pascanu et al.: a recurrent net of one unit over 50 steps. Its loss has a wall,
-    at whose foot the valley lies; a step that touches the wall without a clip is thrown far out of the picture.
+    The default is the experiment of Pascanu et al.: a recurrent net of one unit over 50 steps. Its
+    loss has a wall, with a valley at its foot; without a clip a step that touches the wall is
+    thrown far out of the plot.
 
     Args:
       ax: where to draw; None: a new figure.
@@ -71,7 +78,8 @@ def plot_cliff(
       The axes, whose first two lines are the paths without and with the clip.
 
     References:
-      Pascanu et al., `On the difficulty of training recurrent neural networks <https://arxiv.org/abs/1211.5063>`_, 2013
+      Pascanu et al., `On the difficulty of training recurrent neural networks
+      <https://arxiv.org/abs/1211.5063>`_, 2013
 
     >>> import optaxclip
     >>> ax = optaxclip.plots.plot_cliff(steps=20, resolution=10)
@@ -79,39 +87,60 @@ def plot_cliff(
     ['gradient descent', 'the same, clipped']
     """
     ax = axes_or_new(ax, 7.0, 4.6)
-    _surface(ax, loss, window, resolution)
-    _arrows(ax, loss, window)
-    descend, clip = optax.sgd(rate), clip_by_global_norm(0.1) if clip is None else clip
-    paths = descent(loss, descend, start, steps), descent(loss, optax.chain(clip, descend), start, steps)
-    styles = {"color": "0.35", "marker": "o", "linestyle": "--"}, {"color": DARK, "marker": "s", "linestyle": "-"}
-    for path, label, style in zip(paths, ("gradient descent", "the same, clipped"), styles, strict=True):
-        ax.plot(*path.T, label=label, markersize=3.5, linewidth=1.1, markerfacecolor="white", zorder=3, **style)
+    _draw_surface(ax, loss, window, resolution)
+    _draw_arrows(ax, loss, window)
+    sgd, clip = optax.sgd(rate), clip_by_global_norm(0.1) if clip is None else clip
+    paths = descend(loss, sgd, start, steps), descend(loss, optax.chain(clip, sgd), start, steps)
+    styles = (
+        {"color": "0.35", "marker": "o", "linestyle": "--"},
+        {"color": DARK, "marker": "s", "linestyle": "-"},
+    )
+    for path, label, style in zip(
+        paths, ("gradient descent", "the same, clipped"), styles, strict=True
+    ):
+        ax.plot(
+            *path.T,
+            label=label,
+            markersize=3.5,
+            linewidth=1.1,
+            markerfacecolor="white",
+            zorder=3,
+            **style,
+        )
     ax.plot(*start, "*", color=DARK, markersize=14, label="start", linestyle="", zorder=4)
-    _thrown(ax, paths[0], window)
+    _mark_exit(ax, paths[0], window)
     ax.set(xlim=window[:2], ylim=window[2:], xlabel="w", ylabel="b")
-    above(ax)
+    draw_legend_above(ax)
     return ax
 
 
-def _mesh(window: tuple[float, float, float, float], count: int) -> tuple[np.ndarray, np.ndarray, jax.Array]:
+def _make_grid(
+    window: tuple[float, float, float, float], count: int
+) -> tuple[np.ndarray, np.ndarray, jax.Array]:
     x, y = np.meshgrid(np.linspace(*window[:2], count), np.linspace(*window[2:], count))
     return x, y, jnp.asarray(np.stack([x.ravel(), y.ravel()], axis=1), float)
 
 
-def _surface(ax: Any, loss: Loss, window: tuple[float, float, float, float], count: int) -> None:
+def _draw_surface(
+    ax: Any, loss: Loss, window: tuple[float, float, float, float], count: int
+) -> None:
     """Shades of the loss, light for low, with contour lines."""
-    x, y, points = _mesh(window, count)
+    x, y, points = _make_grid(window, count)
     heights = np.asarray(jax.jit(jax.vmap(loss))(points)).reshape(x.shape)
     low, high = np.nanmin(heights), np.nanmax(heights)
-    levels = low + (high - low) * np.linspace(0, 1, 16) ** 2  # close in the valley, which the wall would flatten
+    levels = (
+        low + (high - low) * np.linspace(0, 1, 16) ** 2
+    )  # close in the valley, which the wall would flatten
     filled = ax.contourf(x, y, heights, levels=levels, cmap="Greys", vmax=low + 1.6 * (high - low))
     ax.contour(x, y, heights, levels=levels, colors="0.6", linewidths=0.4)
     ax.figure.colorbar(filled, ax=ax, label="loss", format="%.2f")
 
 
-def _arrows(ax: Any, loss: Loss, window: tuple[float, float, float, float], count: int = 16) -> None:
+def _draw_arrows(
+    ax: Any, loss: Loss, window: tuple[float, float, float, float], count: int = 16
+) -> None:
     """Which way is down: arrows whose length grows with the logarithm of the gradient's."""
-    x, y, points = _mesh(window, count + 2)
+    x, y, points = _make_grid(window, count + 2)
     slopes = -np.asarray(jax.jit(jax.vmap(jax.grad(loss)))(points))
     length = np.linalg.norm(slopes, axis=1, keepdims=True)
     length = np.where(length > 0, length, 1.0)
@@ -119,14 +148,35 @@ def _arrows(ax: Any, loss: Loss, window: tuple[float, float, float, float], coun
     inside = np.zeros(x.shape, bool)
     inside[1:-1, 1:-1] = True
     keep = inside.ravel()
-    ax.quiver(x.ravel()[keep], y.ravel()[keep], *arrows[keep].T, color="0.45", width=0.0022, scale=60, zorder=2)
+    ax.quiver(
+        x.ravel()[keep],
+        y.ravel()[keep],
+        *arrows[keep].T,
+        color="0.45",
+        width=0.0022,
+        scale=60,
+        zorder=2,
+    )
 
 
-def _thrown(ax: Any, path: np.ndarray, window: tuple[float, float, float, float]) -> None:
-    """Says where a path ends that leaves the picture."""
+def _mark_exit(ax: Any, path: np.ndarray, window: tuple[float, float, float, float]) -> None:
+    """Says where a path ends that leaves the plot."""
     left, right, low, high = window
-    inside = (path[:, 0] >= left) & (path[:, 0] <= right) & (path[:, 1] >= low) & (path[:, 1] <= high)
+    inside = (
+        (path[:, 0] >= left) & (path[:, 0] <= right) & (path[:, 1] >= low) & (path[:, 1] <= high)
+    )
     if not inside.all() and inside[0]:
-        said = f"thrown out at step {np.argmin(inside)}, ends at ({path[-1, 0]:.3g}, {path[-1, 1]:.3g})"
+        end = f"({path[-1, 0]:.3g}, {path[-1, 1]:.3g})"
+        text = f"thrown out at step {np.argmin(inside)}, ends at {end}"
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "0.6", "alpha": 0.9}
-        ax.text(0.97, 0.95, said, transform=ax.transAxes, ha="right", va="top", fontsize=8, bbox=box, zorder=5)
+        ax.text(
+            0.97,
+            0.95,
+            text,
+            transform=ax.transAxes,
+            ha="right",
+            va="top",
+            fontsize=8,
+            bbox=box,
+            zorder=5,
+        )

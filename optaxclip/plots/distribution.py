@@ -1,4 +1,6 @@
-"""Pictures of how norms are distributed: over layers, and over their size."""
+"""How norms are distributed: over layers, and by size."""
+
+from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
@@ -6,56 +8,84 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.history import Recorded, blocks, needed, stacked
-from optaxclip.plots.axes import DARK, LIGHT, above, axes_or_new, plain_numbers
+from optaxclip.monitoring.history import (
+    History,
+    Recorded,
+    block_norms,
+    find_norms,
+    require,
+    select_clip,
+)
+from optaxclip.plots.axes import DARK, LIGHT, axes_or_new, draw_legend_above, format_ticks
 
 LINES = ("-", "--", "-.", ":")
 
 
 def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: int = 0) -> Any:
-    """Draws the norms of all layers over the steps as a heat map, dark for long, on a log scale.
+    """Draws the norms of all layers over the steps as a heat map, dark for large, on a log scale.
 
     Args:
-      history: as for `plot_norms`, of a clip by layer (`clip_by_leaf_norm`, `clip_by_group_norm`, `scope=`), or a dict
-        of layer -> norms.
+      history: as for `plot_norms`, of a clip by layer (`clip_by_leaf_norm`, `clip_by_group_norm`,
+        `scope=`), or a dict of layer -> norms.
       ax: where to draw; None: a new figure, as high as the layers need.
-      columns: at most so many; a column is the largest norm of its steps. Hatched: NaN or infinite.
+      columns: at most this many; a column is the largest norm of its steps. Hatched: NaN or
+        infinite.
       clip: as for `plot_norms`.
 
     Raises:
       ValueError: if there are no norms by layer in the history.
 
     >>> import optaxclip
-    >>> ax = optaxclip.plots.plot_layers({"clip/grad_norm/head": [1.0, 2.0], "clip/grad_norm/body": [3.0, 4.0]})
+    >>> norms = {"clip/grad_norm/head": [1.0, 2.0], "clip/grad_norm/body": [3.0, 4.0]}
+    >>> ax = optaxclip.plots.plot_layers(norms)
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['head', 'body']
     """
-    seen = stacked(history, clip)
-    layers = blocks(seen) or ({} if "grad_norm" in seen else seen)
+    seen = select_clip(history, clip)
+    total, layers = find_norms(seen)
+    layers = layers or block_norms(seen, "watch/") or (seen if total is None else {})
     if not layers:
-        raise ValueError("plot_layers: no norms by layer: clip with scope=optaxclip.leaf, or by group.")
+        raise ValueError(
+            "plot_layers: no norms by layer in the history: put optaxclip.watch() before the clip,"
+            " or clip with"
+            " scope=scopes.leaf or by group."
+        )
     ax, norms = axes_or_new(ax, 8.0, 1.2 + 0.22 * len(layers)), np.stack(list(layers.values()))
     edges = np.linspace(0, norms.shape[1], min(columns, norms.shape[1]) + 1).astype(int)
+    # The largest norm, not the mean: NaN and spikes of one step must show in their column.
     cells = np.stack([norms[:, a:b].max(axis=1) for a, b in itertools.pairwise(edges)], axis=1)
-    _heat(ax, edges, cells)
+    _draw_heat_map(ax, edges, cells)
     ax.set_yticks(np.arange(len(layers)) + 0.5, list(layers), fontsize=8)
     ax.set(xlabel="step", ylim=(len(layers), 0), facecolor="white")
     return ax
 
 
-def _heat(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
-    """The cells on a log scale, with a colour bar; a hatch shows through where there is no number."""
+def _draw_heat_map(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
+    """The cells on a log scale, with a colour bar; hatched where there is no number."""
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
 
     known = np.isfinite(cells) & (cells > 0)
     low, high = (cells[known].min(), cells[known].max()) if known.any() else (1.0, 1.0)
-    back = Rectangle((0, 0), edges[-1], len(cells), fill=False, hatch="xxxx", linewidth=0, zorder=0, edgecolor=DARK)
+    back = Rectangle(
+        (0, 0),
+        edges[-1],
+        len(cells),
+        fill=False,
+        hatch="xxxx",
+        linewidth=0,
+        zorder=0,
+        edgecolor=DARK,
+    )
     ax.add_patch(back)
     rows = np.arange(len(cells) + 1)
     scale = LogNorm(low, max(high, low * 1.01))
     mesh = ax.pcolormesh(
-        edges, rows, np.where(known, cells, np.where(cells == 0, low, np.nan)), norm=scale, cmap="Greys"
+        edges,
+        rows,
+        np.where(known, cells, np.where(cells == 0, low, np.nan)),
+        norm=scale,
+        cmap="Greys",
     )
     ax.figure.colorbar(mesh, ax=ax, label="gradient norm")
 
@@ -68,7 +98,7 @@ def plot_histogram(
     thresholds: Sequence[float] = (),
     bins: int = 40,
 ) -> Any:
-    """Draws how often norms of which size occur, with quantiles, and what candidate thresholds would clip.
+    """Draws a histogram of norms, with quantiles, and what candidate thresholds would clip.
 
     Args:
       norms: (steps,), or a history as for `plot_norms`.
@@ -81,11 +111,15 @@ def plot_histogram(
       ValueError: for a history without norms; if no norm is finite and over zero.
 
     >>> import numpy as np, optaxclip
-    >>> ax = optaxclip.plots.plot_histogram(np.geomspace(0.1, 10, 101), quantiles=[0.5], thresholds=[5.0])
+    >>> norms = np.geomspace(0.1, 10, 101)
+    >>> ax = optaxclip.plots.plot_histogram(norms, quantiles=[0.5], thresholds=[5.0])
     >>> [line.get_label() for line in ax.lines]
     ['50% are below 1', '5 would clip 16%']
     """
-    norms = needed(stacked(norms), "grad_norm", "plot_histogram") if _is_history(norms) else norms
+    if _is_history(norms):
+        seen = select_clip(norms)
+        norms = find_norms(seen)[0]
+        norms = require(seen, "grad_norm", "plot_histogram") if norms is None else norms
     array = np.asarray(norms, float)
     known = array[np.isfinite(array) & (array > 0)]
     if not known.size:
@@ -95,17 +129,27 @@ def plot_histogram(
     ax.hist(known, edges, color=LIGHT, edgecolor="0.5", linewidth=0.5)
     for line, q in zip(itertools.cycle(LINES), quantiles, strict=False):
         at = np.quantile(known, q)
-        ax.axvline(at, color=DARK, linewidth=1.0, linestyle=line, label=f"{100 * q:.3g}% are below {at:.3g}")
+        ax.axvline(
+            at,
+            color=DARK,
+            linewidth=1.0,
+            linestyle=line,
+            label=f"{100 * q:.3g}% are below {at:.3g}",
+        )
     for marker, bound in zip(itertools.cycle("os^Dv"), thresholds, strict=False):
         share = np.mean(array[np.isfinite(array)] > bound)
         label = f"{bound:.3g} would clip {share:.0%}"
         style = {"linewidth": 2.0, "marker": marker, "markevery": [1], "markersize": 7}
         ax.axvline(bound, ymax=0.93, color="0.35", label=label, **style)
     ax.set(xscale="log", xlabel="gradient norm", ylabel="steps")
-    plain_numbers(ax.xaxis)
-    above(ax, 3)
+    format_ticks(ax.xaxis)
+    draw_legend_above(ax, 3)
     return ax
 
 
 def _is_history(norms: Any) -> bool:
-    return hasattr(norms, "keys") or (isinstance(norms, list | tuple) and bool(norms) and hasattr(norms[0], "keys"))
+    return (
+        hasattr(norms, "keys")
+        or isinstance(norms, History)
+        or (isinstance(norms, list | tuple) and bool(norms) and hasattr(norms[0], "keys"))
+    )

@@ -1,4 +1,6 @@
-"""Thresholds that no gradient moves: numbers, schedules, and shares of the parameters' norm."""
+"""Thresholds that no gradient moves, which is what plain numbers and schedules mean."""
+
+from __future__ import annotations
 
 import functools
 from typing import Any, NamedTuple
@@ -6,117 +8,114 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
-from optaxclip.leaves import map_blocks
-from optaxclip.thresholds.combine import Threshold, as_threshold, bound_like, checked, new_threshold, stateless
+from optaxclip import validate
+from optaxclip.base import Norms, Threshold, annotate
+from optaxclip.thresholds.blocks import Fixed, new_threshold
 
 
-def constant(bound: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs:
-    """The same bound at every step: a number, a tracer, or an array with one number a block. A plain number means this.
+def _bound_like(bound: Any, norms: jax.Array) -> jax.Array:
+    """A number, or one number a block, in the shape and dtype of the norms."""
+    if jnp.ndim(bound) and jnp.shape(bound) != norms.shape:
+        raise ValueError(
+            f"A bound must be one number, or one number a block: it has shape {jnp.shape(bound)},"
+            f" the norms have shape {norms.shape}."
+        )
+    return jnp.broadcast_to(jnp.asarray(bound).astype(norms.dtype), norms.shape)
+
+
+@validate.named
+def constant(bound: ArrayLike) -> optax.GradientTransformationExtraArgs:
+    """The same bound at every step: a number, a tracer, or an array with one number a block.
+
+    A plain number, wherever a threshold is taken, means this.
 
     Raises:
       ValueError: if the bound is a negative number, NaN, a boolean or a string.
     """
-    return unchanging(checked(bound, "constant", "bound"))
+    validate.threshold(bound=bound)
+    return unchecked(bound)
 
 
-def unchanging(bound: Any) -> optax.GradientTransformationExtraArgs:
-    """The same bound at every step, unchecked: it need not be known yet."""
-    return stateless(lambda norms, params: jax.tree.map(functools.partial(bound_like, bound), norms))
+def unchecked(bound: Any) -> optax.GradientTransformationExtraArgs:
+    """As `constant`, for what has been checked, or is made at every step."""
+
+    def update_fn(norms, state, params=None, **extra_args):
+        return jax.tree.map(functools.partial(_bound_like, bound), norms), state
+
+    annotate(update_fn, bound=bound)
+    return new_threshold(lambda norms: optax.EmptyState(), update_fn, kind=Fixed)
 
 
 class ScheduleState(NamedTuple):
-    """State of `scheduled` and `until`. (Not called `count`: Optax users look that up by name.)
+    """State of `scheduled`. (Not called `count`: Optax users look that up by name.)
 
     Attributes:
       clip_step: int32, the updates so far.
-      inner: the states of the thresholds inside.
     """
 
     clip_step: jax.Array
-    inner: Any
 
 
+def start_schedule(norms: Norms) -> ScheduleState:
+    """The state before the first update."""
+    return ScheduleState(jnp.zeros((), jnp.int32))
+
+
+def advance(step: jax.Array) -> jax.Array:
+    """One step more, up to the largest int32."""
+    return jnp.asarray(optax.safe_increment(step))
+
+
+@validate.named
 def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """The bound that `schedule(step)` returns, steps counted from 0. A plain function of the step means this.
+    """The bound that `schedule(step)` returns, steps counted from 0.
 
-    >>> import jax.numpy as jnp, optaxclip
-    >>> threshold = optaxclip.scheduled(lambda step: 4.0 / (step + 1))
+    A plain function of the step, wherever a threshold is taken, means this.
+
+    Raises:
+      ValueError: if `schedule` is no function; at the update, if it returns what can be no bound.
+
+    >>> import jax.numpy as jnp
+    >>> from optaxclip import thresholds
+    >>> threshold = thresholds.scheduled(lambda step: 4.0 / (step + 1))
     >>> state = threshold.init(jnp.array(0.0))
     >>> bound, state = threshold.update(jnp.array(1.0), state)
     >>> float(bound), float(threshold.update(jnp.array(1.0), state)[0])
     (4.0, 2.0)
     """
     if not callable(schedule):
-        raise ValueError(f"scheduled: schedule must be a function of the step, got {schedule!r}.")
+        raise validate.fail("schedule must be a function of the step", schedule)
 
-    def update_fn(norms, state, params=None, **extra_args):
-        bound = checked(schedule(state.clip_step), "scheduled", "the value of the schedule", wait=False)
-        bounds = jax.tree.map(lambda n: bound_like(bound, n), norms)
-        return bounds, ScheduleState(jnp.asarray(optax.safe_increment(state.clip_step)), ())
+    def update_fn(norms: Norms, state, params=None, **extra_args):
+        bound = schedule(state.clip_step)
+        validate.bound(**{"the value of the schedule": bound}, wait=False)
+        return jax.tree.map(lambda n: _bound_like(bound, n), norms), ScheduleState(
+            advance(state.clip_step)
+        )
 
-    return new_threshold(lambda norms: ScheduleState(jnp.zeros((), jnp.int32), ()), update_fn)
-
-
-def until(steps: int, threshold: Threshold, then: Threshold = jnp.inf) -> optax.GradientTransformationExtraArgs:
-    """One threshold for the first `steps` updates, another after; both learn from the first update on.
-
-    `until(100, 1.0, adaptive)` is a warm-up with a fixed bound; `until(100, 1.0)` stops clipping after 100 updates.
-
-    Raises:
-      ValueError: if `steps` is negative or not a whole number.
-
-    >>> import jax.numpy as jnp, optaxclip
-    >>> threshold = optaxclip.until(1, 3.0)
-    >>> bound, state = threshold.update(jnp.array(1.0), threshold.init(jnp.array(0.0)))
-    >>> float(bound), float(threshold.update(jnp.array(1.0), state)[0])
-    (3.0, inf)
-    """
-    if isinstance(steps, bool) or not jnp.issubdtype(jnp.result_type(steps), jnp.integer):
-        raise ValueError(f"until: steps must be a whole number, got {steps!r}.")
-    if isinstance(steps, int) and steps < 0:
-        raise ValueError(f"until: steps must be at least 0, got {steps!r}.")
-    both = as_threshold(threshold, "until", "threshold"), as_threshold(then, "until", "then")
-
-    def init_fn(norms):
-        return ScheduleState(jnp.zeros((), jnp.int32), tuple(t.init(norms) for t in both))
-
-    def update_fn(norms, state, params=None, **extra_args):
-        done = [t.update(norms, s, params, **extra_args) for t, s in zip(both, state.inner, strict=True)]
-        (first, one), (second, two) = done
-        bounds = jax.tree.map(lambda a, b: jnp.where(state.clip_step < steps, a, b), first, second)
-        return bounds, ScheduleState(jnp.asarray(optax.safe_increment(state.clip_step)), (one, two))
-
-    return new_threshold(init_fn, update_fn)
+    annotate(update_fn, bound=schedule)
+    return new_threshold(start_schedule, update_fn, kind=Fixed)
 
 
-def param_relative(
-    ratio: Threshold, floor: jax.typing.ArrayLike | None = 1e-3
-) -> optax.GradientTransformationExtraArgs:
-    """A share of the parameters' own norm: ratio · max(‖w‖, floor), block by block.
-
-    Args:
-      ratio: the largest ratio of a block's norm to that of its parameters: a number, array, tracer or schedule.
-      floor: the norm that parameters count for at least: a block of zeros (a fresh bias) has to move, too. With the
-        usual 1e-3 and a ratio of 0.01 it starts with a bound of 1e-5: raise the floor if it should start faster.
-        None: no floor, and no bound for blocks of zeros.
+def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs:
+    """A threshold from a number, an array, a tracer, a schedule, or a transformation.
 
     Raises:
-      ValueError: if ratio or floor is negative, NaN, a boolean or a string; where the clip is used, if it is called
-        without parameters.
+      ValueError: naming the call and the argument, if it is none of these.
     """
-    ratio = as_threshold(ratio, "param_relative", "ratio")
-    floor = floor if floor is None else checked(floor, "param_relative", "floor")
-
-    def bound(ratio, size):
-        if floor is None:
-            return (jnp.where(size == 0, jnp.inf, ratio * size),)
-        return (ratio * jnp.maximum(size, bound_like(floor, size)),)
-
-    def update_fn(norms, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError("param_relative: the norms of the parameters are needed: call it from clip_by.")
-        ratios, state = ratio.update(norms, state, params, **extra_args)
-        return map_blocks(bound, 1, ratios, params())[0], state
-
-    return new_threshold(ratio.init, update_fn)
+    ((name, value),) = argument.items()
+    description = getattr(getattr(value, "update", None), "description", None)
+    if description is not None or isinstance(value, type):
+        raise validate.fail(
+            f"{name} must be a number, a schedule or a threshold: a clip is none, pass its"
+            " threshold",
+            value,
+        )
+    if isinstance(value, optax.GradientTransformation):
+        return optax.with_extra_args_support(value)
+    if callable(value) and not getattr(value, "makes_part", False):
+        return scheduled(value)
+    validate.threshold(**argument)
+    return unchecked(value)

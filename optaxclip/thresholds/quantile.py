@@ -1,48 +1,57 @@
 """Thresholds from the distribution of past norms: exact over a window, or tracked in one number."""
 
+from __future__ import annotations
+
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.thresholds.combine import Threshold, raw
-from optaxclip.thresholds.learned import Order, Statistic, learned, number, whole
+from optaxclip import validate
+from optaxclip.base import Threshold
+from optaxclip.thresholds.learned import Statistic, empty, learned, like
 
 
-class Window(NamedTuple):
-    """The last norms of one block, twice: a ring, which knows the oldest, beside a sorted copy, which needs no sort.
+class SortedRing(NamedTuple):
+    """The last norms of one block: a ring, which knows the oldest, beside a sorted copy.
 
     Attributes:
-      ring: in order of arrival, from `seen % window` on the oldest; infinite where nothing was seen yet.
+      ring: in order of arrival, from `seen % window` on the oldest; infinite where nothing was seen
+        yet.
       ordered: the same norms, sorted.
     """
 
-    ring: jax.Array
-    ordered: jax.Array
+    ring: jax.Array | np.ndarray
+    ordered: jax.Array | np.ndarray
 
 
-def _empty(window: int) -> Window:
-    return Window(jnp.full(window, jnp.inf), jnp.full(window, jnp.inf))
+def _unseen(window: int) -> SortedRing:
+    return SortedRing(empty(window), empty(window))
 
 
-def _pushed(norm, window: Window, seen) -> Window:
+def _pushed(norm, window: SortedRing, seen) -> SortedRing:
     """The window with one more norm, in place of the oldest.
 
-    The sorted copy moves up by one from the old norm on, which drops it, and down by one from the new norm on, which
+    The sorted copy moves up by one from the old norm on, which drops it, and down by one from the
+    new norm on, which
     makes room: two passes over the window, without a sort or a search.
     """
     size = window.ring.shape[0]
     here = jnp.arange(size, dtype=seen.dtype) == jnp.mod(seen, size)
     oldest = jnp.sum(jnp.where(here, window.ring, 0), dtype=norm.dtype)
     above, below = jnp.full(1, jnp.inf, norm.dtype), jnp.zeros(1, norm.dtype)
-    kept = jnp.where(window.ordered < oldest, window.ordered, jnp.concatenate([window.ordered[1:], above]))
+    kept = jnp.where(
+        window.ordered < oldest, window.ordered, jnp.concatenate([window.ordered[1:], above])
+    )
     ordered = jnp.maximum(jnp.concatenate([below, kept[:-1]]), jnp.minimum(kept, norm))
-    return Window(jnp.where(here, norm, window.ring), ordered)
+    return SortedRing(jnp.where(here, norm, window.ring), ordered)
 
 
-def _percentile(window: Window, q, seen):
+def _percentile(window: SortedRing, q, seen):
     """The q-th percentile of what was seen, linear between neighbours (as `numpy.percentile`)."""
     last = jnp.maximum(jnp.minimum(seen, window.ring.shape[0]) - 1, 0)
     place = q / 100 * last.astype(q.dtype)
@@ -52,68 +61,82 @@ def _percentile(window: Window, q, seen):
     return jnp.where(rest > 0, a + rest * (b - a), a)
 
 
+@validate.named
 def percentile(
-    q: ArrayLike = 10.0,
+    percentile: ArrayLike = 10.0,
     window: int = 1000,
     *,
-    order: Order = "before",
+    update_first: bool = True,
     warmup_steps: ArrayLike = 1,
-    warmup: Threshold = jnp.inf,
+    warmup: Threshold = math.inf,
 ) -> optax.GradientTransformationExtraArgs:
-    """The q-th percentile of the last `window` norms, exact, linear between neighbours.
+    """The p-th percentile of the last `window` norms, exact, linear between neighbours.
 
-    Memory: two numbers a block and norm of the window. Norms enter as they are (a percentile of clipped norms could
-    only fall); a lasting change of scale has filled the window after `window` steps. With a high q an explosion is
+    Memory: two numbers a block and norm of the window. Norms enter as they are (a percentile of
+    clipped norms could
+    only fall); a lasting change of scale has filled the window after `window` steps. With a high p
+    an explosion is
     followed upwards: put a cap on it with `at_most`.
 
     Args:
-      q: from 0 (the smallest) to 100 (the largest).
+      percentile: p, from 0 (the smallest) to 100 (the largest).
       window: how many norms are remembered, a Python int.
-      order, warmup_steps, warmup: as in `learned`.
+      update_first, warmup_steps, warmup: as in `learned`.
 
     Raises:
-      ValueError: for a q outside [0, 100], or a window that is not a whole number of at least 1.
+      ValueError: for a percentile outside [0, 100], or a window that is not a whole number of at
+        least 1.
 
-    >>> import jax.numpy as jnp, optaxclip
-    >>> threshold = optaxclip.percentile(50.0, window=3)
+    >>> import jax.numpy as jnp
+    >>> from optaxclip import thresholds
+    >>> threshold = thresholds.percentile(50.0, window=3)
     >>> state = threshold.init(jnp.array(0.0))
     >>> for norm in (9.0, 1.0, 3.0, 2.0):
     ...     bound, state = threshold.update(jnp.array(norm), state)
     >>> float(bound)
     2.0
     """
-    q, window = number(q, "percentile", "q", 0.0, 100.0 + 1e-9), whole(window, "percentile", "window")
+    validate.between(0, 100, percentile=percentile)
+    validate.size(window=window)
 
     def bound(norm, value, seen):
-        return _percentile(value, jnp.asarray(q).astype(norm.dtype), seen)
+        return _percentile(value, like(percentile, norm), seen)
 
-    statistic = Statistic(_empty(window), _pushed, bound)
-    return learned(statistic, order=order, warmup_steps=warmup_steps, warmup=warmup)
+    statistic = Statistic(_unseen(window), _pushed, bound)
+    return learned(statistic, update_first=update_first, warmup_steps=warmup_steps, warmup=warmup)
 
 
+@validate.named
 def window_zscore(
-    z: ArrayLike = 6.0, window: int = 128, min_steps: ArrayLike | None = None, *, signed: bool = False
+    z: ArrayLike = 6.0,
+    window: int = 128,
+    warmup_steps: ArrayLike | None = None,
+    *,
+    signed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Mean plus z deviations of the last `window` norms; spikes enter the window as they are.
 
     Args:
       z: how many (unbiased) standard deviations over the mean.
       window: how many norms are remembered, a Python int.
-      min_steps: no bound before this many were seen; None: half the window.
+      warmup_steps: no bound before this many were seen; None: one less than half the window, so
+        that the first to be judged fills the half, as in OLMo-core: the 64th of 128.
       signed: whether zeros and negative numbers are learned, too: for losses.
 
     Raises:
       ValueError: for a negative z, or a window that is not a whole number of at least 1.
 
-    >>> import jax.numpy as jnp, optaxclip
-    >>> threshold = optaxclip.window_zscore(2.0, window=3, min_steps=3)
+    >>> import jax.numpy as jnp
+    >>> from optaxclip import thresholds
+    >>> threshold = thresholds.window_zscore(2.0, window=3, warmup_steps=3)
     >>> state = threshold.init(jnp.array(0.0))
-    >>> for norm in (9.0, 1.0, 2.0, 3.0, 2.0):  # the bound of the last: 1, 2 and 3 have mean 2 and deviation 1
+    >>> for norm in (9.0, 1.0, 2.0, 3.0, 2.0):  # 1, 2 and 3 have mean 2, deviation 1
     ...     bound, state = threshold.update(jnp.array(norm), state)
     >>> round(float(bound), 5)
     4.0
     """
-    z, window = number(z, "window_zscore", "z", 0.0), whole(window, "window_zscore", "window")
+    validate.nonnegative(z=z)
+    validate.size(window=window)
 
     def learn(norm, ring, seen):
         return jnp.where(jnp.arange(window, dtype=seen.dtype) == jnp.mod(seen, window), norm, ring)
@@ -125,80 +148,97 @@ def window_zscore(
         unit = jnp.where(largest > 0, largest, 1)  # squares of shares do not overflow
         shares = jnp.where(known, ring, 0) / unit
         mean = jnp.sum(shares) / jnp.maximum(count, 1)
-        variance = jnp.sum(jnp.where(known, jnp.square(shares - mean), 0)) / jnp.maximum(count - 1, 1)
-        return (mean + jnp.asarray(z).astype(norm.dtype) * jnp.sqrt(variance)) * unit
+        variance = jnp.sum(jnp.where(known, jnp.square(shares - mean), 0)) / jnp.maximum(
+            count - 1, 1
+        )
+        return (mean + like(z, norm) * jnp.sqrt(variance)) * unit
 
-    steps = (window + 1) // 2 if min_steps is None else min_steps
-    return learned(Statistic(jnp.full(window, jnp.inf), learn, bound, signed), warmup_steps=steps)
+    steps = max(window // 2, 2) - 1 if warmup_steps is None else warmup_steps
+    return learned(Statistic(empty(window), learn, bound, signed), warmup_steps=steps)
 
 
 class MedianState(NamedTuple):
     """What `median` learns: the window, and the bound of its last refresh."""
 
-    window: Window
-    clip_bound: jax.Array
+    window: SortedRing
+    clip_bound: jax.Array | float
 
 
-def median(scale: ArrayLike = 2.0, window: int = 100, every: int = 100) -> optax.GradientTransformationExtraArgs:
+@validate.named
+def median(
+    scale: ArrayLike = 2.0, window: int = 100, every: int = 100
+) -> optax.GradientTransformationExtraArgs:
     """A multiple of the median of the last `window` norms, refreshed every `every` steps.
 
     To start with it is refreshed after 10, 20 and 40 norms too, and is twice as large then.
 
     Raises:
-      ValueError: for a negative scale, or a window or period that is not a whole number of at least 1.
+      ValueError: for a negative scale, or a window or period that is not a whole number of at least
+        1.
 
-    >>> import jax.numpy as jnp, optaxclip
-    >>> threshold = optaxclip.median(2.0, window=3, every=3)
+    >>> import jax.numpy as jnp
+    >>> from optaxclip import thresholds
+    >>> threshold = thresholds.median(2.0, window=3, every=3)
     >>> state = threshold.init(jnp.array(0.0))
     >>> for norm in (1.0, 9.0, 3.0, 8.0):
     ...     bound, state = threshold.update(jnp.array(norm), state)
     >>> float(bound)
     6.0
     """
-    scale = number(scale, "median", "scale", 0.0)
-    window, every = whole(window, "median", "window"), whole(every, "median", "every")
+    validate.nonnegative(scale=scale)
+    validate.size(window=window, every=every)
 
     def learn(norm, value, seen):
         pushed, count = _pushed(norm, value.window, seen), seen + 1
-        middle = jnp.asarray(scale).astype(norm.dtype) * _percentile(pushed, jnp.full_like(norm, 50), count)
+        middle = like(scale, norm) * _percentile(pushed, jnp.full_like(norm, 50), count)
         early = ((count == 10) | (count == 20) | (count == 40)) & (count < every)
         due = early | (jnp.mod(count, every) == 0)
-        return MedianState(pushed, jnp.where(due, jnp.where(early, 2, 1) * middle, value.clip_bound))
+        return MedianState(
+            pushed, jnp.where(due, jnp.where(early, 2, 1) * middle, value.clip_bound)
+        )
 
-    start = MedianState(_empty(window), jnp.asarray(jnp.inf))
+    start = MedianState(_unseen(window), math.inf)
     return learned(Statistic(start, learn, lambda norm, value, seen: value.clip_bound))
 
 
+@validate.named
 def quantile(
-    q: ArrayLike = 0.5, learning_rate: ArrayLike = 0.2, init: ArrayLike | None = None
+    quantile: ArrayLike = 0.5, learning_rate: ArrayLike = 0.2, init: ArrayLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """A quantile of the norms, tracked in one number: C ← C · exp(-η · (b - q)), b = 1 if n ≤ C, else 0.
+    """A quantile of the norms, tracked in one number: C ← C · exp(-η · ([n ≤ C] - q)).
 
-    C settles where a share q of the norms is below it, and moves by a factor of exp(η) a step at most: no spike,
-    however long, moves it further.
+    C settles where a share q of the norms is below it, and moves by a factor of exp(η) a step at
+    most: no spike, however long, moves it further.
 
     Args:
-      q: the share of norms to be within the bound, from 0 to 1.
+      quantile: q, the share of norms to be within the bound, from 0 to 1.
       learning_rate: η.
       init: the first bound; None: the first norm.
 
     Raises:
       ValueError: for numbers out of range.
 
-    >>> import jax.numpy as jnp, optaxclip
-    >>> threshold = optaxclip.quantile(0.5, learning_rate=0.2, init=1.0)
+    >>> import jax.numpy as jnp
+    >>> from optaxclip import thresholds
+    >>> threshold = thresholds.quantile(0.5, learning_rate=0.2, init=1.0)
     >>> bound, state = threshold.update(jnp.array(3.0), threshold.init(jnp.array(0.0)))
     >>> float(bound), round(float(threshold.update(jnp.array(3.0), state)[0]), 4)
     (1.0, 1.1052)
     """
-    q, rate = number(q, "quantile", "q", 0.0, 1.0 + 1e-9), number(learning_rate, "quantile", "learning_rate", 0.0)
+    validate.between(0, 1, quantile=quantile)
+    validate.nonnegative(learning_rate=learning_rate)
+    if init is not None:
+        validate.nonnegative(init=init)
 
     def learn(norm, value, seen):
         within = (norm <= value).astype(norm.dtype)
-        moved = value * jnp.exp(jnp.asarray(rate).astype(norm.dtype) * (jnp.asarray(q).astype(norm.dtype) - within))
+        moved = value * jnp.exp(like(learning_rate, norm) * (like(quantile, norm) - within))
         tiny, largest = jnp.finfo(norm.dtype).tiny, jnp.finfo(norm.dtype).max
-        return jnp.clip(moved, tiny, largest) if init is not None else jnp.where(seen == 0, norm, moved)
+        return (
+            jnp.clip(moved, tiny, largest)
+            if init is not None
+            else jnp.where(seen == 0, norm, moved)
+        )
 
-    start = 1.0 if init is None else jnp.asarray(number(init, "quantile", "init", 0.0), jnp.float32)
-    statistic = Statistic(start, learn, lambda norm, value, seen: value)
-    return learned(statistic, feed=raw, warmup_steps=1 if init is None else 0)
+    statistic = Statistic(1.0 if init is None else init, learn, lambda norm, value, seen: value)
+    return learned(statistic, warmup_steps=1 if init is None else 0)

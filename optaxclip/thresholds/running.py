@@ -1,8 +1,11 @@
 """Thresholds from a running statistic in a few numbers: mean, mean and deviation, the last norm.
 
-Averages are exact from the first norm on: its weight is 1, and weights fade towards 1 - decay, which is the usual
-average divided by its bias correction.  Deviations are kept as such, not as squares, which would overflow at 1e19.
+Averages are exact from the first norm on: its weight is 1, and weights fade towards 1 - decay,
+which is the usual average divided by its bias correction.  Deviations are kept as such, not as
+squares, which would overflow at 1e19.
 """
+
+from __future__ import annotations
 
 from typing import Literal, get_args
 
@@ -10,86 +13,93 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip.thresholds.combine import Feed, clipped, raw
-from optaxclip.thresholds.learned import Order, Statistic, learned, number
+from optaxclip import feeds, validate
+from optaxclip.base import Feed, annotate
+from optaxclip.thresholds.learned import Statistic, learned, like
 
 Target = Literal["adaptive", "mean", "threshold"]
 
 
-def _like(value, norm):
-    """A number, array or tracer in the dtype of the norm."""
-    return jnp.asarray(value).astype(norm.dtype)
-
-
 def debiased_weight(decay, norm, seen):
-    """The weight of a norm in an average of decay β: (1 - β) / (1 - βᵗ), t norms with this one; never over 1."""
-    log = jnp.log1p(-_like(1 - decay, norm))
-    return jnp.minimum(jnp.expm1(log) / jnp.expm1(_like(seen + 1, norm) * log), 1)
+    """The weight of the t-th norm in an average of decay β: (1 - β) / (1 - βᵗ), at most 1."""
+    log = jnp.log1p(-like(1 - decay, norm))
+    return jnp.minimum(jnp.expm1(log) / jnp.expm1(like(seen + 1, norm) * log), 1)
 
 
+@validate.named
 def running(
-    factor: ArrayLike = 2.0, decay: ArrayLike = 0.99, *, feed: Feed = clipped, relearn_after: ArrayLike | None = None
+    factor: ArrayLike = 2.0,
+    decay: ArrayLike = 0.99,
+    *,
+    feed: Feed = feeds.clipped,
+    relearn_after: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A multiple of the running mean of past norms: factor · mean. No bound until the first norm was seen.
+    """A multiple of the running mean of past norms: factor · mean. The first norm is free.
 
     Args:
       factor: the multiple.
       decay: β of the mean, from 0 to below 1.
-      feed: what enters the mean. `clipped` follows a lasting rise by the factor β + (1 - β) · factor a step at most.
-      relearn_after: as in `learned`; `accepted` needs it.
+      feed: what enters the mean. `feeds.clipped` follows a lasting rise by the factor β + (1 - β) ·
+        factor a step at most.
+      relearn_after: as in `learned`; `feeds.accepted` needs it.
 
     Raises:
-      ValueError: for numbers out of range; if the feed is `clipped` and the factor at most 1: the mean of what was
-        clipped to the mean can only fall.
+      ValueError: for numbers out of range; if the feed is `feeds.clipped` and the factor at most 1:
+        the mean of what was clipped to the mean can only fall.
 
-    >>> import jax.numpy as jnp, optaxclip
-    >>> threshold = optaxclip.running(2.0)
+    >>> import jax.numpy as jnp
+    >>> from optaxclip import thresholds
+    >>> threshold = thresholds.running(2.0)
     >>> _, state = threshold.update(jnp.array(3.0), threshold.init(jnp.array(0.0)))
     >>> round(float(threshold.update(jnp.array(9.0), state)[0]), 5)
     6.0
     """
-    lowest = 1.0 if feed is clipped else 0.0
-    factor, decay = number(factor, "running", "factor", lowest), number(decay, "running", "decay", 0.0, 1.0)
-    if feed is clipped and isinstance(factor, float | int) and factor <= 1:
-        raise ValueError(f"running: with the feed clipped factor must be larger than 1, got {factor!r}: use feed=raw.")
+    validate.nonnegative(factor=factor)
+    validate.share(decay=decay)
+    if feed is feeds.clipped and validate.is_static(factor) and factor <= 1:
+        raise validate.fail(
+            "factor must be larger than 1 with the feed clipped (or use feeds.raw)", factor
+        )
 
     def learn(norm, mean, seen):
         return mean + debiased_weight(decay, norm, seen) * (norm - mean)
 
-    statistic = Statistic(0.0, learn, lambda norm, mean, seen: _like(factor, norm) * mean)
+    statistic = Statistic(0.0, learn, lambda norm, mean, seen: like(factor, norm) * mean)
     return learned(statistic, feed=feed, relearn_after=relearn_after)
 
 
+@validate.named
 def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
-    """A multiple of the last norm after its clip: only the growth of a norm is bounded, it may fall freely.
+    """A multiple of the last norm after its clip: its growth is bounded, it may fall freely.
 
     Raises:
       ValueError: if ratio is a number below 1, with which norms could only fall.
 
-    >>> import jax.numpy as jnp, optaxclip
-    >>> threshold = optaxclip.previous(2.0)
+    >>> import jax.numpy as jnp
+    >>> from optaxclip import thresholds
+    >>> threshold = thresholds.previous(2.0)
     >>> _, state = threshold.update(jnp.array(3.0), threshold.init(jnp.array(0.0)))
     >>> float(threshold.update(jnp.array(9.0), state)[0])
     6.0
     """
-    ratio = number(ratio, "previous", "ratio", 1.0)
-    last = Statistic(0.0, lambda norm, value, seen: norm, lambda norm, value, seen: _like(ratio, norm) * value)
-    return learned(last, feed=clipped)
+    validate.at_least(1, ratio=ratio)
+    last = Statistic(
+        0.0, lambda norm, value, seen: norm, lambda norm, value, seen: like(ratio, norm) * value
+    )
+    threshold = learned(last, feed=feeds.clipped)
+    # It bounds growth, and seeks no spikes.
+    annotate(threshold.update, learns=False)
+    return threshold
 
 
 def _moved(norm, value, weight, spread):
-    """Mean and deviation after one more norm: m + w·d and √((1 - w)·s² + spread·d²), where d = norm - m."""
+    """Mean and deviation after one more: m + w·d and √((1 - w)·s² + spread·d²), d = norm - m."""
     mean, deviation = value
     d = norm - mean
     return mean + weight * d, jnp.hypot(jnp.sqrt(1 - weight) * deviation, jnp.sqrt(spread) * d)
 
 
-def _target(target: Target, call: str) -> Target:
-    if target not in get_args(Target):
-        raise ValueError(f"{call}: target must be one of {get_args(Target)}, got {target!r}.")
-    return target
-
-
+@validate.named
 def zscore(
     z: ArrayLike = 2.5,
     decay: ArrayLike = 0.97,
@@ -97,54 +107,62 @@ def zscore(
     warmup_steps: ArrayLike = 25,
     target: Target = "adaptive",
     eps: ArrayLike = 1e-6,
-    feed: Feed = clipped,
+    feed: Feed = feeds.clipped,
     relearn_after: ArrayLike | None = 100,
 ) -> optax.GradientTransformationExtraArgs:
-    """Mean plus z deviations σ of past norms: a norm n over m + z·σ is a spike, and is shortened to the target.
+    """Mean plus z deviations of past norms: a norm over m + z·σ is a spike, cut to the target.
 
     Args:
       z: how many deviations over the mean make a spike.
       decay: β of the running mean and variance after the warm-up.
       warmup_steps: the first norms, not bounded, start them: their mean and population variance.
-      target: what a spike is shortened to. "adaptive": m + z²/zₙ · σ, zₙ = (n - m) / σ, the shorter the longer it was;
-        "mean": m; "threshold": m + z·σ.
-      eps: σ counts for at least this share of the mean, so that norms that do not vary are not spikes by rounding.
+      target: what a spike is shortened to. "adaptive": m + z²/zₙ · σ, zₙ = (n - m) / σ, the shorter
+        the longer it was; "mean": m; "threshold": m + z·σ.
+      eps: σ counts for at least this share of the mean, so that norms that do not vary are not
+        spikes by rounding.
       feed: what enters mean and deviation.
-      relearn_after: as in `learned`. With targets so close to the mean a lasting rise is never learned without it.
+      relearn_after: as in `learned`. With targets so close to the mean a lasting rise is never
+        learned without it.
 
     Raises:
       ValueError: for numbers out of range, or an unknown target.
 
-    >>> import jax.numpy as jnp, optaxclip
-    >>> threshold = optaxclip.zscore(2.0, warmup_steps=2, target="threshold")
+    >>> import jax.numpy as jnp
+    >>> from optaxclip import thresholds
+    >>> threshold = thresholds.zscore(2.0, warmup_steps=2, target="threshold")
     >>> state = threshold.init(jnp.array(0.0))
     >>> for norm in (1.0, 3.0):  # mean 2, deviation 1
     ...     _, state = threshold.update(jnp.array(norm), state)
     >>> round(float(threshold.update(jnp.array(9.0), state)[0]), 3)
     4.0
     """
-    z, decay = number(z, "zscore", "z", 0.0), number(decay, "zscore", "decay", 0.0, 1.0)
-    target = _target(target, "zscore")
+    validate.nonnegative(z=z, eps=eps)
+    validate.share(decay=decay)
+    validate.choice(get_args(Target), target=target)
 
     def learn(norm, value, seen):
         warm = seen < warmup_steps
-        weight = jnp.where(warm, 1 / _like(seen + 1, norm), _like(1 - decay, norm))
-        # After the warm-up the deviation is from the mean that has already moved, as in the paper: hence the square.
+        weight = jnp.where(warm, 1 / like(seen + 1, norm), like(1 - decay, norm))
+        # After the warm-up the deviation is from the mean that has already moved, as in the paper:
+        # hence the square.
         return _moved(norm, value, weight, weight * (1 - weight) * jnp.where(warm, 1, 1 - weight))
 
     def bound(norm, value, seen):
         mean, deviation = value
-        unit = jnp.maximum(deviation, _like(eps, norm) * mean)
-        most = _like(z, norm)
+        unit = jnp.maximum(deviation, like(eps, norm) * mean)
+        most = like(z, norm)
         spike = norm > mean + most * unit
         far = jnp.where(spike, norm - mean, 1)
         towards = {"adaptive": most * most * unit / far * deviation, "mean": jnp.zeros_like(mean)}
-        return mean + jnp.where(spike & (target != "threshold"), towards.get(target, 0), most * unit)
+        return mean + jnp.where(
+            spike & (target != "threshold"), towards.get(target, 0), most * unit
+        )
 
     statistic = Statistic((0.0, 0.0), learn, bound)
     return learned(statistic, feed=feed, warmup_steps=warmup_steps, relearn_after=relearn_after)
 
 
+@validate.named
 def log_zscore(
     z: ArrayLike = 2.0,
     decay: ArrayLike = 0.95,
@@ -152,13 +170,14 @@ def log_zscore(
     warmup_steps: ArrayLike = 1,
     target: Literal["mean", "threshold"] = "mean",
     eps: ArrayLike = 1e-8,
-    feed: Feed = raw,
-    order: Order = "before",
+    feed: Feed = feeds.raw,
+    update_first: bool = True,
     relearn_after: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Mean plus z deviations of the logarithms of norms: norms are positive and skewed, their logarithms are not.
+    """Mean plus z deviations of the logarithms of norms, which are less skewed than norms.
 
-    A norm over exp(m + z·s) is a spike, and shortened to exp(m), the geometric mean, or to exp(m + z·s).
+    A norm over exp(m + z·s) is a spike, and shortened to exp(m), the geometric mean, or to exp(m +
+    z·s).
 
     Args:
       z: how many deviations over the mean make a spike.
@@ -166,31 +185,40 @@ def log_zscore(
       warmup_steps: how many norms must be seen before one is bounded.
       target: "mean" or "threshold": what a spike is shortened to.
       eps: the variance of logarithms is taken to be at least this.
-      feed, order, relearn_after: as in `learned`.
+      feed, update_first, relearn_after: as in `learned`.
 
     Raises:
       ValueError: for numbers out of range, or an unknown target.
 
-    >>> import jax.numpy as jnp, optaxclip
-    >>> threshold = optaxclip.log_zscore(2.0, order="after", target="threshold")
+    >>> import jax.numpy as jnp
+    >>> from optaxclip import thresholds
+    >>> threshold = thresholds.log_zscore(2.0, update_first=False, target="threshold")
     >>> state = threshold.init(jnp.array(0.0))
     >>> for norm in (1.0, 4.0):  # the geometric mean is 2, one deviation is a factor of 2
     ...     _, state = threshold.update(jnp.array(norm), state)
     >>> round(float(threshold.update(jnp.array(9.0), state)[0]), 3)
     8.0
     """
-    z, decay = number(z, "log_zscore", "z", 0.0), number(decay, "log_zscore", "decay", 0.0, 1.0)
-    if target not in ("mean", "threshold"):
-        raise ValueError(f"log_zscore: target must be 'mean' or 'threshold', got {target!r}.")
+    validate.nonnegative(z=z, eps=eps)
+    validate.share(decay=decay)
+    validate.choice(("mean", "threshold"), target=target)
 
     def learn(norm, value, seen):
-        weight = jnp.maximum(_like(1 - decay, norm), 1 / _like(seen + 1, norm))
+        weight = jnp.maximum(like(1 - decay, norm), 1 / like(seen + 1, norm))
         return _moved(jnp.log(norm), value, weight, weight * (1 - weight))
 
     def bound(norm, value, seen):
         mean, deviation = value
-        longest = jnp.exp(mean + _like(z, norm) * jnp.maximum(deviation, jnp.sqrt(_like(eps, norm))))
-        return longest if target == "threshold" else jnp.where(norm >= longest, jnp.exp(mean), longest)
+        longest = jnp.exp(mean + like(z, norm) * jnp.maximum(deviation, jnp.sqrt(like(eps, norm))))
+        return (
+            longest if target == "threshold" else jnp.where(norm >= longest, jnp.exp(mean), longest)
+        )
 
     statistic = Statistic((0.0, 0.0), learn, bound)
-    return learned(statistic, feed=feed, order=order, warmup_steps=warmup_steps, relearn_after=relearn_after)
+    return learned(
+        statistic,
+        feed=feed,
+        update_first=update_first,
+        warmup_steps=warmup_steps,
+        relearn_after=relearn_after,
+    )

@@ -1,5 +1,7 @@
-"""What the threshold should be: from the norms of a short run, or from a sweep over values and seeds."""
+"""Choosing a threshold: from the norms of a short run, or by a sweep over values and seeds."""
 
-from optaxclip.tuning.training import objective
+from optaxclip.tuning.recommend import Reason, Recommendation, recommend
+from optaxclip.tuning.sweep import Choice, Sweep
+from optaxclip.tuning.training import objective, tune
 
-__all__ = ["objective"]
+__all__ = ["Choice", "Reason", "Recommendation", "Sweep", "objective", "recommend", "tune"]

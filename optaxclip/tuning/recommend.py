@@ -1,18 +1,20 @@
-"""Which clip, and how tight: read off the norms of a short run that was recorded without one."""
+"""Which clip, and how tight: from the norms of a short run that was recorded without one."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip.history import History, blocks, stacked
-from optaxclip.tuning.series import FEWEST, Numbers, known_logs, numbers_of
+from optaxclip.monitoring.history import History, find_norms, select_clip
+from optaxclip.tuning.series import FEWEST, Numbers, log_known, measure_series
 
 SHARES = (0.01, 0.05, 0.10)
 
 
 class Reason(NamedTuple):
-    """A finding: a `name` which stays ("heavy-tail"), `what` was seen, with numbers, and the `method` that suits."""
+    """A short, stable `name` ("heavy-tail"), `what` was seen, and the `method` that suits."""
 
     name: str
     what: str
@@ -23,10 +25,11 @@ class Recommendation(NamedTuple):
     """What `recommend` returns; `str` of it is the report.
 
     Attributes:
-      thresholds: share of steps -> the global norm that clips it; without shares that so few steps cannot show.
+      thresholds: share of steps -> the global norm that clips it; without shares for which there
+        are too few steps.
       layers: layer -> the same for its norm; empty without layers.
       reasons: what stands out.
-      numbers: what that rests on.
+      numbers: the statistics behind them.
       code: the line to write, with `optimizer` for yours; empty if there are too few steps.
     """
 
@@ -38,33 +41,41 @@ class Recommendation(NamedTuple):
 
     def __str__(self) -> str:
         n = self.numbers
-        head = f"{n.steps} steps" + (f", median norm {n.median:.3g}" if n.median == n.median else "")
-        head += f", 99th percentile {n.tail_ratio:.3g} times that" if n.tail_ratio == n.tail_ratio else ""
-        shares = ", ".join(f"{share:.0%} of steps at {bound:.4g}" for share, bound in self.thresholds.items())
+        head = f"{n.steps} steps" + (
+            f", median norm {n.median:.3g}" if n.median == n.median else ""
+        )
+        if not np.isnan(n.tail_ratio):
+            head += f", 99th percentile {n.tail_ratio:.3g} times that"
+        shares = ", ".join(
+            f"{share:.0%} of steps at {bound:.4g}" for share, bound in self.thresholds.items()
+        )
         lines = [head + (f"; would clip {shares}" if shares else "") + "."]
         lines += [f"- {reason.name}: {reason.what} {reason.method}" for reason in self.reasons]
         return "\n".join([*lines, f"Write: {self.code}"] if self.code else lines)
 
 
 def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendation:
-    """Thresholds that would clip given shares of the steps, and which method suits: from norms before any clip.
+    """Recommends thresholds and a method from the norms of a run without a clip.
 
-    Record a hundred steps or more with `optaxclip.clip_by(jnp.inf)`, which only measures, or with any clip: the norms
-    in its metrics are those before it. (Under a clip the run takes another way, so clip no tighter than you must.)
+    Record a hundred steps or more with `optaxclip.clip_by(jnp.inf)`, which only measures, or with
+    any clip: the norms in its metrics are those before it. (A clip changes the run, so clip as
+    little as you can while recording.)
 
     Args:
-      norms: norms of the whole gradient, (steps,); or by layer, (steps, layers), or a dict of (steps,); or the history
-        itself, a list of what `optaxclip.metrics` returned at each step. Norms by layer are taken as L2 norms of
-        disjoint leaves.
-      shares: of steps to clip, of which the middle one is what the line of code aims at.
+      norms: norms of the whole gradient, (steps,); or by layer, (steps, layers), or a dict of
+        (steps,); or the history itself, a list of what `optaxclip.metrics` returned at each step.
+        Norms by layer are taken as L2 norms of disjoint leaves.
+      shares: of steps to clip; the line of code aims at the middle one.
 
     Returns:
-      A `Recommendation`. Rules of thumb decide what stands out, each beside its numbers: a tail is heavy if the 99th
-      percentile is over 4 medians or one step over 10; norms drift if they change twofold and more than 4 standard
-      errors; layers differ if their medians do 30-fold; norms are steady if the 99th percentile is within 2 medians.
+      A `Recommendation`. Rules of thumb decide what stands out, and each gives its numbers: a tail
+      is heavy if the 99th percentile is over 4 medians or one step over 10; norms drift if they
+      change twofold and more than 4 standard errors; layers differ if their medians do 30-fold;
+      norms are steady if the 99th percentile is within 2 medians.
 
     Raises:
-      ValueError: for norms of another shape, a recorded run without norms, or shares outside (0, 1).
+      ValueError: for norms of another shape, a recorded run without norms, or shares outside (0,
+        1).
 
     >>> import numpy as np, optaxclip
     >>> found = optaxclip.recommend(np.random.default_rng(0).lognormal(0.0, 0.2, 1000))
@@ -77,126 +88,143 @@ def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendati
     if not shares or not all(0 < share < 1 for share in shares):
         raise ValueError(f"recommend: shares must be between 0 and 1, got {shares!r}.")
     whole, layers = _read(norms)
-    numbers = numbers_of(whole, layers)
-    thresholds = _thresholds(whole, shares)
-    by_layer = {name: _thresholds(x, shares) for name, x in layers.items()}
+    numbers = measure_series(whole, layers)
+    thresholds = _find_thresholds(whole, shares)
+    by_layer = {name: _find_thresholds(x, shares) for name, x in layers.items()}
     if len(whole) - numbers.nonfinite - numbers.zeros < FEWEST:
-        return Recommendation(thresholds, by_layer, _too_few(numbers), numbers, "")
-    reasons = _reasons(numbers)
-    return Recommendation(thresholds, by_layer, reasons, numbers, _code(whole, numbers, reasons, shares))
+        return Recommendation(thresholds, by_layer, _report_too_few(numbers), numbers, "")
+    reasons = _find_reasons(numbers)
+    return Recommendation(
+        thresholds, by_layer, reasons, numbers, _write_code(whole, numbers, reasons, shares)
+    )
 
 
 def _read(norms: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The norm of the whole at each step, and the norms of layers, if there are any."""
     rows = isinstance(norms, list | tuple) and norms and isinstance(norms[0], Mapping)
     if rows or isinstance(norms, Mapping | History):
-        seen = stacked(norms)
-        layers = blocks(seen)
-        if not layers and "grad_norm" not in seen:
-            layers = _layers(seen, isinstance(norms, Mapping))
-        return (_whole(np.stack(list(layers.values()), axis=1)) if layers else seen["grad_norm"]), layers
+        seen = select_clip(norms)
+        total, layers = find_norms(seen)
+        if total is not None and not layers:
+            return total, layers
+        layers = layers or _read_layers(seen, isinstance(norms, Mapping))
+        return _pool_layers(np.stack(list(layers.values()), axis=1)), layers
     array = np.asarray(norms, float)
     if array.ndim not in (1, 2) or not array.size:
-        raise ValueError(f"recommend: norms must have the shape (steps,) or (steps, layers), got {array.shape}.")
-    return (array, {}) if array.ndim == 1 else (_whole(array), {str(i): x for i, x in enumerate(array.T)})
+        raise ValueError(
+            f"recommend: norms must have the shape (steps,) or (steps, layers), got {array.shape}."
+        )
+    return (
+        (array, {})
+        if array.ndim == 1
+        else (_pool_layers(array), {str(i): x for i, x in enumerate(array.T)})
+    )
 
 
-def _layers(seen: dict[str, np.ndarray], plain: bool) -> dict[str, np.ndarray]:
+def _read_layers(seen: dict[str, np.ndarray], plain: bool) -> dict[str, np.ndarray]:
     """A dict of layer -> norms; raises if it is a recorded run, without norms."""
     if plain and "loss" not in seen:
         return seen
     raise ValueError(
-        f"recommend: there is no 'grad_norm' among {sorted(seen)}: record optaxclip.metrics(state) at each step, or"
+        f"recommend: there is no 'grad_norm' among {sorted(seen)}: record optaxclip.metrics(state)"
+        " at each step, or"
         " pass norms of the shape (steps,) or (steps, layers), or a dict of layer -> norms."
     )
 
 
-def _whole(by_layer: np.ndarray) -> np.ndarray:
+def _pool_layers(by_layer: np.ndarray) -> np.ndarray:
     """The norm of all layers together, without overflow."""
+    # Relative to the largest layer, whose square may be beyond float64.
     unit = np.max(np.abs(by_layer), axis=1, keepdims=True)
     unit = np.where(unit > 0, unit, 1.0)
     with np.errstate(invalid="ignore"):
         return unit[:, 0] * np.sqrt(np.sum(np.square(by_layer / unit), axis=1))
 
 
-def _thresholds(norms: np.ndarray, shares: tuple[float, ...]) -> dict[float, float]:
-    """The quantiles that at least one step is over; none of 0, which would clip all there is to nothing."""
+def _find_thresholds(norms: np.ndarray, shares: tuple[float, ...]) -> dict[float, float]:
+    """The quantiles below at least one norm; without 0, which would clip every gradient to zero."""
     finite = norms[np.isfinite(norms)]
-    bounds = {share: float(np.quantile(finite, 1 - share)) for share in shares if share * len(finite) >= 1}
+    bounds = {
+        share: float(np.quantile(finite, 1 - share)) for share in shares if share * len(finite) >= 1
+    }
     return {share: bound for share, bound in bounds.items() if bound > 0}
 
 
-def _too_few(n: Numbers) -> tuple[Reason, ...]:
+def _report_too_few(n: Numbers) -> tuple[Reason, ...]:
     usable = n.steps - n.nonfinite - n.zeros
-    what = (
-        f"only {usable} of {n.steps} steps have a norm that is finite and not zero: no method can be told from these."
-    )
-    return (Reason("too-few-steps", what, "Record at least 100."), *_nonfinite(n))
+    what = f"only {usable} of {n.steps} steps have a norm that is finite and not zero: too few."
+    return (Reason("too-few-steps", what, "Record at least 100."), *_report_nonfinite(n))
 
 
-def _nonfinite(n: Numbers) -> list[Reason]:
+def _report_nonfinite(n: Numbers) -> list[Reason]:
     what = f"{n.nonfinite} of {n.steps} norms are NaN or infinite."
-    method = "skip_nonfinite(optimizer) leaves such steps out, moments and all; then find out why."
+    method = "skip_nonfinite(optimizer) skips such steps, with the optimizer's; find the cause."
     return [Reason("nonfinite", what, method)] if n.nonfinite else []
 
 
-def _reasons(n: Numbers) -> tuple[Reason, ...]:
-    """What stands out; of steady and ordinary one, if nothing else does that a fixed norm would not do for."""
-    found = _nonfinite(n)
+def _find_reasons(n: Numbers) -> tuple[Reason, ...]:
+    """What stands out; "steady" or "ordinary" if nothing does that a fixed norm cannot handle."""
+    found = _report_nonfinite(n)
     if n.scale_ratio > 30:
-        what = (
-            f"the layer with the longest gradients has {n.scale_ratio:.3g} times the norm of the one with the shortest."
-        )
-        found.append(Reason("layer-scales", what, "One norm sees only the longest: a bound for each layer, or AGC."))
+        what = f"the norms of layers differ up to {n.scale_ratio:.3g}-fold."
+        method = "One norm sees only the largest: a bound for each layer, or adaptive_grad_clip."
+        found.append(Reason("layer-scales", what, method))
     drift, noise = np.log(n.drift), np.log(n.drift_noise)
     drifts = abs(drift) > max(np.log(2), 4 * noise)
     heavy = n.tail_ratio > 4 or n.spike_ratio > 10
     if drifts:
         way = f"rise {n.drift:.3g}-fold" if drift > 0 else f"fall {1 / n.drift:.3g}-fold"
-        what = f"norms {way} over the run, {_errors(drift, noise)} standard errors."
-        method = "A fixed bound fits one end of it: a multiple of the running median; capped, if they rise to explode."
+        what = f"the norms {way} over the run, {_format_errors(drift, noise)} standard errors."
+        method = "A fixed bound fits one end only: a multiple of the running median (capped)."
         found.append(Reason("drift", what, method))
     if heavy:
-        what = f"the 99th percentile is {n.tail_ratio:.3g} medians, the largest {n.spike_ratio:.3g}"
-        what = f"{what}; tail index {n.tail_index:.2g}."
-        found.append(Reason("heavy-tail", what, "A percentile of past norms, or zclip; with a cap while they learn."))
+        what = f"the 99th percentile is {n.tail_ratio:.3g} medians, the largest"
+        what = f"{what} {n.spike_ratio:.3g}; tail index {n.tail_index:.2g}."
+        method = "A percentile of past norms, or zclip; with a cap until they have learned."
+        found.append(Reason("heavy-tail", what, method))
     if not drifts and not heavy and not n.scale_ratio > 30:
-        found.append(_calm(n))
+        found.append(_report_calm(n))
     return tuple(found)
 
 
-def _errors(drift: float, noise: float) -> str:
+def _format_errors(drift: float, noise: float) -> str:
     return f"{abs(drift) / noise:.2g}" if noise * 100 > abs(drift) else "over 100"
 
 
-def _calm(n: Numbers) -> Reason:
+def _report_calm(n: Numbers) -> Reason:
     if n.tail_ratio < 2:
-        return Reason("steady", "norms hardly vary.", "A fixed global norm is enough.")
-    what = f"norms vary, up to {n.spike_ratio:.3g} medians, without a heavy tail or a drift."
+        return Reason("steady", "the norms hardly vary.", "A fixed global norm is enough.")
+    what = f"the norms vary, up to {n.spike_ratio:.3g} medians, without a heavy tail or a drift."
     return Reason("ordinary", what, "A fixed global norm does; tune it.")
 
 
-def _code(norms: np.ndarray, n: Numbers, reasons: tuple[Reason, ...], shares: tuple[float, ...]) -> str:
+def _write_code(
+    norms: np.ndarray, n: Numbers, reasons: tuple[Reason, ...], shares: tuple[float, ...]
+) -> str:
     """The line to write, aimed at the middle one of the shares."""
     names = {reason.name for reason in reasons}
     small, middle = min(shares), sorted(shares)[len(shares) // 2]
-    known, percentile = norms[np.isfinite(norms) & (norms > 0)], f"optaxclip.percentile({100 * (1 - middle):.3g})"
-    scope = ", scope=optaxclip.leaf" if "layer-scales" in names else ""
+    known = norms[np.isfinite(norms) & (norms > 0)]
+    percentile = f"optaxclip.thresholds.percentile({100 * (1 - middle):.3g})"
+    scope = ", scope=optaxclip.scopes.leaf" if "layer-scales" in names else ""
+    # A drift decides first: a fixed bound, or a percentile of old norms, fits one end of it only.
     if "drift" in names:
-        clip = f"optaxclip.clip_by_median({_above_trend(norms, n, middle):.3g}{scope})"
+        clip = f"optaxclip.clip_by_median({_quantile_over_trend(norms, n, middle):.3g}{scope})"
     elif scope:
         clip = f"optaxclip.clip_by({percentile}{scope})"
     elif "heavy-tail" in names:
-        cap = min(np.quantile(known, 1 - small), 10 * n.median)  # the quantile may itself lie among the spikes
-        clip = f"optaxclip.clip_by(optaxclip.at_most({percentile}, {cap:.3g}))"
+        cap = min(
+            np.quantile(known, 1 - small), 10 * n.median
+        )  # the quantile may itself lie among the spikes
+        clip = f"optaxclip.clip_by(optaxclip.thresholds.at_most({percentile}, {cap:.3g}))"
     else:
         clip = f"optaxclip.clip_by_global_norm({np.quantile(known, 1 - middle):.3g})"
     chain = f"optax.chain({clip}, optimizer)"
     return f"tx = optaxclip.skip_nonfinite({chain})" if "nonfinite" in names else f"tx = {chain}"
 
 
-def _above_trend(norms: np.ndarray, n: Numbers, share: float) -> float:
-    """How many running medians a share of the norms is over; at least 1.1, as the running median lags behind."""
-    time, logs = known_logs(norms)
+def _quantile_over_trend(norms: np.ndarray, n: Numbers, share: float) -> float:
+    """The multiple of the running median that a share of norms exceeds; at least 1.1: it lags."""
+    time, logs = log_known(norms)
     level = logs - np.log(n.drift) * time
     return max(float(np.exp(np.quantile(level - np.median(level), 1 - share))), 1.1)

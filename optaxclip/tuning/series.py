@@ -1,23 +1,29 @@
-"""What a recorded series of norms looks like: its tail, its drift, the scales of its layers."""
+"""Statistics of a recorded series of norms: its tail, its drift, the scales of its layers."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-FEWEST = 20  # below this many steps neither a tail nor a drift can be told from noise
+FEWEST = 20  # with fewer steps neither a tail nor a drift can be told from noise
 
 
 class Numbers(NamedTuple):
-    """What the advice rests on.
+    """The statistics behind a recommendation.
 
     Attributes:
-      steps: recorded; `nonfinite`, `zeros`: how many of them had a norm that is NaN or infinite, or zero.
+      steps: recorded; `nonfinite`, `zeros`: how many of them had a norm that is NaN or infinite, or
+        zero.
       median: of the norms that are neither.
-      tail_ratio, spike_ratio: the 99th percentile, and the largest norm, over the median, without the drift.
-      tail_index: Hill's estimate α from the largest twentieth, P(n > x) ~ x^(-α): below 2 there is no variance.
-      drift: the factor by which norms change from one end of the run to the other, on a log scale, without its first
-        tenth; `drift_noise`: its standard error as a factor, from the medians of ten stretches.
+      tail_ratio, spike_ratio: the 99th percentile, and the largest norm, over the median, without
+        the drift.
+      tail_index: Hill's estimate α from the largest twentieth, P(n > x) ~ x^(-α): below 2 the
+        variance is infinite.
+      drift: the factor by which norms change from one end of the run to the other, on a log scale,
+        without its first tenth; `drift_noise`: its standard error as a factor, from the medians of
+        ten stretches.
       scale_ratio: the largest median norm of a layer over the smallest; NaN without layers.
     """
 
@@ -33,28 +39,41 @@ class Numbers(NamedTuple):
     scale_ratio: float
 
 
-def numbers_of(norms: np.ndarray, layers: Mapping[str, np.ndarray]) -> Numbers:
+def measure_series(norms: np.ndarray, layers: Mapping[str, np.ndarray]) -> Numbers:
+    """The statistics of the norms of the whole gradient and of its layers."""
     known = np.isfinite(norms) & (norms > 0)
     counts = len(norms), int(np.sum(~np.isfinite(norms))), int(np.sum(norms == 0))
-    scales = [np.median(x[np.isfinite(x) & (x > 0)]) for x in layers.values() if np.any(np.isfinite(x) & (x > 0))]
+    scales = [
+        np.median(x[np.isfinite(x) & (x > 0)])
+        for x in layers.values()
+        if np.any(np.isfinite(x) & (x > 0))
+    ]
     scale_ratio = float(max(scales) / min(scales)) if scales else np.nan
     if known.sum() < FEWEST:
         median = float(np.median(norms[known])) if known.any() else np.nan
         return Numbers(*counts, median, np.nan, np.nan, np.nan, np.nan, np.nan, scale_ratio)
-    time, logs = known_logs(norms)
-    slope, noise = _drift(time, logs)
+    time, logs = log_known(norms)
+    # On logs: norms are positive and skewed, and a drift is a factor.
+    slope, noise = _fit_drift(time, logs)
     level = logs - slope * time
     level = np.sort(level - np.median(level))
     ratios = float(np.exp(np.quantile(level, 0.99))), float(np.exp(level[-1]))
     factors = float(np.exp(slope)), float(np.exp(noise))
-    return Numbers(*counts, float(np.median(norms[known])), *ratios, _hill(level), *factors, scale_ratio)
+    return Numbers(
+        *counts,
+        float(np.median(norms[known])),
+        *ratios,
+        _estimate_tail(level),
+        *factors,
+        scale_ratio,
+    )
 
 
-def _drift(time: np.ndarray, logs: np.ndarray) -> tuple[float, float]:
+def _fit_drift(time: np.ndarray, logs: np.ndarray) -> tuple[float, float]:
     """Slope of the log norm over the run, and its standard error, without the first tenth.
 
-    A line through the medians of ten stretches: spikes do not reach the medians, and neighbouring steps, which are
-    alike, do not count as so many observations.
+    A line through the medians of ten stretches: spikes do not move the medians, and neighbouring
+      steps, which are correlated, do not count as independent observations.
     """
     late = time >= 0.1
     stretches = np.array_split(np.flatnonzero(late), 10)
@@ -66,14 +85,14 @@ def _drift(time: np.ndarray, logs: np.ndarray) -> tuple[float, float]:
     return slope, float(np.sqrt(rest @ rest / (len(t) - 2) / (centred @ centred)))
 
 
-def _hill(logs: np.ndarray) -> float:
+def _estimate_tail(logs: np.ndarray) -> float:
     """The tail index from the largest twentieth of sorted logs, at least five of them."""
     count = max(len(logs) // 20, 5)
     excess = float(np.mean(logs[-count:] - logs[-count - 1]))
     return 1 / excess if excess > 0 else np.inf
 
 
-def known_logs(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def log_known(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Logs of the norms that are finite and not zero, and the time of each, from 0 to 1."""
     logs = np.log(norms[np.isfinite(norms) & (norms > 0)])
     return np.arange(len(logs)) / max(len(logs) - 1, 1), logs

@@ -1,6 +1,8 @@
-"""What a sweep over thresholds found: a table, a picture, and a recommendation."""
+"""What a sweep over thresholds found: a table and a recommendation."""
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,11 +11,13 @@ class Choice(NamedTuple):
     """The value to take.
 
     Attributes:
-      value: the middle of the plateau; inf if clipping only does harm; NaN if every run diverged.
-      mean: its final loss, the mean over seeds, in which a diverged run counts as no training at all.
+      value: the middle of the plateau; the baseline if every clip is worse; NaN if every run
+        diverged.
+      mean: its final loss, the mean over seeds, in which a diverged run counts as no training at
+        all.
       error: the standard error of the mean of the best value.
       low, high: the plateau: neighbours of the best value within one standard error of it.
-      why: the same in words.
+      why: the reason, in words.
     """
 
     value: float
@@ -25,14 +29,15 @@ class Choice(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What `tune` returns, for V values in rising order and S seeds. `str` of it is a table in Markdown.
+    """What `tune` returns, for V values in rising order and S seeds; prints as a Markdown table.
 
     Attributes:
-      values: (V,), the baseline among them.
+      values: (V,), including the baseline.
       seeds: (S,).
-      final: (V, S), what each run ended with.
-      losses, clipped, norms: (V, S, steps), the training loss, whether (or which share) was clipped, and the norm
-        before the clip; the last two are NaN if no clip of this library is in the state.
+      final: (V, S), the final loss of each run.
+      losses, clipped, norms: (V, S, steps), the training loss, whether (or what share of blocks)
+        was clipped, and the norm before the clip; the last two are NaN if there is no clip that
+        measures in the state.
       failed: a run that ended above this, or not finite, has diverged.
       baseline: the value that stands for no clip, or None.
     """
@@ -60,71 +65,75 @@ class Sweep(NamedTuple):
     def recommended(self) -> Choice:
         """The middle of the plateau around the best mean final loss.
 
-        The best value itself is partly luck of the seeds. Of all within one standard error of it, the usual rule takes
-        the simplest, here the largest, which interferes least; but loss against threshold falls off on that side as off
-        a cliff, and gently on the other, so the edge is no place to train. The middle (of two, the larger) is as far
-        from both ends as the grid knows. A diverged run counts as much as no training at all, no more: else one bad
-        seed would outweigh any gain.
+        Which value is best depends partly on the seeds. Of all within one standard error of the
+        best, the usual rule takes the simplest, here the largest, which interferes least. But loss
+        against threshold rises steeply on that side and gently on the other, so the edge is risky.
+        The middle (of two, the larger) is as far from both ends as the grid can tell. A diverged
+        run counts as no training at all, and not more: otherwise one bad seed would outweigh any
+        gain.
         """
-        return _chosen(self)
-
-    def plot(self, ax: Any = None) -> Any:
-        """Draws final loss against value, with the clip rate beside it; see `optaxclip.plots.plot_sweep`."""
-        from optaxclip.plots import plot_sweep
-
-        return plot_sweep(self, ax)
+        return _choose(self)
 
     def name_of(self, value: float) -> str:
         """A value for a table."""
         return "no clip" if value == self.baseline else f"{value:g}"
 
     def __str__(self) -> str:
-        head = "| value | final loss: median | best to worst | clipped | diverged |\n|---|---|---|---|---|"
-        return "\n".join([head, *(_row(self, i) for i in range(len(self.values))), "", self.recommended.why])
+        head = "| value | final loss: median | best to worst | clipped | diverged |"
+        rows = [_format_row(self, i) for i in range(len(self.values))]
+        return "\n".join([head, "|---|---|---|---|---|", *rows, "", self.recommended.why])
 
 
-def settled(losses: np.ndarray) -> np.ndarray:
-    """The median of the last tenth of the steps; what is not a number counts as infinite."""
+def final_loss(losses: np.ndarray) -> np.ndarray:
+    """The median of the last tenth of the steps; NaN counts as infinite."""
     last = losses[..., -max(losses.shape[-1] // 10, 1) :]
     return np.median(np.where(np.isnan(last), np.inf, last), axis=-1)
 
 
-def capped(final: np.ndarray, failed: float) -> np.ndarray:
+def cap_diverged(final: np.ndarray, failed: float) -> np.ndarray:
     """Final losses in which a diverged run counts as no training at all."""
     return np.where(final <= failed, final, failed)
 
 
-def _row(sweep: Sweep, i: int) -> str:
+def _format_row(sweep: Sweep, i: int) -> str:
     final = np.where(np.isnan(sweep.final[i]), np.inf, sweep.final[i])
     rate = "" if np.isnan(sweep.clip_rate[i]) else f"{sweep.clip_rate[i]:.0%}"
     spread = f"{final.min():.4g} to {final.max():.4g}"
-    cells = [sweep.name_of(sweep.values[i]), f"{_middle(final):.4g}", spread, rate, f"{sweep.diverged[i].mean():.0%}"]
+    cells = [
+        sweep.name_of(sweep.values[i]),
+        f"{_median(final):.4g}",
+        spread,
+        rate,
+        f"{sweep.diverged[i].mean():.0%}",
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
-def _middle(final: np.ndarray) -> float:
-    """The median, also where some are infinite: then the upper of the middle two."""
+def _median(final: np.ndarray) -> float:
+    """The median; if some are infinite, the upper of the middle two."""
     return float(np.quantile(final, 0.5, method="higher" if np.isinf(final).any() else "linear"))
 
 
-def _chosen(sweep: Sweep) -> Choice:
-    scores = capped(sweep.final, sweep.failed)
+def _choose(sweep: Sweep) -> Choice:
+    # Capped, else a run that reached 1e30 would outweigh all others.
+    scores = cap_diverged(sweep.final, sweep.failed)
     mean, count = scores.mean(axis=1), scores.shape[1]
     if sweep.diverged.all():
-        why = "Every run diverged, also the most tightly clipped: lower the learning rate, or try smaller values."
+        why = "Every run diverged, at any value: lower the learning rate, or try smaller values."
         return Choice(np.nan, np.nan, np.nan, np.nan, np.nan, why)
     best = int(np.argmin(mean))
     error = float(scores[best].std(ddof=1) / count**0.5) if count > 1 else 0.0
     near = mean <= mean[best] + error
-    low, high = _around(near, best)
+    low, high = _find_plateau(near, best)
+    # The baseline may be on the plateau, but is no value to recommend for a clip.
     inside = [i for i in range(low, high + 1) if sweep.values[i] != sweep.baseline] or [best]
     pick = inside[len(inside) // 2]
     ends = float(sweep.values[inside[0]]), float(sweep.values[inside[-1]])
     choice = Choice(float(sweep.values[pick]), float(mean[pick]), error, *ends, "")
-    return choice._replace(why=_why(sweep, choice, best, near))
+    return choice._replace(why=_explain_choice(sweep, choice, best, near))
 
 
-def _around(near: np.ndarray, best: int) -> tuple[int, int]:
+def _find_plateau(near: np.ndarray, best: int) -> tuple[int, int]:
     """The ends of the run of True that holds `best`."""
     low = high = best
     while low > 0 and near[low - 1]:
@@ -134,15 +143,19 @@ def _around(near: np.ndarray, best: int) -> tuple[int, int]:
     return low, high
 
 
-def _why(sweep: Sweep, choice: Choice, best: int, near: np.ndarray) -> str:
-    said = f"mean final loss {choice.mean:.4g}; standard error of the best {choice.error:.2g}, {len(sweep.seeds)} seeds"
+def _explain_choice(sweep: Sweep, choice: Choice, best: int, near: np.ndarray) -> str:
+    numbers = f"mean final loss {choice.mean:.4g}; standard error of the best {choice.error:.2g}"
+    numbers += f", {len(sweep.seeds)} seeds"
     if choice.value == sweep.baseline:
-        return f"Recommended: no clip ({said}). Clipping at any of these values is worse."
-    plateau = f"the middle of {choice.low:g} to {choice.high:g}, which are" if choice.low < choice.high else "alone"
-    text = f"Recommended: {choice.value:g}, {plateau} within one standard error of the best ({said})."
+        return f"Recommended: no clip ({numbers}). Every clip that was tried is worse."
+    several = choice.low < choice.high
+    middle = f"the middle of {choice.low:g} to {choice.high:g}, which are"
+    plateau = middle if several else "alone"
+    text = f"Recommended: {choice.value:g}, {plateau} within one standard error of the best"
+    text += f" ({numbers})."
     real = [i for i, value in enumerate(sweep.values) if value != sweep.baseline]
     if near[sweep.values == sweep.baseline].any():
-        text += " No clip is as good: here a clip is only an insurance."
+        text += " No clip is as good: here a clip is only insurance."
     elif best in (real[0], real[-1]):
-        text += " The best is at the end of what was tried: try values beyond it."
-    return text if len(sweep.seeds) > 1 else text + " One seed says nothing of the spread."
+        text += " The best is the last value that was tried on its side: try values beyond it."
+    return text if len(sweep.seeds) > 1 else text + " One seed says nothing about the spread."

@@ -1,45 +1,29 @@
-"""A sweep over thresholds as one compiled program: all values and seeds side by side, by `vmap` of your own train step.
+"""Sweeps over thresholds: `tune` on a grid of values, `objective` for Optuna."""
 
-A value is a tracer in there, so anything that a clip takes as a number can be swept, and nothing is compiled twice.
-The steps are a Python loop: a `lax.scan` over steps would take all batches at once, and is slow on a CPU where the
-step holds a convolution.
-"""
+from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip.record import metrics
-from optaxclip.tuning.sweep import Sweep, capped, settled
-
-Init = Callable[[Any, jax.Array], Any]
-TrainStep = Callable[[Any, Any, Any], tuple[Any, jax.Array]]
-Evaluate = Callable[[Any], jax.Array]
-Watch = Callable[[int, jax.Array], None]
-
-
-class Program(NamedTuple):
-    """The user's functions, vmapped over runs and compiled once."""
-
-    start: Callable
-    step: Callable
-    evaluate: Callable | None
+from optaxclip import validate
+from optaxclip.tuning.runs import (
+    Evaluate,
+    Init,
+    TrainStep,
+    check_arguments,
+    compile_program,
+    find_limit,
+    run,
+    run_in_parts,
+)
+from optaxclip.tuning.sweep import Sweep, cap_diverged
 
 
-class Runs(NamedTuple):
-    """What n runs side by side did: `first` and `final` have shape (n,), the others (n, steps)."""
-
-    first: np.ndarray
-    final: np.ndarray
-    losses: np.ndarray
-    clipped: np.ndarray
-    norms: np.ndarray
-
-
+@validate.named
 def tune(
     step: TrainStep,
     init: Init,
@@ -52,30 +36,37 @@ def tune(
     failed: float | None = None,
     at_once: int | None = None,
 ) -> Sweep:
-    """Trains with every value of any number in a clip, on every seed, side by side in one compiled program.
+    """Trains with every value and seed side by side, in one compiled program.
 
-    Build the optimizer from the value inside both functions, with `make_tx(value)`: it is a tracer there.
+    A value may be any number in a clip.
+
+    Build the optimizer from the value inside both functions, with `make_tx(value)`: it is a tracer
+    there.
 
     Args:
-      step: (value, state, batch) -> (new state, loss). One train step of yours, without `jit`; the state is any pytree
-        that holds the state of the optimizer, from which the clip rate is read.
+      step: (value, state, batch) -> (new state, loss). One of your train steps, without `jit`; the
+        state is any pytree that holds the state of the optimizer, from which the clip rate is read.
       init: (value, key) -> state.
       values: what to try, in any order.
-      batches: one a step, the same for all runs, so that values are compared on equal terms. For other data for each
-        seed, keep a key in the state, and pass `range(steps)`.
+      batches: one a step, the same for all runs, so that values are compared on equal terms. For
+        other data for each seed, keep a key in the state, and pass `range(steps)`.
       seeds: how many keys, or which: the key of a run is `jax.random.key(seed)`.
-      evaluate: state -> loss, the lower the better, taken before the first step and after the last. None: the median of
-        the training loss over the last tenth of the steps.
-      baseline: the value that stands for no clip, run as well. inf is right for all clips but percentiles and
-        quantiles (100 and 1 there); None: no baseline.
-      failed: a run that ends above this, or not finite, has diverged. None: the largest loss at the start.
-      at_once: how many runs side by side, if memory does not hold all; the others follow, without a new compile.
+      evaluate: state -> loss, the lower the better, taken before the first step and after the last.
+        None: the median of the training loss over the last tenth of the steps.
+      baseline: the value that stands for no clip, which is run as well. inf is right for all clips
+        but percentiles and quantiles (100 and 1 there); None: no baseline.
+      failed: a run that ends above this, or not finite, has diverged. None: the largest loss at the
+        start.
+      at_once: how many runs side by side, if memory does not hold all; the others follow, without a
+        new compile.
 
     Returns:
-      A `Sweep`: `print` it for the table and the recommendation, `.plot()` it, take `.recommended.value`.
+      A `Sweep`: `print` it for the table and the recommendation, draw it with
+        `optaxclip.plots.plot_sweep`, take `.recommended.value`.
 
     Raises:
-      ValueError: for no values or seeds, a value that is NaN, or no batches.
+      ValueError: for no values or seeds, a value that is NaN, no batches, or functions of another
+        form.
 
     >>> import jax, jax.numpy as jnp, optax, optaxclip
     >>> def make_tx(value):
@@ -92,14 +83,16 @@ def tune(
     >>> sweep.recommended.value
     10.0
     """
-    grid = _grid(values, baseline)
-    keys = np.asarray(range(seeds) if isinstance(seeds, int) else seeds, np.int32)
-    if not keys.size:
-        raise ValueError("tune: there must be at least one seed.")
+    program = compile_program(step, init, evaluate, "tune")
+    if at_once is not None:
+        validate.size(at_once=at_once)
+    grid, keys = _read_values(values, baseline), _read_seeds(seeds, "tune")
     value, seed = (part.ravel() for part in np.meshgrid(grid, keys, indexing="ij"))
-    runs = _in_parts(_program(step, init, evaluate), value, seed, batches, at_once or len(value))
-    limit = _limit(runs.first) if failed is None else failed
-    final, losses, clipped, norms = (part.reshape(len(grid), len(keys), *part.shape[1:]) for part in runs[1:])
+    runs = run_in_parts(program, value, seed, batches, at_once or len(value))
+    limit = find_limit(runs.first) if failed is None else failed
+    final, losses, clipped, norms = (
+        part.reshape(len(grid), len(keys), *part.shape[1:]) for part in runs[1:]
+    )
     return Sweep(grid, keys, final, losses, clipped, norms, limit, baseline)
 
 
@@ -113,14 +106,14 @@ def objective(
     evaluate: Evaluate | None = None,
     failed: float | None = None,
 ) -> Callable[[Any], float]:
-    """What `tune` measures, as an objective for Optuna: the mean final loss over seeds, one compile for all trials.
+    """The mean final loss over seeds as an objective for Optuna, one compile for all trials.
 
-    A diverged run counts as `failed`. The median training loss over seeds is reported at every tenth of a run, so that
-    Optuna can prune.
+    A diverged run counts as `failed`. The median training loss over seeds is reported at every
+    tenth of a run, so that Optuna can prune.
 
     Args:
-      suggest: trial -> value: a number, or any pytree of numbers, which `step` and `init` get: a threshold and a
-        learning rate, say.
+      suggest: trial -> value: a number, or any pytree of numbers, which `step` and `init` get: a
+        threshold and a learning rate, say.
       step, init, batches, seeds, evaluate, failed: as in `tune`.
 
     Returns:
@@ -128,98 +121,60 @@ def objective(
 
     Raises:
       ImportError: without Optuna, the extra `tune`.
+      ValueError: for functions of another form, no seeds; at the first trial, for no batches.
 
     >>> import jax, jax.numpy as jnp, optax, optaxclip  # doctest: +SKIP
     >>> def suggest(trial):  # doctest: +SKIP
     ...     return trial.suggest_float("max_norm", 0.01, 100.0, log=True)
     >>> study = optuna.create_study()  # doctest: +SKIP
-    >>> study.optimize(optaxclip.tuning.objective(step, init, suggest, batches=batches), 20)  # doctest: +SKIP
+    >>> loss = optaxclip.tuning.objective(step, init, suggest, batches=batches)  # doctest: +SKIP
+    >>> study.optimize(loss, n_trials=20)  # doctest: +SKIP
     """
     try:
         import optuna
     except ImportError as error:
-        raise ImportError("objective needs Optuna: pip install 'optaxclip[tune]'.") from error
+        raise ImportError(
+            "objective needs Optuna, which is an extra: pip install 'optaxclip[tune]'."
+        ) from error
 
-    program, data = _program(step, init, evaluate), list(batches)
-    keys = np.asarray(range(seeds) if isinstance(seeds, int) else seeds, np.int32)
+    check_arguments("objective", "suggest", suggest, "trial")
+    program = compile_program(step, init, evaluate, "objective")
+    data, keys = list(batches), _read_seeds(seeds, "objective")
+    # Each report waits for the device: ten a run are enough for a pruner.
     period = max(len(data) // 10, 1)
 
-    def watch(trial, i, losses):
+    def report(trial, i, losses):
         if (i + 1) % period:
             return
         trial.report(float(np.nan_to_num(np.median(np.asarray(losses)), nan=np.inf)), i)
         if trial.should_prune():
             raise optuna.TrialPruned()
 
-    def of_trial(trial) -> float:
+    def run_trial(trial) -> float:
         value = jax.tree.map(lambda number: jnp.full(keys.shape, number, float), suggest(trial))
-        runs = _run(program, value, keys, data, lambda i, losses: watch(trial, i, losses))
-        return float(np.mean(capped(runs.final, _limit(runs.first) if failed is None else failed)))
+        runs = run(program, value, keys, data, lambda i, losses: report(trial, i, losses))
+        return float(
+            np.mean(cap_diverged(runs.final, find_limit(runs.first) if failed is None else failed))
+        )
 
-    return of_trial
+    return run_trial
 
 
-def _grid(values: Sequence[float], baseline: float | None) -> np.ndarray:
+def _read_values(values: Sequence[float], baseline: float | None) -> np.ndarray:
     """The values and the baseline, sorted, each once."""
-    grid = np.unique([float(value) for value in values])
+    try:
+        grid = np.unique([float(value) for value in values])
+    except (TypeError, ValueError):
+        grid = np.zeros(0)
     if not grid.size or np.isnan(grid).any():
-        raise ValueError(f"tune: values must be numbers, at least one, got {values!r}.")
+        raise validate.fail("values must be a list of numbers, at least one", values)
     return grid if baseline is None else np.union1d(grid, [float(baseline)])
 
 
-def _program(step: TrainStep, init: Init, evaluate: Evaluate | None) -> Program:
-    def start(value, seed):
-        return init(value, jax.random.key(seed))
-
-    def one(value, state, batch):
-        state, loss = step(value, state, batch)
-        return state, {"loss": loss, **_of_clips(state)}
-
-    stepped = jax.jit(jax.vmap(one, (0, 0, None)), donate_argnums=1)
-    return Program(jax.jit(jax.vmap(start)), stepped, None if evaluate is None else jax.jit(jax.vmap(evaluate)))
-
-
-def _of_clips(state: Any) -> dict[str, jax.Array]:
-    """Norm and clip rate of a step; with several clips, the norm before the first, and the largest rate."""
-    found = metrics(state, prefix="")
-    rates = [x for key, x in found.items() if re.fullmatch(r"(\d+/)?clipped", key)]
-    norms = [x for key, x in found.items() if re.fullmatch(r"(0/)?grad_norm", key)]
-    return {"clipped": jnp.max(jnp.stack(rates)), "norm": norms[0]} if rates else {}
-
-
-def _run(program: Program, value: Any, seed: np.ndarray, batches: Iterable[Any], watch: Watch | None = None) -> Runs:
-    """Runs side by side, from start to end. Nothing waits for the device before the last step, but for `watch`."""
-    value = jax.tree.map(jnp.asarray, value)
-    state = program.start(value, jnp.asarray(seed))
-    first = program.evaluate(state) if program.evaluate else None
-    steps = []
-    for i, batch in enumerate(batches):
-        state, seen = program.step(value, state, batch)
-        steps.append(seen)
-        if watch:
-            watch(i, seen["loss"])
-    if not steps:
-        raise ValueError("tune: there must be at least one batch.")
-    steps = jax.device_get(steps)
-    unknown = np.full(len(seed), np.nan)
-    losses, clipped, norms = (
-        np.stack([seen.get(key, unknown) for seen in steps], axis=1) for key in ("loss", "clipped", "norm")
-    )
-    if program.evaluate:
-        return Runs(np.asarray(first), np.asarray(program.evaluate(state)), losses, clipped, norms)
-    return Runs(losses[:, 0], settled(losses), losses, clipped, norms)
-
-
-def _in_parts(program: Program, value: np.ndarray, seed: np.ndarray, batches: Iterable[Any], size: int) -> Runs:
-    """All runs, `size` at a time. The last part is filled up with runs done before, so that one compile does."""
-    if size < len(value):
-        batches = list(batches)
-    places = [np.arange(i, i + size) % len(value) for i in range(0, len(value), size)]
-    parts = [_run(program, value[at], seed[at], batches) for at in places]
-    return Runs(*(np.concatenate(field)[: len(value)] for field in zip(*parts, strict=True)))
-
-
-def _limit(first: np.ndarray) -> float:
-    """The largest loss at the start: what ends above it has diverged."""
-    known = first[np.isfinite(first)]
-    return float(known.max()) if known.size else np.inf
+def _read_seeds(seeds: int | Sequence[int], call: str) -> np.ndarray:
+    keys = np.asarray(range(seeds) if isinstance(seeds, int) else seeds, np.int32)
+    if not keys.size or keys.ndim != 1:
+        raise validate.fail(
+            "seeds must be a number of seeds, or a list of them, at least one", seeds, call=call
+        )
+    return keys

@@ -1,8 +1,10 @@
-"""Every method on every task, at its defaults and at its best: writes the tables of docs/choosing.md.
+"""Every method on every task, at its defaults and at its best: the tables of docs/choosing.md.
 
-    uv run --extra test python -m tests.benchmarks.choosing [--methods zclip ...] [--tasks char_rnn ...] [--seeds 5]
+    uv run --extra test python -m tests.benchmarks.choosing
+        [--methods zclip ...] [--tasks char_rnn ...] [--seeds 5]
 
-All settings, learning rates and seeds of a method are one compiled program, vmapped; about ten minutes on two cores.
+All settings, learning rates and seeds of a method are one compiled program, vmapped; about ten
+minutes on two cores.
 """
 
 import argparse
@@ -53,19 +55,29 @@ METHODS = {
     "u_clip": Method("max_norm", (1.0, 0.1, 10.0), before(oc.u_clip)),
     "adaptive_grad_clip": Method("clipping", (0.01, 0.05, 0.25), before(oc.adaptive_grad_clip)),
     "autoclip": Method("percentile", (10.0, 50.0, 90.0), before(oc.autoclip)),
-    "naive quantile": Method("window 50, q", (90.0, 99.0, 75.0), by(lambda q: oc.percentile(q, window=50))),
+    "naive quantile": Method(
+        "window 50, q", (90.0, 99.0, 75.0), by(lambda q: oc.thresholds.percentile(q, window=50))
+    ),
     "quantile_clip": Method("quantile", (0.5, 0.25, 0.9), before(oc.quantile_clip)),
     "clip_by_median": Method("scale", (2.0, 1.0, 4.0), before(oc.clip_by_median)),
-    "running": Method("factor", (2.0, 1.1, 4.0), by(oc.running)),
-    "running, capped": Method("cap", (1.0, 0.1, 10.0), by(lambda cap: oc.at_most(oc.running(1.5), cap))),
-    "zclip": Method("z_threshold", (2.5, 1.0, 5.0), before(oc.zclip)),
-    "clip_by_log_zscore": Method("z_threshold", (2.0, 1.0, 4.0), before(oc.clip_by_log_zscore)),
+    "running": Method("factor", (2.0, 1.1, 4.0), by(oc.thresholds.running)),
+    "running, capped": Method(
+        "cap",
+        (1.0, 0.1, 10.0),
+        by(lambda cap: oc.thresholds.at_most(oc.thresholds.running(1.5), cap)),
+    ),
+    "zclip": Method("z", (2.5, 1.0, 5.0), before(oc.zclip)),
+    "clip_by_log_zscore": Method("z", (2.0, 1.0, 4.0), before(oc.clip_by_log_zscore)),
     "adagc": Method("ratio", (1.05, 1.5, 3.0), before(oc.adagc)),
     "limit_norm_growth": Method("ratio", (1.01, 1.1, 2.0), before(oc.limit_norm_growth)),
     "band_clip": Method("high", (2.0, 1.2, 4.0), before(lambda high: oc.band_clip(0.5, high))),
     "spam_clip": Method("threshold", (5000.0, 50.0, 5.0), before(oc.spam_clip)),
     "adamw_clip": Method("ratio", (3.0, 1.0, 10.0), before(oc.adamw_clip)),
-    "skip_spikes": Method("z", (6.0, 3.0, 12.0), lambda z, inner: oc.skip_spikes(inner, oc.window_zscore(z))),
+    "skip_spikes": Method(
+        "z",
+        (6.0, 3.0, 12.0),
+        lambda z, inner: oc.skip_spikes(inner, oc.thresholds.window_zscore(z)),
+    ),
 }
 
 
@@ -114,7 +126,16 @@ def row(name: str, task: Training, method: Method, losses: np.ndarray) -> list[s
     return [label, *shown(0, rate), f"{failed}", best, f"{task.rates[at[1]]:g}", *shown(*at)]
 
 
-HEAD = ["method", "default: median", "worst", "lost, all rates", "best setting", "best rate", "median", "worst"]
+HEAD = [
+    "method",
+    "default: median",
+    "worst",
+    "lost, all rates",
+    "best setting",
+    "best rate",
+    "median",
+    "worst",
+]
 
 
 def table(task: Training, rows: list[list[str]], seeds: int, steps: int) -> str:
@@ -124,12 +145,16 @@ def table(task: Training, rows: list[list[str]], seeds: int, steps: int) -> str:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--tasks", nargs="+", default=list(TRAININGS), choices=TRAININGS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="of every run; by default each task's own number")
-    parser.add_argument("--into", help="a document between whose markers the tables are put: docs/choosing.md")
+    parser.add_argument(
+        "--into", help="a document between whose markers the tables are put: docs/choosing.md"
+    )
     args = parser.parse_args(argv)
     tasks = [TRAININGS[name]() for name in args.tasks]
     steps = {task.name: args.steps or task.steps for task in tasks}
@@ -144,7 +169,11 @@ def main(argv=None):
             text.append(table(task, rows, args.seeds, steps[task.name]))
             print("\n" + text[-1], flush=True)
     if args.into:
-        put_into(args.into, "results", f"Written with jax {jax.__version__} on a CPU.\n\n" + "\n".join(text))
+        put_into(
+            args.into,
+            "results",
+            f"Written with jax {jax.__version__} on a CPU.\n\n" + "\n".join(text),
+        )
 
 
 if __name__ == "__main__":

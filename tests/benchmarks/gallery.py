@@ -1,6 +1,7 @@
-"""Runs every example as a user would, and puts its tables into the document and its picture beside it.
+"""Runs every example as a user would, and puts its tables and its picture into the document.
 
-    uv run --extra test python -m tests.benchmarks.gallery --into docs/examples.md --pictures docs/images
+uv run --extra test python -m tests.benchmarks.gallery
+    --into docs/examples.md --pictures docs/images
 """
 
 import argparse
@@ -32,10 +33,16 @@ def tables(name: str, picture: pathlib.Path, options: list[str]) -> str:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES)
-    parser.add_argument("--into", required=True, help="a document with a pair of marks for each example")
-    parser.add_argument("--pictures", required=True, type=pathlib.Path, help="the folder for the pictures")
+    parser.add_argument(
+        "--into", required=True, help="a document with a pair of marks for each example"
+    )
+    parser.add_argument(
+        "--pictures", required=True, type=pathlib.Path, help="the folder for the pictures"
+    )
     parser.add_argument("--small", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args(argv)
     for name in args.only:

@@ -1,4 +1,4 @@
-"""The same clip outside JAX: by hand in C, about as fast as the memory, and PyTorch's. None where they are missing."""
+"""The same clip outside JAX, where installed: in C, about as fast as memory, and PyTorch's."""
 
 import ctypes
 import functools
@@ -39,13 +39,18 @@ def _library() -> ctypes.CDLL | None:
         return None
     folder = pathlib.Path(tempfile.mkdtemp())
     (folder / "clip.c").write_text(SOURCE)
-    # Not -ffast-math: a library linked with it flushes subnormal numbers to zero, in this process, from then on.
+    # Not -ffast-math: a library linked with it flushes subnormal numbers to zero, in this process,
+    # from then on.
     sums = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
     flags = ["-O3", "-march=native", *sums, "-fopenmp", "-shared", "-fPIC"]
-    built = subprocess.run([compiler, *flags, "clip.c", "-o", "clip.so", "-lm"], cwd=folder, capture_output=True)
+    built = subprocess.run(
+        [compiler, *flags, "clip.c", "-o", "clip.so", "-lm"], cwd=folder, capture_output=True
+    )
     if built.returncode:
         return None
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or its threads fight with XLA's for the cores
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "passive"
+    )  # or its threads fight with XLA's for the cores
     library = ctypes.CDLL(str(folder / "clip.so"))
     library.norm.restype = ctypes.c_float
     library.norm.argtypes = [ctypes.c_void_p, ctypes.c_long]

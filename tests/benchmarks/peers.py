@@ -1,7 +1,8 @@
-"""Public implementations of adaptive clips, run from clones of their repositories: what bound do they keep?
+"""Which bounds public implementations of adaptive clips keep, run from clones of their code.
 
-Each is a function of the folder with the clones that returns `step(norm) -> bound`, the bound that holds for the next
-norm.  Nothing of theirs is in this repository; modules that they import but do not need here are stood in for.
+Each is a function of the folder with the clones that returns `step(norm) -> bound`, the bound that
+holds for the next norm. Nothing of theirs is in this repository; modules that they import but do
+not need here are stood in for.
 """
 
 import importlib.util
@@ -14,14 +15,18 @@ import numpy as np
 
 
 def _load(folder: str, path: str, **stand_ins):
-    """A module from a file of a clone, with empty modules in place of what it imports from its own package."""
+    """A module from a file of a clone, with empty modules in place of what it imports from its own
+    package.
+    """
     modules = {}
     for name, members in stand_ins.items():
         parts = name.replace("__", ".").split(".")
         for i in range(1, len(parts) + 1):
             modules.setdefault(".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
         vars(modules[".".join(parts)]).update(members)
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, pathlib.Path(folder) / path)
+    spec = importlib.util.spec_from_file_location(
+        pathlib.Path(path).stem, pathlib.Path(folder) / path
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules.update(modules)
     spec.loader.exec_module(module)
@@ -52,7 +57,11 @@ def zclip(folder):
 
 def autoclip(folder):
     """pseeth/autoclip, the version for PyTorch Ignite."""
-    module, handlers, bounds = _load(folder, "autoclip/autoclip.py", ignite__engine={"EventEnum": object}), [], []
+    module, handlers, bounds = (
+        _load(folder, "autoclip/autoclip.py", ignite__engine={"EventEnum": object}),
+        [],
+        [],
+    )
     module.BackwardsEvents.BACKWARDS_COMPLETED = None
     engine = types.SimpleNamespace(on=lambda event: handlers.append)
     model = types.SimpleNamespace(parameters=lambda: model.now.parameters())
@@ -60,7 +69,9 @@ def autoclip(folder):
 
     def step(norm):
         model.now = _parameter(norm)
-        with mock.patch("torch.nn.utils.clip_grad_norm_", lambda parameters, bound: bounds.append(bound)):
+        with mock.patch(
+            "torch.nn.utils.clip_grad_norm_", lambda parameters, bound: bounds.append(bound)
+        ):
             handlers[0](engine)
         return bounds[-1]
 
@@ -71,15 +82,25 @@ def olmo(folder):
     """allenai/OLMo-core, SkipStepOptimizer."""
     import torch
 
-    stand_in = {"get_default_device": lambda: torch.device("cpu"), "move_to_device": lambda x, device: x}
-    module = _load(folder, "OLMo-core/src/olmo_core/optim/skip_step_optimizer.py", olmo_core__utils=stand_in)
+    stand_in = {
+        "get_default_device": lambda: torch.device("cpu"),
+        "move_to_device": lambda x, device: x,
+    }
+    module = _load(
+        folder, "OLMo-core/src/olmo_core/optim/skip_step_optimizer.py", olmo_core__utils=stand_in
+    )
     optimizer = module.SkipStepOptimizer([torch.zeros(1)], {})
 
     def step(norm):
-        optimizer.latest_loss, optimizer.latest_grad_norm = torch.tensor(1.0), torch.tensor(float(norm))
+        optimizer.latest_loss, optimizer.latest_grad_norm = (
+            torch.tensor(1.0),
+            torch.tensor(float(norm)),
+        )
         if len(optimizer._grad_norms) < optimizer.rolling_interval_length // 2:
             return np.inf
-        std, mean = torch.std_mean(torch.stack(optimizer._grad_norms[-optimizer.rolling_interval_length :]))
+        std, mean = torch.std_mean(
+            torch.stack(optimizer._grad_norms[-optimizer.rolling_interval_length :])
+        )
         return float(mean + optimizer.sigma_factor * std)
 
     return step

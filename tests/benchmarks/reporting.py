@@ -11,7 +11,9 @@ MARKS = "<!-- {0} -->", "<!-- end {0} -->"
 
 
 def race(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each function in each round: side by side, in an order that is reversed every other round."""
+    """Seconds of each function in each round: side by side, in an order that is reversed every
+    other round.
+    """
     names = list(runs)
     times = {name: np.zeros(rounds) for name in names}
     for name in names:
@@ -25,7 +27,7 @@ def race(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.
 
 
 def ratios(times: Mapping[str, np.ndarray], base: str) -> dict[str, str]:
-    """The time of each relative to that of `base` in the same round: the median, and the quartiles."""
+    """The time of each relative to `base` in the same round: the median, and the quartiles."""
     return {name: quartiles(seconds / times[base]) for name, seconds in times.items()}
 
 
@@ -56,4 +58,8 @@ def put_into(document: str, name: str, text: str) -> None:
         raise ValueError(f"{document} has no mark {start}.")
     new = f"{start}\n\n{text.strip()}\n\n{end}"
     with open(document, "w") as file:
-        file.write(re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda match: new, old, flags=re.DOTALL))
+        file.write(
+            re.sub(
+                f"{re.escape(start)}.*?{re.escape(end)}", lambda match: new, old, flags=re.DOTALL
+            )
+        )

@@ -2,8 +2,8 @@
 
     uv run --extra test python -m tests.benchmarks.robustness [--peers FOLDER]
 
-With `--peers` the public implementations run on the same series, from clones in that folder (ZClip, autoclip,
-OLMo-core, maxtext), where PyTorch is installed.
+With `--peers` the public implementations run on the same series, from clones in that folder (ZClip,
+autoclip, OLMo-core, maxtext), where PyTorch is installed.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from tests.series import POISONS, factors, gradients, near, steps_to_recover
 STEPS = 1200
 HEAD = f"""# Robustness
 
-What has a history can be poisoned, or locked out for ever. Each adaptive clip is run on gradients whose norms are
-log-normal (a deviation of 0.3 in the logarithm); at step 100, or in the very first one, something happens. The table
-says after how many steps the bound is back, for good, within a factor of 3 of the bound of the run in which nothing
-happened (after a lasting rise or fall: of that bound times 100, or by 100).
+What has a history can be poisoned, or locked out for ever. Each adaptive clip is run on gradients
+whose norms are log-normal (a deviation of 0.3 in the logarithm); at step 100, or in the very first
+one, something happens. The table says after how many steps the bound is back, for good, within a
+factor of 3 of the bound of the run in which nothing happened (after a lasting rise or fall: of that
+bound times 100, or by 100).
 
 - 1, 10, 200 NaN; NaN first: that many gradients of NaN; ten of them in the very first steps.
 - infinity: one gradient of infinities.
@@ -32,22 +33,25 @@ happened (after a lasting rise or fall: of that bound times 100, or by 100).
 - spike: one gradient 10⁶ times as long; first: the very first one.
 - rise, fall: from there on all gradients are 100 times as long, or as short.
 
-A test holds every clip to its number in `tests/cases.py`, for the tree as a whole and leaf by leaf, and none may keep a
-NaN in its state. Written by `python -m tests.benchmarks.robustness` (jax {jax.__version__}).
+A test holds every clip to its number in `tests/cases.py`, for the tree as a whole and leaf by leaf,
+and none may keep a NaN in its state. Written by `python -m tests.benchmarks.robustness` (jax
+{jax.__version__}).
 
 ## This library
 
 """
 TAIL = """
-Read it so: after NaN and infinities the bound is where it was, because nothing was learned. What is 1 to 100 under "NaN
-first" and "50 zeros first" is the warm-up, which waits for real gradients. A spike in the very first step is learned by
-whatever averages, and takes the memory of the average to forget: 900 steps at decay 0.99. `adagc` follows a lasting
-rise by 0.1 % a step, its paper's rule; `relearn_after=` makes it start anew.
+Read it so: after NaN and infinities the bound is where it was, because nothing was learned. What is
+1 to 100 under "NaN first" and "50 zeros first" is the warm-up, which waits for real gradients. A
+spike in the very first step is learned by whatever averages, and takes the memory of the average to
+forget: 900 steps at decay 0.99. `adagc` follows a lasting rise by 0.1 % a step, its paper's rule;
+`relearn_after=` makes it learn again.
 """
 PEER_HEAD = """
 ## Public implementations, the same series
 
-Run from their repositories as they were in November 2026; "never" is: not within the {steps} steps of the run.
+Run from their repositories as they were in November 2026; "never" is: not within the {steps} steps
+of the run.
 
 """
 
@@ -69,7 +73,7 @@ def ours() -> dict[str, list[float]]:
     for case in tqdm(ADAPTIVE, desc="this library"):
         found = [
             steps_to_recover(case.make(scope=scope), 600 + case.within, case.relative)
-            for scope in (optaxclip.tree, optaxclip.leaf)
+            for scope in (optaxclip.scopes.tree, optaxclip.scopes.leaf)
         ]
         rows[f"`{case.name}`"] = [max(f[poison][0] for f in found) for poison in POISONS]
     return rows
@@ -93,7 +97,9 @@ def theirs(folder: str) -> dict[str, list[float]]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peers", help="a folder with clones of the public implementations")
     parser.add_argument("--out", default="docs/robustness.md")
     args = parser.parse_args()

@@ -1,10 +1,11 @@
-"""What a clip costs: XLA's own accounts, and time, beside Optax and beside what the memory allows.
+"""What a clip costs, in bytes and in time, beside Optax and beside what the memory allows.
 
     python -m tests.benchmarks.speed [--only chain alone ...] [--small] [--into docs/performance.md]
-    python -m tests.benchmarks.speed --picture docs/images/speed.png  # of what stands in docs/performance.md
+    python -m tests.benchmarks.speed --picture docs/images/speed.png  # of docs/performance.md
 
-Times are ratios between functions that took turns in one process, in an order that is reversed every other round: the
-median, and the quartiles.  Bytes and temporaries are XLA's, of the compiled program, and the same at every run.
+Times are ratios between functions that took turns in one process, in an order that is reversed
+every other round: the median, and the quartiles. Bytes and temporaries are those of the program
+that XLA makes, and the same at every run.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import optaxclip
 from tests.benchmarks import outside
 from tests.benchmarks.overheads import compiling, eager, percentiles
 from tests.benchmarks.reporting import device, put_into, race, ratios, table
+from tests.benchmarks.running import count_bytes
 from tests.benchmarks.trees import TREES, numbers, shapes_of
 
 OPTIMIZERS = {
@@ -49,39 +51,57 @@ CLIPS = {
 NO_CLIP = "no clip"
 
 
-def train_step(tx, tree: dict, dtype=jnp.float32, options: dict | None = None) -> jax.stages.Compiled:
-    """A compiled step with donated parameters and state, in the order of the outputs that they become."""
+def train_step(
+    tx, tree: dict, dtype=jnp.float32, options: dict | None = None
+) -> jax.stages.Compiled:
+    """A compiled step with donated parameters and state, in the order of the outputs that they
+    become.
+    """
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     params, grads = shapes_of(tree), shapes_of(tree, dtype)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), grads).compile(options)
+    return (
+        jax.jit(step, donate_argnums=(0, 1))
+        .lower(params, jax.eval_shape(tx.init, params), grads)
+        .compile(options)
+    )
 
 
 def account(compiled: jax.stages.Compiled, tree: dict, dtype=jnp.float32) -> tuple[float, float]:
-    """XLA's account of a step: bytes accessed a parameter, and temporaries relative to the gradients' size."""
+    """Of a step the bytes moved a parameter, and temporaries relative to the gradients' size."""
     count = sum(map(math.prod, tree.values()))
     size = count * jnp.dtype(dtype).itemsize
-    return compiled.cost_analysis()["bytes accessed"] / count, compiled.memory_analysis().temp_size_in_bytes / size
+    return count_bytes(compiled) / count, compiled.memory_analysis().temp_size_in_bytes / size
 
 
 def chain(small: bool) -> str:
     """In a chain: bytes and time beside the bare optimizer."""
     text = []
-    everything = [("GPT-2 small", "adamw", CLIPS), ("ResNet-50", "adamw", CLIPS), ("LoRA", "adamw", _few())]
+    everything = [
+        ("GPT-2 small", "adamw", CLIPS),
+        ("ResNet-50", "adamw", CLIPS),
+        ("LoRA", "adamw", _few()),
+    ]
     everything += [("ResNet-50", name, _few()) for name in list(OPTIMIZERS)[1:]]
     for dtype in (jnp.float32, jnp.bfloat16):
         for tree, optimizer, clips in everything[:1] if small else everything:
             shapes = {"w": (64, 64), "b": (64,)} if small else TREES[tree]()
             rows = _chain_rows(shapes, OPTIMIZERS[optimizer](), clips, dtype, 3 if small else 15)
-            text += [f"### {tree}, {optimizer}, {jnp.dtype(dtype).name} gradients\n", _chain_table(rows)]
+            text += [
+                f"### {tree}, {optimizer}, {jnp.dtype(dtype).name} gradients\n",
+                _chain_table(rows),
+            ]
     return "\n".join(text)
 
 
 def _few() -> dict:
-    return {name: CLIPS[name] for name in ("Optax's global norm", "global norm", "leaf norm", "Optax's AGC", "AGC")}
+    return {
+        name: CLIPS[name]
+        for name in ("Optax's global norm", "global norm", "leaf norm", "Optax's AGC", "AGC")
+    }
 
 
 def _chain_rows(shapes: dict, optimizer, clips: dict, dtype, rounds: int) -> list[list[str]]:
@@ -129,7 +149,9 @@ def alone(small: bool) -> str:
                 found = ratios(seconds, "Optax")
                 others = [found.get(name, "") for name in ("C", "PyTorch")]
                 rows.append([tree, jnp.dtype(dtype).name, case, found["ours"], *others])
-    return table(["tree", "gradients", "case", "ours / Optax", "C / Optax", "PyTorch / Optax"], rows)
+    return table(
+        ["tree", "gradients", "case", "ours / Optax", "C / Optax", "PyTorch / Optax"], rows
+    )
 
 
 def _alone_runs(shapes: dict, dtype, clips: bool) -> dict:
@@ -148,7 +170,8 @@ def _alone_runs(shapes: dict, dtype, clips: bool) -> dict:
         def run():
             hold["bound"] *= 0.99 if clips else 1.01
             hold["grads"] = jitted(
-                hold["grads"], jnp.asarray(hold["bound"], dtype if make is of_optax else jnp.float32)
+                hold["grads"],
+                jnp.asarray(hold["bound"], dtype if make is of_optax else jnp.float32),
             )
             return hold["grads"]
 
@@ -171,7 +194,9 @@ def safe_norm(small: bool) -> str:
         tx = optaxclip.clip_by_global_norm(1.0)
         state = tx.init(grads)
         plain = jax.jit(optax.tree.norm)
-        ours = jax.jit(lambda grads, tx=tx, state=state: tx.update(grads, state)[1].metrics.grad_norm)
+        ours = jax.jit(
+            lambda grads, tx=tx, state=state: tx.update(grads, state)[1].metrics.grad_norm
+        )
         runs = {"plain": lambda f=plain, g=grads: f(g), "ours": lambda f=ours, g=grads: f(g)}
         rows.append([tree, ratios(race(runs, 3 if small else 41), "plain")["ours"]])
     return table(["tree", "safe norm / plain norm"], rows)
@@ -181,15 +206,22 @@ SECTIONS = {f.__name__: f for f in (chain, alone, safe_norm, eager, compiling, p
 
 
 def draw(document: str, picture: str) -> None:
-    """Time beside the optimizer alone, of the first two tables of a document with all clips: medians and quartiles."""
+    """Time beside the optimizer alone, of the first two tables of a document with all clips:
+    medians and quartiles.
+    """
     import matplotlib.pyplot as plt
 
     with open(document) as file:
         tables = re.findall(r"### (GPT-2 small, .*?)\n(.*?)(?=###|<!--)", file.read(), re.DOTALL)
-    fig, axes = plt.subplots(1, len(tables), figsize=(10, 4), sharey=True, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(tables), figsize=(10, 4), sharey=True, layout="constrained", squeeze=False
+    )
     for ax, (title, text) in zip(axes[0], tables, strict=True):
         rows = re.findall(r"\| (.+?) \| ([\d.]+) \(([\d.]+)-([\d.]+)\)", text)
-        names, (middle, low, high) = [row[0] for row in rows], np.array([row[1:] for row in rows], float).T
+        names, (middle, low, high) = (
+            [row[0] for row in rows],
+            np.array([row[1:] for row in rows], float).T,
+        )
         theirs = ["//" if "Optax" in name else "" for name in names]
         bars = {"color": "0.8", "edgecolor": "black", "hatch": theirs, "capsize": 3}
         ax.barh(names, middle, xerr=(middle - low, high - middle), **bars)
@@ -203,16 +235,24 @@ def main(argv=None) -> None:
     """Prints the tables, and puts them into a document; or draws those of the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=SECTIONS)
-    parser.add_argument("--small", action="store_true", help="tiny trees, three rounds: to see that it runs")
-    parser.add_argument("--into", help="a document between whose marks the tables are put: docs/performance.md")
-    parser.add_argument("--picture", help="draw what stands in docs/performance.md to this file, and measure nothing")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny trees, three rounds: to see that it runs"
+    )
+    parser.add_argument(
+        "--into", help="a document between whose marks the tables are put: docs/performance.md"
+    )
+    parser.add_argument(
+        "--picture",
+        help="draw what stands in docs/performance.md to this file, and measure nothing",
+    )
     args = parser.parse_args(argv)
     if args.picture:
         return draw("docs/performance.md", args.picture)
     for name in args.only:
         start = time.perf_counter()
         text = f"Measured with {device()}.\n\n{SECTIONS[name](args.small)}"
-        print(f"## {name} ({time.perf_counter() - start:.0f} s, load {os.getloadavg()[0]:.1f})\n\n{text}", flush=True)
+        took = f"{time.perf_counter() - start:.0f} s, load {os.getloadavg()[0]:.1f}"
+        print(f"## {name} ({took})\n\n{text}", flush=True)
         if args.into:
             put_into(args.into, name, text)
 

@@ -1,6 +1,7 @@
-"""Small training tasks that fail, or suffer, without a clip. Each trains in seconds, many runs side by side.
+"""Small trainings that fail, or suffer, without a clip: seconds each, many runs side by side.
 
-All are plain functions of arrays, so that seeds, learning rates and settings of a clip are one `vmap`.
+All are plain functions of arrays, so that seeds, learning rates and settings of a clip are one
+`vmap`.
 """
 
 import glob
@@ -55,7 +56,9 @@ def dense(key, *shape, gain=1.0):
 
 
 def library_text(size=400_000) -> tuple[jax.Array, jax.Array]:
-    """The source of Python's standard library as numbers from 0 to 127: text to train on, and text to evaluate on."""
+    """The source of Python's standard library as numbers from 0 to 127: text to train on, and text
+    to evaluate on.
+    """
     names = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
     text = b"".join(pathlib.Path(name).read_bytes() for name in names[:60])
     numbers = jnp.asarray(np.frombuffer(text[:size], np.uint8) & 127)
@@ -80,7 +83,11 @@ def char_rnn(width=48, length=40, batch=8) -> Training:
     def init(key):
         a, b, c = jax.random.split(key, 3)
         recurrent = jax.nn.initializers.orthogonal(1.3)(a, (width, width))
-        return {"in": dense(b, 128, width, gain=11.0), "recurrent": recurrent, "out": dense(c, width, 128)}
+        return {
+            "in": dense(b, 128, width, gain=11.0),
+            "recurrent": recurrent,
+            "out": dense(c, width, 128),
+        }
 
     def run(params, rows):
         def cell(h, x):
@@ -102,15 +109,24 @@ def char_rnn(width=48, length=40, batch=8) -> Training:
 
 
 def transformer(width=32, length=32, batch=8) -> Training:
-    """One layer of a transformer on text, Adam; every 40th batch is bad: its labels are noise, its loss 1,000 times."""
+    """One layer of a transformer on text, Adam; every 40th batch is bad: its labels are noise, its
+    loss 1,000 times.
+    """
     train, held_out = library_text()
     causal = np.tril(np.ones((length, length), bool))
 
     def init(key):
         keys = jax.random.split(key, 7)
-        shapes = {"embed": (128, width), "place": (length, width), "qkv": (width, 3 * width), "mix": (width, width)}
+        shapes = {
+            "embed": (128, width),
+            "place": (length, width),
+            "qkv": (width, 3 * width),
+            "mix": (width, width),
+        }
         shapes |= {"up": (width, 4 * width), "down": (4 * width, width), "head": (width, 128)}
-        return {name: dense(k, *shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+        return {
+            name: dense(k, *shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
 
     def norm(x):
         return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
@@ -134,16 +150,23 @@ def transformer(width=32, length=32, batch=8) -> Training:
         return cross_entropy(run(params, rows), labels)
 
     rates = (1e-3, 4e-3, 16e-3)
-    return Training("transformer, bad batches", init, loss, evaluate, LETTERS, optax.adam, rates, 200)
+    return Training(
+        "transformer, bad batches", init, loss, evaluate, LETTERS, optax.adam, rates, 200
+    )
 
 
 def digits_cnn(width=8, depth=5, batch=16) -> Training:
-    """A residual convolutional network without normalisers on scikit-learn's digits, SGD with momentum."""
+    """A residual convolutional network without normalisers on scikit-learn's digits, SGD with
+    momentum.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
-    images, labels = jnp.asarray(data.images[order] / 16, jnp.float32)[..., None], jnp.asarray(data.target[order])
+    images, labels = (
+        jnp.asarray(data.images[order] / 16, jnp.float32)[..., None],
+        jnp.asarray(data.target[order]),
+    )
 
     def init(key):
         keys = jax.random.split(key, depth + 2)
@@ -170,18 +193,24 @@ def digits_cnn(width=8, depth=5, batch=16) -> Training:
     def evaluate(params):
         return cross_entropy(run(params, images[1400:]), labels[1400:])
 
-    return Training("normaliser-free CNN", init, loss, evaluate, float(np.log(10)), momentum, (1e-2, 1e-1), 150)
+    return Training(
+        "normaliser-free CNN", init, loss, evaluate, float(np.log(10)), momentum, (1e-2, 1e-1), 150
+    )
 
 
 def cartpole(width=32, episodes=8, horizon=200) -> Training:
-    """REINFORCE on CartPole, without a baseline, SGD: a gradient is the longer, the longer the pole stood."""
+    """REINFORCE on CartPole, without a baseline, SGD: a gradient is the longer, the longer the pole
+    stood.
+    """
 
     def init(key):
         a, b = jax.random.split(key)
         return {"in": dense(a, 4, width), "out": dense(b, width, 2, gain=0.1)}
 
     def move(state, push):
-        """One step of 20 ms of the classic equations of a cart (1 kg) and a pole (0.1 kg, 0.5 m to its middle)."""
+        """One step of 20 ms of the classic equations of a cart (1 kg) and a pole (0.1 kg, 0.5 m to
+        its middle).
+        """
         x, v, angle, spin = state
         force = jnp.where(push, 10.0, -10.0)
         sine, cosine = jnp.sin(angle), jnp.cos(angle)

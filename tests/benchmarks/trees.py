@@ -5,15 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def gpt2(width: int = 768, layers: int = 12, words: int = 50257, length: int = 1024) -> dict[str, tuple[int, ...]]:
+def gpt2(
+    width: int = 768, layers: int = 12, words: int = 50257, length: int = 1024
+) -> dict[str, tuple[int, ...]]:
     """GPT-2 small: 124 M parameters in 148 leaves."""
     norms = {"ln_f/scale": (width,), "ln_f/bias": (width,)}
     shapes = {"wte": (words, width), "wpe": (length, width)} | norms
     for i in range(layers):
-        dense = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+        dense = {
+            "qkv": (width, 3 * width),
+            "out": (width, width),
+            "up": (width, 4 * width),
+            "down": (4 * width, width),
+        }
         for name, shape in dense.items():
             shapes |= {f"h{i}/{name}/kernel": shape, f"h{i}/{name}/bias": shape[1:]}
-        shapes |= {f"h{i}/{ln}/{name}": (width,) for ln in ("ln_1", "ln_2") for name in ("scale", "bias")}
+        shapes |= {
+            f"h{i}/{ln}/{name}": (width,) for ln in ("ln_1", "ln_2") for name in ("scale", "bias")
+        }
     return shapes
 
 
@@ -28,7 +37,11 @@ def resnet50(width: int = 64) -> dict[str, tuple[int, ...]]:
             convs += [(1, inputs, outputs)] if block == 0 else []
             for i, (size, a, b) in enumerate(convs):
                 name = f"stage{stage}/{block}/{i}"
-                shapes |= {f"{name}/kernel": (size, size, a, b), f"{name}/scale": (b,), f"{name}/bias": (b,)}
+                shapes |= {
+                    f"{name}/kernel": (size, size, a, b),
+                    f"{name}/scale": (b,),
+                    f"{name}/bias": (b,),
+                }
             inputs = outputs
     return shapes | {"head/kernel": (inputs, 1000), "head/bias": (1000,)}
 
@@ -36,7 +49,12 @@ def resnet50(width: int = 64) -> dict[str, tuple[int, ...]]:
 def lora(width: int = 4096, rank: int = 16, layers: int = 64) -> dict[str, tuple[int, ...]]:
     """Low-rank adapters of queries and values: 16.8 M parameters in 256 leaves."""
     pair = {"a": (width, rank), "b": (rank, width)}
-    return {f"h{i}/{part}/{ab}": shape for i in range(layers) for part in "qv" for ab, shape in pair.items()}
+    return {
+        f"h{i}/{part}/{ab}": shape
+        for i in range(layers)
+        for part in "qv"
+        for ab, shape in pair.items()
+    }
 
 
 def small_leaves(count: int) -> dict[str, tuple[int, ...]]:
@@ -55,4 +73,7 @@ def shapes_of(tree: dict, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
 def numbers(tree: dict, dtype=jnp.float32) -> dict[str, jax.Array]:
     """Normal numbers in the shapes of a tree; any norm is far over 1."""
     rng = np.random.default_rng(0)
-    return {name: jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype) for name, shape in tree.items()}
+    return {
+        name: jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype)
+        for name, shape in tree.items()
+    }

@@ -1,9 +1,11 @@
-"""Does the threshold that `optaxclip.tune` recommends beat the default, and no clip, on seeds that it never saw?
+"""Does the threshold that `optaxclip.tune` recommends beat the default, and no clip, on new seeds?
 
-    uv run --extra test python -m tests.benchmarks.tuning [--into docs/tuning.md] [--picture docs/images/tuning.png]
+    uv run --extra test python -m tests.benchmarks.tuning
+        [--into docs/tuning.md] [--picture docs/images/tuning.png]
 
-Each task is tuned on three seeds and judged on ten others: other starts and other batches. Twice: all at the largest
-learning rate of the task, and each (recommended, default, no clip) at the rate that was its best on the tuning seeds.
+Each task is tuned on three seeds and judged on ten others: other starts and other batches. Twice:
+all at the largest learning rate of the task, and each (recommended, default, no clip) at the rate
+that was its best on the tuning seeds.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import numpy as np
 import optax
 
 import optaxclip
-from optaxclip.tuning.sweep import capped
+from optaxclip.tuning.sweep import cap_diverged
 from tests.benchmarks.reporting import put_into
 from tests.benchmarks.trainings import TRAININGS, Training
 
@@ -40,43 +42,61 @@ def functions(task: Training, rate: float):
     return step, init, lambda state: task.evaluate(state[0])
 
 
-def tuned(task: Training, rate: float, values, seeds, steps: int) -> optaxclip.Sweep:
+def tuned(task: Training, rate: float, values, seeds, steps: int) -> optaxclip.tuning.Sweep:
     step, init, evaluate = functions(task, rate)
-    return optaxclip.tune(step, init, values, batches=range(steps), seeds=seeds, evaluate=evaluate, failed=task.failed)
+    return optaxclip.tune(
+        step, init, values, batches=range(steps), seeds=seeds, evaluate=evaluate, failed=task.failed
+    )
 
 
-def line(task: Training, rate: float, title: str, wanted: float, sweep: optaxclip.Sweep) -> str:
+def line(
+    task: Training, rate: float, title: str, wanted: float, sweep: optaxclip.tuning.Sweep
+) -> str:
     """A row of the table: one threshold on the unseen seeds."""
     (at,) = np.flatnonzero(sweep.values == wanted)
     final = np.where(np.isnan(sweep.final[at]), np.inf, sweep.final[at])
     label = title if wanted == np.inf else f"{title}: {wanted:g}"
     median = np.quantile(final, 0.5, method="higher")
     rated, lost = f"{sweep.clip_rate[at]:.0%}", f"{sweep.diverged[at].sum()} of {final.size}"
-    return f"| {task.name} | {rate:g} | {label} | {median:.3g} | {final.max():.3g} | {rated} | {lost} |"
+    ends = f"{median:.3g} | {final.max():.3g}"
+    return f"| {task.name} | {rate:g} | {label} | {ends} | {rated} | {lost} |"
 
 
 HEAD = """| task | rate | `max_norm` | median | worst | clipped | diverged |
 |---|---|---|---|---|---|---|"""
 
 
-def score(sweep: optaxclip.Sweep, wanted: float) -> float:
+def score(sweep: optaxclip.tuning.Sweep, wanted: float) -> float:
     """The mean final loss at one value; a diverged run counts as no training."""
     (at,) = np.flatnonzero(sweep.values == wanted)
-    return float(np.mean(capped(sweep.final[at], sweep.failed)))
+    return float(np.mean(cap_diverged(sweep.final[at], sweep.failed)))
 
 
-def measured(name: str, values, seeds: int, unseen: int, steps: int | None) -> tuple[optaxclip.Sweep, list, list]:
-    """The sweep at the largest rate, and the rows on unseen seeds: at that rate, and each at its best."""
+def measured(
+    name: str, values, seeds: int, unseen: int, steps: int | None
+) -> tuple[optaxclip.tuning.Sweep, list, list]:
+    """The sweep at the largest rate, and the rows on unseen seeds: at that rate, and each at its
+    best.
+    """
     task = TRAININGS[name]()
     steps = steps or task.steps
     sweeps, judged, chosen = {}, {}, {}
     for rate in task.rates:
         sweep = sweeps[rate] = tuned(task, rate, values, range(seeds), steps)
         value = sweep.recommended.value
-        chosen[rate] = {"recommended": DEFAULT if np.isnan(value) else value, "default": DEFAULT, "no clip": np.inf}
-        judged[rate] = tuned(task, rate, list(chosen[rate].values()), range(100, 100 + unseen), steps)
+        chosen[rate] = {
+            "recommended": DEFAULT if np.isnan(value) else value,
+            "default": DEFAULT,
+            "no clip": np.inf,
+        }
+        judged[rate] = tuned(
+            task, rate, list(chosen[rate].values()), range(100, 100 + unseen), steps
+        )
     largest = max(task.rates)
-    same = [line(task, largest, title, value, judged[largest]) for title, value in chosen[largest].items()]
+    same = [
+        line(task, largest, title, value, judged[largest])
+        for title, value in chosen[largest].items()
+    ]
     own = []
     for title in chosen[largest]:
         best = min(task.rates, key=lambda rate: score(sweeps[rate], chosen[rate][title]))
@@ -85,8 +105,12 @@ def measured(name: str, values, seeds: int, unseen: int, steps: int | None) -> t
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=["char_rnn", "cartpole", "transformer"], choices=TRAININGS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", default=["char_rnn", "cartpole", "transformer"], choices=TRAININGS
+    )
     parser.add_argument("--seeds", type=int, default=3, help="to tune on")
     parser.add_argument("--unseen", type=int, default=10, help="to judge on")
     parser.add_argument("--steps", type=int, help="of every run; by default each task's own number")
@@ -101,8 +125,10 @@ def main(argv=None):
         print(f"{name}\n\n{sweep}\n", flush=True)
         same, own = same + found[0], own + found[1]
         if args.picture and name == args.tasks[0]:
-            sweep.plot().figure.savefig(args.picture, dpi=80)
-    text = "\n".join(["All at the largest rate:\n", HEAD, *same, "\nEach at its best rate:\n", HEAD, *own])
+            optaxclip.plots.plot_sweep(sweep).figure.savefig(args.picture, dpi=80)
+    text = "\n".join(
+        ["All at the largest rate:\n", HEAD, *same, "\nEach at its best rate:\n", HEAD, *own]
+    )
     print(text)
     if args.into:
         put_into(args.into, "results", text)

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.watching [--small] [--models cnn transformer] [--seconds 60]
 
-Prints a markdown table: the time of a whole training step (forward, backward, clip, Adam) relative to one without a
-watch, as the median and the quartiles of ratios of runs that followed each other, A B .. B A.  "log every N" reads
-`optaxclip.metrics`, jitted apart from the step, to the host every N-th step and writes a line of CSV.
+Prints a markdown table: the time of a whole training step (forward, backward, clip, Adam) relative
+to one without a watch, as the median and the quartiles of ratios of runs that followed each other,
+A B .. B A. "log every N" reads `optaxclip.metrics`, jitted apart from the step, to the host every
+N-th step and writes a line of CSV.
 """
 
 import argparse
@@ -25,7 +26,7 @@ CHAINS = {
     "no watch": CLIP,
     "no watch, again": CLIP,
     "watch": optax.chain(optaxclip.watch(), CLIP),
-    "watch, groups": optax.chain(optaxclip.watch(scope=optaxclip.groups()), CLIP),
+    "watch, groups": optax.chain(optaxclip.watch(scope=optaxclip.scopes.groups()), CLIP),
 }
 EVERY = (1, 10, 100)
 
@@ -39,12 +40,16 @@ def models(small: bool) -> dict:
         return jnp.asarray(rng.integers(0, words, (max(tokens // length, 1), length)))
 
     def image():
-        return jnp.asarray(rng.normal(size=(n, side, side, 3)), jnp.float32), jnp.asarray(rng.integers(0, 10, n))
+        return jnp.asarray(rng.normal(size=(n, side, side, 3)), jnp.float32), jnp.asarray(
+            rng.integers(0, 10, n)
+        )
 
     return {
         "cnn": lambda: model_of(CNN(width // 16), *image()),
         "transformer": lambda: model_of(Transformer(words, width // 2), text(16 * n), text(16 * n)),
-        "transformer, few tokens": lambda: model_of(Transformer(words, width // 2), text(4 * n), text(4 * n)),
+        "transformer, few tokens": lambda: model_of(
+            Transformer(words, width // 2), text(4 * n), text(4 * n)
+        ),
     }
 
 
@@ -98,7 +103,9 @@ def measured(runs: dict, states: dict, seconds: float, burst: int) -> dict:
                 times[name] += time.perf_counter() - start
         for name in names:
             ratios[name].append(times[name] / times[names[0]])
-    return {name: (np.quantile(ratios[name], [0.25, 0.5, 0.75]), len(ratios[name])) for name in names}
+    return {
+        name: (np.quantile(ratios[name], [0.25, 0.5, 0.75]), len(ratios[name])) for name in names
+    }
 
 
 def rows(model: Model, seconds: float, small: bool):
@@ -119,17 +126,30 @@ def rows(model: Model, seconds: float, small: bool):
 def main(argv=None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="tiny models, one round: to see that it runs")
-    parser.add_argument("--models", nargs="+", default=["cnn", "transformer", "transformer, few tokens"])
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long to measure each model")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny models, one round: to see that it runs"
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=["cnn", "transformer", "transformer, few tokens"]
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="how long to measure each model"
+    )
     args = parser.parse_args(argv)
-    print("| model | parameters | leaves | step, ms | | time of a step (quartiles) | rounds |\n" + "|---" * 7 + "|")
+    print(
+        "| model | parameters | leaves | step, ms | | time of a step (quartiles) | rounds |\n"
+        + "|---" * 7
+        + "|"
+    )
     for name in args.models:
         model = models(args.small)[name]()
         leaves = jax.tree.leaves(model.params)
         size = f"{sum(x.size for x in leaves) / 1e6:.2f} M | {len(leaves)}"
-        for way, ms, (low, mid, high), rounds in rows(model, 0 if args.small else args.seconds, args.small):
-            print(f"| {name} | {size} | {ms:.0f} | {way} | {mid:.3f} ({low:.3f}-{high:.3f}) | {rounds} |", flush=True)
+        for way, ms, (low, mid, high), rounds in rows(
+            model, 0 if args.small else args.seconds, args.small
+        ):
+            ratio = f"{mid:.3f} ({low:.3f}-{high:.3f})"
+            print(f"| {name} | {size} | {ms:.0f} | {way} | {ratio} | {rounds} |", flush=True)
 
 
 if __name__ == "__main__":

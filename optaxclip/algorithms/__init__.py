@@ -1,1 +1,0 @@
-"""Named clips: one file a method, a docstring and a few lines over the parts."""

@@ -1,0 +1,127 @@
+"""Rules for wrappers and arguments that do not do what they are meant to; see `placement`."""
+
+from __future__ import annotations
+
+from optaxclip.checking.chains import Node, read_chain
+from optaxclip.checking.closures import find_maker, read_closure
+from optaxclip.checking.kinds import (
+    NORMALISERS,
+    STATEFUL,
+    Found,
+    as_clip,
+    find_pairs,
+    is_guard,
+    is_named,
+    to_constant,
+)
+
+
+def guard_after_clip(nodes: list[Node]) -> Found:
+    """A guard that never sees a NaN or an infinity, since something before it makes them finite."""
+    for a, b in find_pairs(nodes, _name_hidden, is_guard):
+        yield (
+            b.where,
+            f"it never sees {_name_hidden(a)}: {a.where} before it makes that finite, and the"
+            " optimizer takes the step.",
+            f"the guard outside: {b.name}(optax.chain(clip, optimizer)).",
+        )
+
+
+def _name_hidden(node: Node) -> str | None:
+    """What a node turns into finite numbers, in words; None if nothing."""
+    if node.name == "zero_nans":
+        return "a NaN"
+    clip = as_clip(node)
+    if clip is None:
+        return None
+    if node.about is not None and node.about.nonfinite == "zero":
+        return "a NaN or an infinity"
+    limited = clip.block == "element" and (clip.bound is not None or clip.learned)
+    return "an infinity" if limited else None
+
+
+def guard_without_optimizer(nodes: list[Node]) -> Found:
+    """A guard that holds only clips, while the optimizer behind it takes the step."""
+    for a, b in find_pairs(nodes, is_guard, is_named(*STATEFUL)):
+        inside = [n for n in nodes if a in n.holders and not n.is_holder]
+        if inside and all(as_clip(n) for n in inside):
+            yield (
+                a.where,
+                f"it holds only a clip, so a skipped step reaches {b.where} as a gradient of zeros:"
+                " moments decay and momentum moves the parameters.",
+                f"the optimizer inside, too: {a.name}(optax.chain(clip, optimizer)).",
+            )
+
+
+def guard_in_accumulation(nodes: list[Node]) -> Found:
+    """A guard that sees only a mean, in which one NaN stays: `(1 - emit) * acc` keeps it."""
+    for holder in filter(is_named("MultiSteps"), nodes):
+        # By default MultiSteps skips no micro-batch.
+        accepts_all = find_maker(holder.facts.get("_should_skip_update_fn", len)) == "MultiSteps"
+        inside = [n for n in nodes if holder in n.holders]
+        guards = [n for n in inside if is_guard(n) or "NaN" in (_name_hidden(n) or "")]
+        if accepts_all and guards and not any(map(is_guard, holder.holders)):
+            yield (
+                guards[0].where,
+                f"{holder.where} keeps a NaN of one micro-batch in its mean for good, so from then"
+                " on this guard skips, or zeroes, every step: training stands still, silently.",
+                "optax.MultiSteps(..., should_skip_update_fn=optax.skip_not_finite), which drops"
+                " such micro-batches; or the guard outside,"
+                " optaxclip.skip_nonfinite(optax.MultiSteps(...).gradient_transformation()).",
+            )
+
+
+def threshold_as_clip(nodes: list[Node]) -> Found:
+    """A threshold in a chain of gradients."""
+    for node in filter(is_named("threshold"), nodes):
+        yield (
+            node.where,
+            "it is a threshold, which turns norms into bounds: here each number of a gradient"
+            " becomes a bound.",
+            "a clip by it: optaxclip.clip_by(threshold).",
+        )
+
+
+def optimizer_as_threshold(nodes: list[Node]) -> Found:
+    """An optimizer in place of a threshold."""
+    for node in nodes:
+        if node.about is None or node.about.threshold is None:
+            continue
+        inside = read_chain(node.about.threshold, None)
+        steps = [n for n in inside if n.name in NORMALISERS or _flips_sign(n)]
+        if steps:
+            yield (
+                node.where,
+                f"its bound is what {steps[0].where} makes of the norm: a step, which is negative"
+                " or does not depend on the size of the norm.",
+                "a number, a schedule or a threshold as the bound, and the optimizer behind the"
+                " clip: optax.chain(optaxclip.clip_by(1.0), optimizer).",
+            )
+
+
+def _flips_sign(node: Node) -> bool:
+    """Whether a node multiplies by a negative number, as by a learning rate."""
+    if to_constant(node.facts.get("step_size")) < 0:
+        return node.name == "scale"
+    # Optax writes a scheduled rate as `m * learning_rate(count)`, where m is -1 or 1.
+    schedule = node.facts.get("step_size_fn", len)
+    is_rate = find_maker(schedule) == "scale_by_learning_rate"
+    return is_rate and to_constant(read_closure(schedule).get("m")) < 0
+
+
+def idle_exclude(nodes: list[Node]) -> Found:
+    """An `exclude` that leaves out no leaf of the parameters, or all of them."""
+    for node in nodes:
+        exclude = node.about.exclude if node.about is not None else None
+        # In a branch the leaves that are to be excluded may be missing anyway.
+        if exclude is None or not node.leaves or node.leaves != nodes[0].leaves:
+            continue
+        left, example = node.paths(exclude), min(node.leaves)
+        if left == node.leaves or not left:
+            yield (
+                node.where,
+                f"exclude={exclude!r} matches {'none' if left else 'all'} of the"
+                f" {len(node.leaves)} leaves, so"
+                f" {'nothing is left out' if left else 'nothing is measured or clipped'}.",
+                f"a pattern that is found in some paths, which look like {example!r}.",
+            )

@@ -1,0 +1,102 @@
+"""ACClip: momentum, each element clipped to the running mean of its gradients' size."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import validate, xla
+from optaxclip.base import Exclude, annotate
+from optaxclip.clips.carry import start_carry
+from optaxclip.engine import Description
+from optaxclip.states import StateGuard
+from optaxclip.thresholds.learned import like
+from optaxclip.trees import select
+
+
+class ACClipState(NamedTuple):
+    """State of `scale_by_acclip`: momentum m, and τ, the α-mean of |g|, in float32 at least."""
+
+    momentum: Any
+    size: Any
+
+
+@validate.named
+def scale_by_acclip(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.99,
+    alpha: ArrayLike = 1.0,
+    eps: ArrayLike = 1e-5,
+    *,
+    exclude: Exclude = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum, clipped element by element: u = m · min(1, τ / (|m| + ε)).
+
+    m ← b1·m + (1 - b1)·g, and τᵅ ← b2·τᵅ + (1 - b2)·|g|ᵅ. Place it before the learning rate, in
+    place of an optimizer.
+
+    Args:
+      b1: the decay of m.
+      b2: the decay of τᵅ.
+      alpha: α, larger than 0.
+      eps: ε, in the units of the gradient.
+      exclude: leaves that pass as they are, as in `optaxclip.clip_by`.
+
+    Raises:
+      ValueError: for numbers out of range.
+
+    Deviations: an element that is not finite comes out as NaN, and leaves no trace in m and τ. The
+    authors' code has α = 2 and divides by Adam's root mean square too, unless told otherwise; that
+    is not the paper's method.
+
+    References:
+      Zhang et al., `Why are Adaptive Methods Good for Attention Models?
+      <https://arxiv.org/abs/1912.03194>`_, 2020
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> tx = optaxclip.scale_by_acclip(b1=0.0, b2=0.5)
+    >>> updates, _ = tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)))
+    >>> round(float(updates[0]), 3)  # τ = 2
+    2.0
+    """
+    validate.share(b1=b1, b2=b2)
+    validate.positive(alpha=alpha)
+    validate.nonnegative(eps=eps)
+
+    def init_fn(params):
+        return ACClipState(start_carry(params, exclude), start_carry(params, exclude, real=True))
+
+    call = validate.called()
+    guard = StateGuard(call, ACClipState, init_fn)
+
+    def step(g, m, size):
+        rest, pace, power, least = (like(x, size) for x in (1 - b1, 1 - b2, alpha, eps))
+        wide, fine = xla.widen(g), jnp.isfinite(g)
+        moved = jnp.where(fine, m + xla.times(wide - m, rest), m)
+        grown = jnp.where(fine, _mean_of_powers(size, jnp.abs(wide), pace, power), size)
+        longest = jnp.maximum(jnp.abs(moved) + least, jnp.finfo(size.dtype).tiny)
+        out = xla.times(moved, jnp.minimum(1, grown / longest))
+        return xla.as_dtype_of(g, jnp.where(fine, out, jnp.nan)), moved, grown
+
+    def update_fn(updates, state, params=None, **extra_args):
+        guard.check(state, updates)
+        leaves, m, size = (select(tree, exclude) for tree in (updates, *state))
+        done = [step(*each) for each in zip(leaves.arrays, m.arrays, size.arrays, strict=True)]
+        out, momentum, grown = ([each[i] for each in done] for i in range(3))
+        return leaves.rebuild(out), ACClipState(m.rebuild(momentum), size.rebuild(grown))
+
+    about = Description(exclude=exclude, kind="other", name=call)
+    annotate(update_fn, description=about)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _mean_of_powers(size, modulus, pace, power):
+    """((1 - pace)·sizeᵖ + pace·modulusᵖ)^(1/p)."""
+    # In units of the larger of both, so that no power overflows.
+    larger = jnp.maximum(size, modulus)
+    unit = jnp.where(larger > 0, larger, 1)
+    mean = (1 - pace) * (size / unit) ** power + pace * (modulus / unit) ** power
+    return unit * mean ** (1 / power)

@@ -1,0 +1,108 @@
+"""AdaGC: each leaf is held to a little more than the running mean of its own norms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import feeds, scopes, validate
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
+from optaxclip.core import clip_by
+from optaxclip.thresholds.blocks import new_threshold
+from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.learned import Statistic, learned, like
+
+
+@validate.named
+def adagc(
+    ratio: ArrayLike = 1.05,
+    decay: ArrayLike = 0.98,
+    warmup_steps: ArrayLike = 100,
+    max_norm: Threshold = 1.0,
+    *,
+    relearn_after: ArrayLike | None = None,
+    scope: Scope = scopes.leaf,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips each leaf to λ·γ, γ the running mean of its own norms after the clip.
+
+    In the warm-up the tree is clipped to a global norm of `max_norm`, and γ is the smallest norm of
+    the leaf after that clip; from then on γ ← β·γ + (1 - β)·min(n, λ·γ).
+
+    Args:
+      ratio: λ, larger than 1. The bound can grow by a factor of β + (1 - β)·λ a step: 1.001 by
+        default.
+      decay: β.
+      warmup_steps: how many norms a block learns from in the warm-up.
+      max_norm: the global norm of the warm-up.
+      relearn_after: a block that was over its bound on this many consecutive steps is reset; None:
+        never. With the defaults a tenfold rise takes 2,300 steps to follow.
+      scope: which numbers share one norm; the paper's is `scopes.leaf`.
+      exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
+
+    Raises:
+      ValueError: for a ratio of at most 1, with which bounds could only fall, a decay outside [0,
+        1), a bad `max_norm`.
+
+    Deviations: a norm of zero is not learned (in the authors' code one exactly zero gradient in the
+    warm-up, as that of a LoRA matrix, freezes the leaf for ever), so a leaf's warm-up counts its
+    own gradients. The authors' code takes the smallest norm before the global clip, and ratio and
+    decay 1.03 and 0.98, later 1.04 and 0.99.
+
+    References:
+      Wang et al., `AdaGC: Improving Training Stability for Large Language Model Pretraining
+      <https://arxiv.org/abs/2502.11034>`_, 2025
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> tx = optaxclip.adagc(warmup_steps=1)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for g in (0.5, 9.0):
+    ...     updates, state = tx.update(jnp.array([g]), state)
+    >>> round(float(updates[0]), 3)  # 1.05 times 0.5
+    0.525
+    """
+    validate.above(1, ratio=ratio)
+    validate.share(decay=decay)
+
+    def learn(norm, mean, seen):
+        moved = mean + like(1 - decay, norm) * (norm - mean)
+        return jnp.where(seen < warmup_steps, jnp.minimum(mean, norm), moved)
+
+    threshold = learned(
+        Statistic(math.inf, learn, lambda norm, mean, seen: like(ratio, norm) * mean),
+        feed=feeds.clipped,
+        warmup_steps=warmup_steps,
+        warmup=_share_of_global(as_threshold(max_norm=max_norm)),
+        relearn_after=relearn_after,
+    )
+    return clip_by(
+        threshold, scope=scope, exclude=exclude, nonfinite=nonfinite, axis_names=axis_names
+    )
+
+
+def _share_of_global(max_norm: optax.GradientTransformationExtraArgs):
+    """Holds each block to its share of a global norm: n · min(1, max_norm / ‖n‖)."""
+
+    def init_fn(norms):
+        dtype = jax.tree.leaves(norms)[0].dtype if jax.tree.leaves(norms) else jnp.float32
+        return max_norm.init(jnp.zeros((), dtype))
+
+    def update_fn(norms: Any, state, params=None, **extra_args):
+        rows = jax.tree.leaves(norms)
+        if not rows:
+            return norms, state
+        largest = jnp.max(jnp.stack([jnp.max(n, initial=0) for n in rows]))
+        unit = jnp.where(largest > 0, largest, 1)  # squares of shares do not overflow
+        whole = unit * jnp.sqrt(sum(jnp.sum(jnp.square(n / unit)) for n in rows))
+        bound, state = max_norm.update(whole, state, params, **extra_args)
+        share = jnp.minimum(1, jnp.asarray(bound) / jnp.where(whole > 0, whole, 1))
+        return jax.tree.map(lambda n: n * share, norms), state
+
+    return new_threshold(init_fn, update_fn, max_norm)

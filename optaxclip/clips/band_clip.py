@@ -1,0 +1,80 @@
+"""A floor and a ceiling around the running mean of a group's norms."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import scopes, validate
+from optaxclip.actions import band
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
+from optaxclip.core import clip_by
+from optaxclip.thresholds.learned import Statistic, learned, like
+from optaxclip.thresholds.running import debiased_weight
+
+
+@validate.named
+def band_clip(
+    low: ArrayLike = 0.5,
+    high: ArrayLike = 2.0,
+    decay: ArrayLike = 0.99,
+    *,
+    scope: Scope | None = None,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps each group's norm between low · S and high · S.
+
+    S is the running mean of its norms after the clip. Groups that explode are held, groups that
+    vanish are lifted, each by its own measure. The first norm is free.
+
+    Args:
+      low: the floor, from 0 (none) to 1.
+      high: the ceiling, larger than 1.
+      decay: of the running mean.
+      scope: which numbers share one norm; None: `scopes.groups()`, a module's leaves. The paper's
+        is the type of a module, through all layers: `scopes.groups(lambda path:
+        path.split("/")[-2])`.
+      exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
+
+    Raises:
+      ValueError: for a `low` outside [0, 1], or a `high` of at most 1.
+
+    Deviations: the authors' scripts have a ceiling below the mean and a floor over the ceiling,
+    with which every gradient is scaled by 0.9; here the band must hold the mean. No schedule for
+    the band, and no cap on one scaling.
+
+    References:
+      Li, Wu and Chang, `AGGC: Adaptive Group Gradient Clipping
+      <https://arxiv.org/abs/2601.11864>`_, 2026
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> from optaxclip import scopes
+    >>> tx = optaxclip.band_clip(scope=scopes.leaf)
+    >>> params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    >>> _, state = tx.update({"a": jnp.ones(1), "b": jnp.ones(1)}, tx.init(params))
+    >>> tx.update({"a": jnp.array([0.1]), "b": jnp.array([9.0])}, state)[0]
+    {'a': Array([0.5], dtype=float32), 'b': Array([2.], dtype=float32)}
+    """
+    validate.between(0, 1, low=low)
+    validate.above(1, high=high)
+    validate.share(decay=decay)
+
+    def learn(norm, mean, seen):
+        return mean + debiased_weight(decay, norm, seen) * (norm - mean)
+
+    def held(norms, bounds):
+        lowest = jnp.where(jnp.isinf(bounds), 0, bounds * like(low / high, norms))
+        return jnp.clip(norms, lowest, bounds)
+
+    statistic = Statistic(0.0, learn, lambda norm, mean, seen: like(high, norm) * mean)
+    return clip_by(
+        learned(statistic, feed=held),
+        scope=scopes.groups() if scope is None else scope,
+        action=band(low / high),
+        exclude=exclude,
+        nonfinite=nonfinite,
+        axis_names=axis_names,
+    )

@@ -1,0 +1,113 @@
+"""Clipping each element between limits: it changes the gradient's direction, and needs no norm."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import scopes, xla
+from optaxclip.base import AxisNames, Exclude
+from optaxclip.engine import Description, Rule, build
+from optaxclip.norms import l1, linf
+from optaxclip.record import Step
+from optaxclip.thresholds.blocks import Fixed, new_threshold
+
+# The lower and the upper limit of the elements of a leaf: scalars, or arrays of its shape.
+Limits = tuple[jax.Array, jax.Array]
+
+
+def clip_elements(
+    threshold: optax.GradientTransformationExtraArgs,
+    *,
+    measure: bool,
+    exclude: Exclude,
+    axis_names: AxisNames | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips all elements between the limits that a threshold makes of the largest modulus.
+
+    That modulus is not free: it is taken, and recorded, if a threshold is not fixed or `measure`
+    says so.
+
+    Args:
+      threshold: as any, but that it returns `Limits` in place of a bound.
+      measure: whether to record the largest modulus, and the share of elements clipped.
+      exclude, axis_names: as in `clip_by`.
+    """
+
+    def act(leaves, layout, norm, limits):
+        clipped = clip_all(leaves.arrays, [limits] * len(leaves.arrays))
+        bound = _size(limits).astype(norm.dtype)
+        if not measured:
+            return clipped, Step(None, bound, None, None, None)
+        return clipped, _observe(leaves.arrays, [limits] * len(leaves.arrays), layout, norm, bound)
+
+    measured = measure or not isinstance(threshold, Fixed)
+    description = Description(scopes.tree, linf, threshold, exclude=exclude, kind="elements")
+    return build(description, Rule(_largest if measured else None, act), axis_names)
+
+
+def clip_each(
+    *, measure: bool, exclude: Exclude, axis_names: AxisNames | None
+) -> optax.GradientTransformationExtraArgs:
+    """Clips each leaf between limits of its own.
+
+    They are passed to `update`, as `limits=`, a list of `Limits`. Without `measure` nothing is
+    recorded but the number of steps: the largest limit is not free, either.
+    """
+
+    def act(leaves, layout, norm, limits):
+        clipped = clip_all(leaves.arrays, limits)
+        if not measure:
+            return clipped, Step(None, None, None, None, None)
+        bound = xla.measure(linf, [_size(pair) for pair in limits], layout).astype(norm.dtype)
+        return clipped, _observe(leaves.arrays, limits, layout, norm, bound)
+
+    def given(norms, state, params=None, *, limits, **extra_args):
+        return limits, state
+
+    threshold = new_threshold(lambda norms: optax.EmptyState(), given, kind=Fixed)
+    description = Description(scopes.tree, linf, threshold, exclude=exclude, kind="elements")
+    return build(description, Rule(_largest if measure else None, act, bounded=measure), axis_names)
+
+
+def _largest(leaves, layout) -> jax.Array:
+    return xla.measure(linf, leaves.arrays, layout)
+
+
+def _size(limits: Limits) -> jax.Array:
+    """The largest modulus within limits."""
+    return jnp.maximum(jnp.abs(limits[0]), jnp.abs(limits[1]))
+
+
+@jax.jit(inline=True)
+def clip_all(arrays: list[jax.Array], limits: list[Limits]) -> list[jax.Array]:
+    """Clips real numbers to limits, the modulus of complex ones to the upper. NaN stays NaN."""
+    return [_clipped(x, *pair) for x, pair in zip(arrays, limits, strict=True)]
+
+
+def _clipped(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
+    # In float32 at least: a limit that is first rounded to the leaf's bfloat16 may become larger.
+    wide = xla.widen(x)
+    lower, upper = (limit.astype(wide.real.dtype) for limit in (lower, upper))
+    if not jnp.iscomplexobj(x):
+        return xla.as_dtype_of(x, jnp.clip(wide, lower, upper))
+    over = jnp.abs(wide) > upper
+    return jnp.where(over, xla.times(wide, upper / jnp.where(over, jnp.abs(wide), 1)), wide)
+
+
+def _observe(arrays, limits: list[Limits], layout, norm: jax.Array, bound: jax.Array) -> Step:
+    """By how much the largest element was shortened, and the share of elements clipped."""
+    outside = [_outside(xla.widen(x), *pair) for x, pair in zip(arrays, limits, strict=True)]
+    count = jnp.maximum(jnp.asarray(xla.counts_of(layout, norm.dtype)), 1)
+    share = xla.measure(l1, outside, layout).astype(norm.dtype) / count
+    factor = jnp.where(norm > bound, bound / jnp.where(norm == 0, 1, norm), 1)
+    return Step(norm, bound, factor, share, ~jnp.isfinite(norm))
+
+
+def _outside(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
+    """1 for each element that limits change, else 0."""
+    size = jnp.abs(x) if jnp.iscomplexobj(x) else x
+    return ((size > upper.astype(size.dtype)) | (size < lower.astype(size.dtype))).astype(
+        size.dtype
+    )

@@ -1,0 +1,91 @@
+"""LARC: the rate of each layer is held to a share of the layer's own size."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import scopes, validate
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
+from optaxclip.core import clip_by
+from optaxclip.thresholds.blocks import new_threshold
+from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.learned import like
+
+
+@validate.named
+def larc(
+    learning_rate: Threshold,
+    trust_coefficient: ArrayLike = 0.02,
+    weight_decay: float | jax.Array = 0.0,
+    eps: ArrayLike = 1e-8,
+    *,
+    mask: Any = None,
+    scope: Scope = scopes.leaf,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips each layer's own rate to the global one.
+
+    g ← (g + λw) · min(1, t·‖w‖ / ((‖g‖ + λ‖w‖ + ε) · η)). Place it before SGD with the same
+    learning rate η; LARS in its clipping form. `update` needs `params`.
+
+    Args:
+      learning_rate: η, a number or a schedule: that of the optimizer that follows.
+      trust_coefficient: t, the longest step as a share of the layer's norm.
+      weight_decay: λ, added to the gradient here: do not let the optimizer decay, too.
+      eps: ε.
+      mask: of weight decay, as in `optax.add_decayed_weights`. The bound counts λ‖w‖ for all
+        leaves.
+      scope: which numbers share one norm; the paper's is `scopes.leaf`.
+      exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
+
+    Raises:
+      ValueError: for numbers out of range; at the update, if `params` is missing.
+
+    Deviations: a layer whose parameters or gradients are all zero is not clipped, as in apex, but
+    its weights decay.
+
+    References:
+      You, Gitman and Ginsburg, `Large Batch Training of Convolutional Networks
+      <https://arxiv.org/abs/1708.03888>`_, 2017, and LARC in NVIDIA's apex
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> tx = optaxclip.larc(0.1)
+    >>> params = jnp.array([1.0])
+    >>> updates, _ = tx.update(jnp.array([9.0]), tx.init(params), params)
+    >>> round(float(updates[0]), 4)  # 0.1 · 0.2 is 2 % of 1
+    0.2
+    """
+    validate.nonnegative(trust_coefficient=trust_coefficient, weight_decay=weight_decay, eps=eps)
+    rate = as_threshold(learning_rate=learning_rate)
+
+    def bound(norm, size, rate):
+        trust, decay, least = (like(x, norm) for x in (trust_coefficient, weight_decay, eps))
+        whole = (norm + decay * size + least) * rate
+        free = (size == 0) | (norm == 0) | (whole == 0)
+        # The bound that makes `rescale` multiply by t·‖w‖ / whole.
+        return jnp.where(free, math.inf, norm * (trust * size / jnp.where(free, 1, whole)))
+
+    def update_fn(norms, state, params=None, **extra_args):
+        rates, state = rate.update(norms, state, params, **extra_args)
+        return jax.tree.map(bound, norms, params, rates), state
+
+    def gradient(update, param):
+        return update - like(weight_decay, param.real) * param
+
+    clip = clip_by(
+        new_threshold(rate.init, update_fn, kind=optax.GradientTransformationExtraArgs),
+        scope=scope,
+        view=gradient,
+        exclude=exclude,
+        nonfinite=nonfinite,
+        axis_names=axis_names,
+    )
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask), clip)

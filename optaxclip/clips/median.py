@@ -1,0 +1,81 @@
+"""Clipping by the median of recent norms: the clip of ScaledAdam, the optimizer of Zipformer."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import scopes, validate
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
+from optaxclip.core import clip_by
+from optaxclip.thresholds.combine import at_most
+from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.quantile import median
+
+
+@validate.named
+def clip_by_median(
+    scale: ArrayLike = 2.0,
+    window: int = 100,
+    every: int = 100,
+    *,
+    scale_by_params: bool = False,
+    max_norm: Threshold = math.inf,
+    scope: Scope = scopes.tree,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips to a multiple of the median of the last norms: τ = scale · median(nₜ₋₁₀₀ … nₜ₋₁).
+
+    The bound is refreshed every 100 steps. At the start it is also refreshed after 10, 20 and 40
+    norms, and is twice as large then; before, there is no bound.
+
+    Args:
+      scale: the multiple.
+      window: how many norms are remembered, a Python int.
+      every: how many steps lie between refreshes of the bound, a Python int.
+      scale_by_params: whether the norm is that of g · rms(w), leaf by leaf, as in ScaledAdam, whose
+        steps are in proportion to the parameters; `update` then needs `params`.
+      max_norm: a cap on the bound.
+      scope: which numbers share one norm; ScaledAdam's is a parameter group.
+      exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
+
+    Raises:
+      ValueError: for a negative scale, or a window or period that is not a whole number of at least
+      1.
+
+    Deviations: norms that are zero or not finite are not remembered; a gradient that is not finite
+    is treated as `nonfinite` says (ScaledAdam: zeros); scalars are not scaled by a rate of their
+    own.
+
+    References:
+      Yao et al., `Zipformer: A faster and better encoder for automatic speech recognition
+      <https://arxiv.org/abs/2310.11230>`_, 2023, and its optimizer's code
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> tx = optaxclip.clip_by_median(2.0, window=3, every=3)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for g in (1.0, 9.0, 3.0, 8.0):
+    ...     updates, state = tx.update(jnp.array([g]), state)
+    >>> updates
+    Array([6.], dtype=float32)
+    """
+    validate.flag(scale_by_params=scale_by_params)
+    return clip_by(
+        at_most(median(scale, window, every), as_threshold(max_norm=max_norm)),
+        view=_scaled if scale_by_params else None,
+        scope=scope,
+        exclude=exclude,
+        nonfinite=nonfinite,
+        axis_names=axis_names,
+    )
+
+
+def _scaled(g: jax.Array, w: jax.Array) -> jax.Array:
+    """A gradient times the root mean square of its parameters."""
+    return g * jnp.sqrt(jnp.mean(jnp.square(jnp.abs(w)))).astype(g.real.dtype)

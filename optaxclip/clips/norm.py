@@ -1,0 +1,252 @@
+"""The clip that everybody means by "gradient clipping", and its siblings by leaf and by group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import scopes, trees, validate, xla
+from optaxclip.actions import band, rescale
+from optaxclip.base import Action, AxisNames, Exclude, Label, Nonfinite, Norm, Part, Threshold
+from optaxclip.clips.bounds import bound_each, bound_leaves
+from optaxclip.core import clip_by
+from optaxclip.norms import as_norm, l2, rms
+from optaxclip.thresholds.fixed import as_threshold
+
+
+@validate.named
+def global_norm(
+    tree: Any,
+    *,
+    norm: Norm | float = 2,
+    exclude: Exclude = None,
+    axis_names: AxisNames | None = None,
+) -> jax.Array:
+    """The norm of all leaves of a tree together, as `clip_by_global_norm` measures it: ‖g‖.
+
+    A scalar in float32 (float64 if any leaf is), right from 1e-36 to 1e36 whatever the dtype of the
+    leaves, and with a derivative of 0 at zeros. An empty tree has the norm 0.
+
+    Args:
+      tree: gradients, parameters, or any tree. Only leaves of floating-point numbers count.
+      norm: `norms.l2`, `l1`, `linf`, `rms`, or a number p for the p-norm.
+      exclude, axis_names: as in `optaxclip.clip_by`.
+
+    Raises:
+      ValueError: for a norm or `exclude` that is not a valid value; inside
+        `shard_map(check_vma=False)` or `pmap`, without `axis_names`.
+
+    Deviations from `optax.global_norm`, which squares in the dtype of the leaves: float16 does not
+    overflow from 256 on; inside `shard_map` the norm is that of all devices' parts.
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> optaxclip.global_norm({"w": jnp.array([3.0, 4.0], jnp.float16)})
+    Array(5., dtype=float32)
+    """
+    validate.exclude(exclude)
+    norm = as_norm(norm)
+    leaves = trees.select(tree, exclude)
+    span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
+    blocks = scopes.tree.cut(leaves.paths, leaves.shapes)
+    return xla.measure(norm, leaves.arrays, xla.lay_out(blocks, leaves.paths, leaves.shapes, span))
+
+
+def _action(eps: ArrayLike, min_norm: ArrayLike) -> Action:
+    """`rescale` with what is added to the norm, and with a floor under it."""
+    validate.nonnegative(eps=eps, min_norm=min_norm)
+    plain = validate.is_static(min_norm) and min_norm == 0
+    action = rescale if plain else band(floor=min_norm)
+    if validate.is_static(eps) and eps == 0:
+        return action
+    name = f"{action!r} of norms + {eps}"
+    return Part(name, lambda norms, bounds: action(norms + jnp.asarray(eps, norms.dtype), bounds))
+
+
+@validate.named
+def clip_by_global_norm(
+    max_norm: Threshold,
+    *,
+    norm: Norm | float = l2,
+    eps: ArrayLike = 0.0,
+    min_norm: ArrayLike = 0.0,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips the updates by one norm over all leaves: g ← g · min(1, max_norm / ‖g‖).
+
+    Args:
+      max_norm: the bound: a number, array, tracer, schedule or threshold.
+      norm: another norm than the Euclidean one: `norms.l1`, `norms.linf`, or a number p for the
+        p-norm.
+      eps: added to the norm before it is compared and divided by. 0, as in Optax; 1e-6 is PyTorch's
+        `clip_grad_norm_`, whose factor is min(1, max_norm / (‖g‖ + 1e-6)).
+      min_norm: updates shorter than this (but not zero) are lengthened to it: against vanishing
+        gradients.
+      exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
+
+    Raises:
+      ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string.
+
+    Deviations from `optax.clip_by_global_norm`: the norm is taken in float32 at least, so float16
+    gradients do not overflow and bfloat16 norms are not rounded; zeros at a bound of 0 stay zeros;
+    a norm equal to the bound changes nothing; an infinite gradient makes all updates NaN, not NaN
+    here and 0 elsewhere; the state holds what happened.
+
+    References:
+      Pascanu et al., `On the difficulty of training Recurrent Neural Networks
+      <https://arxiv.org/abs/1211.5063>`_, 2013
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> tx = optaxclip.clip_by_global_norm(1.0)
+    >>> grads = {"w": jnp.array([3.0, 4.0])}
+    >>> tx.update(grads, tx.init(grads))[0]
+    {'w': Array([0.6, 0.8], dtype=float32)}
+    """
+    return clip_by(
+        as_threshold(max_norm=max_norm),
+        norm=norm,
+        action=_action(eps, min_norm),
+        exclude=exclude,
+        nonfinite=nonfinite,
+        axis_names=axis_names,
+    )
+
+
+@validate.named
+def clip_by_leaf_norm(
+    max_norm: Threshold | Any,
+    *,
+    norm: Norm | float = l2,
+    eps: ArrayLike = 0.0,
+    min_norm: ArrayLike = 0.0,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips each leaf by its own norm: gᵢ ← gᵢ · min(1, max_norm / ‖gᵢ‖).
+
+    Keras calls it `clipnorm`. The direction of the whole gradient changes; under sharding by leaf
+    it needs no communication.
+
+    Args:
+      max_norm: the bound of every leaf: a number, tracer, schedule or threshold. Or one for each
+        leaf, a number or schedule: a tree of them with the structure of the updates, or a mapping
+        of paths (`blocks/0/kernel`). inf is no bound.
+      norm, eps, min_norm, exclude, nonfinite, axis_names: as in `clip_by_global_norm`.
+
+    Raises:
+      ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string; where a
+        tree is first seen, if `max_norm` is a bare vector, or if its paths are not those of the
+        leaves.
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> tx = optaxclip.clip_by_leaf_norm({"b": 0.1, "w": 1.0})
+    >>> grads = {"b": jnp.array([0.5]), "w": jnp.array([3.0, 4.0])}
+    >>> tx.update(grads, tx.init(grads))[0]
+    {'b': Array([0.1], dtype=float32), 'w': Array([0.6, 0.8], dtype=float32)}
+    """
+    threshold, scope = bound_leaves(exclude, max_norm=max_norm)
+    return clip_by(
+        threshold,
+        scope=scope,
+        norm=norm,
+        action=_action(eps, min_norm),
+        exclude=exclude,
+        nonfinite=nonfinite,
+        axis_names=axis_names,
+    )
+
+
+@validate.named
+def clip_by_group_norm(
+    max_norm: Threshold | Mapping[str, ArrayLike | optax.Schedule],
+    label: Label | None = None,
+    *,
+    norm: Norm | float = l2,
+    eps: ArrayLike = 0.0,
+    min_norm: ArrayLike = 0.0,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips each group of leaves by the norm of the group, by default a module's kernel and bias.
+
+    Args:
+      max_norm: the bound of every group, or a mapping of the name of each group to a number or
+        schedule.
+      label: the group of a leaf, as a function of its path (`blocks/0/attn/kernel`), or a mapping
+        of regular expressions to names; None: the module. See `scopes.groups`.
+      norm, eps, min_norm, exclude, nonfinite, axis_names: as in `clip_by_global_norm`.
+
+    Raises:
+      ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string; for a
+        scope in place of a label; where a tree is first seen, if a leaf matches no pattern, or
+        patterns of several groups, or if the names of `max_norm` are not those of the groups.
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> by_part = {"^out": "head", "^hidden": "body"}
+    >>> tx = optaxclip.clip_by_group_norm({"head": 10.0, "body": 1.0}, by_part)
+    >>> hidden = {"w": jnp.array([3.0]), "b": jnp.array([4.0])}
+    >>> grads = {"hidden": hidden, "out": {"w": jnp.array([5.0])}}
+    >>> tx.update(grads, tx.init(grads))[0]["hidden"]
+    {'b': Array([0.8], dtype=float32), 'w': Array([0.6], dtype=float32)}
+    """
+    scope = scopes.groups(scopes.module_of if label is None else label)
+    if isinstance(max_norm, Mapping):
+        threshold, scope = bound_each(scope, max_norm=max_norm)
+    else:
+        threshold = as_threshold(max_norm=max_norm)
+    return clip_by(
+        threshold,
+        scope=scope,
+        norm=norm,
+        action=_action(eps, min_norm),
+        exclude=exclude,
+        nonfinite=nonfinite,
+        axis_names=axis_names,
+    )
+
+
+@validate.named
+def clip_by_block_rms(
+    threshold: Threshold,
+    *,
+    exclude: Exclude = None,
+    nonfinite: Nonfinite = "propagate",
+    axis_names: AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips each leaf by its root mean square: u ← u / max(1, RMS(u) / threshold).
+
+    It is Adafactor's update clipping. Place it after what preconditions the update and before the
+    learning rate; Adafactor's threshold is 1.
+
+    Args:
+      threshold: the bound: a number, array, tracer, schedule or threshold.
+      exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
+
+    Raises:
+      ValueError: for a bound that is negative, NaN, a boolean or a string.
+
+    References:
+      Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> tx = optaxclip.clip_by_block_rms(1.0)
+    >>> updates = jnp.array([3.0, 3.0])
+    >>> tx.update(updates, tx.init(updates))[0]
+    Array([1., 1.], dtype=float32)
+    """
+    return clip_by(
+        threshold,
+        scope=scopes.leaf,
+        norm=rms,
+        exclude=exclude,
+        nonfinite=nonfinite,
+        axis_names=axis_names,
+    )

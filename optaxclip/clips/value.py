@@ -1,0 +1,132 @@
+"""Clipping by value: each element between two limits. It changes the direction of the gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import trees, validate
+from optaxclip.base import AxisNames, Exclude, Threshold, annotate
+from optaxclip.clips.elements import clip_elements
+from optaxclip.engine import description_of
+from optaxclip.thresholds.blocks import Fixed, new_threshold
+from optaxclip.thresholds.fixed import ScheduleState, advance, as_threshold, start_schedule
+
+
+@validate.named
+def clip(
+    max_delta: Threshold,
+    *,
+    measure: bool = False,
+    exclude: Exclude = None,
+    axis_names: AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips each element to [-max_delta, max_delta].
+
+    A complex element is clipped to that modulus, its phase kept. NaN stays NaN, infinity becomes
+    the limit. It costs nothing beyond what the optimizer reads anyway.
+
+    Args:
+      max_delta: the limit: a number, array, tracer, schedule, or a threshold of the largest
+        modulus.
+      measure: whether to record the largest modulus and the share of elements clipped, which takes
+        one more read of the gradients; else the metrics have the limit and the number of steps
+        only. A threshold that learns measures in any case.
+      exclude: as in `optaxclip.clip_by`.
+      axis_names: as in `optaxclip.clip_by`; needed only by what measures.
+
+    Raises:
+      ValueError: for a limit that is negative, NaN, a boolean or a string.
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> tx = optaxclip.clip(1.0)
+    >>> updates = jnp.array([-3.0, 0.5])
+    >>> tx.update(updates, tx.init(updates))[0]
+    Array([-1. ,  0.5], dtype=float32)
+    """
+    validate.flag(measure=measure)
+    threshold = as_threshold(max_delta=max_delta)
+
+    def update_fn(norms, state, params=None, **extra_args):
+        bound, state = threshold.update(norms, state, params, **extra_args)
+        bound = jnp.maximum(jnp.asarray(bound), 0)
+        return (-bound, bound), state
+
+    # Of its kind, which says what it reads.
+    limits = new_threshold(threshold.init, update_fn, threshold, kind=type(threshold))
+    tx = clip_elements(limits, measure=measure, exclude=exclude, axis_names=axis_names)
+    # What a reader of the chain wants to see is the threshold as it was given.
+    annotate(tx.update, description=description_of(tx)._replace(threshold=threshold))
+    return tx
+
+
+@validate.named
+def clip_by_value(
+    lower: ArrayLike | optax.Schedule,
+    upper: ArrayLike | optax.Schedule,
+    *,
+    measure: bool = False,
+    exclude: Exclude = None,
+    axis_names: AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Clips each element to [lower, upper]. NaN stays NaN, infinity becomes a limit.
+
+    Args:
+      lower, upper: the limits: numbers of any sign, scalar arrays, tracers or schedules.
+      measure, exclude, axis_names: as in `clip`.
+
+    Raises:
+      ValueError: for a limit that is NaN, a boolean or a string, or if lower > upper; at the
+        update, for complex leaves (`clip` takes them, by modulus).
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> tx = optaxclip.clip_by_value(-1.0, 2.0)
+    >>> updates = jnp.array([-3.0, 0.5, 3.0])
+    >>> tx.update(updates, tx.init(updates))[0]
+    Array([-1. ,  0.5,  2. ], dtype=float32)
+    """
+    validate.flag(measure=measure)
+    limits = {"lower": lower, "upper": upper}
+    validate.between(-math.inf, math.inf, **{k: v for k, v in limits.items() if not callable(v)})
+    known = [validate.to_concrete(limit) for limit in limits.values()]
+    if all(map(validate.is_static, known)) and known[0] > known[1]:
+        raise validate.fail(f"lower must not be larger than upper, {upper!r}", lower)
+    threshold = _limits(lower, upper)
+    inner = clip_elements(threshold, measure=measure, exclude=exclude, axis_names=axis_names)
+    call = validate.called()
+
+    def update_fn(updates, state, params=None, **extra_args):
+        leaves = trees.select(updates, exclude)
+        wrong = [p for p, x in zip(leaves.paths, leaves.arrays, strict=True) if jnp.iscomplexobj(x)]
+        if wrong:
+            raise ValueError(
+                f"{call}: complex numbers have no order; clip() takes their modulus: {wrong}."
+            )
+        return inner.update(updates, state, params, **extra_args)
+
+    annotate(update_fn, description=description_of(inner))
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _limits(*limits: Any) -> optax.GradientTransformationExtraArgs:
+    """The threshold that returns a lower and an upper limit."""
+
+    def at(step, norm: jax.Array):
+        each = (limit(step) if callable(limit) else limit for limit in limits)
+        return tuple(jnp.asarray(limit).astype(norm.dtype) for limit in each)
+
+    def fixed_fn(norms, state, params=None, **extra_args):
+        return at(0, norms), state
+
+    def scheduled_fn(norms, state, params=None, **extra_args):
+        return at(state.clip_step, norms), ScheduleState(advance(state.clip_step))
+
+    init, update = (lambda norms: optax.EmptyState()), fixed_fn
+    if any(map(callable, limits)):
+        init, update = start_schedule, scheduled_fn
+    return new_threshold(init, annotate(update, bound=limits), kind=Fixed)

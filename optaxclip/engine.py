@@ -1,0 +1,166 @@
+"""The one engine: measures, asks the threshold, acts, records.
+
+Every clip is this engine with a scope, a threshold and a `Rule`, which says what is measured and
+what is done. An update reads from top to bottom in `build`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import validate, xla
+from optaxclip.base import (
+    AxisNames,
+    ClipState,
+    Exclude,
+    Nonfinite,
+    Norm,
+    Norms,
+    Scope,
+    View,
+    annotate,
+)
+from optaxclip.record import Step, fresh_metrics, pack_names, record
+from optaxclip.states import ParamsMemory, StateGuard
+from optaxclip.thresholds.blocks import hold, reads_params
+from optaxclip.trees import Leaves, match_params, select
+
+
+class Description(NamedTuple):
+    """What a transformation is made of, for whoever reads a chain: `tx.update.description`.
+
+    Attributes:
+      scope, norm, threshold, action, view, exclude: as given to `clip_by`; None where there is no
+        such part.
+      nonfinite: as given to `clip_by`.
+      kind: "blocks": each block is multiplied by what `action` says; "elements": each element is
+        put between limits; "other": anything else, such as a clip with a memory.
+      name: the public call.
+      inner: what a wrapper holds.
+    """
+
+    scope: Scope | None = None
+    norm: Norm | None = None
+    threshold: Any = None
+    action: Any = None
+    view: View | None = None
+    exclude: Exclude = None
+    nonfinite: Nonfinite = "propagate"
+    kind: Literal["blocks", "elements", "other"] = "blocks"
+    name: str = ""
+    inner: optax.GradientTransformation | None = None
+
+
+class Rule(NamedTuple):
+    """What tells one clip from another, beside scope and threshold.
+
+    Attributes:
+      measure: `(leaves, layout) -> norms`; None if nothing is measured, and the threshold does not
+        read norms.
+      act: `(leaves, layout, norms, bounds) -> (new leaves, Step)`.
+      bounded: whether the `Step` has bounds; limits of single elements are not recorded.
+    """
+
+    measure: Callable[[Leaves, xla.Layout], Norms] | None
+    act: Callable[[Leaves, xla.Layout, Norms, Norms], tuple[list[jax.Array], Step]]
+    bounded: bool = True
+
+
+def build(
+    about: Description, rule: Rule, axis_names: AxisNames | None
+) -> optax.GradientTransformationExtraArgs:
+    """The clip that is made of a scope and a threshold, which `about` holds, and a rule."""
+    validate.exclude(about.exclude)
+    about = about._replace(name=validate.called())
+    memory, threshold = ParamsMemory(), about.threshold
+
+    def init_fn(params):
+        return _start(about, rule, memory.recall(params))
+
+    guard = StateGuard(about.name, ClipState, init_fn)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        leaves = select(updates, about.exclude)
+        state = _checked(guard, state, updates)
+        layout = _lay_out(about, rule, leaves, axis_names)
+        norms, param_norms = _measure(about, rule, leaves, layout, params, _dtype_of(state, leaves))
+        bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
+        arrays, step = rule.act(leaves, layout, norms, bounds)
+        new = hold(threshold.init, norms, new, state.threshold)
+        return leaves.rebuild(arrays), ClipState(new, record(state.metrics, step))
+
+    annotate(update_fn, description=about)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def description_of(tx: optax.GradientTransformation) -> Description:
+    """How one of our own transformations describes itself."""
+    return getattr(tx.update, "description", Description())
+
+
+def _start(about: Description, rule: Rule, params: Any) -> ClipState:
+    leaves = select(params, about.exclude)
+    layout = _cached_layout(about.scope, leaves.paths, leaves.shapes, xla.NOWHERE)
+    norms = _zeros(layout, xla.accumulator(leaves.arrays))
+    names, measured = pack_names(layout.blocks.names or ()), rule.measure is not None
+    metrics = fresh_metrics(norms, names, measured=measured, bounded=rule.bounded)
+    return ClipState(about.threshold.init(norms), metrics)
+
+
+def _checked(guard: StateGuard, state: Any, updates: Any) -> ClipState:
+    """The state, if it is one for these updates; for None a fresh one, if no history is lost."""
+    if state is None:
+        fresh = guard.init(updates)
+        if not jax.tree.leaves(fresh.threshold):
+            return fresh
+    guard.check(state, updates)
+    return state
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_layout(scope: Scope, paths, shapes, span: xla.Span) -> xla.Layout:
+    return xla.lay_out(scope.cut(paths, shapes), paths, shapes, span)
+
+
+def _lay_out(about: Description, rule: Rule, leaves: Leaves, axis_names) -> xla.Layout:
+    # What measures nothing has nothing to agree on with other devices, and needs no axis names.
+    span = xla.NOWHERE
+    if rule.measure is not None:
+        span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
+    return _cached_layout(about.scope, leaves.paths, leaves.shapes, span)
+
+
+def _measure(about: Description, rule: Rule, leaves: Leaves, layout, params, dtype):
+    """The norms of the updates, and of the parameters where the threshold may read them."""
+
+    def norms_of(arrays):
+        if rule.measure is None:
+            return _zeros(layout, dtype)
+        norms = rule.measure(leaves._replace(arrays=arrays), layout)
+        return jax.tree.map(lambda n: n.astype(dtype), norms)
+
+    read = params is not None and reads_params(about.threshold)
+    if about.view is None and not read:
+        return norms_of(leaves.arrays), None
+    own, seen = match_params(leaves, params, about.exclude, about.name), leaves.arrays
+    if about.view is not None:
+        pairs = zip(seen, own, strict=True)
+        seen = [about.view(xla.widen(g), xla.widen(w)) for g, w in pairs]
+    return norms_of(seen), norms_of(own) if read else None
+
+
+def _dtype_of(state: ClipState, leaves: Leaves) -> Any:
+    """The dtype of the norms: that of `init`, whose parameters may be wider than the gradients."""
+    bounds = jax.tree.leaves(state.metrics.clip_bound)
+    return bounds[0].dtype if bounds else xla.accumulator(leaves.arrays)
+
+
+def _zeros(layout: xla.Layout, dtype) -> Norms:
+    """Norms of zero, in the shape of the norms of a tree."""
+    return jax.tree.map(lambda count: jnp.zeros(count.shape, dtype), xla.counts_of(layout, dtype))

@@ -1,0 +1,34 @@
+"""What a statistic learns of norms: `(norms, bounds) -> norms`, in which NaN means "nothing"."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip.base import Part
+
+
+def _feed(rule):
+    return Part(f"feeds.{rule.__name__}", rule)
+
+
+@_feed
+def raw(norms: jax.Array, bounds: jax.Array) -> jax.Array:
+    """The norm as it is. A spike enters the statistic at its full size."""
+    return norms
+
+
+@_feed
+def clipped(norms: jax.Array, bounds: jax.Array) -> jax.Array:
+    """The norm after the clip. A spike counts as its bound, a lasting change is followed slowly."""
+    return jnp.minimum(norms, bounds)
+
+
+@_feed
+def accepted(norms: jax.Array, bounds: jax.Array) -> jax.Array:
+    """Only norms within the bound. A lasting change is not learned: give it `relearn_after`."""
+    return jnp.where(norms <= bounds, norms, np.asarray(np.nan, norms.dtype))
+
+
+__all__ = ["accepted", "clipped", "raw"]

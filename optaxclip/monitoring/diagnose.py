@@ -1,0 +1,56 @@
+"""Signs of exploding and vanishing gradients in a recorded run, with evidence and advice."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from optaxclip.monitoring.findings import Findings
+from optaxclip.monitoring.history import Recorded, read_run
+from optaxclip.monitoring.signs import RULES
+
+
+class Sign(NamedTuple):
+    """One sign that something is wrong.
+
+    Attributes:
+      name: a short, stable name: "norms-exploding".
+      what: what is seen, in words.
+      evidence: the numbers.
+      fix: what to try.
+    """
+
+    name: str
+    what: str
+    evidence: dict[str, float]
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}\n    Try: {self.fix}"
+
+
+def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) -> tuple[Sign, ...]:
+    """Looks for signs of exploding and vanishing gradients in a recorded run of steps.
+
+    The docs list the signs and the numbers that define them. Most rules need 20 steps, some 100;
+    with fewer it only says whether all was finite. A healthy run has no signs.
+
+    Args:
+      history: what `optaxclip.metrics` read at each step: a `History`, a sequence of dicts, or a
+        dict of arrays with one entry a step, as `lax.scan` stacks them.
+      losses: the loss at each step; None: what the history has under "loss", if anything.
+      param_norms: the norm of all parameters at each step; None: what the history has under
+        "param_norm", if anything.
+
+    Returns:
+      A tuple of `Sign`, empty if there are none; print it, or one of them, for a report.
+
+    Raises:
+      ValueError: if the history has no norms.
+
+    >>> import numpy as np, optaxclip
+    >>> for sign in optaxclip.diagnose({"clip/grad_norm": 1.2 ** np.arange(40)}):
+    ...     print(sign.name, sorted(sign.evidence))
+    norms-exploding ['doubling_steps', 'growth', 'r2', 'steps']
+    """
+    run = read_run(history, losses, param_norms)
+    return Findings(Sign(*found) for rule in RULES for found in rule(run))

@@ -1,0 +1,108 @@
+"""What happened at the last step, in words, read on the host from any optimizer's state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from optaxclip.base import Metrics
+from optaxclip.monitoring.bad import check_one_run
+from optaxclip.monitoring.reading import check_is_state, find_parts, total_steps
+from optaxclip.monitoring.state import WatchState
+from optaxclip.monitoring.words import (
+    describe_clip,
+    describe_history,
+    describe_norm,
+    describe_params,
+    describe_skip,
+    describe_watched_norm,
+)
+from optaxclip.states import kind_of
+from optaxclip.wrappers.skip import SkipState
+
+
+def explain(opt_state: Any, params: Any = None) -> str:
+    """Says in words what clips, watches and skip wrappers saw and did at the last step.
+
+    A clip by itself knows its norm, bound and counts. An `optaxclip.watch` before it adds how
+    unusual the norm is, which block most of it is in, which was the first that was not finite, and
+    which steps went wrong.
+
+    Args:
+      opt_state: the state of an optimizer, or any tree that holds one; on the host, between steps.
+      params: the parameters; if given, their norm is said, and which of them are not finite.
+
+    Returns:
+      Text, one line a fact. Steps are counted from 1, shares are of the squared norm, clips are
+      numbered as in `optaxclip.metrics`.
+
+    Raises:
+      ValueError: for the states of several runs at once (`vmap`), and for what cannot be a state.
+
+    >>> import jax.numpy as jnp, optax, optaxclip
+    >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+    >>> grads = {"w": jnp.array([30.0, 40.0])}
+    >>> _, state = tx.update(grads, tx.init(grads))
+    >>> print(optaxclip.explain(state, params=grads))
+    step 1: norm 50; clipped to 1.0 (1 of 1 steps)
+    parameters: norm 50
+    """
+    check_is_state(opt_state, "explain")
+    parts = find_parts(opt_state)
+    for part in parts:
+        check_one_run(total_steps(part))
+    if not parts:
+        searched = f"no clip, watch or skip wrapper of optaxclip in {kind_of(opt_state)}"
+        return "\n".join([f"nothing to explain: {searched}", *describe_params(params)])
+    # A watch in front of a clip and the clip are one line, if both saw the same norm.
+    partners = [_watch_before(parts, i) for i in range(len(parts))]
+    watches = [part for part in parts if isinstance(part, WatchState)]
+    lines = []
+    for label, part, partner in zip(_labels(parts), parts, partners, strict=True):
+        if not any(part is other for other in partners):  # else its line is that of the clip
+            lines.append(label + _describe_part(part, partner))
+    return "\n".join(
+        [*lines, *(line for w in watches for line in describe_history(w)), *describe_params(params)]
+    )
+
+
+def _labels(parts: list) -> list[str]:
+    """What the line of each part starts with: its number, where there are several of its kind."""
+    labels = []
+    for i, part in enumerate(parts):
+        alike = [j for j, other in enumerate(parts) if type(other) is type(part)]
+        kind = {Metrics: "clip", SkipState: "skip"}.get(type(part))
+        labels.append(f"{kind}/{alike.index(i)}: " if kind and len(alike) > 1 else "")
+    return labels
+
+
+def _watch_before(parts: list, i: int) -> WatchState | None:
+    """The nearest watch before a clip or wrapper, if it saw the same norm at the same step."""
+    before = [part for part in parts[:i] if isinstance(part, WatchState)]
+    part = parts[i]
+    seen = part.spike.metrics if isinstance(part, SkipState) else part
+    if not before or isinstance(part, WatchState) or seen.grad_norm is None:
+        return None
+    # Inside a skip wrapper a clip may be steps behind a watch outside it.
+    if int(before[-1].total_steps) != int(seen.total_steps):
+        return None
+    norms = [np.ravel(x).astype(np.float64) for x in jax.tree.leaves(seen.grad_norm)]
+    norm = float(np.linalg.norm(np.concatenate(norms))) if norms else 0.0
+    total = float(before[-1].total_norm)
+    same = np.isclose(norm, total, rtol=1e-3) or not (np.isfinite(norm) or np.isfinite(total))
+    return before[-1] if same else None
+
+
+def _describe_part(part: Any, partner: WatchState | None) -> str:
+    """One line on a clip, watch or skip wrapper, with what the watch before it knows."""
+    steps = int(total_steps(part))
+    if isinstance(part, WatchState):
+        return f"step {steps}: {describe_watched_norm(part)}"
+    if not steps:
+        return "no step yet"
+    seen = part.spike.metrics if isinstance(part, SkipState) else part
+    what = describe_norm(seen) if partner is None else describe_watched_norm(partner)
+    action = describe_skip(part) if isinstance(part, SkipState) else describe_clip(part)
+    return f"step {steps}: {'; '.join(filter(None, (what, action)))}"

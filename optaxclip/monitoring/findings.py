@@ -1,0 +1,39 @@
+"""What is found, one line below the other, and numbers as one reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Findings(tuple):
+    """A tuple that prints as its entries, one below the other; "nothing found" if it is empty.
+
+    >>> print(Findings(("one", "two")))
+    one
+    two
+    """
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "nothing found"
+
+
+def format_number(x: Any) -> str:
+    """A number in three digits.
+
+    >>> [format_number(x) for x in (48.123, 1.0, 512.3, 0.0, 1.5e9)]
+    ['48.1', '1.0', '512', '0', '1.5e+09']
+    """
+    x = float(x)
+    text = f"{x:.0f}" if 100 <= abs(x) < 1e5 else f"{x:.3g}"
+    return f"{text}.0" if len(text) == 1 and text != "0" else text
+
+
+def format_share(share: Any) -> str:
+    """A share in percent.
+
+    >>> format_share(0.256)
+    '26 %'
+    """
+    return f"{float(share):.0%}".replace("%", " %")

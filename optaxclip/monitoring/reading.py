@@ -1,0 +1,151 @@
+"""Reading clips, watches and skip wrappers out of any optimizer's state, as scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import validate
+from optaxclip.base import Metrics
+from optaxclip.monitoring.state import WatchState, watch_scalars
+from optaxclip.record import find_nodes, number_keys, scalars_of
+from optaxclip.states import kind_of
+from optaxclip.wrappers.skip import SkipState
+
+
+def metrics(
+    opt_state: Any, prefix: str = "clip/", watch_prefix: str = "watch/", skip_prefix: str = "skip/"
+) -> dict[str, jax.Array]:
+    """What clips, watches and skip wrappers did at the last step: a flat dict for any logger.
+
+    Finds every clip, however deep: in `optax.chain`, `masked`, `partition`, `MultiSteps`,
+    `inject_hyperparams`, `apply_if_finite`, a Flax `nnx.Optimizer` (pass `optimizer.opt_state`) or
+    a linen `TrainState`. Safe under `jit`, `scan` and `vmap`; nothing is copied to the host until
+    you look, so log every few steps, not every one. Of a batch of runs (`vmap`) each value has the
+    batch's shape.
+
+    Args:
+      opt_state: the state of an optimizer, or any tree that holds one.
+      prefix: what all keys of clips start with.
+      watch_prefix: what all keys of `optaxclip.watch` start with.
+      skip_prefix: what all keys of `skip_spikes` and `skip_nonfinite` start with.
+
+    Returns:
+      A dict; empty for a state without a clip. With two clips (watches, wrappers) or more, their
+      keys start with `clip/0/`, `clip/1/`, in the order of the state.
+
+      Of a clip:
+
+      - `grad_norm` (before the clip), `bound`, `factor`, `nonfinite_steps` and `steps`;
+      - `clipped`: 1 if clipped at this step, else 0; with many blocks, the share of them;
+      - `clipped_fraction`: the share of all steps that were clipped;
+      - with several blocks or units these are the largest norm, the smallest bound and factor, the
+        mean shares and the largest count; for blocks with names each but `steps` occurs again as
+        `grad_norm/<block>`, and so on;
+      - a clip that does not measure has only `bound` and `steps`.
+
+      Of a watch:
+
+      - `grad_norm`, `grad_norm/<block>`, `median_ratio`, `quantile/0.5`, `would_clip/<candidate>`,
+        `steps`;
+      - `top_block/0` (the number of a block, in tree order), `top_share/0`, and so on;
+      - `nonfinite_steps`, and of the last of them `nonfinite_step` and `nonfinite_block`;
+        `bad_steps`.
+
+      Of a skip wrapper: `steps` (skipped), `fraction` (of all steps), `consecutive` (skips up to
+        now), `last_reason` (why the last one was skipped: 1 its norm, 2 its loss, 3 not finite; 0
+        for none), and what its own test saw, `grad_norm` and `bound`. That test is not numbered as
+        a clip: wrapping a chain changes no key of its clips.
+
+    Raises:
+      ValueError: for an optimizer in place of its state, and for what cannot be a state, such as
+        parameters.
+
+    >>> import jax.numpy as jnp, optax, optaxclip
+    >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+    >>> grads = {"w": jnp.array([3.0, 4.0])}
+    >>> _, state = tx.update(grads, tx.init(grads))
+    >>> seen = optaxclip.metrics(state)
+    >>> float(seen["clip/grad_norm"]), float(seen["clip/bound"]), float(seen["clip/clipped"])
+    (5.0, 1.0, 1.0)
+    """
+    check_is_state(opt_state, "metrics")
+    parts = find_parts(opt_state)
+    # One search for all kinds: what a skip wrapper measures with must be passed over for each.
+    kinds = ((Metrics, scalars_of, prefix), (WatchState, watch_scalars, watch_prefix))
+    kinds = (*kinds, (SkipState, _skip_scalars, skip_prefix))
+    found = [
+        number_keys([x for x in parts if isinstance(x, kind)], read, start)
+        for kind, read, start in kinds
+    ]
+    return {key: x for scalars in found for key, x in scalars.items()}
+
+
+def find_parts(opt_state: Any) -> list[Any]:
+    """The `Metrics` of clips, `WatchState`s and `SkipState`s in a state, in its order.
+
+    A skip wrapper comes before what is inside it. What it measures with is a clip as well, but it
+      clips nothing: only the inside is searched.
+    """
+    parts = []
+    for part in find_nodes(opt_state, Metrics, WatchState, SkipState):
+        parts += [part, *find_parts(part.inner)] if isinstance(part, SkipState) else [part]
+    return parts
+
+
+def _skip_scalars(s: SkipState, prefix: str) -> dict[str, jax.Array]:
+    total, test = total_steps(s), s.spike.metrics
+    out = {
+        "steps": s.skipped_steps,
+        "fraction": s.skipped_steps / jnp.maximum(total, 1),
+        "consecutive": s.consecutive_skips,
+        "last_reason": s.last_reason,
+        "grad_norm": test.grad_norm,
+        "bound": test.clip_bound,
+    }
+    return {prefix + key: x for key, x in out.items()}
+
+
+def total_steps(part: Any) -> jax.Array:
+    """How many steps a clip, watch or skip wrapper has seen."""
+    return part.spike.metrics.total_steps if isinstance(part, SkipState) else part.total_steps
+
+
+def check_is_state(opt_state: Any, call: str) -> None:
+    """Raises ValueError for what cannot hold the state of an optimizer."""
+    if validate.is_transformation(opt_state):
+        raise ValueError(
+            f"{call}: this is an optimizer, and what it did is in its state: write state ="
+            " tx.init(params),"
+            f" updates, state = tx.update(grads, state, params), and {call}(state)."
+        )
+    if not _may_be_state(opt_state):
+        raise ValueError(
+            f"{call}: opt_state must be the state of an optimizer, in which clips, watches and skip"
+            " wrappers are searched,"
+            f" got {_describe(opt_state)}: pass what tx.init and tx.update return, a train state"
+            " that holds it, or optimizer.opt_state of a"
+            " flax.nnx.Optimizer. (A checkpoint that was restored without a template is only dicts"
+            " of arrays.)"
+        )
+
+
+def _may_be_state(tree: Any) -> bool:
+    """Whether there is any node but dicts and lists, of which parameters and gradients are made."""
+
+    # A user's state may be a dataclass: any node that parameters are not made of passes.
+    def is_other(x):
+        return isinstance(x, tuple) or not (
+            x is None or isinstance(x, Mapping | list) or jax.tree_util.all_leaves([x])
+        )
+
+    return any(is_other(x) for x in jax.tree.leaves(tree, is_leaf=is_other))
+
+
+def _describe(tree: Any) -> str:
+    if isinstance(tree, Mapping | list):
+        return f"a {kind_of(tree)} with {len(jax.tree.leaves(tree))} leaves"
+    return "an array" if isinstance(tree, jax.Array) else repr(tree)

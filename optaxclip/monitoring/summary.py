@@ -1,0 +1,104 @@
+"""One step in numbers: the share of each block, which one is to blame, what to keep."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from optaxclip.monitoring.state import BadRing, NotFinite
+
+
+class Summary(NamedTuple):
+    """One step.
+
+    Attributes:
+      norms: (B,), of the blocks.
+      total: of all blocks together.
+      top_blocks, top_shares: (k,), the blocks with the largest shares.
+      first, last, hit: int32, the first and the last block that is not finite, -1 for none, and
+        their number.
+    """
+
+    norms: jax.Array
+    total: jax.Array
+    top_blocks: jax.Array
+    top_shares: jax.Array
+    first: jax.Array
+    last: jax.Array
+    hit: jax.Array
+
+
+def natural_key(name: str) -> list:
+    """A key that sorts names as people count: `layers/2` before `layers/10`.
+
+    >>> sorted(["layers/10", "layers/2", "embed"], key=natural_key)
+    ['embed', 'layers/2', 'layers/10']
+    """
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def summarize(norms: jax.Array, names: tuple[str, ...], top: int) -> Summary:
+    """A step, given the norms of its blocks."""
+    bad = ~jnp.isfinite(norms)
+    unit = _unit(norms, bad)
+    squares = jnp.square(norms / unit)
+    finite_total = _bound_finite(unit * jnp.sqrt(jnp.sum(squares)))
+    # A sum of norms keeps NaN and infinity apart, as the blocks have them.
+    total = jnp.where(jnp.any(bad), jnp.sum(norms), finite_total)
+    weights = jnp.where(jnp.any(bad), bad.astype(norms.dtype), squares)
+    sums = jnp.sum(weights)
+    shares, blocks = lax.top_k(weights / jnp.where(sums > 0, sums, 1), top)
+    return Summary(norms, total, blocks.astype(jnp.int32), shares, *_find_ends(bad, names))
+
+
+def _unit(norms: jax.Array, bad: jax.Array) -> jax.Array:
+    """What norms are divided by, so that their squares neither overflow nor vanish."""
+    largest = jnp.max(norms, initial=0)
+    # XLA may turn `x / unit` into `x * (1 / unit)`, which must not be flushed to zero.
+    largest = jnp.minimum(largest, jnp.finfo(norms.dtype).max / 256)
+    return jnp.where((largest > 0) & ~jnp.any(bad), largest, 1)
+
+
+def _bound_finite(norm: jax.Array) -> jax.Array:
+    """The largest float for a norm of finite blocks that is beyond it."""
+    return jnp.minimum(norm, jnp.finfo(norm.dtype).max)
+
+
+def _find_ends(bad: jax.Array, names: tuple[str, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The first and the last bad block as people count, and the number of bad blocks."""
+    order = np.array(sorted(range(len(names)), key=lambda i: natural_key(names[i])), np.int32)
+    places, hit = np.argsort(order).astype(np.int32), jnp.sum(bad, dtype=jnp.int32)
+    first = jnp.min(jnp.where(bad, places, len(names)), initial=len(names))
+    last = jnp.max(jnp.where(bad, places, -1), initial=-1)
+    # Without a bad block `first` is len(names) and `last` is -1: both index the -1 at the end.
+    by_place = jnp.asarray(np.append(order, np.int32(-1)))
+    return by_place[first], by_place[last], hit
+
+
+def update_nonfinite(old: NotFinite, now: Summary, step: jax.Array) -> NotFinite:
+    """The record of the last step that was not finite, after one more step."""
+    total = jnp.asarray(optax.safe_increment(old.bad_total))
+    new = NotFinite(total, step, now.first, now.last, now.hit)
+    return jax.tree.map(lambda a, b: jnp.where(now.hit > 0, a, b), new, old)
+
+
+def push_bad(
+    ring: BadRing, bad: jax.Array, step: jax.Array, now: Summary, ratio: jax.Array, tag: jax.Array
+) -> BadRing:
+    """The ring with this step in it, if that is bad."""
+    size = ring.at_steps.shape[0]
+    # A select over the ring, not an update at a traced index: that would be a scatter.
+    here = bad & (jnp.arange(size, dtype=jnp.int32) == jnp.mod(ring.seen_total, size))
+    if now.top_blocks.shape[0]:
+        culprit, share = jnp.where(now.hit > 0, now.first, now.top_blocks[0]), now.top_shares[0]
+    else:
+        culprit, share = jnp.int32(-1), jnp.zeros_like(now.total)
+    seen = jnp.where(bad, optax.safe_increment(ring.seen_total), ring.seen_total)
+    new = (step, now.total, ratio, culprit, share, tag)
+    return BadRing(seen, *(jnp.where(here, x, old) for x, old in zip(new, ring[1:], strict=True)))

@@ -1,0 +1,215 @@
+"""Monitoring without clipping: which block, how unusual, what a threshold would do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import validate, xla
+from optaxclip.actions import keep
+from optaxclip.base import AxisNames, Exclude, Norms, Scope, annotate
+from optaxclip.core import decide
+from optaxclip.engine import Description, Rule, build
+from optaxclip.monitoring.state import WatchState, fresh_watch
+from optaxclip.monitoring.summary import Summary, push_bad, summarize, update_nonfinite
+from optaxclip.monitoring.trackers import (
+    Candidates,
+    name_candidates,
+    name_levels,
+    read_quantiles,
+    start_candidates,
+    try_candidates,
+    update_trackers,
+)
+from optaxclip.norms import l2
+from optaxclip.record import metrics_of, pack_names, unpack_names
+from optaxclip.scopes import as_scope, leaf, tree
+from optaxclip.states import StateGuard, check_names
+from optaxclip.thresholds.blocks import reads_params
+from optaxclip.thresholds.fixed import unchecked
+from optaxclip.thresholds.running import zscore
+from optaxclip.trees import match_params, select
+
+# The names are keys in users' dashboards.
+_TYPICAL = {"0.1": 0.1, "0.5": 0.5, "1": 1.0, "5": 5.0, "z2.5": zscore(2.5)}
+_KNOWN = 10  # norms that make a median
+
+
+@validate.named
+def watch(
+    *,
+    scope: Scope = leaf,
+    top: int = 3,
+    quantiles: Iterable[float] = (0.05, 0.5, 0.95),
+    candidates: Candidates | None = None,
+    bad_steps: int = 8,
+    spike_factor: ArrayLike = 5.0,
+    exclude: Exclude = None,
+    axis_names: AxisNames | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the updates as they are, and keeps statistics of their norms: g ← g.
+
+    First in a chain it sees gradients, behind the optimizer steps. It reads the gradients once, and
+    nothing goes to the host. Norms are Euclidean; the share of block i is ‖gᵢ‖² / Σ‖gⱼ‖². Each
+    quantile is tracked in one number, which is within about a tenth of the true one, and follows a
+    lasting 100-fold change within 100 steps. No NaN, infinity or zero enters it, and no spike moves
+    it by more than one step.
+
+    Args:
+      scope: which numbers share one norm: `scopes.leaf`, or `scopes.groups(label)`.
+      top: how many blocks to keep of those with the largest share.
+      quantiles: which quantiles of the total norm to track.
+      candidates: thresholds to try without clipping, by name: numbers, schedules, or thresholds
+        such as `thresholds.zscore(2.5)`; or a list of numbers. Kept is the share of steps on which
+        a clip of the whole tree by them would have clipped. None: 0.1, 0.5, 1, 5 and `zscore(2.5)`.
+      bad_steps: how many of the last bad steps to keep, each with its norm, culprit and tag.
+      spike_factor: a step is bad if its norm is not finite, or over this many times the median of
+        at least ten norms.
+      exclude, axis_names: as in `optaxclip.clip_by`.
+
+    Returns:
+      A transformation with a `WatchState`. Its `update` takes `tag=`, an integer such as the number
+      of the batch, which is kept with a bad step; other arguments (the loss, say) go to the
+      candidates.
+
+    Raises:
+      ValueError: for numbers out of range, a scope without named blocks, or a bad `exclude`; at the
+        update, for the state None or that of something else, or a tag that is not one integer.
+
+    Under `optax.MultiSteps` it sees what is applied if it is inside. `skip_spikes(optimizer)`
+    restores the state of everything inside it: to see the steps that it skips, write
+    `optax.chain(watch(), skip_spikes(optimizer))`.
+
+    >>> import jax.numpy as jnp, optax, optaxclip
+    >>> watch = optaxclip.watch(candidates=[1.0, 10.0])
+    >>> tx = optax.chain(watch, optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+    >>> params = {"decoder": jnp.ones(2), "encoder": jnp.ones(1)}
+    >>> grads = {"decoder": jnp.array([3.0, 4.0]), "encoder": jnp.array([1.0])}
+    >>> updates, state = tx.update(grads, tx.init(params), params, tag=7)
+    >>> seen = optaxclip.metrics(state)
+    >>> float(seen["watch/would_clip/1"]), float(seen["watch/would_clip/10"])
+    (1.0, 0.0)
+    >>> print(optaxclip.explain(state))
+    step 1: norm 5.1; 96 % of it in decoder; clipped to 1.0 (1 of 1 steps)
+    """
+    validate.size(top=top, bad_steps=bad_steps)
+    validate.at_least(1, spike_factor=spike_factor)
+    levels = name_levels(quantiles)
+    trials = name_candidates(_TYPICAL if candidates is None else candidates)
+    blocks = _meter(as_scope(scope, named=True), exclude, axis_names)
+    whole = _meter(tree, exclude, axis_names)
+
+    def init_fn(params):
+        norms, names = _start(blocks, params)
+        return fresh_watch(
+            norms.dtype,
+            size=len(norms),
+            top=min(top, len(norms)),
+            bad_steps=bad_steps,
+            levels=len(levels),
+            shadows=start_candidates(trials, norms.dtype),
+            blocks=names,
+            quantile_names=pack_names(tuple(levels)),
+            candidates=pack_names(tuple(trials)),
+        )
+
+    guard = StateGuard("watch", WatchState, init_fn)
+
+    def update_fn(updates, state, params=None, *, tag=None, **extra_args):
+        norms, names = _measure(blocks, updates)
+        # Before the guard, which compares shapes: names say more.
+        if isinstance(getattr(state, "blocks", None), dict):
+            check_names("watch", names, unpack_names(state.blocks))
+        guard.check(state, updates)
+        dtype = state.block_norms.dtype
+        now = summarize(norms.astype(dtype), names, state.top_blocks.shape[0])
+        size = None
+        if params is not None and reads_params(*trials.values()):
+            # Parameters without a gradient do not count, as in a clip.
+            leaves = select(updates, exclude)
+            matched = leaves.rebuild(match_params(leaves, params, exclude, "watch"))
+            size = _measure(whole, matched)[0].astype(dtype)
+        over, shadows = try_candidates(trials, now.total, state.shadows, size, extra_args)
+        trackers = update_trackers(levels, now.total, state.trackers)
+        return updates, _advance(state, now, spike_factor, as_tag(tag))._replace(
+            quantiles=read_quantiles(levels, trackers),
+            would_clip=jnp.where(over, optax.safe_increment(state.would_clip), state.would_clip),
+            trackers=trackers,
+            shadows=shadows,
+        )
+
+    about = Description(scope, l2, exclude=exclude, kind="other", name="watch")
+    annotate(update_fn, description=about)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _meter(
+    scope: Scope, exclude: Exclude, axis_names: AxisNames | None
+) -> optax.GradientTransformationExtraArgs:
+    """A clip that only measures: the engine without an action."""
+
+    def measure(leaves, layout) -> Norms:
+        return xla.measure(l2, leaves.arrays, layout)
+
+    def leave_alone(leaves, layout, norms, bounds):
+        return leaves.arrays, decide(norms, bounds, keep, 1.0)
+
+    about = Description(scope, l2, unchecked(np.inf), exclude=exclude)
+    return build(about, Rule(measure, leave_alone), axis_names)
+
+
+def _start(meter: optax.GradientTransformationExtraArgs, params: Any) -> tuple[jax.Array, Any]:
+    """Norms of zero, one a block, and the packed names of the blocks."""
+    metrics = metrics_of(meter.init(params))
+    return metrics.grad_norm, metrics.blocks
+
+
+def _measure(
+    meter: optax.GradientTransformationExtraArgs, updates: Any
+) -> tuple[jax.Array, tuple[str, ...]]:
+    """The norms of the blocks of a tree, and their names."""
+    # The fresh state costs nothing under `jit`: the counters of a meter are not read.
+    _, state = meter.update(updates, meter.init(updates))
+    metrics = metrics_of(state)
+    return metrics.grad_norm, unpack_names(metrics.blocks)
+
+
+def _advance(state: WatchState, now: Summary, limit: ArrayLike, tag: jax.Array) -> WatchState:
+    """The state after one more step, except for what learns."""
+    # The median of the steps before: a spike is judged before it is learned.
+    median, known = state.trackers.median, state.trackers.seen
+    ratio = jnp.where(known > 0, now.total / median, 1)
+    bad = (now.hit > 0) | ((known >= _KNOWN) & (ratio > jnp.asarray(limit).astype(ratio.dtype)))
+    step = jnp.asarray(optax.safe_increment(state.total_steps))
+    return state._replace(
+        total_steps=step,
+        total_norm=now.total,
+        median_ratio=ratio,
+        block_norms=now.norms,
+        top_blocks=now.top_blocks,
+        top_shares=now.top_shares,
+        nonfinite=update_nonfinite(state.nonfinite, now, step),
+        bad=push_bad(state.bad, bad, step, now, ratio, tag),
+    )
+
+
+def as_tag(tag: Any) -> jax.Array:
+    """A tag as int32; -1 for None.
+
+    Raises:
+      ValueError: if it is not one integer.
+    """
+    if tag is None:
+        return jnp.int32(-1)
+    known = isinstance(tag, int | np.generic | np.ndarray | jax.Array)
+    if not known or jnp.ndim(tag) or not jnp.issubdtype(jnp.result_type(tag), jnp.integer):
+        raise validate.fail(
+            "tag must be one integer, such as the number of the batch", tag, call="watch"
+        )
+    return jnp.asarray(tag).astype(jnp.int32)

@@ -1,0 +1,153 @@
+"""Sentences about what clips, watches and skip wrappers did at the last step; see `explain`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from optaxclip.base import Metrics
+from optaxclip.monitoring.bad import read_ring
+from optaxclip.monitoring.findings import format_number, format_share
+from optaxclip.monitoring.reading import total_steps
+from optaxclip.monitoring.state import WatchState
+from optaxclip.record import scalars_of, unpack_names
+from optaxclip.trees import select
+from optaxclip.wrappers.skip import LOSS, NORM, SkipState
+
+
+def describe_watched_norm(w: WatchState) -> str:
+    """How unusual the norm of the last step is, and where most of it is."""
+    w, names = jax.device_get(w), _display_names(w.blocks)
+    if not w.total_steps:
+        return "nothing seen yet"
+    if w.nonfinite.at_step == w.total_steps:
+        first, last = names[w.nonfinite.first], names[w.nonfinite.last]
+        if len(names) == 1:
+            return "not finite"
+        if w.nonfinite.blocks_hit == len(names):
+            either = f"either the loss is not finite, or {last}, the last of them"
+            return f"not finite in all {len(names)} blocks: {either}"
+        more = "" if first == last else f", last in {last}, whose gradient was computed first"
+        count = f"{int(w.nonfinite.blocks_hit)} of {len(names)} blocks"
+        return f"not finite in {count}, first in {first}{more}"
+    usual = "" if w.trackers.seen < 2 else f" = {format_number(w.median_ratio)} x the median"
+    where = ""
+    if len(names) > 1 and w.total_norm > 0:
+        where = f"; {format_share(w.top_shares[0])} of it in {names[w.top_blocks[0]]}"
+    return f"norm {format_number(w.total_norm)}{usual}{where}"
+
+
+def describe_history(w: WatchState) -> list[str]:
+    """What a watch knows of the steps before: one line each."""
+    lines, w = [f"bad: {bad}" for bad in read_ring(w)], jax.device_get(w)
+    if w.trackers.seen < 10:
+        return lines
+    levels, candidates = unpack_names(w.quantile_names), unpack_names(w.candidates)
+    known = [(100 * float(q), x) for q, x in zip(levels, w.quantiles, strict=True) if x > 0]
+    if known:
+        below = ", ".join(f"{q:g} % below {format_number(x)}" for q, x in known)
+        lines.append(f"recent norms: {below}")
+    if candidates:
+        pairs = zip(candidates, w.would_clip / w.total_steps, strict=True)
+        tried = ", ".join(f"{format_share(rate)} at {name}" for name, rate in pairs)
+        lines.append(f"would have clipped of {int(w.total_steps)} steps: {tried}")
+    return lines
+
+
+def _display_names(blocks: Any) -> tuple[str, ...]:
+    """The names of blocks; a top-level array has a name that one can read."""
+    return tuple(name or "the top level" for name in unpack_names(blocks))
+
+
+def describe_norm(m: Metrics) -> str:
+    """What a clip knows of the norm by itself."""
+    if m.grad_norm is None:
+        return ""
+    norm, names = float(scalars_of(m, "").get("grad_norm", 0.0)), _display_names(m.blocks)
+    if not np.isfinite(norm) and len(names) > 1:
+        bad = [names[i] for i in np.flatnonzero(~np.isfinite(m.grad_norm))]
+        return f"the norm is not finite in {len(bad)} of {len(names)} blocks, first in {bad[0]}"
+    if not np.isfinite(norm):
+        return "the norm is not finite"
+    if len(names) < 2:
+        return f"norm {format_number(norm)}"
+    where = names[int(np.argmax(m.grad_norm))]
+    return f"norm {format_number(norm)} in {where}, the largest of {len(names)}"
+
+
+def describe_clip(m: Metrics) -> str:
+    """What a clip did, and how often."""
+    seen = {key: float(x) for key, x in scalars_of(m, "").items()}
+    if m.grad_norm is None:
+        bound = f"bound {format_number(seen['bound'])}; " if "bound" in seen else ""
+        return f"{bound}what it clipped is not measured (see its argument measure=)"
+    if "grad_norm" not in seen:
+        return "no block to clip"
+    often, bad = _largest(m.clipped_steps), _largest(m.nonfinite_steps)
+    counts = f"{often} of {int(m.total_steps)} steps{f', {bad} not finite' if bad else ''}"
+    names = _display_names(m.blocks)
+    action = _describe_blocks(m, names) if len(names) > 1 else _describe_block(seen)
+    return f"{action} ({counts})"
+
+
+def _largest(counts: Any) -> int:
+    return max((int(np.max(x, initial=0)) for x in jax.tree.leaves(counts)), default=0)
+
+
+def _describe_blocks(m: Metrics, names: tuple[str, ...]) -> str:
+    """What a clip did to named blocks."""
+    norms, factors = np.asarray(m.grad_norm), np.asarray(m.clip_factor)
+    over = np.flatnonzero(np.isfinite(norms) & (np.asarray(m.clipped_share) > 0))
+    if not len(over):
+        return "nothing clipped"
+    most = over[np.argmin(factors[over])]
+    to = format_number(norms[most] * factors[most])
+    return f"{len(over)} of {len(names)} blocks clipped, most {names[most]}, to {to}"
+
+
+def _describe_block(seen: dict[str, float]) -> str:
+    """What a clip did to one block, or to all units or elements together."""
+    norm, factor, share = (seen[key] for key in ("grad_norm", "factor", "clipped"))
+    bound = seen.get("bound", np.inf)
+    if not np.isfinite(norm):
+        return "set to zero" if factor == 0 else "NaN now"
+    if 0 < share < 1:
+        lowest = f"the lowest bound {format_number(bound)}"
+        return f"{format_share(share)} of units or elements clipped, {lowest}"
+    if share:
+        return f"clipped to {format_number(norm * factor)}"
+    if factor == 1:
+        return f"not clipped: {'no bound' if np.isinf(bound) else f'within {format_number(bound)}'}"
+    return f"scaled to {format_number(norm * factor)}"
+
+
+def describe_skip(s: SkipState) -> str:
+    """Whether a wrapper skipped the step, why, and how often."""
+    m, skipped = s.spike.metrics, int(s.skipped_steps)
+    counts = f"{skipped} of {int(total_steps(s))} steps skipped"
+    if not s.consecutive_skips:
+        return f"step taken ({counts})"
+    reasons = {NORM: f", over {format_number(m.clip_bound)}", LOSS: " for its loss"}
+    # Not finite: if it was the norm, that is said already.
+    lost = "" if not np.isfinite(m.grad_norm) else ": the loss is not finite"
+    reason = reasons.get(int(s.last_reason), lost)
+    return f"step skipped{reason} ({counts}, {int(s.consecutive_skips)} consecutive)"
+
+
+def describe_params(params: Any) -> list[str]:
+    """A line on the parameters, if there are any."""
+    # In complex double precision on the host: no overflow, whatever the dtype of a leaf.
+    leaves = select(params)
+    if not leaves.arrays:
+        return []
+    norms = [
+        float(np.linalg.norm(np.ravel(np.asarray(jax.device_get(x), np.complex128))))
+        for x in leaves.arrays
+    ]
+    bad = [path for path, norm in zip(leaves.paths, norms, strict=True) if not np.isfinite(norm)]
+    if not bad:
+        return [f"parameters: norm {format_number(float(np.linalg.norm(norms)))}"]
+    where = f" in {len(bad)} of {len(norms)} leaves, first in {bad[0]}" if len(norms) > 1 else ""
+    return [f"parameters: not finite{where}: go back to a checkpoint"]

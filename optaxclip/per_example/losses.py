@@ -1,0 +1,144 @@
+"""What a loss of one example is given and what it returns, checked before it fails inside JAX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip import validate
+from optaxclip.trees import flatten_with_paths, is_measured
+from optaxclip.xla import accumulator
+from optaxclip.xla.mesh import vary, varying_axes
+
+Loss = Callable[..., tuple[jax.Array, Any]]
+
+_NO_BATCH_NORM = (
+    "Statistics of a batch, as BatchNorm keeps them, cannot be taken here: the loss sees one"
+    " example at a time, and through such statistics each example would change the gradients of"
+    " all others, so that no clip could bound what one example does. Use GroupNorm or LayerNorm"
+    " instead, or BatchNorm with fixed statistics, passed after batch."
+)
+
+
+def as_pair(loss: Callable[..., Any], has_aux: bool, keep_batch_dim: bool) -> Loss:
+    """The loss of one example as a function that returns (loss, aux), checked."""
+    call = validate.called()
+
+    def pair(params, example, *shared) -> tuple[Any, Any]:
+        if keep_batch_dim:
+            example = jax.tree.map(lambda x: x[None], example)
+        try:
+            out = loss(params, example, *shared)
+        except Exception as error:
+            # BatchNorm takes a mean over `axis_name="batch"`, which is not bound here, or writes
+            # to a state of which nothing can be returned. Frameworks tell in words only.
+            if re.search("unbound axis name|BatchStat|batch_stats", str(error)) is None:
+                raise
+            cause = str(error).partition("\n")[0]
+            raise ValueError(f"{call}: the loss failed: {cause} {_NO_BATCH_NORM}") from error
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            kind = type(out).__name__
+            raise validate.fail(
+                "loss must return a pair (loss, aux) with has_aux=True", kind, call=call
+            )
+        value, aux = out if has_aux else (out, None)
+        _check_loss(value, call)
+        _check_aux(aux, call)
+        return value, aux
+
+    return pair
+
+
+def _check_loss(value: Any, call: str) -> None:
+    if isinstance(value, tuple | list):
+        raise ValueError(
+            f"{call}: loss returned a {type(value).__name__}; for a pair (loss, aux) pass"
+            " has_aux=True."
+        )
+    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(
+            f"{call}: loss must be one real number for one example, got {jnp.result_type(value)} of"
+            f" shape {jnp.shape(value)}. It sees an example without the batch axis (with"
+            " keep_batch_dim=True, with one of 1), and must sum or average the rest."
+        )
+
+
+def _check_aux(aux: Any, call: str) -> None:
+    paths = [path for path, _ in flatten_with_paths(aux)[0]]
+    if _has_statistics(aux) or any(re.search("batch_stats|BatchNorm", path) for path in paths):
+        raise ValueError(f"{call}: the loss returned batch statistics. {_NO_BATCH_NORM}")
+
+
+def _has_statistics(tree: Any) -> bool:
+    """Whether a tree has batch statistics of Flax's nnx, which have a type of their own."""
+
+    def is_statistic(x):
+        return type(x).__name__ == "BatchStat"
+
+    return any(map(is_statistic, jax.tree.leaves(tree, is_leaf=is_statistic)))
+
+
+def count_examples(batch: Any) -> int:
+    """The size of the leading axis that all leaves of a batch share."""
+    shapes = {path: jnp.shape(x) for path, x in flatten_with_paths(batch)[0]}
+    sizes = {shape[:1] for shape in shapes.values()}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            f"{validate.called()}: every leaf of batch needs a leading axis that numbers the same"
+            f" examples; got shapes {shapes}. What all examples share goes after batch:"
+            " value_and_grad(params, batch, shared)."
+        )
+    ((size,),) = sizes
+    if size == 0:
+        raise ValueError(
+            f"{validate.called()}: batch must hold at least one example; got shapes {shapes}. For a"
+            " batch that may be empty, such as a Poisson sample, pad it to a fixed size and pass"
+            " weights=, 0 for the padding."
+        )
+    return size
+
+
+def as_weights(weights: Any, size: int) -> jax.Array:
+    """Weights or a mask as nonnegative floats: ones for None, 0 for what is negative or NaN."""
+    if weights is None:
+        return jnp.ones(size)
+    weights = weights if isinstance(weights, jax.Array) else np.asarray(weights)
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    if weights.shape != (size,) or not any(jnp.issubdtype(weights.dtype, k) for k in kinds):
+        raise ValueError(
+            f"{validate.called()}: weights must be {size} real numbers or booleans, one an example;"
+            f" got {weights.dtype} of shape {weights.shape}."
+        )
+    dtype = accumulator([weights]) if is_measured(weights) else jnp.float32
+    weights = jnp.asarray(weights).astype(dtype)
+    return jnp.where(weights > 0, weights, 0)
+
+
+def as_leaves(params: Any) -> list[jax.Array]:
+    """The parameters as a list of arrays."""
+    if _has_statistics(params):
+        raise ValueError(f"{validate.called()}: params hold batch statistics. {_NO_BATCH_NORM}")
+    flat, _ = flatten_with_paths(params)
+    others = [path for path, x in flat if not is_measured(x)]
+    if others:
+        raise ValueError(
+            f"{validate.called()}: params must hold floating-point numbers, {', '.join(others)}"
+            " does not. Split off what is not trained, and pass it after batch:"
+            " value_and_grad(params, batch, shared)."
+        )
+    return [jnp.asarray(x) for _, x in flat]
+
+
+def vary_like(params: Any, examples: Any) -> Any:
+    """The parameters, inside `shard_map` typed as varying over the axes of the examples.
+
+    JAX sums the derivative by what is typed as replicated over all devices: the gradient of one
+    example would be the sum of one per device, and would be clipped as that.
+    """
+    axes = sorted(frozenset().union(*map(varying_axes, jax.tree.leaves(examples))))
+    return jax.tree.map(lambda x: vary(x, axes), params) if axes else params

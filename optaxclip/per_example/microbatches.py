@@ -1,0 +1,44 @@
+"""Scanning a batch, a few examples at a time."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optaxclip.xla import widen
+
+
+def scan_microbatches(step, batch, given: jax.Array, at_once: int | None, leaves: list[jax.Array]):
+    """Adds up the first results of `step` over microbatches, and joins the others in order.
+
+    Of n microbatches, the k-th takes the examples k, k + n, k + 2n, ... The last ones are filled up
+    with the last example, at weight 0.
+    """
+    size = given.size
+    count = -(-size // min(at_once or size, size))
+    at_once = -(-size // count)
+    if count == 1:
+        return step(batch, given)
+    missing = at_once * count - size
+
+    # Not the examples from k·m to (k + 1)·m: of a batch that is sharded over devices, each would be
+    # on one device, and the others would wait.
+    def cut(x):
+        return x.reshape(at_once, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def fill(x):
+        return x[np.minimum(np.arange(size + missing), size - 1)] if missing else x
+
+    def join(x):
+        return x.swapaxes(0, 1).reshape(size + missing, *x.shape[2:])[:size]
+
+    def add(sums, chunk):
+        more, each = step(*chunk)
+        return jax.tree.map(jnp.add, sums, more), each
+
+    zeros = [jnp.zeros_like(widen(x)) for x in leaves]
+    chunks = jax.tree.map(lambda x: cut(fill(x)), batch), cut(jnp.pad(given, (0, missing)))
+    sums, each = lax.scan(add, zeros, chunks)
+    return sums, jax.tree.map(join, each)

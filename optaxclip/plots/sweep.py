@@ -1,0 +1,148 @@
+"""A sweep: final loss against threshold, and the clip rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from optaxclip.plots.axes import DARK, GREY, axes_or_new, format_ticks
+from optaxclip.tuning.sweep import Sweep
+
+
+def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
+    """Draws the final loss against the value, and the clip rate on a second axis.
+
+    Of each value it shows the median over seeds, and the best to the worst.
+
+    The dotted line is no clip, the star the recommendation, the shade its plateau; a cross at the
+    upper edge says how many runs diverged.
+
+    Args:
+      sweep: what `optaxclip.tune` returned.
+      ax: where to draw; None: a new figure.
+
+    Returns:
+      The axes of the loss.
+
+    >>> import numpy as np, optaxclip
+    >>> from optaxclip.tuning import Sweep
+    >>> losses = np.array([[3.0, 3.1], [1.0, 1.1], [2.0, 2.2]])
+    >>> runs = np.zeros((3, 2, 5))
+    >>> values, seeds = np.array([0.1, 1.0, np.inf]), np.arange(2)
+    >>> sweep = Sweep(values, seeds, losses, runs, runs, runs, 4.0, np.inf)
+    >>> ax = optaxclip.plots.plot_sweep(sweep)
+    >>> ax.lines[0].get_ydata()
+    array([3.05, 1.05])
+    """
+    ax = axes_or_new(ax)
+    real = np.flatnonzero((sweep.values != sweep.baseline) & np.isfinite(sweep.values))
+    values, rows = sweep.values[real], [_summarize_seeds(sweep, int(i)) for i in real]
+    # Without values that lost the median run: an infinite loss has no place on the axis.
+    low, median, high = np.array(rows).T
+    bars = np.array([median - low, high - median])
+    ax.errorbar(
+        values,
+        median,
+        bars,
+        color=DARK,
+        marker="o",
+        capsize=3,
+        linewidth=1.3,
+        label="median, best to worst",
+    )
+    _draw_baseline(ax, sweep)
+    _mark_recommended(ax, sweep)
+    bottom, top = ax.get_ylim()
+    ax.margins(x=0.08)
+    ax.set(xlabel="value", ylabel="final loss", ylim=(bottom, top + 0.2 * (top - bottom)))
+    _mark_diverged(ax, values, sweep.diverged[real])
+    if (values > 0).all():
+        ax.set_xscale("log")
+        format_ticks(ax.xaxis)
+    _draw_clip_rate(ax, values, sweep.clip_rate[real])
+    return ax
+
+
+def _summarize_seeds(sweep: Sweep, i: int) -> tuple[float, float, float]:
+    """Best, median and worst of those that did not diverge; NaN if the median of all did."""
+    diverged, final = sweep.diverged[i], sweep.final[i]
+    median = np.quantile(
+        np.where(diverged, np.inf, final), 0.5, method="higher" if diverged.any() else "linear"
+    )
+    if not np.isfinite(median):
+        return np.nan, np.nan, np.nan
+    return final[~diverged].min(), float(median), final[~diverged].max()
+
+
+def _draw_clip_rate(ax: Any, values: np.ndarray, rates: np.ndarray) -> None:
+    """The clip rate on a second axis to the right, in one legend with the loss."""
+    beside, (handles, labels) = ax.twinx(), ax.get_legend_handles_labels()
+    (line,) = beside.plot(values, rates, "s--", color=GREY, markersize=4, linewidth=1.0)
+    beside.set(ylabel="clip rate", ylim=(-0.03, 1.22), yticks=np.linspace(0, 1, 6))
+    ax.set_zorder(beside.get_zorder() + 1)
+    ax.patch.set_visible(False)
+    where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 3, "borderaxespad": 0.2}
+    ax.legend([*handles, line], [*labels, "clip rate (right)"], fontsize=8, **where)
+
+
+def _draw_baseline(ax: Any, sweep: Sweep) -> None:
+    where = np.flatnonzero(sweep.values == sweep.baseline)
+    if not where.size:
+        return
+    lost = sweep.diverged[where[0]]
+    label = "no clip" + (f": {lost.sum()}/{lost.size} diverged" if lost.any() else "")
+    median = _summarize_seeds(sweep, where[0])[1]
+    if np.isfinite(median):
+        ax.axhline(median, color=DARK, linestyle=":", linewidth=1.3, label=label)
+    else:
+        ax.plot([], [], " ", label=label)
+
+
+def _mark_diverged(ax: Any, values: np.ndarray, diverged: np.ndarray) -> None:
+    """A cross over each value with diverged runs, and their number."""
+    some = np.flatnonzero(diverged.any(axis=1))
+    if some.size:
+        over = ax.get_xaxis_transform()
+        ax.plot(
+            values[some],
+            np.full(len(some), 0.95),
+            "x",
+            color=DARK,
+            markersize=6,
+            transform=over,
+            label="diverged",
+        )
+        for i in some:
+            style = {
+                "textcoords": "offset points",
+                "xytext": (0, -6),
+                "fontsize": 7,
+                "va": "top",
+                "ha": "center",
+            }
+            ax.annotate(
+                f"{diverged[i].sum()}/{diverged.shape[1]}",
+                (values[i], 0.95),
+                xycoords=over,
+                **style,
+            )
+
+
+def _mark_recommended(ax: Any, sweep: Sweep) -> None:
+    choice = sweep.recommended
+    if not np.isfinite(choice.value):
+        return
+    if choice.low < choice.high:
+        ax.axvspan(
+            choice.low,
+            choice.high,
+            facecolor="0.95",
+            edgecolor="0.8",
+            hatch="///",
+            zorder=0,
+            linewidth=0,
+        )
+    median = _summarize_seeds(sweep, int(np.flatnonzero(sweep.values == choice.value)[0]))[1]
+    style = {"markersize": 15, "color": DARK, "zorder": 5, "linestyle": ""}
+    ax.plot([choice.value], [median], "*", label=f"recommended: {choice.value:g}", **style)

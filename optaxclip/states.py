@@ -1,0 +1,118 @@
+"""States that are not ours are refused in words, before they fail inside JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from optaxclip.trees import unpack_names
+
+_ADVICE = (
+    "initialise with state = tx.init(params), and keep what update returns. For a checkpoint from"
+    " before the clip see docs/old-checkpoints.md."
+)
+
+
+class StateGuard:
+    """Refuses a state that `init` of the same transformation would not have made.
+
+    Compared are the fields and the shapes of all arrays, not types: a checkpoint library may
+    restore another type
+    with the same fields. A state that was accepted once is not looked into again.
+    """
+
+    def __init__(self, what: str, kind: type, init: Callable[[Any], Any]):
+        self.what, self.kind, self.init = what, kind, init
+        self.accepted: set[Any] = set()
+
+    def check(self, state: Any, updates: Any) -> None:
+        """Raises ValueError unless the state is one for these updates."""
+        if state is None:
+            raise ValueError(
+                f"{self.what}: update was called with the state None, but it has a history. Write"
+                " state = tx.init(params) once, and updates, state = tx.update(grads, state,"
+                " params) at every step."
+            )
+        if not all(hasattr(state, field) for field in self.kind._fields):
+            raise ValueError(
+                f"{self.what}: this is not the state of a {self.what} but {kind_of(state)}:"
+                f" {_ADVICE}"
+            )
+        key = jax.tree.structure((state, updates))
+        if key not in self.accepted:
+            self._compare(state, updates)
+            self.accepted.add(key)
+
+    def _compare(self, state: Any, updates: Any) -> None:
+        # Shapes, and closed over: `eval_shape` takes no functions or strings as arguments, which an
+        # unfiltered model has.
+        shapes = jax.tree.map(_shape, updates)
+        fresh = jax.eval_shape(lambda: self.init(shapes))
+        if hasattr(fresh, "metrics"):
+            check_names(self.what, *(unpack_names(x.metrics.blocks) for x in (fresh, state)))
+        want, got = _shapes(fresh), _shapes(state)
+        if want != got:
+            wrong = [path for path in (*want, *got) if want.get(path) != got.get(path)]
+            raise ValueError(
+                f"{self.what}: this state was not made by tx.init of this transformation for this"
+                f" tree. At {wrong[0] or 'the top'} it has {got.get(wrong[0], 'nothing')}, and"
+                f" needs {want.get(wrong[0], 'nothing')}: {_ADVICE}"
+            )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): tuple(getattr(x, "shape", ())) for path, x in flat}
+
+
+def kind_of(state: Any) -> str:
+    """The type of a state; of a plain tuple, what is in it."""
+    return f"({', '.join(map(kind_of, state))})" if type(state) is tuple else type(state).__name__
+
+
+def check_names(what: str, new: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Raises unless the blocks of the updates are those that `init` saw."""
+    if bool(new) != bool(known):
+        named, other = ("the updates", "the state") if new else ("the state", "the updates")
+        raise ValueError(
+            f"{what}: the blocks of {named} have names, those of {other} have none: this is the"
+            " state of a clip with another scope (or of a tree without gradients). Initialise with"
+            " tx.init(params) of this clip."
+        )
+    added, missing = sorted(set(new) - set(known)), sorted(set(known) - set(new))
+    if added or missing:
+        raise ValueError(
+            f"{what}: the blocks of the updates are not those of tx.init(params): new are {added},"
+            f" missing are {missing}. Initialise with the tree that is updated."
+        )
+
+
+class ParamsMemory:
+    """What stands for the parameters where Optax gives `init` a placeholder for them.
+
+    `optax.tree.map_params` asks `init` for the state of a placeholder, and lays that over the real
+    state. How many
+    blocks there are, and their names, a placeholder does not say: the shapes of the last real
+      parameters do.
+    """
+
+    def __init__(self):
+        self.shapes: Any = None
+
+    def recall(self, params: Any) -> Any:
+        """The parameters; for a placeholder the shapes of the last ones."""
+        if not jax.tree.leaves(params) and type(params).__name__ == "_ParamsPlaceholder":
+            return params if self.shapes is None else self.shapes
+        self.shapes = jax.tree.map(_shape, params)
+        return params
+
+
+def _shape(x: Any) -> Any:
+    return (
+        jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") and hasattr(x, "dtype") else x
+    )
+
+
+__all__ = ["ParamsMemory", "StateGuard", "check_names", "kind_of"]

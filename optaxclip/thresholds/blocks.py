@@ -1,0 +1,175 @@
+"""Rules for one block, mapped over all blocks, and states that no bad norm can move.
+
+A threshold is an optax transformation: its updates are the norms of all blocks, what it returns are
+their bounds, and its `params` are the norms of the parameters, in the shape of the norms.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip.base import Norms, annotate
+from optaxclip.validate import named
+
+
+class NormsOnly(optax.GradientTransformationExtraArgs):
+    """A threshold that does not read `params`, so that no clip measures the parameters for it."""
+
+    __slots__ = ()
+
+
+class Fixed(NormsOnly):
+    """A threshold that does not read the norms either: a clip of elements need not measure."""
+
+    __slots__ = ()
+
+
+def reads_params(*thresholds: optax.GradientTransformation) -> bool:
+    """Whether any of these may read the norms of the parameters, as every foreign one may."""
+    return not all(isinstance(threshold, NormsOnly) for threshold in thresholds)
+
+
+def new_threshold(
+    init: Callable[..., Any],
+    update: Callable[..., Any],
+    *inside: optax.GradientTransformation,
+    kind: type[optax.GradientTransformationExtraArgs] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A threshold from its two functions.
+
+    Args:
+      init: `norms -> state`.
+      update: `(norms, state, params=None, **extra_args) -> (bounds, state)`.
+      *inside: the thresholds that it is made of.
+      kind: what it reads; None: parameters if one of those inside does, and norms.
+    """
+    if kind is None:
+        kind = optax.GradientTransformationExtraArgs if reads_params(*inside) else NormsOnly
+    annotate(update, learns=learns(update, *(threshold.update for threshold in inside)))
+    return kind(init, update)
+
+
+def learns(*updates: Callable) -> bool:
+    """Whether the thresholds of these functions judge a norm by the norms before it."""
+    return any(getattr(update, "learns", False) for update in updates)
+
+
+def start_blocks(start: Any, norms: Norms) -> Any:
+    """The state of one block, once per block: each number becomes an array like the norms.
+
+    Not a state for each array of norms: so laid out, Optax recognizes what is kept per block, as it
+    recognizes
+    moments in the shape of parameters.
+    """
+
+    def fill(x):
+        x = x if isinstance(x, jax.Array) else np.asarray(x)
+        whole = np.int32 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
+
+        def like(norm):
+            return jnp.full(
+                norm.shape + x.shape,
+                x,
+                norm.dtype if jnp.issubdtype(x.dtype, jnp.floating) else whole,
+            )
+
+        return jax.tree.map(like, norms)
+
+    return jax.tree.map(fill, start)
+
+
+def over_blocks(
+    rule: Callable[..., tuple], start: Any, norms: Norms, state: Any, *more: Norms
+) -> tuple[Norms, Any]:
+    """Maps `rule(norm, state, ...) -> (bound, state)` over all blocks, as one vector operation."""
+
+    def over_array(norm, *rest):
+        return functools.reduce(lambda f, _: jax.vmap(f), range(norm.ndim), rule)(norm, *rest)
+
+    one, many = jax.tree.structure(start), jax.tree.structure(norms)
+    states = many.flatten_up_to(jax.tree.transpose(one, many, state))
+    rest = [many.flatten_up_to(x) for x in more]
+    done = [
+        over_array(*each) for each in zip(many.flatten_up_to(norms), states, *rest, strict=True)
+    ]
+    new = jax.tree.transpose(many, one, many.unflatten([new for _, new in done]))
+    return many.unflatten([bound for bound, _ in done]), new
+
+
+def hold(init: Callable[[Norms], Any], norms: Norms, new: Any, old: Any) -> Any:
+    """The new state of blocks whose norm is finite, the old state of the others.
+
+    Which state is kept per block is not guessed from shapes: it is what mirrors the norms where
+    `init` is given a
+    placeholder for them. Other state, such as a counter, moves if any norm is finite.
+    """
+    if not jax.tree.leaves(old):
+        return new
+    fine = jax.tree.map(jnp.isfinite, norms)
+    each = [jnp.any(ok) for ok in jax.tree.leaves(fine)]
+    some = each[0] if len(each) == 1 else jnp.any(jnp.stack(each)) if each else jnp.array(True)
+
+    return jax.tree.map(_pick, _masks(init, old, fine, some), new, old)
+
+
+def _masks(init, state, fine, some):
+    """For each array of a state whether it may move: the masks of its blocks, or one for all."""
+    try:
+        return optax.tree.map_params(
+            init, lambda _, ok: ok, state, fine, transform_non_params=lambda _: some
+        )
+    except (
+        Exception
+    ):  # an init that computes with its norms takes no placeholder: then nothing moves but by all
+        return functools.reduce(jnp.logical_and, [jnp.all(ok) for ok in jax.tree.leaves(fine)])
+
+
+def _pick(fine, new, old):
+    def pick(new, old):
+        new, old = jnp.asarray(new), jnp.asarray(old)
+        mask = jnp.reshape(fine, jnp.shape(fine) + (1,) * (new.ndim - jnp.ndim(fine)))
+        return jnp.where(mask, new.astype(old.dtype), old)
+
+    return jax.tree.map(pick, new, old)
+
+
+@named
+def per_block(
+    init: Any, step: Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+) -> optax.GradientTransformation:
+    """A threshold from a rule for one block: `step(norm, state) -> (bound, state)`.
+
+    The rule is written for a scalar norm and mapped over all blocks at once, as one vector
+    operation. The bound that it returns holds for the norm that it is given (to decide first and
+    learn after, wrap it in `lag`; to write a statistic and the bound that follows from it apart,
+    see `learned`).
+
+    Args:
+      init: the state of one block before its first norm, any pytree of numbers.
+      step: the rule. Norms that are not finite are computed with, but the clip drops the state that
+        comes of it.
+
+    Example, the longest norm so far, times 0.9:
+
+    >>> import jax.numpy as jnp
+    >>> from optaxclip import thresholds
+    >>> def rule(norm, longest):
+    ...     longest = jnp.maximum(norm, longest)
+    ...     return 0.9 * longest, longest
+    >>> threshold = thresholds.per_block(0.0, rule)
+    >>> norms = jnp.array([1.0, 2.0])
+    >>> threshold.update(norms, threshold.init(norms))
+    (Array([0.9, 1.8], dtype=float32), Array([1., 2.], dtype=float32))
+    """
+
+    def update_fn(norms, state, params=None, **extra_args):
+        return over_blocks(step, init, norms, state)
+
+    return new_threshold(lambda norms: start_blocks(init, norms), update_fn)

@@ -1,0 +1,157 @@
+"""Which leaves of a tree are gradients, what they are called, and the way back to the tree.
+
+Only leaves that hold real or complex floating-point numbers are gradients. Integers, booleans,
+`float0`, PRNG keys, functions, strings and whatever the user excludes pass through a clip untouched
+and unmeasured.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip.base import Exclude
+
+
+class Leaves(NamedTuple):
+    """The measured leaves of a tree, in its order, and the way back to the tree.
+
+    Attributes:
+      paths: one string a leaf, such as `blocks/0/attn/kernel`.
+      arrays: the leaves.
+      rebuild: takes new arrays, one a measured leaf, and returns the whole tree.
+    """
+
+    paths: tuple[str, ...]
+    arrays: list[Any]
+    rebuild: Callable[[list[Any]], Any]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the leaves."""
+        return tuple(x.shape for x in self.arrays)
+
+
+def is_measured(leaf: Any) -> bool:
+    """Whether a leaf holds floating-point numbers, real or complex, of any width."""
+    dtype = getattr(leaf, "dtype", type(leaf) if isinstance(leaf, float | complex) else None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _is_variable(x: Any) -> bool:
+    """Whether `x` is a variable of Flax's nnx, which wraps an array in an attribute."""
+    return hasattr(type(x), "get_metadata") and hasattr(type(x), "get_value")
+
+
+def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """The leaves of a tree with their paths, and its structure.
+
+    Flax's nnx hands `init` its variables and `update` plain arrays: the attribute of a variable in
+    which its array lies (`value`) is no part of the path, so that both name one leaf. A leaf that
+    is called `value`, such as attention's, keeps its name.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable)
+    variables = {path for path, node in nodes if _is_variable(node)}
+
+    def name(path):
+        outside = (
+            next((n for n in range(len(path)) if path[:n] in variables), None)
+            if variables
+            else None
+        )
+        return path_string(path if outside is None else path[:outside] + path[outside + 1 :])
+
+    return [(name(path), leaf) for path, leaf in flat], treedef
+
+
+def path_string(key_path) -> str:
+    """A key path as `blocks/0/attn/kernel`: the same for dicts, lists and attributes.
+
+    >>> import jax
+    >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"blocks": [{"kernel": 1.0}]})
+    >>> path_string(path)
+    'blocks/0/kernel'
+    """
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def matcher(exclude: Exclude) -> Callable[[str], bool]:
+    """A regular expression (searched), a predicate, or None, as a predicate of paths."""
+    if exclude is None:
+        return lambda path: False
+    if isinstance(exclude, str):
+        return lambda path: re.search(exclude, path) is not None
+    return exclude
+
+
+def select(tree: Any, exclude: Exclude = None) -> Leaves:
+    """The leaves to measure, as they are: arrays, or their shapes where `init` is given shapes."""
+    flat, treedef = flatten_with_paths(tree)
+    excluded = matcher(exclude)
+    picked = {
+        i: path for i, (path, leaf) in enumerate(flat) if is_measured(leaf) and not excluded(path)
+    }
+
+    def rebuild(arrays):
+        new = dict(zip(picked, arrays, strict=True))
+        return treedef.unflatten([new.get(i, leaf) for i, (_, leaf) in enumerate(flat)])
+
+    leaves = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in (flat[i][1] for i in picked)]
+    return Leaves(tuple(picked.values()), leaves, rebuild)
+
+
+def match_params(leaves: Leaves, params: Any, exclude: Exclude, call: str) -> list[jax.Array]:
+    """The parameters of the measured updates, by place in the tree: names are for people.
+
+    Raises:
+      ValueError: if there are none, or they are not those of the updates.
+    """
+    if params is None:
+        raise ValueError(
+            f"{call}: this clip needs the parameters: write tx.update(grads, state, params), not"
+            " tx.update(grads, state)."
+        )
+    own = select(params, exclude)
+    if own.shapes == leaves.shapes:
+        return own.arrays
+    # Parameters that get no gradient (None in an Equinox model) are passed over: what is left is
+    # found by path.
+    known = dict(zip(own.paths, own.arrays, strict=True))
+    for path, shape in zip(leaves.paths, leaves.shapes, strict=True):
+        if path not in known or known[path].shape != shape:
+            seen = f"has shape {known[path].shape}" if path in known else "is missing"
+            raise ValueError(
+                f"{call}: the update {path!r} has shape {shape}, but among the parameters it"
+                f" {seen}."
+            )
+    return [known[path] for path in leaves.paths]
+
+
+def pack_names(names: Sequence[str]) -> dict[str, Any]:
+    """Names as the keys of nested dicts that hold nothing, one branch a block, in order.
+
+    So they ride along in every state and checkpoint without an array, and without a node type of
+    our own that a serializer would have to know. Paths are nested, since a key with "/" does not
+    survive `flatten_dict(sep="/")`; each begins with a number, since two blocks may have one path.
+    """
+    digits = len(str(len(names)))
+
+    def branch(parts):
+        return {parts[0]: branch(parts[1:]) if len(parts) > 1 else None}
+
+    return {f"{i:0{digits}}": branch(name.split("/")) for i, name in enumerate(names)}
+
+
+def unpack_names(blocks: Any) -> tuple[str, ...]:
+    """The reverse of `pack_names`."""
+
+    def path(branch):
+        ((key, below),) = branch.items()
+        return key if below is None else f"{key}/{path(below)}"
+
+    return tuple(path(blocks[key]) for key in sorted(blocks))

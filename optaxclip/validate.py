@@ -1,0 +1,242 @@
+"""One voice for bad arguments: errors name the call, the argument, what it must be and is.
+
+    @named                                  errors inside speak of the outermost such call, which
+    the user wrote def zclip(z=2.5, decay=0.97): ...
+        validate.nonnegative(z=z)           ValueError: zclip: z must be a number from 0 to inf, got
+        -1. validate.share(decay=decay)
+
+An array on a device is looked into like a number; a tracer, whose value nobody knows, passes.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeGuard, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip.base import annotate
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+# Where a part lies for the user, `thresholds.zscore`; clips lie at the top.
+_NAMESPACES = ("actions", "feeds", "norms", "scopes", "thresholds")
+_CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default="optaxclip")
+
+
+def named(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Makes errors inside a public function speak of it, or of the public one that called it."""
+    room = (*(call.__module__ or "").split("."), "")[1]
+    name = f"{room}.{call.__name__}" if room in _NAMESPACES else call.__name__
+
+    @functools.wraps(call)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if _CALL.get() != "optaxclip":
+            return call(*args, **kwargs)
+        token = _CALL.set(name)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _CALL.reset(token)
+
+    return wrapper
+
+
+def called() -> str:
+    """The public call that is running."""
+    return _CALL.get()
+
+
+def fail(must: str, got: Any, *, call: str | None = None) -> ValueError:
+    """The error for an argument: "<call>: <argument> must be ..., got <value>."""
+    return ValueError(f"{call or called()}: {must}, got {show(got)}.")
+
+
+def show(value: Any) -> str:
+    """A value in an error. Of a function that makes what is asked for, that it has to be called."""
+    if callable(value) and getattr(value, "makes_part", False):
+        return f"the function {value.__name__}: write {value.__name__}(...), with parentheses"
+    return repr(value)
+
+
+def makes_part(maker: _F) -> _F:
+    """Marks a function that makes a part, so that an error can say that it was not called."""
+    return annotate(maker, makes_part=True)
+
+
+def to_concrete(value: Any) -> Any:
+    """A concrete array or NumPy scalar as a Python or NumPy value; anything else unchanged.
+
+    It waits for the device: for what is called when a clip is built, not at every step.
+    """
+    if (
+        isinstance(value, jax.Array)
+        and not isinstance(value, jax.core.Tracer)
+        and value.is_fully_addressable
+    ):
+        value = np.asarray(jax.device_get(value))
+    return (
+        value.item()
+        if isinstance(value, np.generic | np.ndarray) and np.ndim(value) == 0
+        else value
+    )
+
+
+def is_static(value: Any) -> TypeGuard[float]:
+    """Whether a value is a Python number, not an array that `inject_hyperparams` may change."""
+    return isinstance(value, int | float)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _scalar(inside: Callable[[float], bool], words: str, arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        seen = to_concrete(value)
+        traced = isinstance(seen, jax.Array) and seen.ndim == 0
+        if not traced and not (_is_real(seen) and inside(seen)):
+            raise fail(f"{name} must be a number {words}", value)
+
+
+def nonnegative(**arguments: Any) -> None:
+    """Each is a number from 0 to inf."""
+    _scalar(lambda x: x >= 0, "from 0 to inf", arguments)
+
+
+def positive(**arguments: Any) -> None:
+    """Each is a number larger than 0."""
+    _scalar(lambda x: x > 0, "larger than 0", arguments)
+
+
+def share(**arguments: Any) -> None:
+    """Each is a number from 0 to below 1, such as a decay."""
+    _scalar(lambda x: 0 <= x < 1, "from 0 to below 1", arguments)
+
+
+def between(low: float, high: float, /, **arguments: Any) -> None:
+    """Each is a number from `low` to `high`, both included."""
+    _scalar(lambda x: low <= x <= high, f"from {low:g} to {high:g}", arguments)
+
+
+def at_least(low: float, /, **arguments: Any) -> None:
+    """Each is a number of at least `low`."""
+    _scalar(lambda x: x >= low, f"of at least {low:g}", arguments)
+
+
+def above(low: float, /, **arguments: Any) -> None:
+    """Each is a number larger than `low`."""
+    _scalar(lambda x: x > low, f"larger than {low:g}", arguments)
+
+
+def steps(low: int = 0, /, **arguments: Any) -> None:
+    """Each is a count of steps: a whole number of at least `low`, an array or a tracer."""
+    for name, value in arguments.items():
+        seen = to_concrete(value)
+        traced = isinstance(seen, jax.Array) and seen.ndim == 0
+        if not traced and not (
+            _is_real(seen) and seen >= low and (seen == math.inf or seen == int(seen))
+        ):
+            raise fail(f"{name} must be a whole number of steps, at least {low}", value)
+
+
+def size(**arguments: Any) -> None:
+    """Each is a Python int of at least 1, since it sets the size of the state."""
+    for name, value in arguments.items():
+        if isinstance(value, jax.Array):
+            raise ValueError(
+                f"{called()}: {name} sets the size of the state and must be a Python int, not an"
+                f" array. With optax.inject_hyperparams write inject_hyperparams({called()},"
+                f" static_args=({name!r},))."
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise fail(f"{name} must be a whole number of at least 1", value)
+
+
+def choice(choices: Sequence[Any], **arguments: Any) -> None:
+    """Each is one of `choices`."""
+    for name, value in arguments.items():
+        if not any(value is known or value == known for known in choices):
+            raise fail(f"{name} must be one of {', '.join(map(repr, choices))}", value)
+
+
+def flag(**arguments: Any) -> None:
+    """Each is True or False."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool | np.bool_):
+            raise fail(f"{name} must be True or False", value)
+
+
+def feed(**arguments: Any) -> None:
+    """Each is a function `(norms, bounds) -> norms`."""
+    for name, value in arguments.items():
+        if not callable(value):
+            raise fail(
+                f"{name} must be feeds.raw, feeds.clipped, feeds.accepted or a function (norms,"
+                " bounds) -> norms",
+                value,
+            )
+
+
+_BOUND = "a number from 0 to inf, an array of such"
+_SCHEDULE = "a schedule (a function of the step)"
+_THRESHOLD = f"{_BOUND}, {_SCHEDULE} or a threshold (an optax transformation of norms)"
+
+
+def bound(*, wait: bool = True, **arguments: Any) -> None:
+    """Each can be a bound: a real number from 0 to inf, an array of such, or a tracer.
+
+    Without `wait`, for what is called at every step, numbers on a device may be anything.
+    """
+    _bounds(_BOUND, wait, arguments)
+
+
+def threshold(**arguments: Any) -> None:
+    """Each can be a bound, where a schedule or a threshold would have been taken, too."""
+    _bounds(_THRESHOLD, True, arguments)
+
+
+def _bounds(words: str, wait: bool, arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        seen = to_concrete(value) if wait or not isinstance(value, jax.Array) else value
+        if isinstance(seen, jax.Array | np.ndarray):
+            fine = jnp.issubdtype(seen.dtype, jnp.floating) or jnp.issubdtype(
+                seen.dtype, jnp.integer
+            )
+            fine = fine and (isinstance(seen, jax.Array) or bool(np.all(seen >= 0)))
+        else:
+            fine = _is_real(seen) and float(seen) >= 0
+        if not fine:
+            raise fail(f"{name} must be {words}", value)
+
+
+def exclude(value: Any) -> None:
+    """`exclude` is a way to say which leaves to leave alone."""
+    if not (value is None or isinstance(value, str) or callable(value)):
+        raise fail(
+            "exclude must be a regular expression (str), a predicate of the path, or None", value
+        )
+
+
+def is_transformation(value: Any) -> bool:
+    """Whether a value has the two functions of an optax transformation."""
+    return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+
+
+def as_optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer inside a wrapper, which takes extra arguments.
+
+    Raises:
+      ValueError: naming the call, if it is none.
+    """
+    if not is_transformation(inner):
+        raise fail("inner must be an optimizer, such as optax.adam(1e-3)", inner)
+    return optax.with_extra_args_support(inner)

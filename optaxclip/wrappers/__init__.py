@@ -1,0 +1,1 @@
+"""What must hold the optimizer: wrappers that skip or reset whole optimizer steps."""

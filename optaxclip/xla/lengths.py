@@ -1,0 +1,197 @@
+"""The norms of all blocks, right from 1e-36 to 1e36, in one read of the gradients.
+
+Squares of float32 numbers overflow above 1.8e19 and vanish below 1e-22. So accelerators pool at
+three scales at once (2^80, 1, 2^-80), which costs no second read, and take the largest scale that
+did not overflow: no loop and no branch, whose condition a GPU would read on the host. On a CPU,
+where three sums take three times as long as one, one sum is checked, and the rare other scales are
+in a `cond`.
+
+The derivative is <x, dx> / |x|, stated as such: it is finite where the pool at one scale is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optaxclip.base import Norm, Norms
+from optaxclip.xla.layout import Layout
+from optaxclip.xla.scaling import spread
+from optaxclip.xla.sums import plain, stacking, units, variadic
+from optaxclip.xla.widths import accumulator, widen
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
+def measure(norm: Norm, arrays: list[jax.Array], layout: Layout) -> Norms:
+    """The norms of all blocks: a scalar, a vector or a list, see `optaxclip.base`.
+
+    NaN where a block holds NaN, infinite where it holds infinity or its norm is no float any more.
+    """
+    return _measure(norm, layout, arrays)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
+    """As `measure`."""
+    dtype, units_ = accumulator(arrays), layout.blocks.axes is not None
+    scales, counts = scales_of(norm, dtype, units_), jax.tree.leaves(counts_of(layout, dtype))
+    if units_:
+        layout.span.check_units()
+
+    def pool(form, arrays, scales):
+        return _pool(form, norm, layout, arrays, scales, dtype)
+
+    def finish(rows):
+        return [_chosen(norm, row, scales, n) for row, n in zip(rows, counts, strict=True)]
+
+    def rescue(arrays):
+        # One scale after another: all in one read, XLA:CPU would keep room for a float32 copy of
+        # narrow leaves.
+        at = lax.map(
+            lambda s: [row[0] for row in pool(stacking, arrays, (s,))], np.array(scales, dtype)
+        )
+        return finish(at)
+
+    def checked(arrays):
+        rows = [row[0] for row in pool(stacking, _apart(arrays), (1.0,))]
+        inside = [_inside(x, n, dtype, units_) for x, n in zip(rows, counts, strict=True)]
+        lengths = [norm.finish(x, n) for x, n in zip(rows, counts, strict=True)]
+        return lax.cond(jnp.all(jnp.array(inside)), lambda _: lengths, rescue, arrays)
+
+    everywhere, gpu = (
+        lambda xs: finish(pool(plain, xs, scales)),
+        lambda xs: finish(pool(variadic, xs, scales)),
+    )
+    cpu = checked if len(scales) > 1 and counts else everywhere
+    lengths = lax.platform_dependent(arrays, cpu=cpu, cuda=gpu, rocm=gpu, default=everywhere)
+    return lengths if units_ else lengths[0]
+
+
+def _pool(form, norm: Norm, layout: Layout, arrays, scales, dtype) -> list[Any]:
+    """For each array of norms the pools at each scale: for units an array a row, else only one."""
+    if layout.blocks.axes is not None:
+        return units(norm, layout, arrays, scales, dtype, stacked=form is variadic)
+    return [_gathered(norm, layout, form(norm, layout, arrays, scales, dtype))]
+
+
+def scales_of(norm: Norm, dtype, units: bool) -> tuple[float, ...]:
+    """The scales at which to pool, largest first; one where no power overflows or vanishes.
+
+    A pool is exact while |x| is within 2^±(126 / p); scales 2^(160 / p) apart overlap by enough for
+    a sum of a billion numbers.
+    """
+    if norm.pool == "max" or norm.power <= 1:
+        return (1.0,)
+    wide = jnp.finfo(dtype).maxexp / 128
+    if units and norm.power == 2:
+        # Two: a third costs 4 bytes per parameter on a GPU. They reach from 1e-36 to 1e36, and
+        # where one hands over to the other they lose what is 2^-25 of a norm's square, or less.
+        return (2.0 ** (57 * wide), 2.0 ** (-57 * wide))
+    step = 160 / norm.power
+    count = math.ceil((120 - 126 / norm.power) / step)
+    return tuple(2.0 ** round(step * wide * i) for i in range(count, -count - 1, -1))
+
+
+def _chosen(norm: Norm, pools, scales, count) -> jax.Array:
+    """The length, from the largest scale that did not overflow.
+
+    NaN and infinity come through the smallest.
+    """
+    length = norm.finish(pools[-1], count) / scales[-1]
+    for pool, scale in list(zip(pools, scales, strict=True))[-2::-1]:
+        length = jnp.where(pool < jnp.inf, norm.finish(pool, count) / scale, length)
+    return length
+
+
+def _inside(pools: jax.Array, count, dtype, units: bool) -> jax.Array:
+    """Whether all pools at scale 1 are exact: neither overflowed, nor lost what vanished."""
+    info = jnp.finfo(dtype)
+    inside = pools >= count * np.asarray(info.tiny / info.eps, dtype)
+    if units:
+        # A zero beside others is no reason to look again: dead units are common.
+        some = jnp.any(pools > 0, axis=tuple(range(1, pools.ndim)), keepdims=True)
+        inside |= (pools == 0) & some
+    return jnp.all(inside & (pools < jnp.inf))
+
+
+def _apart(arrays):
+    """Narrow leaves behind a barrier: XLA:CPU would widen them once for all uses, and keep that."""
+    return [x if widen(x) is x else lax.optimization_barrier(x) for x in arrays]
+
+
+def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
+    """Pools of parts as pools of blocks, over all devices: (S, B), or (S,) for `tree`."""
+    pools, first = parts
+    span = layout.span
+    if span.axes and norm.pool == "sum":
+        pools = pools / np.array([[span.copies(i) for i in first]], pools.dtype)
+    if layout.blocks.names is None:
+        pools = pools.sum(axis=1) if norm.pool == "sum" else pools.max(axis=1, initial=0)
+    else:
+        pools = _segments(norm, layout, pools, first)
+    return span.pool(pools, norm.pool)
+
+
+def _segments(norm: Norm, layout: Layout, pools: jax.Array, first: list[int]) -> jax.Array:
+    """(S, P) to (S, B): the pools of each block met."""
+    count = len(layout.blocks.names or ())
+    blocks = np.array([layout.blocks.index[i] for i in first], int)
+    order = np.argsort(blocks, kind="stable")
+    if np.array_equal(blocks[order], np.arange(count)):
+        return pools if np.array_equal(blocks, blocks[order]) else pools[:, order]
+    meet = jax.ops.segment_sum if norm.pool == "sum" else jax.ops.segment_max
+    meet = functools.partial(meet, segment_ids=blocks[order], num_segments=count)
+    return jax.vmap(functools.partial(meet, indices_are_sorted=True))(pools[:, order])
+
+
+def counts_of(layout: Layout, dtype) -> Any:
+    """The number of elements of each block, on all devices, in the shape of the norms."""
+    sizes = [math.prod(shape) * layout.span.parts(i) for i, shape in enumerate(layout.shapes)]
+    blocks = layout.blocks
+    if blocks.axes is not None:
+        return [_unit_counts(layout, row, sizes).astype(dtype) for row in layout.rows]
+    if blocks.names is None:
+        return np.asarray(sum(sizes), dtype)
+    return np.bincount(np.array(blocks.index, int), sizes, len(blocks.names)).astype(dtype)
+
+
+def _unit_counts(layout: Layout, row, sizes) -> np.ndarray:
+    shape, axes = layout.shapes[row[0]], layout.axes_of(row[0])
+    kept = [n for axis, n in enumerate(shape) if axis not in axes]
+    return np.stack([np.full(kept, sizes[i] / max(math.prod(kept), 1)) for i in row])
+
+
+@_measure.defjvp
+def _measure_jvp(norm: Norm, layout: Layout, primals, tangents):
+    (arrays,), (dots,) = primals, tangents
+    lengths, dtype = _measure(norm, layout, arrays), accumulator(arrays)
+    sizes = spread(jax.tree.map(lambda n: jnp.where(n > 0, n, 1), lengths), layout)
+    counts = spread(jax.tree.map(jnp.asarray, counts_of(layout, dtype)), layout)
+    each = zip(arrays, sizes, counts, dots, strict=True)
+    parts = [_along(norm, x, n, count, dot) for x, n, count, dot in each]
+    along = [row[0] for row in _pool(plain, _IDENTITY, layout, parts, (1.0,), dtype)]
+    return lengths, along if layout.blocks.axes is not None else along[0]
+
+
+# Sums as they are: linear, so that the derivative can be transposed.
+_IDENTITY = Norm("identity", lambda x: x, "sum", lambda pool, n: pool, lambda u, n: u, 1.0)
+
+
+def _along(norm: Norm, x, length, count, dot) -> jax.Array:
+    """<slope, dx>, element by element."""
+    x, dot = widen(x), widen(dot)
+    slope = norm.slope(_over(x, length.astype(x.real.dtype)), count.astype(x.real.dtype))
+    if not jnp.iscomplexobj(x):
+        return slope * dot
+    return slope.real * dot.real + slope.imag * dot.imag
+
+
+def _over(x: jax.Array, length: jax.Array) -> jax.Array:
+    # Not times 1 / length: that rounds, and the largest element over itself has to be 1.
+    return lax.complex(x.real / length, x.imag / length) if jnp.iscomplexobj(x) else x / length

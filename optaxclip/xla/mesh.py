@@ -1,0 +1,161 @@
+"""Over which devices a leaf is spread, where the code itself runs on one device of many.
+
+Under plain `jit` there is nothing to do: XLA sees whole arrays. Inside `shard_map` (and `pmap`)
+each device sees its own part, and a norm must be pooled over the devices that hold the other parts
+- but not over those that hold copies. `shard_map` keeps the difference in the type of every array
+(the mesh axes over which it varies), so it need not be said; with `check_vma=False` and in `pmap`
+the types are silent, and it must be: there is never a silent local norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+
+from optaxclip.base import AxisNames
+
+
+class Span(NamedTuple):
+    """The mesh axes over which each leaf of a tree varies.
+
+    Attributes:
+      leaves: one set of axis names a leaf: where its other parts lie; empty where nothing is
+        spread.
+      axes: all axes that occur, in order: over these pooled values are agreed.
+      explicit: whether the caller named the axes.
+    """
+
+    leaves: tuple[frozenset[str], ...] = ()
+    axes: tuple[str, ...] = ()
+    explicit: bool = False
+
+    def parts(self, leaf: int) -> int:
+        """How many devices share leaf `leaf`."""
+        return math.prod(lax.axis_size(axis) for axis in self._own(leaf))
+
+    def copies(self, leaf: int) -> int:
+        """How many copies of leaf `leaf` a sum over all `axes` meets."""
+        return math.prod(lax.axis_size(axis) for axis in self.axes if axis not in self._own(leaf))
+
+    def pool(self, x: jax.Array, how: str) -> jax.Array:
+        """`x` pooled over all axes, the same on every device from there on."""
+        return _across(x, self.axes, how)
+
+    def pool_leaf(self, x: jax.Array, leaf: int, how: str) -> jax.Array:
+        """The part of one leaf pooled over the axes of that leaf."""
+        return _across(x, tuple(sorted(self._own(leaf))), how)
+
+    def check_units(self) -> None:
+        """Raises where types say over which axes a leaf varies, but units need to know along which
+        of its own.
+        """
+        if not self.explicit and any(lax.axis_size(axis) > 1 for axis in self.axes):
+            raise ValueError(
+                f"A clip of units inside shard_map, over the mesh axes {self.axes}, cannot know"
+                " whether these cut units or lie between them: a type says over which axes a leaf"
+                " varies, not along which of its dimensions. Pass axis_names= to the clip: for"
+                " each leaf (as a tree, or a function of the path) the axes that cut its units,"
+                " and () where every device holds whole units."
+            )
+
+    def _own(self, leaf: int) -> frozenset[str]:
+        return self.leaves[leaf] if self.leaves else frozenset()
+
+
+NOWHERE = Span()
+
+
+def _across(x: jax.Array, axes: tuple[str, ...], how: str) -> jax.Array:
+    if not axes:
+        return x
+    return (lax.psum if how == "sum" else lax.pmax)(vary(x, axes), axes)
+
+
+def vary(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """`x`, cast to the type that a collective over `axes` takes."""
+    missing = tuple(axis for axis in axes if axis in _manual_axes() and axis not in varying_axes(x))
+    return lax.pcast(x, missing, to="varying") if missing and _types_are_kept() else x
+
+
+def varying_axes(x) -> frozenset[str]:
+    """The mesh axes over which an array varies, read from its type."""
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    return frozenset(getattr(jax.typeof(x), "vma", ()) if kind is None else kind.varying)
+
+
+def _manual_axes() -> tuple[str, ...]:
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _types_are_kept() -> bool:
+    """Whether `shard_map` keeps track of what varies: its own axis index certainly does."""
+    return all(axis in varying_axes(lax.axis_index(axis)) for axis in _manual_axes())
+
+
+def is_names(x) -> bool:
+    """Whether `x` is one axis name or a tuple of them."""
+    return isinstance(x, str) or (isinstance(x, tuple) and all(isinstance(name, str) for name in x))
+
+
+def _named(axis_names: AxisNames, paths: Sequence[str]) -> list:
+    """`axis_names`, one entry a leaf."""
+    if is_names(axis_names):
+        return [axis_names] * len(paths)
+    if callable(axis_names):
+        return [axis_names(path) for path in paths]
+    names = jax.tree.leaves(axis_names, is_leaf=is_names)
+    if len(names) != len(paths) or not all(map(is_names, names)):
+        raise ValueError(
+            "axis_names= must be one axis name or tuple of names, a function of the path, or a"
+            f" tree with one such entry for each of the {len(paths)} measured leaves; got"
+            f" {axis_names!r}."
+        )
+    return names
+
+
+def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames | None) -> Span:
+    """Over which mesh axes each leaf varies: as `axis_names` says, else as the types say.
+
+    Raises:
+      ValueError: inside a `shard_map` or `pmap` whose types are silent, if `axis_names` is None.
+    """
+    axes = _manual_axes()
+    if axis_names is None and not axes:
+        return NOWHERE
+    typed = [varying_axes(x) for x in arrays]
+    if axis_names is not None:
+        said = [frozenset((n,) if isinstance(n, str) else n) for n in _named(axis_names, paths)]
+    elif _types_are_kept():
+        said = typed
+    elif all(jax.sharding.get_abstract_mesh().shape[axis] == 1 for axis in axes):
+        said = [frozenset()] * len(typed)  # one device holds all of it: local and global are one
+    else:
+        raise ValueError(_silent(axes))
+    # Axes that only types name are agreed over, too: what the caller calls replicated becomes so by
+    # type.
+    return Span(
+        tuple(said), tuple(sorted(frozenset().union(*said, *typed))), axis_names is not None
+    )
+
+
+def _silent(axes: tuple[Any, ...]) -> str:
+    """Why the span cannot be known, and what to write; first for averaged gradients."""
+    if any(not isinstance(axis, str) or axis.startswith("_") for axis in axes):  # JAX's own name
+        return (
+            "A clip inside pmap without axis_name cannot communicate: only the norm of each"
+            " device's own gradients can be taken. Pass axis_names=() to the clip if that is"
+            " meant, for example because the gradients are"
+            ' the same on every device; else name the axis, jax.pmap(step, axis_name="batch").'
+        )
+    return (
+        f"A clip inside shard_map(check_vma=False) or pmap, over the mesh axes {axes}, cannot know"
+        " over which of them the gradients are spread. Pass axis_names= to the clip: axis_names=()"
+        " if they are already the same on every device, which they are after pmean or psum (to"
+        f" tell, print them on each device with jax.debug.print); axis_names={axes!r} if each"
+        " device holds a different part of one gradient, as with sharded parameters. Or keep"
+        " check_vma=True, where nothing need be said."
+    )

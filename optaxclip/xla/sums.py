@@ -1,0 +1,175 @@
+"""Contributions of leaves, pooled: one read of the gradients, in the form that each compiler likes.
+
+For blocks of whole leaves a form takes a norm, a layout, the leaves and scales, and returns `(S,
+P)` pools of P parts at S scales, with a leaf of each part. A part is one leaf, or several leaves
+alike of one block. For units it returns, for each row of the layout and each scale, an array `(n
+leaves, *one entry a unit)`.
+
+Measured with XLA's own compilers, GPT-2 small before AdamW (150 kernels without a clip):
+
+                         H100 kernels          TPU v5e 4x4, cycles beside Optax's global clip
+    a sum a leaf         350                   1.00
+    plain                195                   0.94
+    variadic             177                   1.04
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optaxclip.base import Norm
+from optaxclip.xla.layout import Layout, chunks, group, same_types
+from optaxclip.xla.widths import times, widen
+
+# A variadic reduction over all 48 alike leaves of GPT-2 XL takes 7 GB of temporaries; over 12,
+# none.
+OPERANDS = 12
+# More leaves in one fusion compile no faster.
+ADDENDS = 64
+# Smaller leaves that are alike are stacked: XLA:CPU takes its time for every array, however small,
+# and a copy of so little costs nothing.
+SMALL, MOST = 4096, 256
+
+_REDUCE = {"sum": jnp.sum, "max": lambda x, **kw: jnp.max(x, initial=0, **kw)}
+_MEET = {"sum": lax.add, "max": lax.max}
+
+Pools = tuple[jax.Array, list[int]]
+# Sums of a row at each scale, either stacked or one a leaf.
+Units = list[jax.Array] | list[list[jax.Array]]
+
+
+def lifted(norm: Norm, x: jax.Array, scale) -> jax.Array:
+    """What each number contributes, at a scale: a power of two, so that nothing is rounded."""
+    if isinstance(scale, jax.Array):
+        # In a loop over scales. Without the barrier XLA:CPU takes the conversion out of it, and
+        # makes room for a float32 copy of all narrow leaves; with one barrier for all leaves it
+        # keeps the scale in a leaf's shape.
+        x, scale = lax.optimization_barrier((x, scale))
+        return norm.lift(times(widen(x), scale))
+    if scale == 1:
+        return norm.lift(widen(x))
+    x = times(widen(x), jnp.asarray(scale, widen(x).real.dtype))
+    # Of a single number XLA would make (x s)^2 into x^2 s^2, and s^2 is no float.
+    return norm.lift(lax.optimization_barrier(x) if x.size == 1 else x)
+
+
+def _together(norm: Norm, leaves: Sequence[jax.Array], scale) -> jax.Array:
+    """Contributions of leaves alike, met element by element: one reduction instead of many."""
+    met = lifted(norm, leaves[0], scale)
+    for x in leaves[1:]:
+        met = _MEET[norm.pool](met, lifted(norm, x, scale))
+    return met
+
+
+def _parts(layout: Layout, row: Sequence[int], addends: int) -> list[Sequence[int]]:
+    """A row as parts: leaves of one block, at most `addends` of them."""
+    by_block = group([layout.blocks.index[leaf] for leaf in row])
+    return [chunk for part in by_block for chunk in chunks([row[i] for i in part], addends)]
+
+
+def plain(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool = False) -> Pools:
+    """A sum for each part and scale. XLA makes one read of the scales of a part.
+
+    Args:
+      norm, layout, arrays, scales, dtype: see above.
+      stacked: whether to stack small leaves alike that are of several blocks.
+    """
+    pools, first = [], []
+
+    def add(x, parts, axis):
+        """Pools of one array, or of a stack of them."""
+        sums = [_REDUCE[norm.pool](x(s), axis=axis).astype(dtype) for s in scales]
+        pools.append([jnp.atleast_1d(of_scale) for of_scale in sums])
+        first.extend(parts)
+
+    for row in layout.rows:
+        for same in same_types(layout, row, arrays):
+            parts = _parts(layout, same, ADDENDS)
+            if stacked and len(parts) > 1 and arrays[same[0]].size < SMALL:
+                for chunk in chunks(same, MOST):
+                    whole = jnp.stack([arrays[i].ravel() for i in chunk])
+                    add(lambda s, x=whole: lifted(norm, x, s), chunk, 1)
+                continue
+            for part in parts:
+                leaves = [arrays[i] for i in part]
+                add(lambda s, xs=leaves: _together(norm, xs, s), part[:1], None)
+    return _joined(pools, first, len(scales), dtype)
+
+
+def stacking(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
+    """As `plain`, but small leaves alike of several blocks are stacked, and reduced at once."""
+    return plain(norm, layout, arrays, scales, dtype, stacked=True)
+
+
+def variadic(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
+    """One `lax.reduce` of many operands for parts alike: one kernel where `plain` has many."""
+    pools, first = [], []
+    for row in layout.rows:
+        for same in same_types(layout, row, arrays):
+            for chunk in chunks(_parts(layout, same, ADDENDS), OPERANDS):
+                at = [
+                    [_together(norm, [arrays[i] for i in part], s) for part in chunk]
+                    for s in scales
+                ]
+                if len(chunk) == 1:
+                    sums = [[x] for x in _reduce([x for (x,) in at], norm)]
+                else:  # a reduction for each scale: of more operands ptxas refuses the kernel
+                    sums = [_reduce(xs, norm) for xs in at]
+                pools.append([jnp.stack(xs).astype(dtype) for xs in sums])
+                first.extend(part[0] for part in chunk)
+    return _joined(pools, first, len(scales), dtype)
+
+
+def _reduce(operands: list[jax.Array], norm: Norm) -> list[jax.Array]:
+    meet = _MEET[norm.pool]
+
+    def step(a, b):
+        return tuple(map(meet, a, b))
+
+    zeros = tuple(jnp.zeros((), x.dtype) for x in operands)
+    return list(lax.reduce(tuple(operands), zeros, step, tuple(range(operands[0].ndim))))
+
+
+def _joined(pools, first: list[int], scales: int, dtype) -> Pools:
+    """All pools in one concatenation: XLA:TPU runs each of these small operations as a kernel."""
+    if not pools:
+        return jnp.zeros((scales, 0), dtype), first
+    joined = jnp.concatenate([x for at in zip(*pools, strict=True) for x in at])
+    return joined.reshape(scales, -1), first
+
+
+def units(
+    norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool
+) -> list[list[jax.Array]]:
+    """Sums along the axes of units.
+
+    Args:
+      norm, layout, arrays, scales, dtype: as in `plain`.
+      stacked: whether to stack leaves alike and reduce them at once: free on a GPU (62 kernels for
+        473), a copy of all gradients on a TPU and a CPU.
+    """
+    rows = [_units_of_row(norm, layout, row, arrays, scales, dtype, stacked) for row in layout.rows]
+    # Sums of all leaves first: else XLA:TPU stacks them one by one, in three times as many kernels.
+    rows = lax.optimization_barrier(rows)
+    return [[x if isinstance(x, jax.Array) else jnp.stack(x) for x in row] for row in rows]
+
+
+def _units_of_row(norm, layout, row, arrays, scales, dtype, stacked) -> Units:
+    axes, same = layout.axes_of(row[0]), same_types(layout, row, arrays)
+    reduce = _REDUCE[norm.pool]
+    if len(same) == 1 and stacked and not layout.span.axes:
+        below, whole = tuple(axis + 1 for axis in axes), jnp.stack([arrays[i] for i in row])
+        return [reduce(lifted(norm, whole, s), axis=below).astype(dtype) for s in scales]
+    found = [
+        [reduce(lifted(norm, arrays[i], s), axis=axes).astype(dtype) for i in row] for s in scales
+    ]
+    if not layout.span.axes:
+        return found
+    return [
+        [layout.span.pool_leaf(x, i, norm.pool) for x, i in zip(xs, row, strict=True)]
+        for xs in found
+    ]

@@ -1,0 +1,29 @@
+"""In which dtype numbers are measured and scaled: float32 at least, whatever the gradient's."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def accumulator(arrays) -> np.dtype:
+    """The dtype in which norms are taken: float64 if any leaf is that wide, else float32."""
+    wide = any(jnp.finfo(x.dtype).bits == 64 for x in arrays)
+    return np.dtype(np.float64 if wide else np.float32)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """A leaf in at least float32 (or complex64), where it is measured and scaled."""
+    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+
+
+def times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """`x` times a real factor, in the dtype of `x`."""
+    factor = factor.astype(x.real.dtype)
+    if not jnp.iscomplexobj(x):
+        return x * factor
+    # Not `x * factor`: JAX would make the factor complex, and a product with +0j loses signs of
+    # zero.
+    return lax.complex(x.real * factor, x.imag * factor)
