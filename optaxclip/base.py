@@ -5,7 +5,8 @@ exchange has the shape of the norms:
 
     tree           ()        one block, a scalar
     leaf, groups   (B,)      one entry a block, in the order of the tree
-    units          a list    one array for each set of leaves alike: (n leaves, *one entry a unit)
+    units          a list    for each set of leaves alike (n leaves, *one entry per unit), and
+                             for all leaves that are one unit (n leaves,)
 
 No part but the scope knows which of these it is given.
 """

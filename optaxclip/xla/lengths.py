@@ -23,7 +23,7 @@ from jax import lax
 from optaxclip.base import Norm, Norms
 from optaxclip.xla.layout import Layout
 from optaxclip.xla.scaling import spread
-from optaxclip.xla.sums import plain, stacking, units, variadic
+from optaxclip.xla.sums import Pieces, plain, stacking, units, variadic
 from optaxclip.xla.widths import accumulator, widen
 
 
@@ -47,37 +47,60 @@ def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
     def pool(form, arrays, scales):
         return _pool(form, norm, layout, arrays, scales, dtype)
 
-    def finish(rows):
-        return [_chosen(norm, row, scales, n) for row, n in zip(rows, counts, strict=True)]
+    def finish(pools):
+        return [_finish(norm, x, scales, n) for x, n in zip(pools, counts, strict=True)]
+
+    def at_one(scale, arrays):
+        pools = pool(stacking, arrays, (scale,))
+        return [_join([x for (x,) in row], n.ndim) for row, n in zip(pools, counts, strict=True)]
 
     def rescue(arrays):
         # One scale after another: all in one read, XLA:CPU would keep room for a float32 copy of
         # narrow leaves.
-        at = lax.map(
-            lambda s: [row[0] for row in pool(stacking, arrays, (s,))], np.array(scales, dtype)
-        )
-        return finish(at)
+        at = lax.map(lambda s: at_one(s, arrays), np.array(scales, dtype))
+        return finish([[x] for x in at])
 
     def checked(arrays):
-        rows = [row[0] for row in pool(stacking, _apart(arrays), (1.0,))]
+        rows = at_one(1.0, _apart(arrays))
         inside = [_inside(x, n, dtype, units_) for x, n in zip(rows, counts, strict=True)]
         lengths = [norm.finish(x, n) for x, n in zip(rows, counts, strict=True)]
         return lax.cond(jnp.all(jnp.array(inside)), lambda _: lengths, rescue, arrays)
 
-    everywhere, gpu = (
-        lambda xs: finish(pool(plain, xs, scales)),
-        lambda xs: finish(pool(variadic, xs, scales)),
-    )
+    def gpu(arrays):
+        return finish(pool(variadic, arrays, scales))
+
+    def everywhere(arrays):
+        return finish(pool(plain, arrays, scales))
+
     cpu = checked if len(scales) > 1 and counts else everywhere
     lengths = lax.platform_dependent(arrays, cpu=cpu, cuda=gpu, rocm=gpu, default=everywhere)
     return lengths if units_ else lengths[0]
 
 
-def _pool(form, norm: Norm, layout: Layout, arrays, scales, dtype) -> list[Any]:
-    """For each array of norms the pools at each scale: for units an array a row, else only one."""
+def _pool(form, norm: Norm, layout: Layout, arrays, scales, dtype) -> list[Pieces]:
+    """The pools of each array of norms, in pieces; of blocks there is one array in one piece."""
     if layout.blocks.axes is not None:
         return units(norm, layout, arrays, scales, dtype, stacked=form is variadic)
-    return [_gathered(norm, layout, form(norm, layout, arrays, scales, dtype))]
+    return [[list(_gathered(norm, layout, form(norm, layout, arrays, scales, dtype)))]]
+
+
+def _join(pieces: list[jax.Array], ndim: int) -> jax.Array:
+    pieces = [x if x.ndim == ndim else x[None] for x in pieces]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+
+
+def _finish(norm: Norm, pieces: Pieces, scales, count: np.ndarray) -> jax.Array:
+    """The lengths in one array of norms.
+
+    Pieces are joined last: before, a TPU would copy each of them once per scale.
+    """
+    counts = [count]
+    if len(pieces) > 1:
+        sizes = [len(x) if x.ndim == count.ndim else 1 for x, *_ in pieces]
+        counts = np.split(count, np.cumsum(sizes)[:-1])
+    each = zip(pieces, counts, strict=True)
+    lengths = [_chosen(norm, pools, scales, n.reshape(pools[0].shape)) for pools, n in each]
+    return _join(lengths, count.ndim)
 
 
 def scales_of(norm: Norm, dtype, units: bool) -> tuple[float, ...]:
@@ -98,7 +121,7 @@ def scales_of(norm: Norm, dtype, units: bool) -> tuple[float, ...]:
     return tuple(2.0 ** round(step * wide * i) for i in range(count, -count - 1, -1))
 
 
-def _chosen(norm: Norm, pools, scales, count) -> jax.Array:
+def _chosen(norm: Norm, pools: list[jax.Array], scales, count) -> jax.Array:
     """The length, from the largest scale that did not overflow.
 
     NaN and infinity come through the smallest.
@@ -155,7 +178,8 @@ def counts_of(layout: Layout, dtype) -> Any:
     sizes = [math.prod(shape) * layout.span.parts(i) for i, shape in enumerate(layout.shapes)]
     blocks = layout.blocks
     if blocks.axes is not None:
-        return [_unit_counts(layout, row, sizes).astype(dtype) for row in layout.rows]
+        rows = [_unit_counts(layout, row, sizes).astype(dtype) for row in layout.rows]
+        return [np.concatenate([rows[r] for r in array]) for array in layout.arrays]
     if blocks.names is None:
         return np.asarray(sum(sizes), dtype)
     return np.bincount(np.array(blocks.index, int), sizes, len(blocks.names)).astype(dtype)
@@ -175,7 +199,9 @@ def _measure_jvp(norm: Norm, layout: Layout, primals, tangents):
     counts = spread(jax.tree.map(jnp.asarray, counts_of(layout, dtype)), layout)
     each = zip(arrays, sizes, counts, dots, strict=True)
     parts = [_along(norm, x, n, count, dot) for x, n, count, dot in each]
-    along = [row[0] for row in _pool(plain, _IDENTITY, layout, parts, (1.0,), dtype)]
+    pools = _pool(plain, _IDENTITY, layout, parts, (1.0,), dtype)
+    each = zip(jax.tree.leaves(lengths), pools, strict=True)
+    along = [_join([x for (x,) in pieces], n.ndim) for n, pieces in each]
     return lengths, along if layout.blocks.axes is not None else along[0]
 
 

@@ -73,14 +73,27 @@ def _own_entries(value: jax.Array, layout: Layout) -> list[jax.Array]:
 
 
 def _unit_entries(values: list[jax.Array], layout: Layout) -> list[jax.Array]:
+    return _entries(_split(values, layout), layout)
+
+
+def _held_unit_entries(values: list[jax.Array], layout: Layout) -> list[jax.Array]:
+    return _entries([lax.optimization_barrier(x) for x in _split(values, layout)], layout)
+
+
+def _entries(rows: list[jax.Array], layout: Layout) -> list[jax.Array]:
     def entry(r, i):
-        return jnp.expand_dims(values[r][i], layout.axes_of(layout.rows[r][i]))
+        return jnp.expand_dims(rows[r][i], layout.axes_of(layout.rows[r][i]))
 
     return per_leaf(layout.rows, entry)
 
 
-def _held_unit_entries(values: list[jax.Array], layout: Layout) -> list[jax.Array]:
-    return _unit_entries([lax.optimization_barrier(row) for row in values], layout)
+def _split(values: list[jax.Array], layout: Layout) -> list[jax.Array]:
+    """Arrays of norms, cut into rows."""
+    rows: dict[int, jax.Array] = {}
+    for numbers, array in zip(layout.arrays, values, strict=True):
+        ends = np.cumsum([len(layout.rows[r]) for r in numbers], dtype=int)
+        rows |= zip(numbers, jnp.split(array, ends[:-1]), strict=True)
+    return [rows[r] for r in range(len(rows))]
 
 
 def _direct_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:
