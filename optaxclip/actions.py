@@ -25,8 +25,9 @@ def _factor(lengths, norms):
     """`lengths / norms`; exactly 1 where nothing changes, and for blocks of zeros.
 
     The division never sees a zero, not even where its result is dropped: `0 / 0` there would poison
-      derivatives.
+    derivatives.
     """
+    # `n / n` would be 1 as well, but its derivative, 1/n - n/n², is only about 0.
     same = (lengths == norms) | (norms == 0)
     return jnp.where(same, 1, lengths / jnp.where(same, 1, norms))
 
@@ -60,8 +61,7 @@ def zero(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     """Drops a block that is too long: 0 if n > b, else 1.
 
     Note that an optimizer after the clip still steps: momentum moves the parameters, and moments
-    decay. To leave
-    the whole step out, use `optaxclip.skip_spikes`.
+    decay. To leave the whole step out, use `optaxclip.skip_spikes`.
 
     >>> from optaxclip import actions
     >>> actions.zero(jnp.array([0.5, 2.0]), jnp.array([1.0, 1.0]))
@@ -91,6 +91,7 @@ def smooth(p: ArrayLike = 2.0) -> Action:
     Array([0.5 , 0.25], dtype=float32)
     """
     validate.at_least(1, p=p)
+    # The formula has the right limit, but a derivative of NaN.
     if not isinstance(p, jax.Array) and p == math.inf:
         return rescale
 
@@ -100,6 +101,7 @@ def smooth(p: ArrayLike = 2.0) -> Action:
         over = norms > bounds
         ratio = _factor(jnp.where(over, bounds, norms), jnp.where(over, norms, bounds))
         ratio = jnp.where((norms == 0) | jnp.isinf(bounds), 0, ratio)
+        # Cast: p may be a float64 of NumPy's, or a tracer of the dtype of the parameters.
         power = jnp.asarray(p).astype(ratio.dtype)
         shrink = (1 + ratio**power) ** (-1 / power)
         return jnp.where(over, ratio, 1) * shrink
@@ -130,6 +132,7 @@ def band(low: ArrayLike = 0.0, *, floor: ArrayLike = 0.0) -> Action:
     validate.nonnegative(floor=floor)
 
     def rule(norms, bounds):
+        # Without a bound there is no floor relative to it: 0 · inf would be NaN.
         relative = jnp.asarray(low).astype(norms.dtype) * jnp.where(jnp.isinf(bounds), 0, bounds)
         lowest = jnp.minimum(jnp.maximum(relative, jnp.asarray(floor, norms.dtype)), bounds)
         return _factor(jnp.clip(norms, lowest, bounds), norms)

@@ -4,7 +4,7 @@ A tree of updates has L measured leaves, which a scope cuts into B blocks. Every
 exchange has the shape of the norms:
 
     tree           ()        one block, a scalar
-    leaf, groups   (B,)      one entry a block, in the order of the tree
+    leaf, groups   (B,)      one entry per block, in the order of the tree
     units          a list    for each set of leaves alike (n leaves, *one entry per unit), and
                              for all leaves that are one unit (n leaves,)
 
@@ -33,12 +33,11 @@ Action = Callable[[jax.Array, jax.Array], jax.Array]
 Feed = Callable[[jax.Array, jax.Array], jax.Array]
 
 # What may be given as a bound: a number, array or tracer from 0 to inf, a schedule (a function of
-# the step), or an optax transformation of norms into bounds. Its `params` are the parameters'
+# the step), or an optax transformation of norms into bounds, whose `params` are the parameters'
 # norms.
 Threshold = optax.GradientTransformation | optax.Schedule | ArrayLike
 
-# Which leaves to leave alone: a regular expression searched in the path, or a predicate of the
-# path.
+# Which leaves to leave alone: a regular expression searched in the path, or a predicate of paths.
 Exclude = str | Callable[[str], bool] | None
 
 # What becomes of a block that is not finite: all NaN, or all zeros.
@@ -133,9 +132,8 @@ class Metrics(NamedTuple):
     """What the last update did, and how often.
 
     The first six fields have the shape of the norms, for `units` that of all units: they are
-    sharded as the leaf,
-    and reduced only where they are read. A clip that does not measure has None where it would have
-    to.
+    sharded as the leaf, and reduced only where they are read. A clip that does not measure has None
+    where it would have to.
 
     Attributes:
       grad_norm: the norm before the clip, float32 (float64 for float64 leaves).

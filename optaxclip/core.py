@@ -4,9 +4,10 @@ Every clip in this library answers four questions, and each answer is a part of 
 
     scope      which numbers share one norm?          scopes.tree, leaf, groups, units
     norm       how long is a block?                   norms.l2, l1, linf, rms, lp(p)
-    threshold  how long may it be?                    a number, a schedule, or a transformation of
-    norms into bounds action     what is done about one that is longer? actions.rescale, normalize,
-    zero, smooth(p), band(low)
+    threshold  how long may it be?                    a number, a schedule, or an optax
+                                                      transformation of norms into bounds
+    action     what is done about one that is longer? actions.rescale, normalize, zero,
+                                                      smooth(p), band(low)
 
 Data goes one way, once: the updates are cut into blocks and measured in one read, the threshold
 makes bounds of the norms, the action makes factors of both, and each leaf is multiplied by the
@@ -70,8 +71,8 @@ def clip_by(
         a schedule, so none is the default), `normalize`, `zero`, `smooth(p)`, `band(low)`, or a
         function `(norms, bounds) -> factors`.
       view: what is measured in place of the updates: a function of a leaf and its parameters, both
-        in float32 at least, that returns an array of that shape; for example `lambda g, w: g /
-        (abs(w) + 1e-3)`.
+        in float32 at least, that returns an array of that shape, such as
+        `lambda g, w: g / (abs(w) + 1e-3)`.
       exclude: leaves to leave alone, neither measured nor changed: a regular expression searched in
         the path, or a predicate of the path.
       nonfinite: what becomes of a block with NaN or inf in it: "propagate" makes all of it NaN,
@@ -102,6 +103,7 @@ def clip_by(
     """
     threshold, norm, action = as_threshold(threshold=threshold), as_norm(norm), as_action(action)
     validate.choice(("propagate", "zero"), nonfinite=nonfinite)
+    # A Python number: a jax array, made here while somebody traces, would leak into later updates.
     bad = np.nan if nonfinite == "propagate" else 0.0
 
     def measure(leaves: Leaves, layout: xla.Layout) -> Norms:
@@ -109,6 +111,7 @@ def clip_by(
 
     def act(leaves: Leaves, layout: xla.Layout, lengths: Norms, bounds: Norms):
         step = decide(lengths, bounds, action, bad)
+        # 0 · inf is NaN. So exact zeros take a select, for which only this policy has to pay.
         return xla.scale(leaves.arrays, step.factors, layout=layout, zeros=bad == 0), step
 
     description = Description(as_scope(scope), norm, threshold, action, view, exclude, nonfinite)
@@ -117,11 +120,15 @@ def clip_by(
 
 def decide(norms: Norms, bounds: Norms, action: Action, bad: float) -> Step:
     """One factor per block; `bad` for one that is not finite. Negative bounds count as 0."""
+    # Units: one array for each set of leaves alike, whose shapes differ.
     if isinstance(norms, list):
         rows = [decide(n, b, action, bad) for n, b in zip(norms, bounds, strict=True)]
         return Step(*map(list, zip(*rows, strict=True))) if rows else Step([], [], [], [], [])
+    # A threshold of the user's, such as mean - σ, may go below 0, and a negative factor would turn
+    # descent into ascent.
     bounds = jnp.maximum(bounds.astype(norms.dtype), 0)
     finite = jnp.isfinite(norms)
+    # Actions never see NaN: its derivative is NaN, even where the factor itself is replaced below.
     factors = action(jnp.where(finite, norms, 0), bounds).astype(norms.dtype)
     # XLA flushes a factor below the smallest normal float to zero: the block would vanish in
     # silence. Whether it is so small is asked of the norm, since of the factor nothing is left.

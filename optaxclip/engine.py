@@ -77,21 +77,26 @@ def build(
 ) -> optax.GradientTransformationExtraArgs:
     """The clip that is made of a scope and a threshold, which `about` holds, and a rule."""
     validate.exclude(about.exclude)
+    # Noted while the public call runs: at the update nobody knows any more which it was.
     about = about._replace(name=validate.called())
     memory, threshold = ParamsMemory(), about.threshold
 
+    @validate.speak_for(about.name)
     def init_fn(params):
         return _start(about, rule, memory.recall(params))
 
     guard = StateGuard(about.name, ClipState, init_fn)
 
+    @validate.speak_for(about.name)
     def update_fn(updates, state, params=None, **extra_args):
         leaves = select(updates, about.exclude)
-        state = _checked(guard, state, updates)
+        state = _accept(guard, state, updates)
         layout = _lay_out(about, rule, leaves, axis_names)
         norms, param_norms = _measure(about, rule, leaves, layout, params, _dtype_of(state, leaves))
         bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
         arrays, step = rule.act(leaves, layout, norms, bounds)
+        # Here, and not in the thresholds: so a NaN moves none of them, the user's and Optax's
+        # included.
         new = hold(threshold.init, norms, new, state.threshold)
         return leaves.rebuild(arrays), ClipState(new, record(state.metrics, step))
 
@@ -106,6 +111,7 @@ def description_of(tx: optax.GradientTransformation) -> Description:
 
 def _start(about: Description, rule: Rule, params: Any) -> ClipState:
     leaves = select(params, about.exclude)
+    # Devices do not matter yet: they change how many elements a block has, not how many blocks.
     layout = _cached_layout(about.scope, leaves.paths, leaves.shapes, xla.NOWHERE)
     norms = _zeros(layout, xla.accumulator(leaves.arrays))
     names, measured = pack_names(layout.blocks.names or ()), rule.measure is not None
@@ -113,8 +119,9 @@ def _start(about: Description, rule: Rule, params: Any) -> ClipState:
     return ClipState(about.threshold.init(norms), metrics)
 
 
-def _checked(guard: StateGuard, state: Any, updates: Any) -> ClipState:
+def _accept(guard: StateGuard, state: Any, updates: Any) -> ClipState:
     """The state, if it is one for these updates; for None a fresh one, if no history is lost."""
+    # Optax's own clips are stateless, and code that uses them passes None.
     if state is None:
         fresh = guard.init(updates)
         if not jax.tree.leaves(fresh.threshold):
@@ -123,6 +130,8 @@ def _checked(guard: StateGuard, state: Any, updates: Any) -> ClipState:
     return state
 
 
+# An update that is not jitted would sort the same leaves into blocks at every step. Nothing that is
+# cached holds an array or a tracer. Bounded, as every `scopes.groups()` is a key of its own.
 @functools.lru_cache(maxsize=256)
 def _cached_layout(scope: Scope, paths, shapes, span: xla.Span) -> xla.Layout:
     return xla.lay_out(scope.cut(paths, shapes), paths, shapes, span)
@@ -143,8 +152,10 @@ def _measure(about: Description, rule: Rule, leaves: Leaves, layout, params, dty
         if rule.measure is None:
             return _zeros(layout, dtype)
         norms = rule.measure(leaves._replace(arrays=arrays), layout)
+        # A state that changes its dtype cannot be carried through `lax.scan`.
         return jax.tree.map(lambda n: n.astype(dtype), norms)
 
+    # A second read of as many bytes as the gradients: only for thresholds that may look at it.
     read = params is not None and reads_params(about.threshold)
     if about.view is None and not read:
         return norms_of(leaves.arrays), None

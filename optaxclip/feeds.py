@@ -9,6 +9,7 @@ import numpy as np
 from optaxclip.base import Part
 
 
+# A feed says NaN, and not "skip": it is one vector operation for all blocks, some of which learn.
 def _feed(rule):
     return Part(f"feeds.{rule.__name__}", rule)
 
@@ -28,6 +29,7 @@ def clipped(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 @_feed
 def accepted(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     """Only norms within the bound. A lasting change is not learned: give it `relearn_after`."""
+    # Not `norms > bounds` the other way round: NaN is over no bound, and would pass.
     return jnp.where(norms <= bounds, norms, np.asarray(np.nan, norms.dtype))
 
 

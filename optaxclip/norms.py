@@ -18,6 +18,7 @@ from optaxclip.validate import fail, named
 
 
 def _square(x):
+    # Not |x|²: the modulus of a complex number takes a root, which is then squared away.
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
@@ -42,13 +43,15 @@ rms = Norm(
     "norms.rms",
     _square,
     "sum",
+    # A leaf of size 0 has a norm of 0, as under the other norms, and not 0 / 0.
     lambda pool, count: jnp.sqrt(pool / jnp.maximum(count, 1)),
     lambda u, count: u / count,
     2.0,
 )
 
 
-@functools.cache  # one object for each p: norms are compared where compiled functions are looked up
+# One object for each p: norms are compared where compiled functions are looked up.
+@functools.cache
 def _power(p: float) -> Norm:
     def slope(u, count):
         return jnp.sign(u) * (jnp.abs(u) ** (p - 1)).astype(u.dtype)

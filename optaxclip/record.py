@@ -41,9 +41,8 @@ def fresh_metrics(
 
     return Metrics(
         grad_norm=fill(0) if measured else None,
-        clip_bound=fill(0)
-        if bounded
-        else None,  # not infinity, which `jax.debug_infs` takes for an overflow
+        # Not infinity, which `jax.debug_infs` takes for an overflow.
+        clip_bound=fill(0) if bounded else None,
         clip_factor=fill(1) if measured else None,
         clipped_share=fill(0) if measured else None,
         clipped_steps=fill(0, jnp.int32) if measured else None,
@@ -53,17 +52,23 @@ def fresh_metrics(
     )
 
 
+# Jitted, so that an update that is not dispatches this as one program and not as a dozen; `inline`
+# leaves no trace of that under a `jit` of the user's.
 @jax.jit(inline=True)
 def record(old: Metrics, step: Step) -> Metrics:
     """The record after one more update.
 
     Nothing is reduced over units here, but where the record is read: on a mesh that would be a
-    collective at every
-    step for each of maximum, minimum and sum.
+    collective at every step for each of maximum, minimum and sum.
     """
 
+    # A bound of a foreign threshold may be wider; a state must keep its dtypes to be carried.
     def cast(new, old):
         return jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
+
+    # An infinite norm is over every bound, but was not clipped: it counts once, as not finite.
+    def count_clipped(n, over, bad):
+        return _count(n, (over > 0) & ~bad)
 
     total = _count(old.total_steps, True)
     if step.norms is None:
@@ -73,12 +78,7 @@ def record(old: Metrics, step: Step) -> Metrics:
         clip_bound=cast(step.bounds, old.clip_bound),
         clip_factor=cast(step.factors, old.clip_factor),
         clipped_share=cast(step.over, old.clipped_share),
-        clipped_steps=jax.tree.map(
-            lambda n, over, bad: _count(n, (over > 0) & ~bad),
-            old.clipped_steps,
-            step.over,
-            step.bad,
-        ),
+        clipped_steps=jax.tree.map(count_clipped, old.clipped_steps, step.over, step.bad),
         nonfinite_steps=jax.tree.map(_count, old.nonfinite_steps, step.bad),
         total_steps=total,
         blocks=old.blocks,
@@ -91,6 +91,7 @@ def _count(count: jax.Array, one_more) -> jax.Array:
 
 
 def _is_variable(x: Any) -> bool:
+    # By its attributes: Flax is no dependency, and has renamed the class.
     return hasattr(type(x), "get_metadata") or hasattr(x, "raw_value")
 
 
@@ -123,6 +124,7 @@ _KEYS: dict[str, tuple[str, Callable[..., Any]]] = {
 
 def scalars_of(m: Metrics, prefix: str) -> dict[str, jax.Array]:
     """The record of one clip as a flat dict of scalars, each with the shape of a batch of runs."""
+    # The steps are one number per run: what rank they have is that of a `vmap` over runs.
     names, batch = unpack_names(m.blocks), jnp.ndim(m.total_steps)
     total = jnp.maximum(m.total_steps, 1)
     out = {prefix + "steps": m.total_steps}
@@ -131,12 +133,14 @@ def scalars_of(m: Metrics, prefix: str) -> dict[str, jax.Array]:
         if value is None:
             continue
         value = _of_blocks(value, batch)
-        if not value.size:  # a tree without a block
+        # A tree without a block: there is no maximum of nothing.
+        if not value.size:
             continue
         if key == "clipped_fraction":
             value = value / total.reshape(total.shape + (1,) * (value.ndim - batch))
         out[prefix + key] = reduce(value, axis=-1) if value.ndim > batch else value
-        if names != ("",):  # of parameters that are one bare array the first key says all
+        # Parameters that are one bare array have the path "": the key above has said all.
+        if names != ("",):
             out |= {f"{prefix}{key}/{name}": value[..., i] for i, name in enumerate(names)}
     return out
 

@@ -16,13 +16,15 @@ tree = Scope("scopes.tree", lambda paths, shapes: Blocks(None, (0,) * len(paths)
 
 def _by_label(labels: Sequence[str]) -> Blocks:
     """One block for each label, in the order of their first leaves."""
+    # Not sorted: layer 10 would come before layer 2, in every record and plot.
     names = tuple(dict.fromkeys(labels))
     places = {name: i for i, name in enumerate(names)}
     return Blocks(names, tuple(places[label] for label in labels))
 
 
-def _distinct(paths: Sequence[str]) -> list[str]:
+def _number_repeats(paths: Sequence[str]) -> list[str]:
     """The paths, numbered from the second of one name on (`{"a/b": x, "a": {"b": y}}`)."""
+    # Blocks are found by their names: two leaves of one name would share a norm.
     seen: Counter = Counter()
     out = []
     for path in paths:
@@ -31,9 +33,8 @@ def _distinct(paths: Sequence[str]) -> list[str]:
     return out
 
 
-# : One block a leaf. Norms, bounds and factors are vectors, one entry a leaf, in the order of the
-# tree.
-leaf = Scope("scopes.leaf", lambda paths, shapes: _by_label(_distinct(paths)), named=True)
+#: One block per leaf. Norms, bounds and factors are vectors, one entry per leaf, in tree order.
+leaf = Scope("scopes.leaf", lambda paths, shapes: _by_label(_number_repeats(paths)), named=True)
 
 
 def module_of(path: str) -> str:
@@ -46,10 +47,11 @@ def module_of(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def _labels(label: Label, paths: Sequence[str]) -> list[str]:
+def _label_paths(label: Label, paths: Sequence[str]) -> list[str]:
     """The label of each leaf. Of regular expressions exactly one must match."""
     if callable(label):
         return [label(path) for path in paths]
+    # The first match does not win: then the order of a mapping would decide, in silence.
     matches = [
         {name for pattern, name in label.items() if re.search(pattern, path)} for path in paths
     ]
@@ -70,7 +72,7 @@ def _labels(label: Label, paths: Sequence[str]) -> list[str]:
 @makes_part
 @named
 def groups(label: Label = module_of) -> Scope:
-    """One block a group of leaves. Norms, bounds and factors are vectors, one entry a group.
+    """One block per group of leaves. Norms, bounds and factors are vectors, one entry per group.
 
     Groups are in the order of their first leaves.
 
@@ -88,29 +90,25 @@ def groups(label: Label = module_of) -> Scope:
     >>> by_kind.cut(["0/attn/kernel", "0/mlp/kernel"], [(2,), (2,)]).names
     ('attention', 'rest')
     """
-    if (
-        isinstance(label, Scope)
-        or getattr(label, "makes_part", False)
-        or not (callable(label) or hasattr(label, "items"))
-    ):
-        raise fail(
-            "label must be a function of a leaf's path, or a mapping of regular expressions to"
-            " names",
-            label,
-        )
-    name = (
-        "scopes.groups()"
-        if label is module_of
-        else f"scopes.groups({getattr(label, '__name__', label)})"
+    # `groups(scopes.units)` is callable, and would fail only where a tree is cut.
+    if getattr(label, "makes_part", False) or not (callable(label) or hasattr(label, "items")):
+        must = "a function of a leaf's path, or a mapping of regular expressions to names"
+        raise fail(f"label must be {must}", label)
+    given = "" if label is module_of else getattr(label, "__name__", label)
+    return Scope(
+        f"scopes.groups({given})",
+        lambda paths, shapes: _by_label(_label_paths(label, paths)),
+        named=True,
     )
-    return Scope(name, lambda paths, shapes: _by_label(_labels(label, paths)), named=True)
 
 
-# Optax's rule by rank: the input axes of a dense layer (IO), or of a convolution (HWIO, DHWIO).
+# Optax's rule by rank: the input axes of a dense layer (IO), or of a convolution (HWIO, DHWIO). Of
+# rank 3 it is that of Optax's code, axis 0; its documentation says otherwise.
 _INPUTS = {2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3)}
 
 
-def _conventional(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _follow_convention(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    # As in Optax, (1, n) and (n, 1) count as vectors, which are one unit.
     if sum(n != 1 for n in shape) <= 1:
         return tuple(range(len(shape)))
     if len(shape) not in _INPUTS:
@@ -135,7 +133,7 @@ def unit_axes(
     if axes is Ellipsis or (rank <= 1 and axes != ()):
         chosen = tuple(range(rank))
     elif axes is None:
-        chosen = _conventional(path, shape[batch_axes:])
+        chosen = _follow_convention(path, shape[batch_axes:])
     else:
         chosen = (axes,) if isinstance(axes, int) else tuple(axes)
     if any(not -rank <= axis < rank for axis in chosen):
@@ -149,7 +147,7 @@ def unit_axes(
 @makes_part
 @named
 def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = None) -> Scope:
-    """One block a unit, a slice of a leaf along `axes`. Norms, bounds and factors are small arrays.
+    """One block per unit, a slice of a leaf along `axes`. Norms, bounds, factors: small arrays.
 
     Norms are right from 1e-36 to 1e36. On a CPU a unit below 1e-19 counts as zeros if another of
     its leaf is not.
@@ -161,7 +159,7 @@ def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = N
         are one unit, but for `()`.
       batch_axes: how many leading axes number layers (as `nn.scan` and `nnx.vmap` stack them), or a
         function of the path that returns it; None for 0. `axes` do not count them, and no unit
-        spans them: `units(..., batch_axes=1)` gives one norm a layer.
+        spans them: `units(..., batch_axes=1)` gives one norm per layer.
 
     Raises:
       ValueError: where a tree is cut, naming the leaf, if the axes do not fit or the rank has no
@@ -173,11 +171,9 @@ def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = N
 
     def cut(paths, shapes):
         pairs = zip(paths, shapes, strict=True)
-        return Blocks(
-            None,
-            (),
-            tuple(unit_axes(p, s, at(axes, p), at(batch_axes, p) or 0) for p, s in pairs),
-        )
+        spans = tuple(unit_axes(p, s, at(axes, p), at(batch_axes, p) or 0) for p, s in pairs)
+        # No names: a model has thousands of units, and the state would carry a key for each.
+        return Blocks(None, (), spans)
 
     given = "" if axes is None else "..." if axes is Ellipsis else repr(axes)
     more = "" if batch_axes is None else f"batch_axes={batch_axes!r}"

@@ -19,8 +19,8 @@ class StateGuard:
     """Refuses a state that `init` of the same transformation would not have made.
 
     Compared are the fields and the shapes of all arrays, not types: a checkpoint library may
-    restore another type
-    with the same fields. A state that was accepted once is not looked into again.
+    restore another type with the same fields. A state that was accepted once is not looked into
+    again.
     """
 
     def __init__(self, what: str, kind: type, init: Callable[[Any], Any]):
@@ -40,6 +40,8 @@ class StateGuard:
                 f"{self.what}: this is not the state of a {self.what} but {kind_of(state)}:"
                 f" {_ADVICE}"
             )
+        # The structure, which holds no array alive. To trace `init` at every step would cost more
+        # than the step, where an update is not jitted.
         key = jax.tree.structure((state, updates))
         if key not in self.accepted:
             self._compare(state, updates)
@@ -50,6 +52,7 @@ class StateGuard:
         # unfiltered model has.
         shapes = jax.tree.map(_shape, updates)
         fresh = jax.eval_shape(lambda: self.init(shapes))
+        # Names first: "new are ['head/bias']" says more than a shape that differs.
         if hasattr(fresh, "metrics"):
             check_names(self.what, *(unpack_names(x.metrics.blocks) for x in (fresh, state)))
         want, got = _shapes(fresh), _shapes(state)
@@ -69,6 +72,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def kind_of(state: Any) -> str:
     """The type of a state; of a plain tuple, what is in it."""
+    # Not `isinstance`: a NamedTuple is a tuple, too, and has a name to be called by.
     return f"({', '.join(map(kind_of, state))})" if type(state) is tuple else type(state).__name__
 
 
@@ -93,9 +97,8 @@ class ParamsMemory:
     """What stands for the parameters where Optax gives `init` a placeholder for them.
 
     `optax.tree.map_params` asks `init` for the state of a placeholder, and lays that over the real
-    state. How many
-    blocks there are, and their names, a placeholder does not say: the shapes of the last real
-      parameters do.
+    state. How many blocks there are, and their names, a placeholder does not say: the shapes of the
+    last real parameters do.
     """
 
     def __init__(self):
@@ -103,16 +106,17 @@ class ParamsMemory:
 
     def recall(self, params: Any) -> Any:
         """The parameters; for a placeholder the shapes of the last ones."""
+        # By name: the class of the placeholder is private to Optax.
         if not jax.tree.leaves(params) and type(params).__name__ == "_ParamsPlaceholder":
             return params if self.shapes is None else self.shapes
+        # Shapes, as arrays would be kept alive, and tracers would leak.
         self.shapes = jax.tree.map(_shape, params)
         return params
 
 
 def _shape(x: Any) -> Any:
-    return (
-        jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") and hasattr(x, "dtype") else x
-    )
+    is_array = hasattr(x, "shape") and hasattr(x, "dtype")
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array else x
 
 
 __all__ = ["ParamsMemory", "StateGuard", "check_names", "kind_of"]

@@ -21,9 +21,9 @@ class Leaves(NamedTuple):
     """The measured leaves of a tree, in its order, and the way back to the tree.
 
     Attributes:
-      paths: one string a leaf, such as `blocks/0/attn/kernel`.
+      paths: one string per leaf, such as `blocks/0/attn/kernel`.
       arrays: the leaves.
-      rebuild: takes new arrays, one a measured leaf, and returns the whole tree.
+      rebuild: takes new arrays, one per measured leaf, and returns the whole tree.
     """
 
     paths: tuple[str, ...]
@@ -38,6 +38,7 @@ class Leaves(NamedTuple):
 
 def is_measured(leaf: Any) -> bool:
     """Whether a leaf holds floating-point numbers, real or complex, of any width."""
+    # The dtype is asked, not the type: `init` is also given shapes, and NumPy's scalars are leaves.
     dtype = getattr(leaf, "dtype", type(leaf) if isinstance(leaf, float | complex) else None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
@@ -59,12 +60,11 @@ def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     variables = {path for path, node in nodes if _is_variable(node)}
 
     def name(path):
-        outside = (
-            next((n for n in range(len(path)) if path[:n] in variables), None)
-            if variables
-            else None
-        )
-        return path_string(path if outside is None else path[:outside] + path[outside + 1 :])
+        # The key after that of a variable is the attribute in which its array lies.
+        for n in range(len(path)) if variables else ():
+            if path[:n] in variables:
+                return path_string(path[:n] + path[n + 1 :])
+        return path_string(path)
 
     return [(name(path), leaf) for path, leaf in flat], treedef
 
@@ -93,6 +93,7 @@ def select(tree: Any, exclude: Exclude = None) -> Leaves:
     """The leaves to measure, as they are: arrays, or their shapes where `init` is given shapes."""
     flat, treedef = flatten_with_paths(tree)
     excluded = matcher(exclude)
+    # By place, not by path: two leaves may have one path, as in `{"a/b": x, "a": {"b": y}}`.
     picked = {
         i: path for i, (path, leaf) in enumerate(flat) if is_measured(leaf) and not excluded(path)
     }
@@ -101,6 +102,7 @@ def select(tree: Any, exclude: Exclude = None) -> Leaves:
         new = dict(zip(picked, arrays, strict=True))
         return treedef.unflatten([new.get(i, leaf) for i, (_, leaf) in enumerate(flat)])
 
+    # Only Python numbers become arrays; the shapes that `eval_shape` passes cannot.
     leaves = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in (flat[i][1] for i in picked)]
     return Leaves(tuple(picked.values()), leaves, rebuild)
 
@@ -117,6 +119,8 @@ def match_params(leaves: Leaves, params: Any, exclude: Exclude, call: str) -> li
             " tx.update(grads, state)."
         )
     own = select(params, exclude)
+    # Shapes are compared, not structures: Flax's nnx may have variables in one of the trees, and
+    # arrays in the other.
     if own.shapes == leaves.shapes:
         return own.arrays
     # Parameters that get no gradient (None in an Equinox model) are passed over: what is left is
@@ -139,6 +143,7 @@ def pack_names(names: Sequence[str]) -> dict[str, Any]:
     our own that a serializer would have to know. Paths are nested, since a key with "/" does not
     survive `flatten_dict(sep="/")`; each begins with a number, since two blocks may have one path.
     """
+    # All of one width, as JAX sorts the keys of a dict: "10" would come before "2".
     digits = len(str(len(names)))
 
     def branch(parts):

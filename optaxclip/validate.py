@@ -1,20 +1,23 @@
 """One voice for bad arguments: errors name the call, the argument, what it must be and is.
 
-    @named                                  errors inside speak of the outermost such call, which
-    the user wrote def zclip(z=2.5, decay=0.97): ...
-        validate.nonnegative(z=z)           ValueError: zclip: z must be a number from 0 to inf, got
-        -1. validate.share(decay=decay)
+    @named                              # errors inside name the outermost such call
+    def zclip(z=2.5, decay=0.97):
+        validate.nonnegative(z=z)       # zclip: z must be a number from 0 to inf, got -1.
+
+At an update no public call is running: there `speak_for` lends errors the name of the call that
+built the clip.
 
 An array on a device is looked into like a number; a tracer, whose value nobody knows, passes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import jax
@@ -29,7 +32,19 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 # Where a part lies for the user, `thresholds.zscore`; clips lie at the top.
 _NAMESPACES = ("actions", "feeds", "norms", "scopes", "thresholds")
-_CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default="optaxclip")
+_NOBODY = "optaxclip"
+# Not a global: threads may build clips at the same time.
+_CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default=_NOBODY)
+
+
+@contextlib.contextmanager
+def speak_for(call: str) -> Iterator[None]:
+    """Makes errors inside speak of `call`; a context, and a decorator."""
+    token = _CALL.set(call)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
 
 
 def named(call: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -39,13 +54,11 @@ def named(call: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(call)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if _CALL.get() != "optaxclip":
+        # Who wrote `zclip(...)` has never heard of the `thresholds.zscore` inside.
+        if _CALL.get() != _NOBODY:
             return call(*args, **kwargs)
-        token = _CALL.set(name)
-        try:
+        with speak_for(name):
             return call(*args, **kwargs)
-        finally:
-            _CALL.reset(token)
 
     return wrapper
 
@@ -69,6 +82,8 @@ def show(value: Any) -> str:
 
 def makes_part(maker: _F) -> _F:
     """Marks a function that makes a part, so that an error can say that it was not called."""
+    # `action=actions.smooth` without parentheses is callable, as every action is: without the mark
+    # it would be taken for one, and fail while an update is traced.
     return annotate(maker, makes_part=True)
 
 
@@ -77,17 +92,12 @@ def to_concrete(value: Any) -> Any:
 
     It waits for the device: for what is called when a clip is built, not at every step.
     """
-    if (
-        isinstance(value, jax.Array)
-        and not isinstance(value, jax.core.Tracer)
-        and value.is_fully_addressable
-    ):
+    # An array that is spread over several processes cannot be fetched by one of them.
+    traced = isinstance(value, jax.core.Tracer)
+    if isinstance(value, jax.Array) and not traced and value.is_fully_addressable:
         value = np.asarray(jax.device_get(value))
-    return (
-        value.item()
-        if isinstance(value, np.generic | np.ndarray) and np.ndim(value) == 0
-        else value
-    )
+    scalar = isinstance(value, np.generic | np.ndarray) and np.ndim(value) == 0
+    return value.item() if scalar else value
 
 
 def is_static(value: Any) -> TypeGuard[float]:
@@ -96,6 +106,7 @@ def is_static(value: Any) -> TypeGuard[float]:
 
 
 def _is_real(value: Any) -> bool:
+    # A bool is a number to Python: `clip_by(True)` would clip to 1.
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
@@ -103,6 +114,7 @@ def _scalar(inside: Callable[[float], bool], words: str, arguments: dict[str, An
     for name, value in arguments.items():
         seen = to_concrete(value)
         traced = isinstance(seen, jax.Array) and seen.ndim == 0
+        # What is allowed is asked, never what is forbidden: NaN compares false, and has to fail.
         if not traced and not (_is_real(seen) and inside(seen)):
             raise fail(f"{name} must be a number {words}", value)
 
@@ -142,9 +154,9 @@ def steps(low: int = 0, /, **arguments: Any) -> None:
     for name, value in arguments.items():
         seen = to_concrete(value)
         traced = isinstance(seen, jax.Array) and seen.ndim == 0
-        if not traced and not (
-            _is_real(seen) and seen >= low and (seen == math.inf or seen == int(seen))
-        ):
+        # Infinity is "never", and is no int.
+        whole = _is_real(seen) and seen >= low and (seen == math.inf or seen == int(seen))
+        if not traced and not whole:
             raise fail(f"{name} must be a whole number of steps, at least {low}", value)
 
 
@@ -161,10 +173,11 @@ def size(**arguments: Any) -> None:
             raise fail(f"{name} must be a whole number of at least 1", value)
 
 
-def choice(choices: Sequence[Any], **arguments: Any) -> None:
-    """Each is one of `choices`."""
+def choice(choices: Sequence[str], **arguments: Any) -> None:
+    """Each is one of these strings."""
     for name, value in arguments.items():
-        if not any(value is known or value == known for known in choices):
+        # First whether it is a string: an array that is asked whether it equals one is no bool.
+        if not isinstance(value, str) or value not in choices:
             raise fail(f"{name} must be one of {', '.join(map(repr, choices))}", value)
 
 
@@ -179,11 +192,8 @@ def feed(**arguments: Any) -> None:
     """Each is a function `(norms, bounds) -> norms`."""
     for name, value in arguments.items():
         if not callable(value):
-            raise fail(
-                f"{name} must be feeds.raw, feeds.clipped, feeds.accepted or a function (norms,"
-                " bounds) -> norms",
-                value,
-            )
+            choices = "feeds.raw, feeds.clipped, feeds.accepted"
+            raise fail(f"{name} must be {choices} or a function (norms, bounds) -> norms", value)
 
 
 _BOUND = "a number from 0 to inf, an array of such"
@@ -207,10 +217,10 @@ def threshold(**arguments: Any) -> None:
 def _bounds(words: str, wait: bool, arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
         seen = to_concrete(value) if wait or not isinstance(value, jax.Array) else value
+        # `jnp.issubdtype`, as NumPy's does not know that bfloat16 is a float.
         if isinstance(seen, jax.Array | np.ndarray):
-            fine = jnp.issubdtype(seen.dtype, jnp.floating) or jnp.issubdtype(
-                seen.dtype, jnp.integer
-            )
+            kinds = jnp.floating, jnp.integer
+            fine = any(jnp.issubdtype(seen.dtype, kind) for kind in kinds)
             fine = fine and (isinstance(seen, jax.Array) or bool(np.all(seen >= 0)))
         else:
             fine = _is_real(seen) and float(seen) >= 0
@@ -221,13 +231,13 @@ def _bounds(words: str, wait: bool, arguments: dict[str, Any]) -> None:
 def exclude(value: Any) -> None:
     """`exclude` is a way to say which leaves to leave alone."""
     if not (value is None or isinstance(value, str) or callable(value)):
-        raise fail(
-            "exclude must be a regular expression (str), a predicate of the path, or None", value
-        )
+        choices = "a regular expression (str), a predicate of the path, or None"
+        raise fail(f"exclude must be {choices}", value)
 
 
 def is_transformation(value: Any) -> bool:
     """Whether a value has the two functions of an optax transformation."""
+    # By what it can do: Optax takes any such pair, and not only those of its own type.
     return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
 
 
@@ -235,7 +245,7 @@ def as_optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
     """The optimizer inside a wrapper, which takes extra arguments.
 
     Raises:
-      ValueError: naming the call, if it is none.
+      ValueError: naming the call, if `inner` is not an optimizer.
     """
     if not is_transformation(inner):
         raise fail("inner must be an optimizer, such as optax.adam(1e-3)", inner)

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import optaxclip as oc
+from optaxclip.thresholds.blocks import learns
 
 N = jnp.array([0.0, 0.5, 1.0, 2.0, 1e10, 1e-20])
 ONE = jnp.ones_like(N)
@@ -215,7 +216,27 @@ REFUSED = {
     "value nan": (lambda: oc.clip_by_value(float("nan"), 1.0), "clip_by_value: lower must be"),
     "shape": (
         lambda: oc.clip_by(jnp.ones(3)).update(jnp.ones(2), None),
-        "one number, or one number a block",
+        "clip_by: a bound must be one number, or one number per block",
+    ),
+    "choice": (
+        lambda: oc.clip_by(1.0, nonfinite=np.ones(2)),
+        "clip_by: nonfinite must be one of 'propagate', 'zero', got array",
+    ),
+    "label": (
+        lambda: oc.clip_by_group_norm(1.0, {"b": "b"}).init({"a": jnp.ones(1)}),
+        "clip_by_group_norm: every leaf must match exactly one group",
+    ),
+    "unit": (
+        lambda: oc.clip_by(1.0, scope=oc.scopes.units(3)).update(jnp.ones((2, 2)), None),
+        "clip_by: the axes 3 do not fit",
+    ),
+    "schedule": (
+        lambda: oc.clip_by(lambda step: "1").update(ONE, oc.clip_by(lambda step: 1.0).init(ONE)),
+        "clip_by: the value of the schedule must be a number from 0",
+    ),
+    "no parameters": (
+        lambda: oc.clip_by(oc.thresholds.param_relative(0.1)).update(jnp.ones(2), None),
+        "clip_by: the bound is a share of the parameters' norm",
     ),
     "per example": (lambda: oc.per_example_global_norm_clip([jnp.ones(())], 1.0), "leading axis"),
 }
@@ -225,6 +246,21 @@ REFUSED = {
 def test_what_cannot_be_is_refused_where_it_is_written(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda inner: oc.thresholds.at_most(inner, 1.0),
+        lambda inner: oc.thresholds.at_least(1.0, inner),
+        lambda inner: oc.thresholds.until(3, 1.0, inner),
+        lambda inner: oc.thresholds.param_relative(inner),
+    ],
+    ids=["at_most", "at_least", "until", "param_relative"],
+)
+def test_what_is_made_of_a_threshold_that_learns_learns(make):
+    assert learns(make(oc.thresholds.zscore()).update)
+    assert not learns(make(2.0).update)
 
 
 def test_an_example_that_is_not_finite_weighs_nothing():

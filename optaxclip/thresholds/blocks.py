@@ -19,6 +19,8 @@ from optaxclip.base import Norms, annotate
 from optaxclip.validate import named
 
 
+# A type, and not a mark on the function: what `optax.chain` makes of thresholds is of Optax's type,
+# and so counts as one that may read parameters.
 class NormsOnly(optax.GradientTransformationExtraArgs):
     """A threshold that does not read `params`, so that no clip measures the parameters for it."""
 
@@ -65,20 +67,17 @@ def start_blocks(start: Any, norms: Norms) -> Any:
     """The state of one block, once per block: each number becomes an array like the norms.
 
     Not a state for each array of norms: so laid out, Optax recognizes what is kept per block, as it
-    recognizes
-    moments in the shape of parameters.
+    recognizes moments in the shape of parameters.
     """
 
     def fill(x):
         x = x if isinstance(x, jax.Array) else np.asarray(x)
+        # NumPy makes int64 of a Python 0; counters are int32, with or without x64.
         whole = np.int32 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
 
         def like(norm):
-            return jnp.full(
-                norm.shape + x.shape,
-                x,
-                norm.dtype if jnp.issubdtype(x.dtype, jnp.floating) else whole,
-            )
+            dtype = norm.dtype if jnp.issubdtype(x.dtype, jnp.floating) else whole
+            return jnp.full(norm.shape + x.shape, x, dtype)
 
         return jax.tree.map(like, norms)
 
@@ -90,15 +89,15 @@ def over_blocks(
 ) -> tuple[Norms, Any]:
     """Maps `rule(norm, state, ...) -> (bound, state)` over all blocks, as one vector operation."""
 
+    # An axis at a time. A reshape to one axis, and back, would gather the norms of sharded units.
     def over_array(norm, *rest):
         return functools.reduce(lambda f, _: jax.vmap(f), range(norm.ndim), rule)(norm, *rest)
 
+    # States are kept as one tree of norms for each number; the rule takes one tree of numbers.
     one, many = jax.tree.structure(start), jax.tree.structure(norms)
-    states = many.flatten_up_to(jax.tree.transpose(one, many, state))
-    rest = [many.flatten_up_to(x) for x in more]
-    done = [
-        over_array(*each) for each in zip(many.flatten_up_to(norms), states, *rest, strict=True)
-    ]
+    states = jax.tree.transpose(one, many, state)
+    arrays = [many.flatten_up_to(x) for x in (norms, states, *more)]
+    done = [over_array(*each) for each in zip(*arrays, strict=True)]
     new = jax.tree.transpose(many, one, many.unflatten([new for _, new in done]))
     return many.unflatten([bound for bound, _ in done]), new
 
@@ -107,15 +106,16 @@ def hold(init: Callable[[Norms], Any], norms: Norms, new: Any, old: Any) -> Any:
     """The new state of blocks whose norm is finite, the old state of the others.
 
     Which state is kept per block is not guessed from shapes: it is what mirrors the norms where
-    `init` is given a
-    placeholder for them. Other state, such as a counter, moves if any norm is finite.
+    `init` is given a placeholder for them. Other state, such as a counter, moves if any norm is
+    finite.
     """
+    # Plain numbers keep no state: for them none of this is traced.
     if not jax.tree.leaves(old):
         return new
     fine = jax.tree.map(jnp.isfinite, norms)
-    each = [jnp.any(ok) for ok in jax.tree.leaves(fine)]
-    some = each[0] if len(each) == 1 else jnp.any(jnp.stack(each)) if each else jnp.array(True)
-
+    # Of a tree without leaves nothing is bad.
+    each = [jnp.any(ok) for ok in jax.tree.leaves(fine)] or [jnp.array(True)]
+    some = each[0] if len(each) == 1 else jnp.any(jnp.stack(each))
     return jax.tree.map(_pick, _masks(init, old, fine, some), new, old)
 
 
@@ -125,15 +125,16 @@ def _masks(init, state, fine, some):
         return optax.tree.map_params(
             init, lambda _, ok: ok, state, fine, transform_non_params=lambda _: some
         )
-    except (
-        Exception
-    ):  # an init that computes with its norms takes no placeholder: then nothing moves but by all
+    except Exception:
+        # An `init` that computes with its norms takes no placeholder. What is per block is unknown
+        # then: all of the state moves, or none.
         return functools.reduce(jnp.logical_and, [jnp.all(ok) for ok in jax.tree.leaves(fine)])
 
 
 def _pick(fine, new, old):
     def pick(new, old):
         new, old = jnp.asarray(new), jnp.asarray(old)
+        # State per block may have axes of its own behind those of the norms, such as a window.
         mask = jnp.reshape(fine, jnp.shape(fine) + (1,) * (new.ndim - jnp.ndim(fine)))
         return jnp.where(mask, new.astype(old.dtype), old)
 

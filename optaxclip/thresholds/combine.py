@@ -49,28 +49,29 @@ def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransf
     validate.feed(feed=feed)
 
     def init_fn(norms):
-        return LagState(
-            inner.init(norms), jax.tree.map(lambda n: jnp.full_like(n, math.inf), norms)
-        )
+        unbounded = jax.tree.map(lambda n: jnp.full_like(n, math.inf), norms)
+        return LagState(inner.init(norms), unbounded)
 
-    def learned(norms, bounds):
+    def feed_on(norms, bounds):
         # Of a norm of zero (a frozen leaf, an unused expert) every multiple is zero: a bound that
         # freezes for ever.
         return jnp.where(norms == 0, np.asarray(np.nan, norms.dtype), feed(norms, bounds))
 
     def update_fn(norms, state, params=None, **extra_args):
-        fed = jax.tree.map(learned, norms, state.clip_bound)
+        fed = jax.tree.map(feed_on, norms, state.clip_bound)
         bounds, inner_state = inner.update(fed, state.inner, params, **extra_args)
+        # The engine holds what norms that are not finite would move; a feed may leave out others.
         return state.clip_bound, hold(init_fn, fed, LagState(inner_state, bounds), state)
 
     annotate(update_fn, learns=True)
     return new_threshold(init_fn, update_fn, inner)
 
 
-def _combined(pick: Callable, *both: optax.GradientTransformationExtraArgs):
+def _combine(pick: Callable, *both: optax.GradientTransformationExtraArgs):
     """The threshold that applies `pick` to the bounds of two."""
 
     def update_fn(norms, state, params=None, **extra_args):
+        # Both are asked, and learn, whichever bound is taken in the end.
         (x, one), (y, two) = (
             t.update(norms, s, params, **extra_args) for t, s in zip(both, state, strict=True)
         )
@@ -89,7 +90,7 @@ def at_most(threshold: Threshold, cap: Threshold) -> optax.GradientTransformatio
     >>> float(threshold.update(jnp.array(1.0), threshold.init(jnp.array(0.0)))[0])
     5.0
     """
-    return _combined(jnp.minimum, as_threshold(threshold=threshold), as_threshold(cap=cap))
+    return _combine(jnp.minimum, as_threshold(threshold=threshold), as_threshold(cap=cap))
 
 
 @validate.named
@@ -102,12 +103,13 @@ def at_least(threshold: Threshold, floor: Threshold) -> optax.GradientTransforma
     >>> round(float(threshold.update(jnp.array(1.0), threshold.init(jnp.array(0.0)))[0]), 6)
     0.001
     """
-    return _combined(jnp.maximum, as_threshold(threshold=threshold), as_threshold(floor=floor))
+    return _combine(jnp.maximum, as_threshold(threshold=threshold), as_threshold(floor=floor))
 
 
 class UntilState(NamedTuple):
     """State of `until`: the updates so far, int32, and the states of both thresholds."""
 
+    # Not `count`, by which Optax users look for the steps of Adam.
     clip_step: jax.Array
     inner: tuple[optax.OptState, ...]
 
@@ -169,6 +171,7 @@ def param_relative(
     if floor is not None:
         validate.bound(floor=floor)
 
+    # On zeros a share would be zero, too: such a block would never move.
     def bound(ratio, size):
         if floor is None:
             return jnp.where(size == 0, np.asarray(np.inf, size.dtype), ratio * size)
@@ -177,10 +180,10 @@ def param_relative(
     def update_fn(norms, state, params=None, **extra_args):
         if params is None:
             raise ValueError(
-                "The bound of this clip is a share of the parameters' norm: write"
+                f"{validate.called()}: the bound is a share of the parameters' norm: write"
                 " tx.update(grads, state, params), not tx.update(grads, state)."
             )
         ratios, state = ratio.update(norms, state, params, **extra_args)
         return jax.tree.map(bound, ratios, params), state
 
-    return new_threshold(ratio.init, update_fn, kind=optax.GradientTransformationExtraArgs)
+    return new_threshold(ratio.init, update_fn, ratio, kind=optax.GradientTransformationExtraArgs)

@@ -16,18 +16,20 @@ from optaxclip.thresholds.blocks import Fixed, new_threshold
 
 
 def _bound_like(bound: Any, norms: jax.Array) -> jax.Array:
-    """A number, or one number a block, in the shape and dtype of the norms."""
+    """A number, or one number per block, in the shape and dtype of the norms."""
+    # Nothing is broadcast: bounds (3, 1) for norms (3,) would make factors (3, 3).
     if jnp.ndim(bound) and jnp.shape(bound) != norms.shape:
         raise ValueError(
-            f"A bound must be one number, or one number a block: it has shape {jnp.shape(bound)},"
-            f" the norms have shape {norms.shape}."
+            f"{validate.called()}: a bound must be one number, or one number per block: it has"
+            f" shape {jnp.shape(bound)}, the norms have shape {norms.shape}."
         )
+    # The bound is rounded, never the norm: a float64 of NumPy's must not widen the updates.
     return jnp.broadcast_to(jnp.asarray(bound).astype(norms.dtype), norms.shape)
 
 
 @validate.named
 def constant(bound: ArrayLike) -> optax.GradientTransformationExtraArgs:
-    """The same bound at every step: a number, a tracer, or an array with one number a block.
+    """The same bound at every step: a number, a tracer, or an array with one number per block.
 
     A plain number, wherever a threshold is taken, means this.
 
@@ -44,6 +46,7 @@ def unchecked(bound: Any) -> optax.GradientTransformationExtraArgs:
     def update_fn(norms, state, params=None, **extra_args):
         return jax.tree.map(functools.partial(_bound_like, bound), norms), state
 
+    # For `optaxclip.check`, which reads what a bound is, and never asks a closure.
     annotate(update_fn, bound=bound)
     return new_threshold(lambda norms: optax.EmptyState(), update_fn, kind=Fixed)
 
@@ -90,10 +93,10 @@ def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs
 
     def update_fn(norms: Norms, state, params=None, **extra_args):
         bound = schedule(state.clip_step)
+        # Its kind is looked at, not its value: that would wait for the device at every step.
         validate.bound(**{"the value of the schedule": bound}, wait=False)
-        return jax.tree.map(lambda n: _bound_like(bound, n), norms), ScheduleState(
-            advance(state.clip_step)
-        )
+        bounds = jax.tree.map(lambda n: _bound_like(bound, n), norms)
+        return bounds, ScheduleState(advance(state.clip_step))
 
     annotate(update_fn, bound=schedule)
     return new_threshold(start_schedule, update_fn, kind=Fixed)
@@ -106,13 +109,11 @@ def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs
       ValueError: naming the call and the argument, if it is none of these.
     """
     ((name, value),) = argument.items()
+    # A clip is a transformation, too. It would take norms for gradients, and never complain.
     description = getattr(getattr(value, "update", None), "description", None)
     if description is not None or isinstance(value, type):
-        raise validate.fail(
-            f"{name} must be a number, a schedule or a threshold: a clip is none, pass its"
-            " threshold",
-            value,
-        )
+        must = "a number, a schedule or a threshold: a clip is none, pass its threshold"
+        raise validate.fail(f"{name} must be {must}", value)
     if isinstance(value, optax.GradientTransformation):
         return optax.with_extra_args_support(value)
     if callable(value) and not getattr(value, "makes_part", False):

@@ -103,15 +103,7 @@ def learned(
     >>> float(bound), float(threshold.update(jnp.array(100.0), state)[0])
     (inf, 6.0)
     """
-    validate.feed(feed=feed)
-    validate.flag(update_first=update_first)
-    validate.steps(warmup_steps=warmup_steps)
-    if relearn_after is not None:
-        validate.steps(1, relearn_after=relearn_after)
-    if update_first and feed is not feeds.raw:
-        raise validate.fail(
-            "feed must be feeds.raw where update_first is True: there is no bound yet", feed
-        )
+    _check(feed, update_first, warmup_steps, relearn_after)
     warmup = as_threshold(warmup=warmup)
     start = BlockState(statistic.start, 0, 0)
 
@@ -119,14 +111,16 @@ def learned(
         value, seen, over = state
         if update_first:
             value, seen = _learn(statistic, norm, value, seen)
+        # In one dtype, whatever a user's statistic returns: strict promotion mixes none.
         bound = statistic.bound(norm, value, seen).astype(norm.dtype)
+        # Both bounds are computed, as blocks warm up one by one: each counts what it has learned.
         bound = jnp.where(seen < warmup_steps, warmup_bound, bound)
         if not update_first:
             value, seen = _learn(statistic, feed(norm, bound), value, seen)
         state = BlockState(value, seen, jnp.where(norm > bound, optax.safe_increment(over), 0))
-        return bound, state if relearn_after is None else _reset(
-            statistic, norm, state, relearn_after
-        )
+        if relearn_after is not None:
+            state = _reset(statistic, norm, state, relearn_after)
+        return bound, state
 
     def init_fn(norms):
         return LearnedState(start_blocks(start, norms), warmup.init(norms))
@@ -140,16 +134,30 @@ def learned(
     return new_threshold(init_fn, update_fn, warmup)
 
 
+def _check(feed, update_first, warmup_steps, relearn_after) -> None:
+    """Raises for arguments of `learned` that are out of range."""
+    validate.feed(feed=feed)
+    validate.flag(update_first=update_first)
+    validate.steps(warmup_steps=warmup_steps)
+    if relearn_after is not None:
+        validate.steps(1, relearn_after=relearn_after)
+    if update_first and feed is not feeds.raw:
+        must = "feed must be feeds.raw where update_first is True: there is no bound yet"
+        raise validate.fail(must, feed)
+
+
 def _learn(statistic: Statistic, norm, value, seen):
     """The statistic and its count after one more norm, as before if that teaches nothing."""
     new = statistic.learn(norm, value, seen)
+    # Asked again, after the engine: what a feed makes of a finite norm may be NaN.
     fine = jnp.isfinite(norm) & (statistic.signed | (norm > 0))
     value = jax.tree.map(lambda new, old: jnp.where(fine, new.astype(old.dtype), old), new, value)
     return value, jnp.where(fine, optax.safe_increment(seen), seen)
 
 
 def _reset(statistic: Statistic, norm, state: BlockState, relearn_after) -> BlockState:
-    """The state; reset to the present norm if too many in a row were over their bounds."""
+    """The state; reset to the present norm if too many consecutive ones were over their bounds."""
+    # Computed at every step, and selected: under a `vmap` a `cond` would do the same.
     start = start_blocks(BlockState(statistic.start, 0, 0), norm)
     fresh = BlockState(*_learn(statistic, norm, start.value, start.seen), start.over)
     return jax.tree.map(lambda a, b: jnp.where(state.over >= relearn_after, a, b), fresh, state)
@@ -162,4 +170,5 @@ def like(value: Any, norm: jax.Array) -> jax.Array:
 
 def empty(*shape: int) -> np.ndarray:
     """Room for norms that were not seen yet: infinite, which no norm that is kept can be."""
+    # NumPy's: a constant in a closure that JAX made would start a backend when a clip is built.
     return np.full(shape, np.inf, np.float32)

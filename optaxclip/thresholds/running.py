@@ -1,7 +1,7 @@
 """Thresholds from a running statistic in a few numbers: mean, mean and deviation, the last norm.
 
 Averages are exact from the first norm on: its weight is 1, and weights fade towards 1 - decay,
-which is the usual average divided by its bias correction.  Deviations are kept as such, not as
+which is the usual average divided by its bias correction. Deviations are kept as such, not as
 squares, which would overflow at 1e19.
 """
 
@@ -22,8 +22,11 @@ Target = Literal["adaptive", "mean", "threshold"]
 
 def debiased_weight(decay, norm, seen):
     """The weight of the t-th norm in an average of decay β: (1 - β) / (1 - βᵗ), at most 1."""
+    # 1 - β is taken before it is rounded to float32, and 1 - βᵗ by way of logarithms: the float32
+    # difference of two numbers close to 1 has half the digits.
     log = jnp.log1p(-like(1 - decay, norm))
-    return jnp.minimum(jnp.expm1(log) / jnp.expm1(like(seen + 1, norm) * log), 1)
+    # Plus 1 after the cast: `seen` stops at the largest int32, and one more would be negative.
+    return jnp.minimum(jnp.expm1(log) / jnp.expm1((like(seen, norm) + 1) * log), 1)
 
 
 @validate.named
@@ -56,6 +59,7 @@ def running(
     """
     validate.nonnegative(factor=factor)
     validate.share(decay=decay)
+    # Only of a number: a tracer does not tell.
     if feed is feeds.clipped and validate.is_static(factor) and factor <= 1:
         raise validate.fail(
             "factor must be larger than 1 with the feed clipped (or use feeds.raw)", factor
@@ -83,16 +87,17 @@ def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
     6.0
     """
     validate.at_least(1, ratio=ratio)
-    last = Statistic(
-        0.0, lambda norm, value, seen: norm, lambda norm, value, seen: like(ratio, norm) * value
-    )
-    threshold = learned(last, feed=feeds.clipped)
-    # It bounds growth, and seeks no spikes.
+
+    def bound(norm, value, seen):
+        return like(ratio, norm) * value
+
+    threshold = learned(Statistic(0.0, lambda norm, value, seen: norm, bound), feed=feeds.clipped)
+    # It bounds growth, and looks for no spikes: `optaxclip.check` has nothing to say of it.
     annotate(threshold.update, learns=False)
     return threshold
 
 
-def _moved(norm, value, weight, spread):
+def _move(norm, value, weight, spread):
     """Mean and deviation after one more: m + w·d and √((1 - w)·s² + spread·d²), d = norm - m."""
     mean, deviation = value
     d = norm - mean
@@ -145,18 +150,19 @@ def zscore(
         weight = jnp.where(warm, 1 / like(seen + 1, norm), like(1 - decay, norm))
         # After the warm-up the deviation is from the mean that has already moved, as in the paper:
         # hence the square.
-        return _moved(norm, value, weight, weight * (1 - weight) * jnp.where(warm, 1, 1 - weight))
+        return _move(norm, value, weight, weight * (1 - weight) * jnp.where(warm, 1, 1 - weight))
 
     def bound(norm, value, seen):
         mean, deviation = value
+        # A share of the mean: a fixed eps would be all of the deviation of norms of 1e-8.
         unit = jnp.maximum(deviation, like(eps, norm) * mean)
         most = like(z, norm)
         spike = norm > mean + most * unit
         far = jnp.where(spike, norm - mean, 1)
+        # In this order: σ² would overflow from 1e19 on.
         towards = {"adaptive": most * most * unit / far * deviation, "mean": jnp.zeros_like(mean)}
-        return mean + jnp.where(
-            spike & (target != "threshold"), towards.get(target, 0), most * unit
-        )
+        cut = spike & (target != "threshold")
+        return mean + jnp.where(cut, towards.get(target, 0), most * unit)
 
     statistic = Statistic((0.0, 0.0), learn, bound)
     return learned(statistic, feed=feed, warmup_steps=warmup_steps, relearn_after=relearn_after)
@@ -205,14 +211,16 @@ def log_zscore(
 
     def learn(norm, value, seen):
         weight = jnp.maximum(like(1 - decay, norm), 1 / like(seen + 1, norm))
-        return _moved(jnp.log(norm), value, weight, weight * (1 - weight))
+        # The logarithm of a zero is infinite, but a zero is not learned.
+        return _move(jnp.log(norm), value, weight, weight * (1 - weight))
 
     def bound(norm, value, seen):
         mean, deviation = value
         longest = jnp.exp(mean + like(z, norm) * jnp.maximum(deviation, jnp.sqrt(like(eps, norm))))
-        return (
-            longest if target == "threshold" else jnp.where(norm >= longest, jnp.exp(mean), longest)
-        )
+        if target == "threshold":
+            return longest
+        # Not `>`: in TensorFlow's code, too, a norm that is exactly as long counts as a spike.
+        return jnp.where(norm >= longest, jnp.exp(mean), longest)
 
     statistic = Statistic((0.0, 0.0), learn, bound)
     return learned(
