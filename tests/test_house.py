@@ -136,7 +136,17 @@ def test_the_path_of_an_update_is_short():
     assert len(functions) <= 30, sorted(q for _, q in functions)
 
 
-def test_comments_say_why():
-    text = [line for f in FILES for line in f.read_text().splitlines() if line.strip()]
+# Full-line comments per 100 other lines that are not blank, docstrings included.
+COMMENTS = {
+    "base": 5, "validate": 5, "trees": 5, "states": 5, "xla": 5, "norms": 5, "scopes": 5,
+    "actions": 5, "feeds": 5, "thresholds": 5, "record": 5, "engine": 5, "core": 5, "clips": 0.8,
+    "wrappers": 5, "per_example": 2, "monitoring": 2, "tuning": 1, "checking": 3, "plots": 0.6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("room", LAYERS)
+def test_comments_say_why(room):
+    files = [f for name, f in ROOMS.items() if name.split("/")[0].removesuffix(".py") == room]
+    text = [line for f in files for line in f.read_text().splitlines() if line.strip()]
     comments = sum(line.strip().startswith("#") for line in text)
-    assert comments / (len(text) - comments) >= 0.015
+    assert 100 * comments / (len(text) - comments) >= COMMENTS[room]

@@ -75,6 +75,7 @@ def _combine(pick: Callable, *both: optax.GradientTransformationExtraArgs):
         (x, one), (y, two) = (
             t.update(norms, s, params, **extra_args) for t, s in zip(both, state, strict=True)
         )
+        # `jnp.minimum` keeps NaN: a bound that is none makes its block count as not finite.
         return jax.tree.map(pick, x, y), (one, two)
 
     return new_threshold(lambda norms: tuple(t.init(norms) for t in both), update_fn, *both)
@@ -186,4 +187,5 @@ def param_relative(
         ratios, state = ratio.update(norms, state, params, **extra_args)
         return jax.tree.map(bound, ratios, params), state
 
+    # It reads parameters, though the ratio inside may not.
     return new_threshold(ratio.init, update_fn, ratio, kind=optax.GradientTransformationExtraArgs)

@@ -45,7 +45,7 @@ def reset_moments(
 
     Raises:
       ValueError: if `inner` is no optimizer, `every` is a number below 1, or `warmup_steps` is
-      negative.
+        negative.
 
     Deviations: all of `inner`'s state is reset, the counter of its bias correction too (in the
     authors' code that goes on, and the first update after a reset is three times too long).
@@ -76,8 +76,11 @@ def reset_moments(
 
     def update_fn(updates, state, params=None, **extra_args):
         guard.check(state, updates if params is None else params)
+        # Asked before the optimizer moves: the gradient at which it is due is the first that the
+        # fresh moments see.
         due = state.reset_step >= every
         step = jnp.where(due, 0, state.reset_step)
+        # Made in the step, and not kept: a second set of moments would be as large as the first.
         fresh = inner.init(updates if params is None else params)
         start = jax.tree.map(lambda a, b: _select(due, a, b), fresh, state.inner)
         updates, new = inner.update(updates, start, params, **extra_args)
@@ -91,15 +94,18 @@ def reset_moments(
 
 
 def _select(due, fresh, old):
+    # `init` may have been given parameters of another dtype than the updates it is given here.
     return jnp.where(due, jnp.asarray(fresh).astype(old.dtype), old)
 
 
 def _warmup(step, steps):
     """From 1 % to all of an update over so many steps, along half a cosine."""
     step = step.astype(jnp.float32)
+    # No warm-up is 0 steps: 0 / 0, though it is dropped below, would be NaN to `jax.debug_nans`.
     done = jnp.clip(step / jnp.maximum(steps, 1), 0, 1)
     return jnp.where(step < steps, 1 - 0.99 * 0.5 * (1 + jnp.cos(jnp.pi * done)), 1)
 
 
 def _times(update, factor):
+    # Rounded once, to the dtype of the update: a factor in bfloat16 would be rounded before.
     return xla.as_dtype_of(update, xla.times(xla.widen(update), factor))

@@ -8,7 +8,7 @@ put back, and that takes a wrapper.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,38 +17,12 @@ from jax.typing import ArrayLike
 
 from optaxclip import validate
 from optaxclip.actions import keep
-from optaxclip.base import AxisNames, Exclude, Norm, Threshold, annotate
+from optaxclip.base import AxisNames, Exclude, Norm, Threshold
 from optaxclip.core import clip_by
-from optaxclip.engine import description_of
 from optaxclip.norms import l2
-from optaxclip.states import StateGuard
-from optaxclip.thresholds.blocks import hold
 from optaxclip.thresholds.fixed import as_threshold, unchecked
 from optaxclip.thresholds.quantile import window_zscore
-
-# Why a step was skipped, in `SkipState.last_reason`.
-NORM, LOSS, NONFINITE = 1, 2, 3
-
-
-class SkipState(NamedTuple):
-    """State of `skip_spikes` and `skip_nonfinite`.
-
-    Attributes:
-      skipped_steps: int32, the steps that were skipped.
-      consecutive_skips: int32, those since the last step that was taken.
-      last_reason: int32, why the last of them was skipped: 1 its norm was over the bound, 2 its
-        loss was, 3 one of both was not finite; 0 if none was skipped yet.
-      spike: a `ClipState`: the threshold of the norms, what was seen, and the number of all steps.
-      loss: the threshold of the losses.
-      inner: the state of the optimizer.
-    """
-
-    skipped_steps: jax.Array
-    consecutive_skips: jax.Array
-    last_reason: jax.Array
-    spike: Any
-    loss: optax.OptState
-    inner: optax.OptState
+from optaxclip.wrappers.steps import LOSS, NONFINITE, NORM, SkipState, skip_by
 
 
 @validate.named
@@ -122,12 +96,15 @@ def skip_spikes(
     inner = validate.as_optimizer(inner)
     validate.at_least(1, max_consecutive_skips=max_consecutive_skips)
     rule = window_zscore() if threshold is None else as_threshold(threshold=threshold)
+    # Signed: a loss such as a log-likelihood may be negative. Made even if no loss is passed, as
+    # `init` cannot know what updates will be.
     loss_rule = window_zscore(signed=True)
     if loss_threshold is not None:
         loss_rule = as_threshold(loss_threshold=loss_threshold)
+    # A clip that changes nothing: norms, thresholds and the record need no second engine.
     watch = clip_by(rule, norm=norm, action=keep, exclude=exclude, axis_names=axis_names)
     needs_loss = loss_threshold is not None
-    return _skip(inner, watch, loss_rule, max_consecutive_skips, needs_loss=needs_loss)
+    return skip_by(inner, watch, loss_rule, max_consecutive_skips, needs_loss=needs_loss)
 
 
 @validate.named
@@ -163,7 +140,8 @@ def skip_nonfinite(
     """
     inner = validate.as_optimizer(inner)
     watch = clip_by(math.inf, action=keep, exclude=exclude, axis_names=axis_names)
-    return _skip(inner, watch, unchecked(math.inf), 1, needs_loss=False)
+    # However many are allowed: what is finite is never over an infinite bound, and never skipped.
+    return skip_by(inner, watch, unchecked(math.inf), 1, needs_loss=False)
 
 
 def _refuse_chain(inner: Any, threshold: Any) -> None:
@@ -171,11 +149,14 @@ def _refuse_chain(inner: Any, threshold: Any) -> None:
 
     An optimizer is a transformation, as thresholds are; it is known by the moments in its state.
     """
+    # A bad `inner` alone is an error of its own, later.
     if not (validate.is_transformation(inner) and validate.is_transformation(threshold)):
         return
     call = validate.called()
+    # Shapes only: to construct must start no backend.
     is_clip = getattr(inner.update, "description", None) is not None
     state = jax.eval_shape(threshold.init, jax.ShapeDtypeStruct((), jnp.float32))
+    # Not by `count`, which `optax.ema` has, a good threshold.
     has_moments = any(optax.tree.get_all_with_path(state, name) for name in ("mu", "nu", "trace"))
     if is_clip or has_moments:
         raise ValueError(
@@ -185,75 +166,4 @@ def _refuse_chain(inner: Any, threshold: Any) -> None:
         )
 
 
-class _Verdict(NamedTuple):
-    """The reason to skip a step (0: none), and the new states of both thresholds."""
-
-    reason: jax.Array
-    spike: Any
-    loss: Any
-
-
-def _judge(watch, loss_rule, updates, state: SkipState, params, loss, passed) -> _Verdict:
-    """Holds norm and loss to their bounds. `watch` is a clip that changes nothing."""
-    _, spike = watch.update(updates, state.spike, params, **passed)
-    finite, over = jnp.isfinite(spike.metrics.grad_norm), spike.metrics.clipped_share > 0
-    reason, loss_state = jnp.where(over, NORM, 0), state.loss
-    if loss is not None:
-        loss = jnp.asarray(loss).astype(jnp.float32)
-        bound, new = loss_rule.update(loss, state.loss, **passed)
-        loss_state = hold(loss_rule.init, loss, new, state.loss)
-        reason = jnp.where(~over & (loss > bound), LOSS, reason)
-        finite = finite & jnp.isfinite(loss)
-    return _Verdict(jnp.where(finite, reason, NONFINITE).astype(jnp.int32), spike, loss_state)
-
-
-def _decide(verdict: _Verdict, state: SkipState, new: Any, fresh: tuple[Any, Any], most: ArrayLike):
-    """Whether to skip, and the state after. `new` is the optimizer's, `fresh` the thresholds'."""
-    locked_out = (verdict.reason != NONFINITE) & (state.consecutive_skips >= most)
-    reset, skip = (verdict.reason > 0) & locked_out, (verdict.reason > 0) & ~locked_out
-    spike = verdict.spike
-    return skip, SkipState(
-        jnp.where(skip, optax.safe_increment(state.skipped_steps), state.skipped_steps),
-        jnp.where(skip, optax.safe_increment(state.consecutive_skips), 0),
-        jnp.where(skip, verdict.reason, state.last_reason),
-        spike._replace(threshold=_select(reset, fresh[0].threshold, spike.threshold)),
-        _select(reset, fresh[1], verdict.loss),
-        _select(skip, state.inner, new),
-    )
-
-
-def _skip(inner, watch, loss_rule, most: ArrayLike, *, needs_loss: bool):
-    """Runs `inner`, and takes back what it did where the step is to be skipped."""
-    call = validate.called()
-
-    def thresholds(params):
-        return watch.init(params), loss_rule.init(jnp.zeros(()))
-
-    def init_fn(params):
-        skipped, row, reason = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return SkipState(skipped, row, reason, *thresholds(params), inner.init(params))
-
-    guard = StateGuard(call, SkipState, init_fn)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, updates if params is None else params)
-        loss = extra_args.get("loss")
-        loss = extra_args.get("value") if loss is None else loss
-        if needs_loss and loss is None:
-            raise ValueError(
-                f"{call}: there is a loss_threshold: write"
-                " tx.update(grads, state, params, loss=loss)."
-            )
-        verdict = _judge(watch, loss_rule, updates, state, params, loss, extra_args)
-        steps, new = inner.update(updates, state.inner, params, **extra_args)
-        fresh = thresholds(updates if params is None else params)
-        skip, state = _decide(verdict, state, new, fresh, most)
-        return jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), steps), state
-
-    annotate(update_fn, description=description_of(watch)._replace(inner=inner))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
-    """One of two trees. Unlike a `cond`, a select fuses, and takes any types in `shard_map`."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+__all__ = ["LOSS", "NONFINITE", "NORM", "SkipState", "skip_nonfinite", "skip_spikes"]

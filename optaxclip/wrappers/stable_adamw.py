@@ -78,6 +78,8 @@ def scale_by_stable_rms(
 
     def update_fn(updates, state, params=None, **extra_args):
         guard.check(state, updates if params is None else params)
+        # Adam first: its second moment has to have seen this gradient. In the first step the older
+        # one is zero, beside which every gradient is a spike.
         steps, new = inner.update(updates, state.inner, params, **extra_args)
         clipped, record = clip.update(steps, state.clip, _shares(call, updates, new, b2, eps))
         return clipped, StableRmsState(new, record)
@@ -93,9 +95,11 @@ def _shares(call: str, updates: Any, state: optax.OptState, b2: ArrayLike, eps: 
         raise ValueError(
             f"{call}: inner must keep Adam's `nu` and `count`: wrap optax.scale_by_adam()."
         )
+    # As `debiased_weight`: 1 - b2 is taken before it is rounded, and 1 - b2ᵗ by way of logarithms.
     rest = jnp.asarray(1 - b2).astype(jnp.float32)
     seen = -jnp.expm1(count.astype(jnp.float32) * jnp.log1p(-rest))
 
+    # Moments of bfloat16 gradients are bfloat16: a ratio in that dtype would have 8 bits.
     def share(g, v):
         corrected = jnp.sqrt(widen(v) / like(seen, widen(v)))
         return jnp.abs(widen(g)) / jnp.maximum(corrected, like(eps, corrected))
@@ -136,6 +140,8 @@ def stable_adamw(
     >>> round(float(updates[0]), 4)
     -0.1
     """
+    # Decay inside, as the rate of the whole leaf is lowered. The learning rate outside: a schedule
+    # has a `count` of its own, and `optax.tree.get` refuses to choose.
     adamw = optax.chain(
         optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay, mask)
     )

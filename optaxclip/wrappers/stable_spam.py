@@ -50,7 +50,11 @@ def stable_spam(
     >>> round(float(updates[0]), 5)
     -0.001
     """
+    # Checked under the names that they have here; the parts would call them `decay`, `b1` and `b2`.
     validate.share(max_decay=max_decay, norm_b1=norm_b1, norm_b2=norm_b2)
+    # Elements first, or one spike would be all of the norm by which the rest is divided. Each part
+    # counts its own steps: in the authors' code a reset of the moments restarts the bias correction
+    # of the running maximum, too, which turns that clip off for hundreds of steps.
     return optax.chain(
         clip_by_running_max(max_decay, axis_names=axis_names),
         normalize_by_moments(norm_b1, norm_b2, axis_names=axis_names),

@@ -44,6 +44,7 @@ class Layout(NamedTuple):
 
 def group(keys: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
     """Sets of positions with equal keys, in order of their first."""
+    # In order of the first, not sorted: keys hold shapes and `None`, which have no order.
     rows: dict[Any, list[int]] = {}
     for i, key in enumerate(keys):
         rows.setdefault(key, []).append(i)
@@ -52,6 +53,7 @@ def group(keys: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
 
 def lay_out(blocks: Blocks, paths: Sequence[str], shapes, span: Span = NOWHERE) -> Layout:
     """The layout of a tree. Rows ignore dtypes: parameters start a state of their shape."""
+    # Tuples throughout: a layout is a static argument of jitted functions, and has to be hashable.
     axes = blocks.axes or [None] * len(paths)
     rows = group(
         [
@@ -68,6 +70,7 @@ def lay_out(blocks: Blocks, paths: Sequence[str], shapes, span: Span = NOWHERE) 
 
 def same_types(layout: Layout, row: Sequence[int], arrays: Sequence[jax.Array]) -> list[list[int]]:
     """A row split by the types of its leaves (dtype, in `shard_map` what varies) and by span."""
+    # Not part of the layout: the same leaves may be float32 at `init`, and bfloat16 at an update.
     keys = [
         (jax.typeof(arrays[i]), layout.span.leaves[i] if layout.span.leaves else None) for i in row
     ]

@@ -77,12 +77,14 @@ def _across(x: jax.Array, axes: tuple[str, ...], how: str) -> jax.Array:
 
 def vary(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """`x`, cast to the type that a collective over `axes` takes."""
+    # Where types are kept, a `psum` over two axes of what varies over only one is an error.
     missing = tuple(axis for axis in axes if axis in _manual_axes() and axis not in varying_axes(x))
     return lax.pcast(x, missing, to="varying") if missing and _types_are_kept() else x
 
 
 def varying_axes(x) -> frozenset[str]:
     """The mesh axes over which an array varies, read from its type."""
+    # Renamed in jax 0.10, before which it is `vma`.
     kind = getattr(jax.typeof(x), "manual_axis_type", None)
     return frozenset(getattr(jax.typeof(x), "vma", ()) if kind is None else kind.varying)
 
@@ -93,6 +95,7 @@ def _manual_axes() -> tuple[str, ...]:
 
 def _types_are_kept() -> bool:
     """Whether `shard_map` keeps track of what varies: its own axis index certainly does."""
+    # There is no other way to ask: with `check_vma=False` all types are empty, as those of copies.
     return all(axis in varying_axes(lax.axis_index(axis)) for axis in _manual_axes())
 
 
@@ -107,6 +110,7 @@ def _named(axis_names: AxisNames, paths: Sequence[str]) -> list:
         return [axis_names] * len(paths)
     if callable(axis_names):
         return [axis_names(path) for path in paths]
+    # `()` is an entry, "on no axis"; to JAX it is a node without leaves.
     names = jax.tree.leaves(axis_names, is_leaf=is_names)
     if len(names) != len(paths) or not all(map(is_names, names)):
         raise ValueError(
@@ -136,7 +140,8 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
     else:
         raise ValueError(_silent(axes))
     # Axes that only types name are agreed over, too: what the caller calls replicated becomes so by
-    # type.
+    # type. Sorted, as a set of strings has another order in each process, and all processes must
+    # compile one program.
     return Span(
         tuple(said), tuple(sorted(frozenset().union(*said, *typed))), axis_names is not None
     )

@@ -1,0 +1,146 @@
+"""How a step is skipped: the optimizer runs in any case, and what it did is taken back.
+
+A `cond` around it would copy the whole state, and a GPU would wait for its host to read the
+condition.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import validate
+from optaxclip.base import annotate
+from optaxclip.engine import description_of
+from optaxclip.states import StateGuard
+from optaxclip.thresholds.blocks import hold
+
+# Why a step was skipped, in `SkipState.last_reason`.
+NORM, LOSS, NONFINITE = 1, 2, 3
+
+
+class SkipState(NamedTuple):
+    """State of `skip_spikes` and `skip_nonfinite`.
+
+    Attributes:
+      skipped_steps: int32, the steps that were skipped.
+      consecutive_skips: int32, those since the last step that was taken.
+      last_reason: int32, why the last of them was skipped: 1 its norm was over the bound, 2 its
+        loss was, 3 one of both was not finite; 0 if none was skipped yet.
+      spike: a `ClipState`: the threshold of the norms, what was seen, and the number of all steps.
+      loss: the threshold of the losses.
+      inner: the state of the optimizer.
+    """
+
+    skipped_steps: jax.Array
+    consecutive_skips: jax.Array
+    last_reason: jax.Array
+    spike: Any
+    loss: optax.OptState
+    inner: optax.OptState
+
+
+class _Verdict(NamedTuple):
+    """The reason to skip a step (0: none), and the new states of both thresholds."""
+
+    reason: jax.Array
+    spike: Any
+    loss: Any
+
+
+def _judge(watch, loss_rule, updates, state: SkipState, params, loss, passed) -> _Verdict:
+    """Holds norm and loss to their bounds. `watch` is a clip that changes nothing."""
+    _, spike = watch.update(updates, state.spike, params, **passed)
+    finite, over = jnp.isfinite(spike.metrics.grad_norm), spike.metrics.clipped_share > 0
+    reason, loss_state = jnp.where(over, NORM, 0), state.loss
+    if loss is not None:
+        loss = jnp.asarray(loss).astype(jnp.float32)
+        bound, new = loss_rule.update(loss, state.loss, **passed)
+        # No engine holds this one, and a threshold of the user's may learn NaN.
+        loss_state = hold(loss_rule.init, loss, new, state.loss)
+        reason = jnp.where(~over & (loss > bound), LOSS, reason)
+        finite = finite & jnp.isfinite(loss)
+    return _Verdict(jnp.where(finite, reason, NONFINITE).astype(jnp.int32), spike, loss_state)
+
+
+def _decide(verdict: _Verdict, state: SkipState, new: Any, fresh: tuple[Any, Any], most: ArrayLike):
+    """Whether to skip, and the state after. `new` is the optimizer's, `fresh` the thresholds'."""
+    # The thresholds forget, too: fed with what is accepted only, they would never learn the new
+    # scale.
+    locked_out = (verdict.reason != NONFINITE) & (state.consecutive_skips >= most)
+    reset, skip = (verdict.reason > 0) & locked_out, (verdict.reason > 0) & ~locked_out
+    spike = verdict.spike
+    # Thresholds move on at a skipped step, too: what they learn of a spike is up to their feed.
+    return skip, SkipState(
+        jnp.where(skip, optax.safe_increment(state.skipped_steps), state.skipped_steps),
+        jnp.where(skip, optax.safe_increment(state.consecutive_skips), 0),
+        jnp.where(skip, verdict.reason, state.last_reason),
+        spike._replace(threshold=_select(reset, fresh[0].threshold, spike.threshold)),
+        _select(reset, fresh[1], verdict.loss),
+        _select(skip, state.inner, new),
+    )
+
+
+def skip_by(
+    inner: optax.GradientTransformationExtraArgs,
+    watch: optax.GradientTransformationExtraArgs,
+    loss_rule: optax.GradientTransformationExtraArgs,
+    most: ArrayLike,
+    *,
+    needs_loss: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs `inner`, and takes back what it did where the step is to be skipped.
+
+    Args:
+      inner: the optimizer.
+      watch: a clip that changes nothing, whose threshold is that of norms.
+      loss_rule: the threshold of losses.
+      most: how many consecutive steps may be skipped for what is finite.
+      needs_loss: whether an update without a loss is an error.
+    """
+    call = validate.called()
+
+    def thresholds(params):
+        return watch.init(params), loss_rule.init(jnp.zeros(()))
+
+    def init_fn(params):
+        # One array each: two leaves with one buffer cannot be donated.
+        skipped, row, reason = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return SkipState(skipped, row, reason, *thresholds(params), inner.init(params))
+
+    guard = StateGuard(call, SkipState, init_fn)
+
+    @validate.speak_for(call)
+    def update_fn(updates, state, params=None, **extra_args):
+        guard.check(state, updates if params is None else params)
+        loss = _find_loss(call, extra_args, needs_loss)
+        verdict = _judge(watch, loss_rule, updates, state, params, loss, extra_args)
+        steps, new = inner.update(updates, state.inner, params, **extra_args)
+        # Made in the step, and not kept, or every checkpoint would hold a second set of thresholds.
+        fresh = thresholds(updates if params is None else params)
+        skip, state = _decide(verdict, state, new, fresh, most)
+        # A select, and not times 0: the steps of a gradient with NaN in it are NaN.
+        return jax.tree.map(lambda u: jnp.where(skip, jnp.zeros_like(u), u), steps), state
+
+    annotate(update_fn, description=description_of(watch)._replace(inner=inner))
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _find_loss(call: str, passed: dict[str, Any], needs_loss: bool) -> Any:
+    """The loss that an update was passed, if any; `value` is what Optax's line searches call it."""
+    loss = passed.get("loss")
+    loss = passed.get("value") if loss is None else loss
+    if needs_loss and loss is None:
+        raise ValueError(
+            f"{call}: there is a loss_threshold: write tx.update(grads, state, params, loss=loss)."
+        )
+    return loss
+
+
+def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
+    """One of two trees. Unlike a `cond`, a select fuses, and takes any types in `shard_map`."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
