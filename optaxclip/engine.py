@@ -81,24 +81,25 @@ def build(
     about = about._replace(name=validate.called())
     memory, threshold = ParamsMemory(), about.threshold
 
-    @validate.speak_for(about.name)
     def init_fn(params):
-        return _start(about, rule, memory.recall(params))
+        with validate.speak_for(about.name):
+            return _start(about, rule, memory.recall(params))
 
     guard = StateGuard(about.name, ClipState, init_fn)
 
-    @validate.speak_for(about.name)
     def update_fn(updates, state, params=None, **extra_args):
-        leaves = select(updates, about.exclude)
-        state = _accept(guard, state, updates)
-        layout = _lay_out(about, rule, leaves, axis_names)
-        norms, param_norms = _measure(about, rule, leaves, layout, params, _dtype_of(state, leaves))
-        bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
-        arrays, step = rule.act(leaves, layout, norms, bounds)
-        # Here, and not in the thresholds: so a NaN moves none of them, the user's and Optax's
-        # included.
-        new = hold(threshold.init, norms, new, state.threshold)
-        return leaves.rebuild(arrays), ClipState(new, record(state.metrics, step))
+        with validate.speak_for(about.name):
+            leaves = select(updates, about.exclude)
+            state = _accept(guard, state, updates)
+            layout = _lay_out(about, rule, leaves, axis_names)
+            dtype = _dtype_of(state, leaves)
+            norms, param_norms = _measure(about, rule, leaves, layout, params, dtype)
+            bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
+            arrays, step = rule.act(leaves, layout, norms, bounds)
+            # Here, and not in the thresholds: so a NaN moves none of them, the user's and Optax's
+            # included.
+            new = hold(threshold.init, norms, new, state.threshold)
+            return leaves.rebuild(arrays), ClipState(new, record(state.metrics, step))
 
     annotate(update_fn, description=about)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

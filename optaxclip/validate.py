@@ -39,7 +39,7 @@ _CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default=_NOB
 
 @contextlib.contextmanager
 def speak_for(call: str) -> Iterator[None]:
-    """Makes errors inside speak of `call`; a context, and a decorator."""
+    """Makes errors inside speak of `call`. A context."""
     token = _CALL.set(call)
     try:
         yield

@@ -114,11 +114,11 @@ def skip_by(
 
     guard = StateGuard(call, SkipState, init_fn)
 
-    @validate.speak_for(call)
     def update_fn(updates, state, params=None, **extra_args):
         guard.check(state, updates if params is None else params)
         loss = _find_loss(call, extra_args, needs_loss)
-        verdict = _judge(watch, loss_rule, updates, state, params, loss, extra_args)
+        with validate.speak_for(call):
+            verdict = _judge(watch, loss_rule, updates, state, params, loss, extra_args)
         steps, new = inner.update(updates, state.inner, params, **extra_args)
         # Made in the step, and not kept, or every checkpoint would hold a second set of thresholds.
         fresh = thresholds(updates if params is None else params)
