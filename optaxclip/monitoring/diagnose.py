@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from optaxclip.monitoring.findings import Findings
+from optaxclip.monitoring.findings import Findings, Sign
 from optaxclip.monitoring.history import Recorded, read_run
-from optaxclip.monitoring.signs import RULES
-
-
-class Sign(NamedTuple):
-    """One sign that something is wrong.
-
-    Attributes:
-      name: a short, stable name: "norms-exploding".
-      what: what is seen, in words.
-      evidence: the numbers.
-      fix: what to try.
-    """
-
-    name: str
-    what: str
-    evidence: dict[str, float]
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.what}\n    Try: {self.fix}"
+from optaxclip.monitoring.signs import find_signs
 
 
 def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) -> tuple[Sign, ...]:
@@ -52,5 +33,7 @@ def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) 
     ...     print(sign.name, sorted(sign.evidence))
     norms-exploding ['doubling_steps', 'growth', 'r2', 'steps']
     """
-    run = read_run(history, losses, param_norms)
-    return Findings(Sign(*found) for rule in RULES for found in rule(run))
+    return Findings(find_signs(read_run(history, losses, param_norms)))
+
+
+__all__ = ["Sign", "diagnose"]

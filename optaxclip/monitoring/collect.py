@@ -1,0 +1,200 @@
+"""Collecting the scalars of each step on the host, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip import validate
+from optaxclip.states import kind_of
+
+# Steps that are fetched together: few enough for the device to hold, and enough to share the cost.
+_BATCH = 256
+
+
+class History:
+    """Collects the dict of scalars of each step, on the host, without waiting for the device.
+
+    The scalars of a step are copied into one array on the device, so that their buffers may be
+    donated to the next step, and fetched together with those of other steps. Memory is bounded: a
+    history that is full keeps every other step, then every fourth and so on, and beside them the
+    steps at which something stands out from the steps around it.
+
+    Args:
+      window: how many of the last steps to keep, each of them; None: the whole run, thinned out.
+      every: takes in each so many steps; the others cost nothing.
+      max_steps: how many steps to keep of the whole run; at least 64.
+
+    Attributes:
+      steps: (rows,), for each step that is kept how many were appended up to it.
+
+    Raises:
+      ValueError: for a window, `every` or `max_steps` that is not a whole number, or too small.
+
+    >>> import optaxclip
+    >>> history = optaxclip.History()
+    >>> for loss in (3.0, 2.0):
+    ...     history.append({"clip/grad_norm": 1.0}, loss=loss)
+    >>> history.arrays()
+    {'clip/grad_norm': array([1., 1.]), 'loss': array([3., 2.])}
+    """
+
+    def __init__(self, window: int | None = None, *, every: int = 1, max_steps: int = 20_000):
+        whole = "a whole number of at least"
+        given = {"window": (window, 1), "every": (every, 1), "max_steps": (max_steps, 64)}
+        for name, (x, least) in given.items():
+            if (name, x) != ("window", None) and (type(x) is not int or x < least):
+                none = ", or None" if name == "window" else ""
+                raise validate.fail(f"{name} must be {whole} {least}{none}", x, call="History")
+        self._window, self._every, self._max_steps = window, every, max_steps
+        self._appended, self._stride = 0, 1
+        self._waiting: list[tuple[int, dict[Any, Any]]] = []
+        # The table so far, with a first column for the step; NaN where a step lacks a key.
+        self._keys: dict[str, int] = {}
+        self._table = np.empty((0, 1))
+
+    def append(self, metrics: Mapping[str, Any], **more: Any) -> None:
+        """Takes in one step: `optaxclip.metrics(opt_state)`, and `loss=` or `param_norm=`, say.
+
+        Raises:
+          ValueError: for what is not a dict of scalars, such as a state; inside a compiled step.
+        """
+        if not isinstance(metrics, Mapping):
+            raise ValueError(
+                "History.append takes the scalars of one step, not a state: write"
+                f" history.append(optaxclip.metrics(opt_state), loss=loss). Got {kind_of(metrics)}."
+            )
+        row = {**metrics, **more}
+        _check_scalars(row)
+        self._appended += 1
+        if (self._appended - 1) % self._every:
+            return
+        self._waiting.append((self._appended, _pack(row)))
+        if len(self._waiting) >= _BATCH:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        """Brings what waits on the device to the host, and stores it."""
+        waiting, self._waiting = self._waiting, []
+        read = jax.device_get([packed for _, packed in waiting])
+        # Steps with the same keys in the same groups are one matrix.
+        alike = defaultdict(list)
+        for (step, _), packed in zip(waiting, read, strict=True):
+            alike[tuple(packed)].append((step, *packed.values()))
+        for groups, rows in alike.items():
+            steps, *values = zip(*rows, strict=True)
+            names = [key for group in groups for key in group[0]]
+            self._store(names, np.asarray(steps), [np.asarray(x, np.float64) for x in values])
+
+    def _store(self, names: list[str], steps: np.ndarray, values: list[np.ndarray]) -> None:
+        for name in names:
+            self._keys.setdefault(name, len(self._keys) + 1)
+        new = np.full((len(steps), len(self._keys) + 1), np.nan)
+        new[:, 0] = steps
+        new[:, [self._keys[name] for name in names]] = np.concatenate(values, axis=1)
+        if self._window is None:
+            new = _thin(new, self._stride * self._every)
+        wider = ((0, 0), (0, new.shape[1] - self._table.shape[1]))
+        table = np.pad(self._table, wider, constant_values=np.nan) if wider[1][1] else self._table
+        self._table = np.concatenate([table, new])[-(self._window or 0) :]
+        while self._window is None and len(self._table) > self._max_steps:
+            self._stride *= 2
+            self._table = _thin(self._table, self._stride * self._every)
+
+    def _read(self) -> np.ndarray:
+        if self._waiting:
+            self._fetch()
+        # Steps whose keys differ are stored apart, each in its own order.
+        return self._table[np.argsort(self._table[:, 0], kind="stable")]
+
+    @property
+    def steps(self) -> np.ndarray:
+        return self._read()[:, 0].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def rows(self) -> list[dict[str, float]]:
+        """One dict a step; NaN where a step lacks a key."""
+        return [dict(zip(self._keys, row, strict=True)) for row in self._read()[:, 1:].tolist()]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """One array a key, one entry a step; NaN where a step lacks the key."""
+        table = self._read()
+        return {key: table[:, column].copy() for key, column in self._keys.items()}
+
+
+def _check_scalars(row: Mapping[str, Any]) -> None:
+    # Shapes are known without waiting for the numbers, so this is said at the mistaken call.
+    wide = {key: np.shape(x) for key, x in row.items() if np.shape(x)}
+    if wide:
+        raise ValueError(
+            "History.append takes one number under each key; not so"
+            f" {dict(list(wide.items())[:3])}. Of several runs (vmap) append one each to a History"
+            " of its own; of a lax.scan the stacked dict is a history already."
+        )
+    if any(isinstance(x, jax.core.Tracer) for x in row.values()):
+        raise ValueError(
+            "History.append is for the host, between steps: return the metrics from the compiled"
+            " step, and append them there. Of a lax.scan the stacked dict is a history already."
+        )
+
+
+@jax.jit
+def _stack(scalars: list[jax.Array]) -> jax.Array:
+    return jnp.stack(scalars)
+
+
+def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
+    """A row as few arrays: those on a device by dtype and placement, the rest as one.
+
+    Returns:
+      For each group its keys and what they have in common, with the array of their values.
+    """
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for key, x in row.items():
+        # One program takes arrays of one placement only; strict promotion wants one dtype.
+        groups[(x.dtype, x.sharding) if isinstance(x, jax.Array) else None].append(key)
+    packed = {}
+    for group, keys in groups.items():
+        values = [row[key] for key in keys]
+        if group is None:
+            packed[tuple(keys), group] = np.array(values, np.float64)
+        else:
+            packed[tuple(keys), group] = _stack(values)
+            packed[tuple(keys), group].copy_to_host_async()
+    return packed
+
+
+def _thin(table: np.ndarray, stride: int) -> np.ndarray:
+    """Each so many rows by the step in the first column, and a quarter more that stand out."""
+    regular = (table[:, 0] - 1) % stride == 0
+    score = np.where(regular, 0, _stand_out(table[:, 1:]))
+    most = int(regular.sum()) // 4 + 1
+    extra = np.argsort(score)[-most:]
+    return table[np.union1d(np.flatnonzero(regular), extra[score[extra] > 0])]
+
+
+def _stand_out(x: np.ndarray) -> np.ndarray:
+    """How far each row is from its neighbours, in the column where it is farthest."""
+    finite = np.isfinite(x)
+    # First and last step of each episode of NaN: what is between them is the same.
+    edges = finite[1:] != finite[:-1]
+    ends = np.zeros(len(x), bool)
+    ends[1:] |= (edges & ~finite[1:]).any(axis=1)
+    ends[:-1] |= (edges & ~finite[:-1]).any(axis=1)
+    x = np.where(finite, x, 0.0)
+    middle = x.copy()
+    # The median of three has no distance to counters and trends, only to single steps.
+    low, high = np.minimum(x[:-2], x[2:]), np.maximum(x[:-2], x[2:])
+    middle[1:-1] = np.clip(x[1:-1], low, high)
+    distance = np.abs(x - middle)
+    typical = distance.mean(axis=0)
+    with np.errstate(over="ignore"):
+        score = (distance / np.where(typical > 0, typical, 1)).max(axis=1, initial=0)
+    return np.where(ends, np.inf, score)
