@@ -14,9 +14,9 @@ Run = dict[str, np.ndarray]
 LAYERS = 6
 # What would send somebody with an explosion, or any other fault of its own, in another direction.
 SILENT = "nothing"
-VANISHING = {"norms-vanishing", "norms-fall-with-depth", "zero-gradients", "layer-dead"}
-EXPLODING = {"norms-exploding", "norms-jumped", "learning-rate-too-high"}
-BROKEN = {"norm-not-finite", "loss-not-finite", "norm-overflow"}
+VANISHING = frozenset({"norms-vanishing", "norms-fall-with-depth", "zero-gradients", "layer-dead"})
+EXPLODING = frozenset({"norms-exploding", "norms-jumped", "learning-rate-too-high"})
+BROKEN = frozenset({"norm-not-finite", "loss-not-finite", "norm-overflow"})
 
 
 class Case(NamedTuple):
@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
     draw: Callable[[np.random.Generator], Run]
     first: str
-    never: set[str] = set()
+    never: frozenset[str] = frozenset()
     block: bool = False
 
 

@@ -52,11 +52,11 @@ class History:
                 none = ", or None" if name == "window" else ""
                 raise validate.fail(f"{name} must be {whole} {least}{none}", x, call="History")
         self._window, self._every, self._max_steps = window, every, max_steps
-        self._appended, self._stride = 0, 1
+        self._appended, self._stride = 0, every
         self._waiting: list[tuple[int, dict[Any, Any]]] = []
-        # The table so far, with a first column for the step; NaN where a step lacks a key.
+        # Tables of rows, with a first column for the step; the column of each key.
         self._keys: dict[str, int] = {}
-        self._table = np.empty((0, 1))
+        self._tables: list[np.ndarray] = []
 
     def append(self, metrics: Mapping[str, Any], **more: Any) -> None:
         """Takes in one step: `optaxclip.metrics(opt_state)`, and `loss=` or `param_norm=`, say.
@@ -97,20 +97,32 @@ class History:
         new = np.full((len(steps), len(self._keys) + 1), np.nan)
         new[:, 0] = steps
         new[:, [self._keys[name] for name in names]] = np.concatenate(values, axis=1)
-        if self._window is None:
-            new = _thin(new, self._stride * self._every)
-        wider = ((0, 0), (0, new.shape[1] - self._table.shape[1]))
-        table = np.pad(self._table, wider, constant_values=np.nan) if wider[1][1] else self._table
-        self._table = np.concatenate([table, new])[-(self._window or 0) :]
-        while self._window is None and len(self._table) > self._max_steps:
+        # Rows are put into one table only where it is read or full: that copies all of them.
+        self._tables.append(new if self._window else _thin(new, self._stride))
+        if sum(map(len, self._tables)) > 2 * (self._window or self._max_steps // 2):
+            self._join()
+
+    def _join(self) -> np.ndarray:
+        """The one table, in the order of steps; thinned out if it is full."""
+        width = len(self._keys) + 1
+        padded = [
+            np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=np.nan)
+            for x in self._tables
+        ]
+        table = np.concatenate(padded) if padded else np.empty((0, width))
+        # Steps whose keys differ were stored apart.
+        table = table[np.argsort(table[:, 0], kind="stable")]
+        table = table[-self._window :] if self._window else table
+        while not self._window and len(table) > self._max_steps:
             self._stride *= 2
-            self._table = _thin(self._table, self._stride * self._every)
+            table = _thin(table, self._stride)
+        self._tables = [table]
+        return table
 
     def _read(self) -> np.ndarray:
         if self._waiting:
             self._fetch()
-        # Steps whose keys differ are stored apart, each in its own order.
-        return self._table[np.argsort(self._table[:, 0], kind="stable")]
+        return self._join()
 
     @property
     def steps(self) -> np.ndarray:

@@ -21,6 +21,9 @@ LARGE, LARGE_FOR_SURE = 10.0, 100.0
 # Before there are enough steps to know the noise.
 LARGE_UNKNOWN = 30.0
 
+# A block is first if it rises this many times as far as the median block.
+AHEAD = 1.5
+
 # A level that lasts is another one if it is this many times the one before: 5-fold steps up are
 # seen at restarts, and 10-fold ones where data change.
 JUMP = 20.0
@@ -56,8 +59,8 @@ FADED, FADED_UNKNOWN = 1e-2, 1e-4
 # Norms of the first and the last of at least four layers; 30-fold is common in healthy models.
 DEPTH, DEPTH_LAYERS = 100.0, 4
 
-# Losses: below 2 % and two standard errors the eye sees no change; 10 % and four are one.
-UNMOVED, UNMOVED_ERRORS = 0.02, 2.0
+# Losses: below 2 % and three standard errors the eye sees no change; 10 % and four are one.
+UNMOVED, UNMOVED_ERRORS = 0.02, 3.0
 RISEN, RISEN_ERRORS = 0.1, 4.0
 
 # Shares of steps.

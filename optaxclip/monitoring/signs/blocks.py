@@ -6,7 +6,7 @@ import numpy as np
 
 from optaxclip.monitoring.fits import is_known
 from optaxclip.monitoring.history import RecordedRun
-from optaxclip.monitoring.limits import NEIGHBOURS
+from optaxclip.monitoring.limits import AHEAD, NEIGHBOURS
 from optaxclip.monitoring.summary import natural_key
 
 
@@ -20,23 +20,26 @@ def in_block(block: str) -> str:
     return f", first in {block}" if block else ""
 
 
-def first_large(run: RecordedRun, at: int, end: int, ratio: float) -> str:
-    """The block that first was so many times its usual norm, of those the one that is most.
+def first_large(run: RecordedRun, at: int, end: int) -> str:
+    """The block that is ahead of the others while norms rise; nothing if they rise together.
 
     Args:
       run: with norms by block, or none.
-      at, end: between which steps to look.
-      ratio: of a norm over its median before.
+      at, end: the steps of the rise.
     """
-    found = []
+    # As long before the rise as it is long: its foot is below the noise.
+    foot = max(2 * at - end, 1)
+    rises = {}
     for name, x in run.blocks.items():
-        before = x[max(at - 2 * NEIGHBOURS, 0) : max(at, 1)]
-        known = before[is_known(before)]
-        ratios = x[at:end] / np.median(known) if len(known) else np.zeros(end - at)
-        over = np.flatnonzero(ratios >= ratio)
-        if len(over):
-            found.append((over[0], -ratios[over[0]], name))
-    return min(found)[2] if len(run.blocks) > 1 and found else ""
+        before, now = x[max(foot - 2 * NEIGHBOURS, 0) : foot], x[at:end]
+        if is_known(before).any() and is_known(now).all():
+            rises[name] = np.log(now) - np.log(np.median(before[is_known(before)]))
+    if len(rises) < 2:
+        return ""
+    # Relative to the others: noise and rise that all blocks share say nothing.
+    table = np.stack(list(rises.values()))
+    leads = (table - np.median(table, axis=0)).mean(axis=1)
+    return list(rises)[int(np.argmax(leads))] if leads.max() >= np.log(AHEAD) else ""
 
 
 def first_lost(run: RecordedRun, at: int) -> str:

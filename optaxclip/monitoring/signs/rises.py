@@ -134,22 +134,27 @@ def _find_leap(run: RecordedRun, rise: Rise | None) -> tuple[int, float] | None:
     w = run.param_norms
     if w is None or len(w) < 3:
         return None
-    if rise is not None:
-        # The norm at a step is that before its update; weights are recorded after it.
-        large = np.flatnonzero(run.norms[rise.start : rise.end] >= LARGE * rise.usual)
-        at = rise.start + int(large[0]) if len(large) else rise.end - 1
-        before = w[max(at - 2 * LEAP_STEPS, 0) : at]
-        before = before[is_known(before)]
-        final = w[at : max(rise.end, at + 1)]
-        grown = np.nanmax(final, initial=0) / before[0] if len(before) else 0
-        led = len(before) and before[-1] >= MOVED * before[0] and grown >= LEAP
-        return (max(rise.start, 1) - 1, float(grown)) if led else None
+    end = len(w) if rise is None else rise.start + 1
+    steps = min(LEAP_STEPS, len(w) - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = w[LEAP_STEPS:] / w[:-LEAP_STEPS] if len(w) > LEAP_STEPS else w[-1:] / w[:1]
+        ratios = (w[steps:] / w[:-steps])[:end]
     over = np.flatnonzero(ratios >= LEAP)
-    if not len(over) or not _loss_is_worse(run, over[0]):
+    if len(over) and _loss_is_worse(run, over[0]):
+        return int(over[0]), float(ratios[over[0]])
+    return None if rise is None else _find_lead(run.norms, w, rise)
+
+
+def _find_lead(norms: np.ndarray, w: np.ndarray, rise: Rise) -> tuple[int, float] | None:
+    """The same where norms and weights rise together: whether the weights were ahead."""
+    # The norm at a step is that before its update; weights are recorded after it.
+    large = np.flatnonzero(norms[rise.start : rise.end] >= LARGE * rise.usual)
+    at = rise.start + int(large[0]) if len(large) else rise.end - 1
+    before = w[max(at - 2 * LEAP_STEPS, 0) : at]
+    before = before[is_known(before)]
+    if not len(before) or before[-1] < MOVED * before[0]:
         return None
-    return int(over[0]), float(ratios[over[0]])
+    grown = np.max(w[at : rise.end], where=np.isfinite(w[at : rise.end]), initial=0) / before[0]
+    return (max(rise.start, 1) - 1, float(grown)) if grown >= LEAP else None
 
 
 def _loss_is_worse(run: RecordedRun, at: int) -> bool:
@@ -175,9 +180,7 @@ def _too_high(run: RecordedRun, at: int, grown: float) -> Sign:
 
 def _exploding(run: RecordedRun, rise: Rise) -> Sign:
     growth, steps = rise.peak / rise.usual, rise.end - rise.start
-    # A third of the rise: the first block need not rise as far as the sum of all.
-    early = max(rise.start - steps // 2 - 1, 0)
-    block = first_large(run, early, rise.end, min(growth ** (1 / 3), LARGE / 2))
+    block = first_large(run, rise.start, rise.end)
     step, fold = step_at(run, rise.start), format_number(growth)
     evidence = {"growth": growth, "steps": steps, "usual": rise.usual, "first": rise.start}
     levels = f"from {format_number(rise.usual)} to {format_number(rise.peak)}"

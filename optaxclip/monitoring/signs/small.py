@@ -17,6 +17,7 @@ from optaxclip.monitoring.limits import (
     FADED,
     FADED_UNKNOWN,
     RISE_R2,
+    UNMOVED,
     UNMOVED_ERRORS,
 )
 from optaxclip.monitoring.signs.blocks import step_at
@@ -104,7 +105,8 @@ def vanishing(run: RecordedRun) -> Iterator[Sign]:
         halves = np.array_split(run.losses[np.isfinite(run.losses)], 2)
         before, after, error = compare_parts(*halves)
         # Where the loss falls, so may the norms.
-        least = FADED if before - after <= UNMOVED_ERRORS * error else 0.0
+        falls = before - after > max(UNMOVED_ERRORS * error, UNMOVED * abs(before))
+        least = 0.0 if falls else FADED
     if fit.growth <= least and fit.r2 >= RISE_R2:
         yield Sign(
             "norms-vanishing",

@@ -44,11 +44,10 @@ def spiking(run: RecordedRun) -> Iterator[Sign]:
 
 def _is_heavy(ratios: np.ndarray) -> bool:
     """Whether the tail is heavy, in the whole run and nearly everywhere in it."""
-    quarters = np.array_split(ratios, 4)
-    heavy = [tail_index(quarter) < TAIL_INDEX for quarter in quarters]
-    # One spike, or a burst, makes the tail of one quarter heavy.
-    everywhere = sum(heavy) >= 3 and tail_index(ratios) < TAIL_INDEX
-    return everywhere and bool(np.quantile(ratios, 0.99) >= TAIL_RATIO)
+    # One spike, or a burst, makes the tail of one quarter heavy, and with it that of the whole.
+    everywhere = [quarter.max() >= TAIL_RATIO for quarter in np.array_split(ratios, 4)]
+    heavy = tail_index(ratios) < TAIL_INDEX and np.quantile(ratios, 0.99) >= TAIL_RATIO
+    return bool(heavy) and sum(everywhere) >= 3
 
 
 def _heavy_tail(ratios: np.ndarray) -> Sign:
@@ -67,7 +66,7 @@ def _heavy_tail(ratios: np.ndarray) -> Sign:
 def _burst(run: RecordedRun, where: np.ndarray, ratios: np.ndarray, event: np.ndarray) -> Sign:
     first, last = int(where[event[0]]), int(where[event[-1]])
     largest = float(ratios[event].max())
-    block = first_large(run, first, last + 1, largest**0.5)
+    block = first_large(run, first, first + 1)
     return Sign(
         "spike-burst",
         f"{len(event)} spikes from step {step_at(run, first)} to {step_at(run, last)}, up to"
@@ -84,7 +83,7 @@ def _spike(run: RecordedRun, where, ratios: np.ndarray, events: list[np.ndarray]
     peaks = [event[np.argmax(ratios[event])] for event in events]
     peak = max(peaks, key=lambda i: ratios[i])
     at, first, largest = int(where[peak]), int(where[peaks[0]]), float(ratios[peak])
-    block = first_large(run, at, at + 1, largest**0.5)
+    block = first_large(run, at, at + 1)
     more = f", the largest of {len(events)} such spikes" if len(events) > 1 else ""
     return Sign(
         "spike",
