@@ -15,6 +15,8 @@ from optaxclip.states import kind_of
 
 # Steps that are fetched together: few enough for the device to hold, and enough to share the cost.
 _BATCH = 256
+# The placement of a plain number.
+_HOST: tuple = ((),)
 
 
 class History:
@@ -69,12 +71,15 @@ class History:
                 "History.append takes the scalars of one step, not a state: write"
                 f" history.append(optaxclip.metrics(opt_state), loss=loss). Got {kind_of(metrics)}."
             )
-        row = {**metrics, **more}
-        _check_scalars(row)
         self._appended += 1
         if (self._appended - 1) % self._every:
             return
-        self._waiting.append((self._appended, _pack(row)))
+        packed = _pack({**metrics, **more})
+        for x in packed.values():
+            # Under way while the device goes on, so that nobody waits for it later.
+            if isinstance(x, jax.Array):
+                x.copy_to_host_async()
+        self._waiting.append((self._appended, packed))
         if len(self._waiting) >= _BATCH:
             self._fetch()
 
@@ -141,27 +146,6 @@ class History:
         return {key: table[:, column].copy() for key, column in self._keys.items()}
 
 
-def _check_scalars(row: Mapping[str, Any]) -> None:
-    # Shapes are known without waiting for the numbers, so this is said at the mistaken call.
-    wide = {key: np.shape(x) for key, x in row.items() if np.shape(x)}
-    if wide:
-        raise ValueError(
-            "History.append takes one number under each key; not so"
-            f" {dict(list(wide.items())[:3])}. Of several runs (vmap) append one each to a History"
-            " of its own; of a lax.scan the stacked dict is a history already."
-        )
-    if any(isinstance(x, jax.core.Tracer) for x in row.values()):
-        raise ValueError(
-            "History.append is for the host, between steps: return the metrics from the compiled"
-            " step, and append them there. Of a lax.scan the stacked dict is a history already."
-        )
-
-
-@jax.jit
-def _stack(scalars: list[jax.Array]) -> jax.Array:
-    return jnp.stack(scalars)
-
-
 def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
     """A row as few arrays: those on a device by dtype and placement, the rest as one.
 
@@ -170,17 +154,38 @@ def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
     """
     groups: dict[Any, list[str]] = defaultdict(list)
     for key, x in row.items():
-        # One program takes arrays of one placement only; strict promotion wants one dtype.
-        groups[(x.dtype, x.sharding) if isinstance(x, jax.Array) else None].append(key)
-    packed = {}
-    for group, keys in groups.items():
+        groups[_placement(x)].append(key)
+    # Shapes are known without waiting for the numbers, so this is said at the mistaken call.
+    wide = {key: kind[0] for kind, keys in groups.items() if kind[0] for key in keys}
+    if wide:
+        raise ValueError(
+            "History.append takes one number under each key; not so"
+            f" {dict(list(wide.items())[:3])}. Of several runs (vmap) append one each to a History"
+            " of its own; of a lax.scan the stacked dict is a history already."
+        )
+    packed: dict[Any, Any] = {}
+    for kind, keys in groups.items():
         values = [row[key] for key in keys]
-        if group is None:
-            packed[tuple(keys), group] = np.array(values, np.float64)
-        else:
-            packed[tuple(keys), group] = _stack(values)
-            packed[tuple(keys), group].copy_to_host_async()
+        packed[tuple(keys), kind] = np.array(values, float) if kind == _HOST else _stack(values)
     return packed
+
+
+def _placement(x: Any) -> tuple:
+    """The shape of a value, and for one on a device what it shares with others of one program."""
+    if type(x) is float or not isinstance(x, jax.Array):
+        return _HOST if type(x) is float else (np.shape(x),)
+    if isinstance(x, jax.core.Tracer):
+        raise ValueError(
+            "History.append is for the host, between steps: return the metrics from the compiled"
+            " step, and append them there. Of a lax.scan the stacked dict is a history already."
+        )
+    # One program takes arrays of one placement only; strict promotion wants one dtype.
+    return x.shape, x.dtype, x.sharding
+
+
+@jax.jit
+def _stack(scalars: list[jax.Array]) -> jax.Array:
+    return jnp.stack(scalars)
 
 
 def _thin(table: np.ndarray, stride: int) -> np.ndarray:
