@@ -56,8 +56,8 @@ class History:
         self._window, self._every, self._max_steps = window, every, max_steps
         self._appended, self._stride = 0, every
         self._waiting: list[tuple[int, dict[Any, Any]]] = []
-        # Tables of rows, with a first column for the step; the column of each key.
-        self._keys: dict[str, int] = {}
+        # Tables of rows, each with its step in the first column; the columns of the keys.
+        self._columns: dict[str, int] = {}
         self._tables: list[np.ndarray] = []
 
     def append(self, metrics: Mapping[str, Any], **more: Any) -> None:
@@ -84,44 +84,40 @@ class History:
             self._fetch()
 
     def _fetch(self) -> None:
-        """Brings what waits on the device to the host, and stores it."""
+        """Brings what waits on the device to the host, as one more table."""
         waiting, self._waiting = self._waiting, []
         read = jax.device_get([packed for _, packed in waiting])
-        # Steps with the same keys in the same groups are one matrix.
+        # Rows with the same keys in the same groups are filled in together.
         alike = defaultdict(list)
-        for (step, _), packed in zip(waiting, read, strict=True):
-            alike[tuple(packed)].append((step, *packed.values()))
+        for i, packed in enumerate(read):
+            alike[tuple(packed)].append(i)
+            for name in (name for group in packed for name in group[0]):
+                self._columns.setdefault(name, len(self._columns) + 1)
+        table = np.full((len(waiting), len(self._columns) + 1), np.nan)
+        table[:, 0] = [step for step, _ in waiting]
         for groups, rows in alike.items():
-            steps, *values = zip(*rows, strict=True)
-            names = [key for group in groups for key in group[0]]
-            self._store(names, np.asarray(steps), [np.asarray(x, np.float64) for x in values])
-
-    def _store(self, names: list[str], steps: np.ndarray, values: list[np.ndarray]) -> None:
-        for name in names:
-            self._keys.setdefault(name, len(self._keys) + 1)
-        new = np.full((len(steps), len(self._keys) + 1), np.nan)
-        new[:, 0] = steps
-        new[:, [self._keys[name] for name in names]] = np.concatenate(values, axis=1)
-        # Rows are put into one table only where it is read or full: that copies all of them.
-        self._tables.append(new if self._window else _thin(new, self._stride))
+            for group in groups:
+                columns = [self._columns[name] for name in group[0]]
+                table[np.ix_(rows, columns)] = [read[i][group] for i in rows]
+        self._tables.append(table)
         if sum(map(len, self._tables)) > 2 * (self._window or self._max_steps // 2):
-            self._join()
+            self._tables = [self._join()]
 
     def _join(self) -> np.ndarray:
-        """The one table, in the order of steps; thinned out if it is full."""
-        width = len(self._keys) + 1
+        """One table, thinned out if it is full: rows are judged beside their neighbours."""
+        width = len(self._columns) + 1
         padded = [
             np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=np.nan)
             for x in self._tables
         ]
         table = np.concatenate(padded) if padded else np.empty((0, width))
-        # Steps whose keys differ were stored apart.
-        table = table[np.argsort(table[:, 0], kind="stable")]
-        table = table[-self._window :] if self._window else table
-        while not self._window and len(table) > self._max_steps:
+        if self._window:
+            return table[-self._window :]
+        full, table = len(table) > self._max_steps, _thin(table, self._stride)
+        # To well below what is allowed: thinning at each batch would be of quadratic cost.
+        while full and len(table) > self._max_steps * 3 // 4:
             self._stride *= 2
             table = _thin(table, self._stride)
-        self._tables = [table]
         return table
 
     def _read(self) -> np.ndarray:
@@ -138,12 +134,12 @@ class History:
 
     def rows(self) -> list[dict[str, float]]:
         """One dict a step; NaN where a step lacks a key."""
-        return [dict(zip(self._keys, row, strict=True)) for row in self._read()[:, 1:].tolist()]
+        return [dict(zip(self._columns, row, strict=True)) for row in self._read()[:, 1:].tolist()]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """One array a key, one entry a step; NaN where a step lacks the key."""
         table = self._read()
-        return {key: table[:, column].copy() for key, column in self._keys.items()}
+        return {key: table[:, column].copy() for key, column in self._columns.items()}
 
 
 def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
@@ -191,6 +187,8 @@ def _stack(scalars: list[jax.Array]) -> jax.Array:
 def _thin(table: np.ndarray, stride: int) -> np.ndarray:
     """Each so many rows by the step in the first column, and a quarter more that stand out."""
     regular = (table[:, 0] - 1) % stride == 0
+    if regular.all():
+        return table
     score = np.where(regular, 0, _stand_out(table[:, 1:]))
     most = int(regular.sum()) // 4 + 1
     extra = np.argsort(score)[-most:]

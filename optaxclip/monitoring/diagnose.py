@@ -12,8 +12,9 @@ from optaxclip.monitoring.signs import find_signs
 def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) -> tuple[Sign, ...]:
     """Looks for signs of exploding and vanishing gradients in a recorded run of steps.
 
-    The docs list the signs and the numbers that define them. Most rules need 20 steps, some 100;
-    with fewer it only says whether all was finite. A healthy run has no signs.
+    The docs list the signs and the numbers that define them. Causes come first, and what they
+    explain is not said. Most rules need 20 steps, some 100; of fewer it says whether norms rose to
+    NaN, and whether all was finite. A healthy run has no signs.
 
     Args:
       history: what `optaxclip.metrics` read at each step: a `History`, a sequence of dicts, or a
@@ -31,7 +32,7 @@ def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) 
     >>> import numpy as np, optaxclip
     >>> for sign in optaxclip.diagnose({"clip/grad_norm": 1.2 ** np.arange(40)}):
     ...     print(sign.name, sorted(sign.evidence))
-    norms-exploding ['doubling_steps', 'growth', 'r2', 'steps']
+    norms-exploding ['doubling_steps', 'first', 'growth', 'steps', 'usual']
     """
     return Findings(find_signs(read_run(history, losses, param_norms)))
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from optaxclip.monitoring.collect import History
 
-
 Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 

@@ -34,8 +34,8 @@ def _always(name: str, evidence: dict[str, float]) -> Sign:
     return Sign(
         "clip-always-active",
         f"{name} is active on {format_share(evidence['share'])} of steps: the norm is typically"
-        f" {format_number(evidence['norm'])}, the bound {format_number(evidence['bound'])}. The norm"
-        " after the clip is always the bound.",
+        f" {format_number(evidence['norm'])}, the bound {format_number(evidence['bound'])}. The"
+        " norm after the clip is always the bound.",
         evidence,
         "a bound near the usual norm, or one that follows it: optaxclip.zclip(),"
         " quantile_clip(0.9). Under Adam it changes little else.",
@@ -47,8 +47,8 @@ def _never(name: str, evidence: dict[str, float]) -> Sign:
     return Sign(
         "clip-never-active",
         f"{name} was not active on any of {evidence['steps']} steps: the largest norm was"
-        f" {format_share(nearest)} of the bound. A spike {format_number(1 / nearest)} times as large"
-        " would pass unclipped.",
+        f" {format_share(nearest)} of the bound. A spike {format_number(1 / nearest)} times as"
+        " large would pass unclipped.",
         evidence,
         "a bound of a few times the usual norm, or one that follows it: optaxclip.zclip(),"
         " quantile_clip().",

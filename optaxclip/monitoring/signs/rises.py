@@ -9,6 +9,7 @@ import numpy as np
 
 from optaxclip.monitoring.findings import Sign, format_number
 from optaxclip.monitoring.fits import (
+    Fit,
     find_runs,
     find_shift,
     fit_growth,
@@ -95,8 +96,11 @@ def _shift(x: np.ndarray, where: np.ndarray) -> Rise | None:
         return None
     # Between a quarter and three quarters of the way noise is no matter.
     top = int(np.argmax(y >= low + 0.75 * (high - low)))
+    if len(y) - top >= RISE_STEPS and _is_steep(fit_growth(np.exp(y[top:] - y[top]))):
+        return None
     start = int(np.flatnonzero(y[: top + 1] <= low + 0.25 * (high - low))[-1]) + 1
-    return Rise(int(where[start]), int(where[top]) + 1, *np.exp([low, high]), "stays")
+    usual, peak = float(np.exp(low)), float(np.exp(high))
+    return Rise(int(where[start]), int(where[top]) + 1, usual, peak, "stays")
 
 
 def _growing(x: np.ndarray, where: np.ndarray) -> Rise | None:
@@ -108,15 +112,17 @@ def _growing(x: np.ndarray, where: np.ndarray) -> Rise | None:
     steep = [
         fit
         for fit in fits
-        if fit.growth >= RISE
-        and fit.r2 >= RISE_R2
-        and np.median(y[-3:]) / y[-fit.steps // 2] >= fit.growth**0.35
+        if _is_steep(fit) and np.median(y[-3:]) / y[-fit.steps // 2] >= fit.growth**0.35
     ]
     if not steep:
         return None
     fit = max(steep, key=lambda fit: fit.r2)
     peak = float(y[-1])
     return Rise(int(where[-fit.steps]), len(x), peak / fit.growth, peak, "grows")
+
+
+def _is_steep(fit: Fit) -> bool:
+    return fit.growth >= RISE and fit.r2 >= RISE_R2
 
 
 def rising(run: RecordedRun) -> Iterator[Sign]:
@@ -163,14 +169,17 @@ def _loss_is_worse(run: RecordedRun, at: int) -> bool:
         return False
     before, after = run.losses[: max(at, 3)], run.losses[-max(len(run.losses) // 4, 3) :]
     known = before[np.isfinite(before)]
-    return not np.isfinite(after).all() or (len(known) > 0 and np.median(after) > known.min() * 1.05)
+    return not np.isfinite(after).all() or (
+        len(known) > 0 and np.median(after) > known.min() * 1.05
+    )
 
 
 def _too_high(run: RecordedRun, at: int, grown: float) -> Sign:
     step = step_at(run, at)
     return Sign(
         "learning-rate-too-high",
-        f"from step {step} on gradients of usual norm move the weights {format_number(grown)}-fold.",
+        f"from step {step} on gradients of usual norm move the weights"
+        f" {format_number(grown)}-fold.",
         {"growth": grown, "first": at},
         "a tenth of the learning rate, or a warm-up if it is at the start of the run. A lower bound"
         " would hide it, and not under Adam, which does not see the scale of gradients.",
@@ -185,13 +194,16 @@ def _exploding(run: RecordedRun, rise: Rise) -> Sign:
     evidence = {"growth": growth, "steps": steps, "usual": rise.usual, "first": rise.start}
     levels = f"from {format_number(rise.usual)} to {format_number(rise.peak)}"
     if rise.how == "stays" and steps <= JUMP_STEPS:
-        what = f"the norm jumps {fold}-fold at step {step}, {levels}, and stays there{in_block(block)}."
+        what = f"the norm jumps {fold}-fold at step {step}, {levels}, and stays there"
+        what = f"{what}{in_block(block)}."
         fix = (
             "compare the data, the loss scale and the learning rate on both sides of this step, and"
             " go back to a checkpoint before it; clip_by_median() keeps such a jump out."
         )
         return Sign("norms-jumped", what, evidence, fix, step, block)
-    evidence["doubling_steps"] = float(np.log(2) * steps / np.log(growth))
+    # Of a rise that goes on the last step is one of it, and there is one interval less.
+    intervals = steps - (rise.how == "grows")
+    evidence["doubling_steps"] = float(np.log(2) * intervals / np.log(growth))
     end = {"stays": ", and stays there", "grows": ", and still grows"}.get(rise.how)
     end = end or f", and is not finite at step {step_at(run, rise.end)}"
     what = f"the norm grows {fold}-fold within {steps} steps from step {step} on, {levels}{end}"

@@ -39,8 +39,9 @@ def zero(run: RecordedRun) -> Iterator[Sign]:
             "zero-gradients",
             f"all gradients are zero from step {step} on.",
             {"steps": zeros, "first": count - zeros},
-            "look for what cuts the loss off from the parameters: stop_gradient, argmax or rounding,"
-            " parameters that the loss does not take, a loss scale or a mask of 0, saturated units.",
+            "look for what cuts the loss off from the parameters: stop_gradient, argmax or"
+            " rounding, parameters that the loss does not take, a loss scale or a mask of 0, or"
+            " saturated units.",
             step,
         )
         return
@@ -76,8 +77,8 @@ def _dead(run: RecordedRun, names: list[str], ended: dict[str, int]) -> Sign:
         "layer-dead",
         f"{_list(names)} got gradients, and gets none from step {step} on, first {block}.",
         {"blocks": len(names), "steps": zeros, "first": first},
-        f"a lower learning rate, and a unit in {block} that passes gradients below zero (leaky ReLU,"
-        " GELU): dead ReLUs do not come back by themselves.",
+        f"a lower learning rate, and a unit in {block} that passes gradients below zero (leaky"
+        " ReLU, GELU): dead ReLUs do not come back by themselves.",
         step,
         block,
     )
@@ -88,8 +89,9 @@ def _frozen(names: list[str], count: int) -> Sign:
         "layer-frozen",
         f"{_list(names)} got no gradient at any of {count} steps.",
         {"blocks": len(names), "steps": count},
-        "if it is frozen on purpose, leave it out (watch(exclude=)); if not, look for stop_gradient,"
-        " for parameters that the loss does not use, and for two factors that both start at zero.",
+        "if it is frozen on purpose, leave it out (watch(exclude=)); if not, look for"
+        " stop_gradient, for parameters that the loss does not use, and for two factors that both"
+        " start at zero.",
         None,
         max(names, key=natural_key),
     )
