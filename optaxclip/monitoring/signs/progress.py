@@ -45,8 +45,7 @@ def moving(run: RecordedRun) -> Iterator[Sign]:
 def _weights_are_still(run: RecordedRun) -> bool:
     w = run.param_norms if run.param_norms is not None else np.zeros(0)
     known = w[is_known(w)]
-    # Not a bit: they are not trained, or the norm is of others; nothing is known of them.
-    return len(known) >= ENOUGH and bool(0 < np.ptp(known) < STILL * np.median(known))
+    return len(known) >= ENOUGH and bool(np.ptp(known) < STILL * np.median(known))
 
 
 def _too_low(run: RecordedRun, evidence: dict[str, float]) -> Sign:
@@ -57,7 +56,8 @@ def _too_low(run: RecordedRun, evidence: dict[str, float]) -> Sign:
         f"in {len(w)} steps the norm of the weights changes by {moved:.1g} of itself, the loss by"
         f" {abs(evidence['change']):.1g}; gradients there are.",
         evidence | {"moved": moved},
-        "ten times the learning rate, then ten times again, until the loss moves.",
+        "ten times the learning rate, then ten times again, until the loss moves; in bfloat16"
+        " updates of less than 1/256 of a weight are lost: keep a float32 copy of it.",
     )
 
 
