@@ -109,6 +109,14 @@ def through_sigmoids(params, x):
     return jnp.mean(jnp.square(x - 0.3))
 
 
+def recurrent(params, x):
+    """A plain network over forty steps, whose gradient grows 1.2-fold at each."""
+    h = jnp.zeros_like(x)
+    for t in range(40):
+        h = jax.nn.relu((x if t == 0 else 0) + h @ params["kernel"])
+    return jnp.mean(jnp.square(h @ params["dense_0"] - x[:, ::-1]))
+
+
 def low_rank(params, x):
     """A change of a frozen matrix, of which one factor starts at zero."""
     return jnp.mean(jnp.square(x @ params["a"] @ params["b"] - x @ TARGET))
@@ -119,6 +127,11 @@ TARGET = TARGET.astype(np.float32)
 LORA = {"a": layers(1)["dense_0"][:, :2], "b": np.zeros((2, WIDTH), np.float32)}
 OTHERS = {
     "sigmoids": ("norms-fall-with-depth", through_sigmoids, layers(12)),
+    "recurrent": (
+        "norms-exploding",
+        recurrent,
+        {"kernel": np.eye(WIDTH, dtype=np.float32) * np.float32(1.2), **layers(1)},
+    ),
     "LoRA": (SILENT, low_rank, LORA),
 }
 

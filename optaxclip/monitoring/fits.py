@@ -61,6 +61,12 @@ def find_runs(where: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
+def zeros_at_end(x: np.ndarray) -> int:
+    """How many of the last steps are zero."""
+    other = np.flatnonzero(x != 0)
+    return len(x) - 1 - int(other[-1]) if len(other) else len(x)
+
+
 def medians_around(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each step the median of those before and of those after; NaN where there are none."""
     return _medians_before(x), _medians_before(x[::-1])[::-1]

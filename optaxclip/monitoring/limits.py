@@ -21,6 +21,10 @@ LARGE, LARGE_FOR_SURE = 10.0, 100.0
 # Before there are enough steps to know the noise.
 LARGE_UNKNOWN = 30.0
 
+# At the first steps nothing is usual yet. Losses that are sums have norms of hundreds; if all has
+# ended within three steps a norm from 1000 on has done it.
+FIRST_NORM, FIRST_STEPS = 1e3, 3
+
 # A block is first if it rises this many times as far as the median block.
 AHEAD = 1.5
 

@@ -31,12 +31,13 @@ _RULES = (
 _BROKEN = {"norm-not-finite", "loss-not-finite", "norm-overflow"}
 _SLOW = {"loss-not-moving", "loss-rising", "learning-rate-too-low", "weights-growing"}
 _CLIPS = {"clip-always-active", "clip-never-active"}
+_STOPPED = {"zero-gradients", "layer-dead", "every-step-skipped"}
 _SIZES = {"spike", "spike-burst", "heavy-tail", "norms-vanishing"}
 # What is a consequence of a sign, or the same thing seen by another rule.
 _EXPLAINS = {
-    "norms-exploding": _BROKEN | _SLOW | _CLIPS | _SIZES,
+    "norms-exploding": _BROKEN | _STOPPED | _SLOW | _CLIPS | _SIZES,
     "norms-jumped": _BROKEN | _SLOW | _CLIPS | _SIZES,
-    "learning-rate-too-high": _BROKEN | _SLOW | _CLIPS | _SIZES,
+    "learning-rate-too-high": _BROKEN | _STOPPED | _SLOW | _CLIPS | _SIZES,
     "zero-gradients": _SLOW | _CLIPS | _SIZES | {"every-step-skipped", "layer-dead"},
     # Nothing is applied, so nothing moves; a clip inside the wrapper shows its last step for ever.
     "every-step-skipped": _BROKEN | _SLOW | _CLIPS,

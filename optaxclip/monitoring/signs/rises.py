@@ -16,10 +16,13 @@ from optaxclip.monitoring.fits import (
     is_known,
     large_ratio,
     over_neighbours,
+    zeros_at_end,
 )
 from optaxclip.monitoring.history import RecordedRun
 from optaxclip.monitoring.limits import (
     ENOUGH,
+    FIRST_NORM,
+    FIRST_STEPS,
     JUMP,
     JUMP_STEPS,
     LARGE,
@@ -41,7 +44,7 @@ class Rise(NamedTuple):
       start: the first step of the rise.
       end: the step after it: the first that is not finite, or at the new level.
       usual, peak: the norm before, and the largest.
-      how: "broke": it ended in NaN or infinity; "stays"; "grows", at the end of the record.
+      how: "broke": it ended in NaN, infinity or zeros; "stays"; "grows", at the end of the record.
     """
 
     start: int
@@ -52,8 +55,8 @@ class Rise(NamedTuple):
 
 
 def find_rise(x: np.ndarray) -> Rise | None:
-    """The first rise to NaN or infinity; if none, one to another level, or until the end."""
-    lost = find_runs(~np.isfinite(x))
+    """The first rise to an end of it all; if none, one to another level, or until the last step."""
+    lost = find_runs(is_lost(x))
     known = x[is_known(x)]
     limit = large_ratio(over_neighbours(known), 3)
     begins = [0, *(end for _, end in lost)]
@@ -63,6 +66,13 @@ def find_rise(x: np.ndarray) -> Rise | None:
     # What comes after the first lasting loss is of weights that are lost.
     where = np.flatnonzero(is_known(x[: lost[-1][0]] if lost and lost[-1][1] == len(x) else x))
     return _shift(x, where) or _growing(x, where)
+
+
+def is_lost(x: np.ndarray) -> np.ndarray:
+    """Where norms are not finite; and at the end zero, as of units that an explosion saturated."""
+    lost = ~np.isfinite(x)
+    lost[len(x) - zeros_at_end(x) :] |= zeros_at_end(x) >= ENOUGH
+    return lost
 
 
 def _rise_to(x: np.ndarray, begin: int, at: int, limit: float) -> Rise | None:
@@ -133,6 +143,34 @@ def rising(run: RecordedRun) -> Iterator[Sign]:
         yield _too_high(run, *leap)
     elif rise is not None:
         yield _exploding(run, rise)
+    elif (end := _end_of_first(run.norms)) is not None:
+        yield _exploding_at_once(run, end)
+
+
+def _end_of_first(x: np.ndarray) -> int | None:
+    """Where all ends after a first step or two of large gradients, to which nothing compares."""
+    lost = find_runs(is_lost(x))
+    if not lost or lost[0][1] < len(x) or not 1 <= lost[0][0] <= FIRST_STEPS:
+        return None
+    return lost[0][0] if x[: lost[0][0]].max() >= FIRST_NORM else None
+
+
+def _exploding_at_once(run: RecordedRun, end: int) -> Sign:
+    at = int(np.argmax(run.norms[:end]))
+    norm, step, after = float(run.norms[at]), step_at(run, at), step_at(run, end)
+    largest = {name: x[at] for name, x in run.blocks.items() if np.isfinite(x[at])}
+    block = max(largest, key=lambda name: largest[name]) if len(largest) > 1 else ""
+    how = "zero" if run.norms[end] == 0 else "not finite"
+    return Sign(
+        "norms-exploding",
+        f"the norm is {format_number(norm)} at step {step}, and {how} from step {after} on"
+        f"{in_block(block)}.",
+        {"norm": norm, "first": at},
+        "a clip from the first step on, optaxclip.clip_by_global_norm(1.0), and an initialization"
+        " that keeps the scale: orthogonal in a recurrent network, He for ReLU.",
+        step,
+        block,
+    )
 
 
 def _find_leap(run: RecordedRun, rise: Rise | None) -> tuple[int, float] | None:
@@ -205,7 +243,9 @@ def _exploding(run: RecordedRun, rise: Rise) -> Sign:
     intervals = steps - (rise.how == "grows")
     evidence["doubling_steps"] = float(np.log(2) * intervals / np.log(growth))
     end = {"stays": ", and stays there", "grows": ", and still grows"}.get(rise.how)
-    end = end or f", and is not finite at step {step_at(run, rise.end)}"
+    if not end:
+        how = "zero" if run.norms[rise.end] == 0 else "not finite"
+        end = f", and is {how} at step {step_at(run, rise.end)}"
     what = f"the norm grows {fold}-fold within {steps} steps from step {step} on, {levels}{end}"
     fix = _stop_explosion(run, rise)
     return Sign("norms-exploding", f"{what}{in_block(block)}.", evidence, fix, step, block)

@@ -8,7 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from optaxclip.monitoring.findings import Sign, format_number
-from optaxclip.monitoring.fits import compare_parts, find_runs, fit_growth, is_known
+from optaxclip.monitoring.fits import (
+    compare_parts,
+    find_runs,
+    fit_growth,
+    is_known,
+    zeros_at_end,
+)
 from optaxclip.monitoring.history import RecordedRun
 from optaxclip.monitoring.limits import (
     DEPTH,
@@ -24,16 +30,10 @@ from optaxclip.monitoring.signs.blocks import step_at
 from optaxclip.monitoring.summary import natural_key
 
 
-def _zeros_at_end(x: np.ndarray) -> int:
-    """How many of the last steps are zero."""
-    runs = find_runs(x == 0)
-    return runs[-1][1] - runs[-1][0] if runs and runs[-1][1] == len(x) else 0
-
-
 def zero(run: RecordedRun) -> Iterator[Sign]:
     """No gradient for anything, or for some blocks, never or from some step on."""
     count = len(run.norms)
-    if (zeros := _zeros_at_end(run.norms)) >= ENOUGH:
+    if (zeros := zeros_at_end(run.norms)) >= ENOUGH:
         step = step_at(run, count - zeros)
         yield Sign(
             "zero-gradients",
@@ -45,7 +45,10 @@ def zero(run: RecordedRun) -> Iterator[Sign]:
             step,
         )
         return
-    ended = {name: _zeros_at_end(x) for name, x in run.blocks.items()}
+    if not np.isfinite(run.norms[-ENOUGH:]).all():
+        # Where NaN goes forward, ReLU and masks stop it going back: such zeros mean nothing.
+        return
+    ended = {name: zeros_at_end(x) for name, x in run.blocks.items()}
     frozen = [name for name, zeros in ended.items() if zeros == count >= ENOUGH]
     dead = [name for name, zeros in ended.items() if _has_died(run.blocks[name], zeros)]
     if dead:
