@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import optaxclip as oc
-from optaxclip.monitoring.history import read_run
+from optaxclip.monitoring.history import read_run, select_clip
 from tests.catalogue import CASES, SILENT
 
 RNG = np.random.default_rng(0)
@@ -190,6 +190,18 @@ def test_any_prefix(prefix):
     watch = {k.replace("watch/", prefix): x for k, x in explosion.items() if "watch" in k}
     (sign,) = oc.diagnose(watch)
     assert (sign.name, sign.block) == ("norms-exploding", "layers/3")
+
+
+def test_the_history_of_one_clip_or_watch_under_any_prefix():
+    watch = {"mine/grad_norm": [1.0], "mine/median_ratio": [1.0], "mine/grad_norm/a": [1.0]}
+    first, second = {"x/0/grad_norm": [2.0], "x/0/bound": [5.0]}, {"x/1/grad_norm": [3.0]}
+    seen = select_clip(watch | first | second | {"loss": [0.5]}, clip=1)
+    watched = ["watch/grad_norm", "watch/grad_norm/a", "watch/median_ratio"]
+    assert sorted(seen) == ["grad_norm", "loss", *watched] and seen["grad_norm"] == [3.0]
+    alone = select_clip(watch | {"loss": [0.5]})
+    assert sorted(alone) == ["grad_norm", "grad_norm/a", "loss", "median_ratio"]
+    beside = select_clip({"watch/grad_norm": [1.0], "clip/grad_norm": [2.0]})
+    assert sorted(beside) == ["grad_norm", "watch/grad_norm"] and beside["grad_norm"] == [2.0]
 
 
 def test_a_history_is_bounded_and_keeps_what_stands_out():

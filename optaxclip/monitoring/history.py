@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from optaxclip.monitoring.collect import History
+from optaxclip.monitoring.summary import natural_key
 
 Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -45,7 +46,8 @@ def select_clip(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
       history: a `History`; a list with a dict for each step, as `optaxclip.metrics` returns it,
         with your own entries ("loss"), if you like; or a dict of arrays. Steps that lack a key have
         NaN there.
-      clip: which, if there are several clips in the state.
+      clip: which, if there are several clips in the state; their prefix may be any. Without a clip
+        it is a watch, or a skip wrapper.
 
     Returns:
       A dict: "grad_norm", "bound", "clipped", ..., "grad_norm/<block>", ..., "loss".
@@ -63,13 +65,35 @@ def select_clip(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
         raise ValueError(
             f"A history has one number a step under each key, and at least one step; got {shapes}."
         )
+    clips, *others = _find_heads(columns)
+    # Without a clip, what a watch or a wrapper saw is the history to read.
+    clips, *others = [clips, *others] if clips else [next(filter(None, others), []), [], []]
+    one = clips[0] if len(clips) == 1 else dict(enumerate(clips)).get(clip)
+    names = {} if one is None else {one: ""}
+    names |= {heads[0]: f"{kind}/" for kind, heads in zip(_MARKS, others, strict=True) if heads}
+    dropped = {*clips, *(head for heads in others for head in heads[1:])} - names.keys() - {""}
     found = {}
     for key, column in columns.items():
-        match = re.fullmatch(r"(?:clip/)?(?:(\d+)/)?(.*)", key)
-        number, name = match.groups() if match else (None, key)
-        if number is None or int(number) == clip:
-            found[name] = column
+        head = next((head for head in names if head and key.startswith(head)), "")
+        if not key.startswith(tuple(dropped)):
+            found[names.get(head, "") + key.removeprefix(head)] = column
     return found
+
+
+# A key that only a watch, or a wrapper, has beside its norm: prefixes are the user's.
+_MARKS = {"watch": "median_ratio", "skip": "consecutive"}
+
+
+def _find_heads(columns: Mapping[str, Any]) -> list[list[str]]:
+    """What the keys of each clip start with, of each watch, and of each skip wrapper."""
+    matches = (re.match(r"(|.*?/)(?:grad_norm|bound|clipped)(/|$)", key) for key in columns)
+    heads = sorted({match[1] for match in matches if match}, key=natural_key)
+    of_kind = {
+        kind: [head for head in heads if head + mark in columns or head.startswith(f"{kind}/")]
+        for kind, mark in _MARKS.items()
+    }
+    others = [head for found in of_kind.values() for head in found]
+    return [[head for head in heads if head not in others], *of_kind.values()]
 
 
 def find_norms(seen: Mapping[str, np.ndarray]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
@@ -146,21 +170,23 @@ def read_run(history: Recorded, losses: Any = None, param_norms: Any = None) -> 
         )
     norms = table[heads[0] + "grad_norm"]
 
-    def series(given, key):
-        return table.get(key) if given is None else np.asarray(jax.device_get(given), np.float64)
-
     return RecordedRun(
         norms,
         next(filter(None, (block_norms(table, head) for head in heads)), {}),
         # A clip that does not measure has a bound only, and is left out.
         _collect(table, ("clipped", "grad_norm", "bound")),
         _collect(table, ("consecutive", "last_reason")),
-        series(losses, "loss"),
-        series(param_norms, "param_norm"),
+        table.get("loss") if losses is None else _to_floats(losses),
+        table.get("param_norm") if param_norms is None else _to_floats(param_norms),
         table.get("loss_scale"),
+        # With a bound beside it, it is that of a clip whose prefix is empty.
         table.get("grad_norm") if "bound" not in table else None,
         _number_steps(history, table, heads, len(norms)),
     )
+
+
+def _to_floats(x: Any) -> np.ndarray:
+    return np.asarray(jax.device_get(x), np.float64)
 
 
 def _collect(table: dict[str, np.ndarray], fields: tuple[str, ...]) -> dict[str, dict]:

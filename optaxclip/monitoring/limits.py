@@ -67,6 +67,9 @@ DEPTH, DEPTH_LAYERS = 100.0, 4
 UNMOVED, UNMOVED_ERRORS = 0.02, 3.0
 RISEN, RISEN_ERRORS = 0.1, 4.0
 
+# Overflows in a row: a loss scale of 2^16, the usual one, is 1 after 16 halvings.
+HALVINGS = 16
+
 # Shares of steps.
 ALWAYS = 0.95
 SKIPPED = 0.9

@@ -9,9 +9,9 @@ from __future__ import annotations
 from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.history import RecordedRun
 from optaxclip.monitoring.signs.clips import averaging, clipping
+from optaxclip.monitoring.signs.explosions import rising
 from optaxclip.monitoring.signs.lost import losing, skipping
 from optaxclip.monitoring.signs.progress import growing, moving
-from optaxclip.monitoring.signs.rises import rising
 from optaxclip.monitoring.signs.small import depth, vanishing, zero
 from optaxclip.monitoring.signs.spikes import spiking
 

@@ -9,7 +9,7 @@ import numpy as np
 from optaxclip.monitoring.findings import Sign, format_share
 from optaxclip.monitoring.fits import find_runs
 from optaxclip.monitoring.history import RecordedRun
-from optaxclip.monitoring.limits import ENOUGH, SKIPPED
+from optaxclip.monitoring.limits import ENOUGH, HALVINGS, SKIPPED
 from optaxclip.monitoring.signs.blocks import first_lost, in_block, step_at
 from optaxclip.wrappers.skip import LOSS, NONFINITE, NORM
 
@@ -23,6 +23,7 @@ def losing(run: RecordedRun) -> Iterator[Sign]:
         losses = ~np.isfinite(run.losses)
     if _is_of_loss_scale(run, norms | losses):
         return
+    # The gradient of a loss that is not finite is not either: at the same step the loss is first.
     if losses.any() and (not norms.any() or np.argmax(losses) <= np.argmax(norms)):
         yield _loss(run, losses)
     elif norms.any() and np.isinf(run.norms[np.argmax(norms)]):
@@ -33,14 +34,16 @@ def losing(run: RecordedRun) -> Iterator[Sign]:
 
 def _is_of_loss_scale(run: RecordedRun, bad: np.ndarray) -> bool:
     """Whether a recorded loss scale was lowered at each such step, and all went on."""
-    if run.loss_scales is None or not bad.any() or bad[-1]:
+    if run.loss_scales is None or not bad.any():
+        return False
+    if max(end - start for start, end in find_runs(bad)) > HALVINGS:
         return False
     # Lowered at that step, or at the next: it may be recorded before or after its update.
     lowered = np.diff(run.loss_scales, prepend=run.loss_scales[0]) < 0
     here = lowered[bad].mean()
     behind = np.r_[lowered[1:], False][bad].mean()
-    # Of the first step what was before is unknown.
-    return bool(max(here, behind) * bad.sum() >= bad.sum() - 1)
+    # Before the first step and behind the last one nothing is known.
+    return bool(max(here, behind) * bad.sum() >= bad.sum() - 1 - bad[-1])
 
 
 def _say(run: RecordedRun, what: str, bad: np.ndarray) -> tuple[str, dict[str, float], int]:
@@ -116,6 +119,7 @@ _REASONS = {
 def skipping(run: RecordedRun) -> Iterator[Sign]:
     """A run of which nothing, or from some step on nothing, is applied."""
     for head, skip in run.skips.items():
+        # By consecutive skips, not their number: of a history that is thinned out counts jump.
         skipped = skip["consecutive"] > 0
         runs = find_runs(skipped)
         last = runs[-1] if runs and runs[-1][1] == len(skipped) else (len(skipped), len(skipped))

@@ -34,6 +34,7 @@ def moving(run: RecordedRun) -> Iterator[Sign]:
     still = abs(change) < UNMOVED and abs(after - before) <= UNMOVED_ERRORS * error
     # A run that has converged moved at first.
     still &= start - rest <= max(UNMOVED * abs(start), UNMOVED_ERRORS * start_error)
+    # Full-batch losses have no noise: they fall by little, and yet by many standard errors.
     if _weights_are_still(run) and abs(change) < UNMOVED:
         yield _too_low(run, evidence)
     elif still:
@@ -87,6 +88,7 @@ def growing(run: RecordedRun) -> Iterator[Sign]:
     x = run.param_norms[is_known(run.param_norms)] if run.param_norms is not None else np.zeros(0)
     if len(x) < ENOUGH:
         return
+    # Of growth like t or sqrt(t) the second half is a small factor, of an exponential the same.
     fit, middle = fit_growth(x), x[len(x) // 2]
     early, late = middle / x[0], x[-1] / middle
     if fit.growth >= GROWN and fit.r2 >= GROWN_R2 and late >= max(early, 1) ** GROWN_LATE:

@@ -145,6 +145,7 @@ def depth(run: RecordedRun) -> Iterator[Sign]:
         norms = np.array([x for x in usual.values() if x > 0])
         if len(norms) < DEPTH_LAYERS:
             continue
+        # A ratio of the ends alone would take one odd layer for a trend.
         fit = fit_growth(norms)
         ratio = max(fit.growth, 1 / fit.growth)
         if ratio < DEPTH or fit.r2 < RISE_R2:

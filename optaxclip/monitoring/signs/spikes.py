@@ -35,6 +35,7 @@ def spiking(run: RecordedRun) -> Iterator[Sign]:
     if not len(large):
         return
     events = np.split(large, np.flatnonzero(np.diff(large) > EVENT_STEPS) + 1)
+    # One burst is of more weight than lone spikes beside it, however large these are.
     event = max(events, key=len)
     if len(event) >= BURST:
         yield _burst(run, where, ratios, event)
