@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip.monitoring.history import read_run
+from optaxclip.monitoring.history import read_run, select_clip
+from tests.catalogue import CASES, SILENT
 
 RNG = np.random.default_rng(0)
 N = 200
@@ -48,7 +48,9 @@ PLANTED = {
     "norms-exploding into NaN": (norms(np.r_[NOISE[:180], 1.9 ** np.arange(12), [np.nan] * 8]), {}),
     "norms-vanishing": (norms(NOISE * 0.95 ** np.arange(N)), {"losses": np.ones(N)}),
     "norms-vanishing loss unknown": (norms(NOISE * 0.9 ** np.arange(N)), {}),
-    "norm-not-finite": (norms(np.where(np.arange(N) == 7, np.inf, NOISE)), {}),
+    "norm-not-finite": (norms(np.where(np.arange(N) == 7, np.nan, NOISE)), {}),
+    "norm-overflow": (norms(np.where(np.arange(N) == 7, np.inf, NOISE)), {}),
+    "zero-gradients": (norms(np.zeros(N)), {}),
     "loss-not-finite": (norms(NOISE), {"losses": np.where(np.arange(N) == 7, np.nan, FALLING)}),
     "loss-not-moving": (norms(NOISE), {"losses": 2.3 + 0.01 * RNG.normal(size=N)}),
     "loss-not-moving at all": (norms(NOISE), {"losses": np.full(N, 2.3)}),
@@ -92,7 +94,7 @@ HEALTHY = {
     "a step up": (norms(NOISE * np.where(np.arange(N) > 100, 5, 1)), {"losses": FALLING}),
     "log-normal": (norms(np.exp(0.7 * np.random.default_rng(1).normal(size=2000))), {}),
     "short": (norms(NOISE[:5]), {"losses": FALLING[:5]}),
-    "zeros": (norms(np.zeros(N)), {}),
+    "zeros now and then": (norms(NOISE * (np.arange(N) % 4 == 3)), {}),
     "empty": (norms([]), {"losses": []}),
 }
 
@@ -148,33 +150,99 @@ def test_a_clip_that_does_not_measure_is_not_judged():
     assert names(run) == [] and read_run(run).clips == {}
 
 
-def trained(rate, depth=3, unit=jnp.tanh, steps=150, bound=1.0):
-    """Trains a chain of layers; what was seen at each step."""
-    rng = np.random.default_rng(0)
-    params = {
-        f"dense_{i}": jnp.asarray(rng.normal(size=(8, 8)) / 8**0.5, jnp.float32)
-        for i in range(depth)
-    }
-    x, y = (jnp.asarray(rng.normal(size=(32, 8)), jnp.float32) for _ in range(2))
-    tx = optax.chain(oc.watch(), oc.clip_by_global_norm(bound), optax.sgd(rate))
-
-    def loss_of(params):
-        h = x
-        for i in range(depth):
-            h = unit(h @ params[f"dense_{i}"])
-        return jnp.mean(jnp.square(h - 0.5 * jnp.tanh(y)))
-
-    def step(carry, _):
-        params, state = carry
-        loss, grads = jax.value_and_grad(loss_of)(params)
-        updates, state = tx.update(grads, state, params)
-        now = oc.metrics(state) | {"loss": loss, "param_norm": optax.tree.norm(params)}
-        return (optax.apply_updates(params, updates), state), now
-
-    return jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), None, length=steps)[1])()
+SEEDS = 8
 
 
-def test_real_trainings():
-    assert names(trained(0.3)) == []
-    assert "norms-fall-with-depth" in names(trained(0.3, depth=12, unit=jax.nn.sigmoid, steps=60))
-    assert "clip-always-active" in names(trained(0.1, bound=0.01))
+@pytest.mark.parametrize("case", CASES)
+def test_the_catalogue(case):
+    """The rates over many seeds are in the docs; these few are all right."""
+    expected = CASES[case]
+    for seed in range(SEEDS):
+        run = expected.draw(np.random.default_rng(seed))
+        found = oc.diagnose(run)
+        first = found[0].name if found else SILENT
+        assert first == expected.first, f"seed {seed}: {found}"
+        assert not expected.never & {sign.name for sign in found}, f"seed {seed}: {found}"
+        if expected.block:
+            assert found[0].block == "layers/3", f"seed {seed}: {found}"
+
+
+def test_a_sign_says_where_it_began_and_how_large_it_is():
+    x = np.r_[NOISE[:180], 1.9 ** np.arange(1, 13), [np.nan] * 8]
+    (sign,) = oc.diagnose(norms(x) | {"watch/steps": np.arange(1001, 1001 + N)})
+    assert 1180 <= sign.step <= 1185 and sign.evidence["growth"] > 1000
+    assert "not finite at step 1193" in sign.what and "zclip" in sign.fix
+    x = np.where(np.arange(N) == 70, 500.0, NOISE)
+    (sign,) = oc.diagnose(norms(x))
+    assert (sign.name, sign.step) == ("spike", 71) and sign.evidence["largest"] > 300
+
+
+@pytest.mark.parametrize("prefix", ["", "opt/", "a/b/"])
+def test_any_prefix(prefix):
+    """What `metrics` writes under prefixes of the user's is the same run."""
+    run = CASES["bound too low"].draw(np.random.default_rng(0))
+    renamed = {key.replace("clip/", prefix, 1): x for key, x in run.items()}
+    if not prefix:
+        del renamed["grad_norm"], renamed["bound"], renamed["clipped"]
+        renamed |= {key: run[f"clip/{key}"] for key in ("grad_norm", "bound", "clipped")}
+    assert names(renamed) == ["clip-always-active"]
+    explosion = CASES["explosion, 5 steps, nan"].draw(np.random.default_rng(0))
+    watch = {k.replace("watch/", prefix): x for k, x in explosion.items() if "watch" in k}
+    (sign,) = oc.diagnose(watch)
+    assert (sign.name, sign.block) == ("norms-exploding", "layers/3")
+
+
+def test_the_history_of_one_clip_or_watch_under_any_prefix():
+    watch = {"mine/grad_norm": [1.0], "mine/median_ratio": [1.0], "mine/grad_norm/a": [1.0]}
+    first, second = {"x/0/grad_norm": [2.0], "x/0/bound": [5.0]}, {"x/1/grad_norm": [3.0]}
+    seen = select_clip(watch | first | second | {"loss": [0.5]}, clip=1)
+    watched = ["watch/grad_norm", "watch/grad_norm/a", "watch/median_ratio"]
+    assert sorted(seen) == ["grad_norm", "loss", *watched] and seen["grad_norm"] == [3.0]
+    alone = select_clip(watch | {"loss": [0.5]})
+    assert sorted(alone) == ["grad_norm", "grad_norm/a", "loss", "median_ratio"]
+    beside = select_clip({"watch/grad_norm": [1.0], "clip/grad_norm": [2.0]})
+    assert sorted(beside) == ["grad_norm", "watch/grad_norm"] and beside["grad_norm"] == [2.0]
+
+
+def test_a_history_is_bounded_and_keeps_what_stands_out():
+    history, steps = oc.History(max_steps=100), 3000
+    for i in range(steps):
+        norm = jnp.float32(1e4) if i == 1234 else np.nan if 700 <= i < 720 else 1.0 + i % 2
+        history.append({"watch/grad_norm": norm, "watch/nonfinite_steps": i})
+    norms = history.arrays()["watch/grad_norm"]
+    assert 50 <= len(history) <= 100 and list(history.steps) == sorted(set(history.steps))
+    assert history.steps[norms == 1e4] == [1235] and np.isnan(norms).any()
+    # Beside what stands out the run is evenly covered.
+    assert np.diff(history.steps).max() <= 64
+    window = oc.History(window=100)
+    for i in range(steps):
+        window.append({"loss": float(i)})
+    np.testing.assert_array_equal(window.arrays()["loss"], np.arange(steps - 100, steps))
+
+
+def test_a_history_takes_each_so_many_steps_and_keys_that_come_later():
+    history = oc.History(every=3)
+    for i in range(600):
+        more = {} if i % 2 else {"extra": jnp.int32(i)}
+        history.append({"loss": jnp.float32(i)} | more)
+    seen = history.arrays()
+    np.testing.assert_array_equal(seen["loss"], np.arange(0, 600, 3))
+    np.testing.assert_array_equal(history.steps, np.arange(1, 601, 3))
+    np.testing.assert_array_equal(seen["extra"][::2], np.arange(0, 600, 6))
+    assert np.isnan(seen["extra"][1::2]).all()
+
+
+def test_a_history_outlives_the_donation_of_what_it_was_given():
+    """What `metrics` returns outside of `jit` are buffers of the state itself."""
+    history, state = oc.History(), {"loss": jnp.float32(0.0), "steps": jnp.int32(0)}
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + x.dtype.type(1), s), donate_argnums=0)
+    for _ in range(5):
+        history.append(state)
+        state = step(state)
+    np.testing.assert_array_equal(history.arrays()["loss"], np.arange(5.0))
+
+
+def test_a_history_is_no_part_of_a_compiled_step():
+    history = oc.History()
+    with pytest.raises(ValueError, match="is for the host, between steps"):
+        jax.jit(lambda x: history.append({"loss": x}))(1.0)

@@ -93,6 +93,13 @@ def test_steps_that_are_not_finite():
     )
 
 
+def test_gradients_of_zero_and_a_run_in_which_nothing_is_applied():
+    assert "all gradients are zero; not clipped" in explained(CLIP, 0.0)
+    assert explained(oc.watch(), 1.0, 0.0).startswith("step 2: all gradients are zero")
+    never = explained(oc.skip_spikes(optax.sgd(0.1), 0.1), *USUAL)
+    assert never.endswith("(15 of 15 steps skipped, 15 consecutive): nothing was applied yet")
+
+
 def test_a_watch_alone_and_after():
     assert explained(oc.watch(), 1.0).startswith("step 1: norm 2.45; 33 % of it in embed")
     assert explained(oc.watch()).endswith("nothing seen yet")

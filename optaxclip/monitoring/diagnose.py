@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from optaxclip.monitoring.findings import Findings
+from optaxclip.monitoring.findings import Findings, Sign
 from optaxclip.monitoring.history import Recorded, read_run
-from optaxclip.monitoring.signs import RULES
-
-
-class Sign(NamedTuple):
-    """One sign that something is wrong.
-
-    Attributes:
-      name: a short, stable name: "norms-exploding".
-      what: what is seen, in words.
-      evidence: the numbers.
-      fix: what to try.
-    """
-
-    name: str
-    what: str
-    evidence: dict[str, float]
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.what}\n    Try: {self.fix}"
+from optaxclip.monitoring.signs import find_signs
 
 
 def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) -> tuple[Sign, ...]:
     """Looks for signs of exploding and vanishing gradients in a recorded run of steps.
 
-    The docs list the signs and the numbers that define them. Most rules need 20 steps, some 100;
-    with fewer it only says whether all was finite. A healthy run has no signs.
+    The docs list the signs and the numbers that define them. Causes come first, and what they
+    explain is not said. Most rules need 20 steps, some 100; of fewer it says whether norms rose to
+    NaN, and whether all was finite. A healthy run has no signs.
 
     Args:
       history: what `optaxclip.metrics` read at each step: a `History`, a sequence of dicts, or a
@@ -50,7 +32,9 @@ def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) 
     >>> import numpy as np, optaxclip
     >>> for sign in optaxclip.diagnose({"clip/grad_norm": 1.2 ** np.arange(40)}):
     ...     print(sign.name, sorted(sign.evidence))
-    norms-exploding ['doubling_steps', 'growth', 'r2', 'steps']
+    norms-exploding ['doubling_steps', 'first', 'growth', 'steps', 'usual']
     """
-    run = read_run(history, losses, param_norms)
-    return Findings(Sign(*found) for rule in RULES for found in rule(run))
+    return Findings(find_signs(read_run(history, losses, param_norms)))
+
+
+__all__ = ["Sign", "diagnose"]

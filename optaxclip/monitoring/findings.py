@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Sign(NamedTuple):
+    """One sign that something is wrong.
+
+    Attributes:
+      name: a short, stable name: "norms-exploding".
+      what: what is seen, in words.
+      evidence: the numbers.
+      fix: what to try.
+      step: where it began, counted from 1 as the watch or clip counts; None if it is of all steps.
+      block: the block that was first, or has most of it; "" if it is not of one.
+    """
+
+    name: str
+    what: str
+    evidence: dict[str, float]
+    fix: str
+    step: int | None = None
+    block: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}\n    Try: {self.fix}"
 
 
 class Findings(tuple):

@@ -3,90 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from optaxclip import validate
-from optaxclip.states import kind_of
-
-
-class History:
-    """Collects the dict of scalars of each step, on the host, without waiting for the device.
-
-    A step is copied to the host when the next one is appended, and has been computed by then; so
-    training waits only for the copy of a few scalars.
-
-    Args:
-      window: how many of the last steps to keep; None: all.
-
-    Raises:
-      ValueError: for a window that is not a whole number of at least 1.
-
-    >>> import optaxclip
-    >>> history = optaxclip.History()
-    >>> for loss in (3.0, 2.0):
-    ...     history.append({"clip/grad_norm": 1.0}, loss=loss)
-    >>> history.arrays()
-    {'clip/grad_norm': array([1., 1.]), 'loss': array([3., 2.])}
-    """
-
-    def __init__(self, window: int | None = None):
-        if window is not None and (
-            isinstance(window, bool) or not isinstance(window, int) or window < 1
-        ):
-            raise validate.fail(
-                "window must be a whole number of at least 1, or None", window, call="History"
-            )
-        # Converted one step late: reading a step at once would wait for the device at every step.
-        self._rows: deque[dict[str, float]] = deque(maxlen=window)
-        self._last: dict[str, Any] = {}
-
-    def append(self, metrics: Mapping[str, Any], **more: Any) -> None:
-        """Takes in one step: `optaxclip.metrics(opt_state)`, and `loss=` or `param_norm=`, say.
-
-        Raises:
-          ValueError: for what is not a dict of scalars, such as a state.
-        """
-        if not isinstance(metrics, Mapping):
-            raise ValueError(
-                "History.append takes the scalars of one step, not a state: write"
-                f" history.append(optaxclip.metrics(opt_state), loss=loss). Got {kind_of(metrics)}."
-            )
-        row = {**metrics, **more}
-        # Shapes are known without waiting for the numbers, so this is said at the mistaken call.
-        wide = {key: np.shape(x) for key, x in row.items() if np.shape(x)}
-        if wide:
-            raise ValueError(
-                "History.append takes one number under each key; not so"
-                f" {dict(list(wide.items())[:3])}. Of several runs"
-                " (vmap) append one each to a History of its own; of a lax.scan the stacked dict is"
-                " a history already."
-            )
-        self._read()
-        self._last = row
-
-    def _read(self) -> None:
-        if self._last:
-            self._rows.append({key: float(x) for key, x in jax.device_get(self._last).items()})
-            self._last = {}
-
-    def __len__(self) -> int:
-        self._read()
-        return len(self._rows)
-
-    def rows(self) -> list[dict[str, float]]:
-        """One dict a step."""
-        self._read()
-        return list(self._rows)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """One array a key, one entry a step; NaN where a step lacks the key."""
-        return to_columns(self)
-
+from optaxclip.monitoring.collect import History
+from optaxclip.monitoring.summary import natural_key
 
 Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -97,17 +21,19 @@ def to_columns(history: Recorded) -> dict[str, np.ndarray]:
     Raises:
       ValueError: for what is no history.
     """
-    rows: Any = history.rows() if isinstance(history, History) else history
+    if isinstance(history, History):
+        return history.arrays()
+    rows: Any = history
     if not isinstance(rows, Mapping):
         rows = list(rows) if isinstance(rows, Iterable) else [rows]
         if not all(isinstance(row, Mapping) for row in rows):
             raise ValueError(
                 "A history must be an optaxclip.History, a dict with an array under each key, or a"
-                " list with a dict for"
-                " each step, as optaxclip.metrics(opt_state) returns it; got"
+                " list with a dict for each step, as optaxclip.metrics(opt_state) returns it; got"
                 f" {type(history).__name__}."
             )
-        read = [jax.device_get(dict(row)) for row in rows]
+        # All at once: each fetch of its own waits for the device.
+        read = jax.device_get(list(map(dict, rows)))
         keys = dict.fromkeys(key for row in read for key in row)
         rows = {key: [float(row.get(key, np.nan)) for row in read] for key in keys}
     return {key: np.asarray(jax.device_get(x), np.float64) for key, x in rows.items()}
@@ -120,7 +46,8 @@ def select_clip(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
       history: a `History`; a list with a dict for each step, as `optaxclip.metrics` returns it,
         with your own entries ("loss"), if you like; or a dict of arrays. Steps that lack a key have
         NaN there.
-      clip: which, if there are several clips in the state.
+      clip: which, if there are several clips in the state; their prefix may be any. Without a clip
+        it is a watch, or a skip wrapper.
 
     Returns:
       A dict: "grad_norm", "bound", "clipped", ..., "grad_norm/<block>", ..., "loss".
@@ -138,13 +65,35 @@ def select_clip(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
         raise ValueError(
             f"A history has one number a step under each key, and at least one step; got {shapes}."
         )
+    clips, *others = _find_heads(columns)
+    # Without a clip, what a watch or a wrapper saw is the history to read.
+    clips, *others = [clips, *others] if clips else [next(filter(None, others), []), [], []]
+    one = clips[0] if len(clips) == 1 else dict(enumerate(clips)).get(clip)
+    names = {} if one is None else {one: ""}
+    names |= {heads[0]: f"{kind}/" for kind, heads in zip(_MARKS, others, strict=True) if heads}
+    dropped = {*clips, *(head for heads in others for head in heads[1:])} - names.keys() - {""}
     found = {}
     for key, column in columns.items():
-        match = re.fullmatch(r"(?:clip/)?(?:(\d+)/)?(.*)", key)
-        number, name = match.groups() if match else (None, key)
-        if number is None or int(number) == clip:
-            found[name] = column
+        head = next((head for head in names if head and key.startswith(head)), "")
+        if not key.startswith(tuple(dropped)):
+            found[names.get(head, "") + key.removeprefix(head)] = column
     return found
+
+
+# A key that only a watch, or a wrapper, has beside its norm: prefixes are the user's.
+_MARKS = {"watch": "median_ratio", "skip": "consecutive"}
+
+
+def _find_heads(columns: Mapping[str, Any]) -> list[list[str]]:
+    """What the keys of each clip start with, of each watch, and of each skip wrapper."""
+    matches = (re.match(r"(|.*?/)(?:grad_norm|bound|clipped)(/|$)", key) for key in columns)
+    heads = sorted({match[1] for match in matches if match}, key=natural_key)
+    of_kind = {
+        kind: [head for head in heads if head + mark in columns or head.startswith(f"{kind}/")]
+        for kind, mark in _MARKS.items()
+    }
+    others = [head for found in of_kind.values() for head in found]
+    return [[head for head in heads if head not in others], *of_kind.values()]
 
 
 def find_norms(seen: Mapping[str, np.ndarray]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
@@ -179,20 +128,27 @@ def block_norms(seen: Mapping[str, np.ndarray], start: str = "") -> dict[str, np
 
 
 class RecordedRun(NamedTuple):
-    """A recorded run, sorted by what its keys mean.
+    """A recorded run, sorted by what its keys mean, under whatever prefix.
 
     Attributes:
       norms: (steps,), the total norm.
       blocks: for each block (steps,), its norm.
       clips: for each clip that measures its `clipped`, `grad_norm` and `bound`, each (steps,).
-      losses, param_norms: (steps,); None where they are unknown.
+      skips: for each skip wrapper its `consecutive` and `last_reason`, each (steps,).
+      losses, param_norms, loss_scales: (steps,); None where they are unknown.
+      own: the norm that the user recorded himself, without a prefix; None without one.
+      steps: (steps,), the number of each step, counted from 1.
     """
 
     norms: np.ndarray
     blocks: dict[str, np.ndarray]
     clips: dict[str, dict[str, np.ndarray]]
+    skips: dict[str, dict[str, np.ndarray]]
     losses: np.ndarray | None
     param_norms: np.ndarray | None
+    loss_scales: np.ndarray | None
+    own: np.ndarray | None
+    steps: np.ndarray
 
 
 def read_run(history: Recorded, losses: Any = None, param_norms: Any = None) -> RecordedRun:
@@ -202,31 +158,52 @@ def read_run(history: Recorded, losses: Any = None, param_norms: Any = None) -> 
       ValueError: if no norm is found in it.
     """
     table = to_columns(history)
-    # A watch first: it sees all blocks, and in front of a clip what that clip sees.
-    roots = sorted(
-        (key for key in table if re.search(r"(^|/)grad_norm$", key)),
-        key=lambda key: "watch" not in key,
-    )
-    if not roots:
+    heads = [key.removesuffix("grad_norm") for key in table if re.search(r"(^|/)grad_norm$", key)]
+    # A watch first: it sees all blocks, and in front of a clip what that clip sees. It is known by
+    # a key that only it has, as prefixes are the user's.
+    heads.sort(key=lambda head: head + "median_ratio" not in table and "watch" not in head)
+    if not heads:
         raise ValueError(
             f"diagnose: there is no key 'grad_norm' among {sorted(table)[:20]}: record"
-            " optaxclip.metrics(opt_state), of"
-            " a chain with optaxclip.watch() or a clip that measures in it."
+            " optaxclip.metrics(opt_state), of a chain with optaxclip.watch() or a clip that"
+            " measures in it."
         )
-    of_blocks = [block_norms(table, root.removesuffix("grad_norm")) for root in roots]
-    # A skip wrapper has a bound and no `clipped`: it is left out, like clips that do not measure.
-    heads = [key.removesuffix("bound") for key in table if re.search(r"(^|/)bound$", key)]
-    fields = ("clipped", "grad_norm", "bound")
-    clips = {
+    norms = table[heads[0] + "grad_norm"]
+
+    return RecordedRun(
+        norms,
+        next(filter(None, (block_norms(table, head) for head in heads)), {}),
+        # A clip that does not measure has a bound only, and is left out.
+        _collect(table, ("clipped", "grad_norm", "bound")),
+        _collect(table, ("consecutive", "last_reason")),
+        table.get("loss") if losses is None else _to_floats(losses),
+        table.get("param_norm") if param_norms is None else _to_floats(param_norms),
+        table.get("loss_scale"),
+        # With a bound beside it, it is that of a clip whose prefix is empty.
+        table.get("grad_norm") if "bound" not in table else None,
+        _number_steps(history, table, heads, len(norms)),
+    )
+
+
+def _to_floats(x: Any) -> np.ndarray:
+    return np.asarray(jax.device_get(x), np.float64)
+
+
+def _collect(table: dict[str, np.ndarray], fields: tuple[str, ...]) -> dict[str, dict]:
+    """For each prefix under which all these fields are, their arrays."""
+    ends = [key.removesuffix(fields[0]) for key in table if re.search(rf"(^|/){fields[0]}$", key)]
+    return {
         head: {field: table[head + field] for field in fields}
-        for head in heads
+        for head in ends
         if all(head + field in table for field in fields)
     }
 
-    def series(given, key):
-        return table.get(key) if given is None else np.asarray(jax.device_get(given), np.float64)
 
-    blocks = next(filter(None, of_blocks), {})
-    return RecordedRun(
-        table[roots[0]], blocks, clips, series(losses, "loss"), series(param_norms, "param_norm")
-    )
+def _number_steps(history: Recorded, table: dict, heads: list[str], count: int) -> np.ndarray:
+    """The number of each step, of what counted them: entries may be left out of a history."""
+    # The `steps` of a skip wrapper are those that it skipped.
+    keys = [head + "steps" for head in heads if head + "last_reason" not in table]
+    for steps in (table.get("step"), *map(table.get, keys)):
+        if steps is not None and np.isfinite(steps).all() and (np.diff(steps) > 0).all():
+            return steps.astype(np.int64)
+    return history.steps if isinstance(history, History) else np.arange(1, count + 1)

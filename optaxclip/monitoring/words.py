@@ -32,6 +32,9 @@ def describe_watched_norm(w: WatchState) -> str:
         more = "" if first == last else f", last in {last}, whose gradient was computed first"
         count = f"{int(w.nonfinite.blocks_hit)} of {len(names)} blocks"
         return f"not finite in {count}, first in {first}{more}"
+    # Zero has no share and no ratio that would say more, and looks like any small norm.
+    if len(names) and w.total_norm == 0:
+        return "all gradients are zero"
     usual = "" if w.trackers.seen < 2 else f" = {format_number(w.median_ratio)} x the median"
     where = ""
     if len(names) > 1 and w.total_norm > 0:
@@ -65,12 +68,15 @@ def describe_norm(m: Metrics) -> str:
     """What a clip knows of the norm by itself."""
     if m.grad_norm is None:
         return ""
-    norm, names = float(scalars_of(m, "").get("grad_norm", 0.0)), _display_names(m.blocks)
+    seen, names = scalars_of(m, ""), _display_names(m.blocks)
+    norm = float(seen.get("grad_norm", 0.0))
     if not np.isfinite(norm) and len(names) > 1:
         bad = [names[i] for i in np.flatnonzero(~np.isfinite(m.grad_norm))]
         return f"the norm is not finite in {len(bad)} of {len(names)} blocks, first in {bad[0]}"
     if not np.isfinite(norm):
         return "the norm is not finite"
+    if "grad_norm" in seen and norm == 0:
+        return "all gradients are zero"
     if len(names) < 2:
         return f"norm {format_number(norm)}"
     where = names[int(np.argmax(m.grad_norm))]
@@ -125,15 +131,16 @@ def _describe_block(seen: dict[str, float]) -> str:
 
 def describe_skip(s: SkipState) -> str:
     """Whether a wrapper skipped the step, why, and how often."""
-    m, skipped = s.spike.metrics, int(s.skipped_steps)
-    counts = f"{skipped} of {int(total_steps(s))} steps skipped"
+    m, skipped, total = s.spike.metrics, int(s.skipped_steps), int(total_steps(s))
+    nothing = ": nothing was applied yet" if skipped == total > 1 else ""
+    counts = f"{skipped} of {total} steps skipped"
     if not s.consecutive_skips:
         return f"step taken ({counts})"
     reasons = {NORM: f", over {format_number(m.clip_bound)}", LOSS: " for its loss"}
     # Not finite: if it was the norm, that is said already.
     lost = "" if not np.isfinite(m.grad_norm) else ": the loss is not finite"
     reason = reasons.get(int(s.last_reason), lost)
-    return f"step skipped{reason} ({counts}, {int(s.consecutive_skips)} consecutive)"
+    return f"step skipped{reason} ({counts}, {int(s.consecutive_skips)} consecutive){nothing}"
 
 
 def describe_params(params: Any) -> list[str]:

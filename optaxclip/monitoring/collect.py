@@ -1,0 +1,215 @@
+"""Collecting the scalars of each step on the host, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip import validate
+from optaxclip.states import kind_of
+
+# Steps that are fetched together: few enough for the device to hold, and enough to share the cost.
+_BATCH = 256
+# The placement of a plain number.
+_HOST: tuple = ((),)
+
+
+class History:
+    """Collects the dict of scalars of each step, on the host, without waiting for the device.
+
+    The scalars of a step are copied into one array on the device, so that their buffers may be
+    donated to the next step, and fetched together with those of other steps. Memory is bounded: a
+    history that is full keeps every other step, then every fourth and so on, and beside them the
+    steps at which something stands out from the steps around it.
+
+    Args:
+      window: how many of the last steps to keep, each of them; None: the whole run, thinned out.
+      every: takes in each so many steps; the others cost nothing.
+      max_steps: how many steps to keep of the whole run; at least 64.
+
+    Attributes:
+      steps: (rows,), for each step that is kept how many were appended up to it.
+
+    Raises:
+      ValueError: for a window, `every` or `max_steps` that is not a whole number, or too small.
+
+    >>> import optaxclip
+    >>> history = optaxclip.History()
+    >>> for loss in (3.0, 2.0):
+    ...     history.append({"clip/grad_norm": 1.0}, loss=loss)
+    >>> history.arrays()
+    {'clip/grad_norm': array([1., 1.]), 'loss': array([3., 2.])}
+    """
+
+    def __init__(self, window: int | None = None, *, every: int = 1, max_steps: int = 20_000):
+        whole = "a whole number of at least"
+        given = {"window": (window, 1), "every": (every, 1), "max_steps": (max_steps, 64)}
+        for name, (x, least) in given.items():
+            if (name, x) != ("window", None) and (type(x) is not int or x < least):
+                none = ", or None" if name == "window" else ""
+                raise validate.fail(f"{name} must be {whole} {least}{none}", x, call="History")
+        self._window, self._every, self._max_steps = window, every, max_steps
+        self._appended, self._stride = 0, every
+        self._waiting: list[tuple[int, dict[Any, Any]]] = []
+        # Tables of rows, each with its step in the first column; the columns of the keys.
+        self._columns: dict[str, int] = {}
+        self._tables: list[np.ndarray] = []
+
+    def append(self, metrics: Mapping[str, Any], **more: Any) -> None:
+        """Takes in one step: `optaxclip.metrics(opt_state)`, and `loss=` or `param_norm=`, say.
+
+        Raises:
+          ValueError: for what is not a dict of scalars, such as a state; inside a compiled step.
+        """
+        if not isinstance(metrics, Mapping):
+            raise ValueError(
+                "History.append takes the scalars of one step, not a state: write"
+                f" history.append(optaxclip.metrics(opt_state), loss=loss). Got {kind_of(metrics)}."
+            )
+        self._appended += 1
+        if (self._appended - 1) % self._every:
+            return
+        packed = _pack({**metrics, **more})
+        for x in packed.values():
+            # Under way while the device goes on, so that nobody waits for it later.
+            if isinstance(x, jax.Array):
+                x.copy_to_host_async()
+        self._waiting.append((self._appended, packed))
+        if len(self._waiting) >= _BATCH:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        """Brings what waits on the device to the host, as one more table."""
+        waiting, self._waiting = self._waiting, []
+        read = jax.device_get([packed for _, packed in waiting])
+        # Rows with the same keys in the same groups are filled in together.
+        alike = defaultdict(list)
+        for i, packed in enumerate(read):
+            alike[tuple(packed)].append(i)
+            for name in (name for group in packed for name in group[0]):
+                self._columns.setdefault(name, len(self._columns) + 1)
+        table = np.full((len(waiting), len(self._columns) + 1), np.nan)
+        table[:, 0] = [step for step, _ in waiting]
+        for groups, rows in alike.items():
+            for group in groups:
+                columns = [self._columns[name] for name in group[0]]
+                table[np.ix_(rows, columns)] = [read[i][group] for i in rows]
+        self._tables.append(table)
+        if sum(map(len, self._tables)) > 2 * (self._window or self._max_steps // 2):
+            self._tables = [self._join()]
+
+    def _join(self) -> np.ndarray:
+        """One table, thinned out if it is full: rows are judged beside their neighbours."""
+        width = len(self._columns) + 1
+        padded = [
+            np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=np.nan)
+            for x in self._tables
+        ]
+        table = np.concatenate(padded) if padded else np.empty((0, width))
+        if self._window:
+            return table[-self._window :]
+        full, table = len(table) > self._max_steps, _thin(table, self._stride)
+        # To well below what is allowed: thinning at each batch would be of quadratic cost.
+        while full and len(table) > self._max_steps * 3 // 4:
+            self._stride *= 2
+            table = _thin(table, self._stride)
+        return table
+
+    def _read(self) -> np.ndarray:
+        if self._waiting:
+            self._fetch()
+        return self._join()
+
+    @property
+    def steps(self) -> np.ndarray:
+        return self._read()[:, 0].astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def rows(self) -> list[dict[str, float]]:
+        """One dict a step; NaN where a step lacks a key."""
+        return [dict(zip(self._columns, row, strict=True)) for row in self._read()[:, 1:].tolist()]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """One array a key, one entry a step; NaN where a step lacks the key."""
+        table = self._read()
+        return {key: table[:, column].copy() for key, column in self._columns.items()}
+
+
+def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
+    """A row as few arrays: those on a device by dtype and placement, the rest as one.
+
+    Returns:
+      For each group its keys and what they have in common, with the array of their values.
+    """
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for key, x in row.items():
+        groups[_placement(x)].append(key)
+    # Shapes are known without waiting for the numbers, so this is said at the mistaken call.
+    wide = {key: kind[0] for kind, keys in groups.items() if kind[0] for key in keys}
+    if wide:
+        raise ValueError(
+            "History.append takes one number under each key; not so"
+            f" {dict(list(wide.items())[:3])}. Of several runs (vmap) append one each to a History"
+            " of its own; of a lax.scan the stacked dict is a history already."
+        )
+    packed: dict[Any, Any] = {}
+    for kind, keys in groups.items():
+        values = [row[key] for key in keys]
+        packed[tuple(keys), kind] = np.array(values, float) if kind == _HOST else _stack(values)
+    return packed
+
+
+def _placement(x: Any) -> tuple:
+    """The shape of a value, and for one on a device what it shares with others of one program."""
+    if type(x) is float or not isinstance(x, jax.Array):
+        return _HOST if type(x) is float else (np.shape(x),)
+    if isinstance(x, jax.core.Tracer):
+        raise ValueError(
+            "History.append is for the host, between steps: return the metrics from the compiled"
+            " step, and append them there. Of a lax.scan the stacked dict is a history already."
+        )
+    # One program takes arrays of one placement only; strict promotion wants one dtype.
+    return x.shape, x.dtype, x.sharding
+
+
+@jax.jit
+def _stack(scalars: list[jax.Array]) -> jax.Array:
+    return jnp.stack(scalars)
+
+
+def _thin(table: np.ndarray, stride: int) -> np.ndarray:
+    """Each so many rows by the step in the first column, and a quarter more that stand out."""
+    regular = (table[:, 0] - 1) % stride == 0
+    if regular.all():
+        return table
+    score = np.where(regular, 0, _stand_out(table[:, 1:]))
+    most = int(regular.sum()) // 4 + 1
+    extra = np.argsort(score)[-most:]
+    return table[np.union1d(np.flatnonzero(regular), extra[score[extra] > 0])]
+
+
+def _stand_out(x: np.ndarray) -> np.ndarray:
+    """How far each row is from its neighbours, in the column where it is farthest."""
+    finite = np.isfinite(x)
+    # First and last step of each episode of NaN: what is between them is the same.
+    edges = finite[1:] != finite[:-1]
+    ends = np.zeros(len(x), bool)
+    ends[1:] |= (edges & ~finite[1:]).any(axis=1)
+    ends[:-1] |= (edges & ~finite[:-1]).any(axis=1)
+    x = np.where(finite, x, 0.0)
+    middle = x.copy()
+    # The median of three has no distance to counters and trends, only to single steps.
+    low, high = np.minimum(x[:-2], x[2:]), np.maximum(x[:-2], x[2:])
+    middle[1:-1] = np.clip(x[1:-1], low, high)
+    distance = np.abs(x - middle)
+    typical = distance.mean(axis=0)
+    with np.errstate(over="ignore"):
+        score = (distance / np.where(typical > 0, typical, 1)).max(axis=1, initial=0)
+    return np.where(ends, np.inf, score)

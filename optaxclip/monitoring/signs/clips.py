@@ -1,0 +1,75 @@
+"""Clips that act always, never, or in the wrong place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from optaxclip.monitoring.findings import Sign, format_number, format_share
+from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.limits import ALWAYS, BEFORE_MEAN, ENOUGH, ENOUGH_FOR_TAILS, RESERVE
+
+
+def clipping(run: RecordedRun) -> Iterator[Sign]:
+    """For each clip with a bound, whether it acts on every step, or on none."""
+    for head, clip in run.clips.items():
+        known = np.isfinite(clip["grad_norm"]) & np.isfinite(clip["bound"])
+        norms, bounds, share = (clip[field][known] for field in ("grad_norm", "bound", "clipped"))
+        if len(norms) < ENOUGH:
+            continue
+        # Zero is no norm to clip, and no sign that the bound is far.
+        usual = {"norm": float(np.median(norms)), "bound": float(np.median(bounds))}
+        # Of a clip by block it is the share of blocks: it acts always if it does on all.
+        evidence = {"share": float(np.mean(share)), "steps": len(norms)} | usual
+        nearest = float(np.max(norms / np.maximum(bounds, 1e-30)))
+        name = head.rstrip("/") or "the clip"
+        if evidence["share"] >= ALWAYS:
+            yield _always(name, evidence)
+        elif not share.any() and 0 < nearest < RESERVE and len(norms) >= ENOUGH_FOR_TAILS:
+            yield _never(name, evidence | {"nearest": nearest})
+
+
+def _always(name: str, evidence: dict[str, float]) -> Sign:
+    return Sign(
+        "clip-always-active",
+        f"{name} is active on {format_share(evidence['share'])} of steps: the norm is typically"
+        f" {format_number(evidence['norm'])}, the bound {format_number(evidence['bound'])}. The"
+        " norm after the clip is always the bound.",
+        evidence,
+        "a bound near the usual norm, or one that follows it: optaxclip.zclip(),"
+        " quantile_clip(0.9). Under Adam it changes little else.",
+    )
+
+
+def _never(name: str, evidence: dict[str, float]) -> Sign:
+    nearest = evidence["nearest"]
+    return Sign(
+        "clip-never-active",
+        f"{name} was not active on any of {evidence['steps']} steps: the largest norm was"
+        f" {format_share(nearest)} of the bound. A spike {format_number(1 / nearest)} times as"
+        " large would pass unclipped.",
+        evidence,
+        "a bound of a few times the usual norm, or one that follows it: optaxclip.zclip(),"
+        " quantile_clip().",
+    )
+
+
+def averaging(run: RecordedRun) -> Iterator[Sign]:
+    """A clip that saw the norm of one device, or microbatch, where the user recorded the mean's."""
+    if run.own is None:
+        return
+    for head, clip in run.clips.items():
+        known = np.isfinite(clip["grad_norm"]) & np.isfinite(run.own) & (run.own > 0)
+        ratios = clip["grad_norm"][known] / run.own[known]
+        if len(ratios) >= ENOUGH and np.quantile(ratios, 1 - ALWAYS) >= BEFORE_MEAN:
+            usual = float(np.median(ratios))
+            yield Sign(
+                "clip-before-averaging",
+                f"{head.rstrip('/') or 'the clip'} saw norms {format_number(usual)} times those"
+                " recorded as grad_norm on every step: it clips before gradients are averaged over"
+                " devices or microbatches.",
+                {"ratio": usual, "devices": usual**2, "steps": len(ratios)},
+                "average first (lax.pmean), or pass the clip axis_names=; with optax.MultiSteps put"
+                " the clip inside of it.",
+            )

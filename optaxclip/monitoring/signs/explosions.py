@@ -1,0 +1,100 @@
+"""Explosions, lasting jumps, and learning rates that make the weights jump: one rule for three."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from optaxclip.monitoring.findings import Sign, format_number
+from optaxclip.monitoring.fits import find_runs
+from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.limits import ENOUGH, FIRST_NORM, FIRST_STEPS, JUMP_STEPS
+from optaxclip.monitoring.signs.blocks import first_large, in_block, step_at
+from optaxclip.monitoring.signs.leaps import find_leap, too_high
+from optaxclip.monitoring.signs.rises import Rise, find_rise, is_lost
+
+
+def rising(run: RecordedRun) -> Iterator[Sign]:
+    """An explosion, a lasting jump, or a learning rate that makes the weights jump."""
+    rise = find_rise(run.norms)
+    leap = find_leap(run, rise)
+    if leap is not None:
+        yield too_high(run, *leap)
+    elif rise is not None:
+        yield _exploding(run, rise)
+    elif (end := _end_of_first(run.norms)) is not None:
+        yield _exploding_at_once(run, end)
+
+
+def _end_of_first(x: np.ndarray) -> int | None:
+    """Where all ends after a first step or two of large gradients, to which nothing compares."""
+    lost = find_runs(is_lost(x))
+    if not lost or lost[0][1] < len(x) or not 1 <= lost[0][0] <= FIRST_STEPS:
+        return None
+    return lost[0][0] if x[: lost[0][0]].max() >= FIRST_NORM else None
+
+
+def _exploding_at_once(run: RecordedRun, end: int) -> Sign:
+    # Nothing is usual yet, so the size itself is the evidence, and the largest block the first.
+    at = int(np.argmax(run.norms[:end]))
+    norm, step, after = float(run.norms[at]), step_at(run, at), step_at(run, end)
+    largest = {name: x[at] for name, x in run.blocks.items() if np.isfinite(x[at])}
+    block = max(largest, key=lambda name: largest[name]) if len(largest) > 1 else ""
+    how = "zero" if run.norms[end] == 0 else "not finite"
+    return Sign(
+        "norms-exploding",
+        f"the norm is {format_number(norm)} at step {step}, and {how} from step {after} on"
+        f"{in_block(block)}.",
+        {"norm": norm, "first": at},
+        "a clip from the first step on, optaxclip.clip_by_global_norm(1.0), and an initialization"
+        " that keeps the scale: orthogonal in a recurrent network, He for ReLU.",
+        step,
+        block,
+    )
+
+
+def _exploding(run: RecordedRun, rise: Rise) -> Sign:
+    growth, steps = rise.peak / rise.usual, rise.end - rise.start
+    block = first_large(run, rise.start, rise.end)
+    step, fold = step_at(run, rise.start), format_number(growth)
+    evidence = {"growth": growth, "steps": steps, "usual": rise.usual, "first": rise.start}
+    levels = f"from {format_number(rise.usual)} to {format_number(rise.peak)}"
+    if rise.how == "stays" and steps <= JUMP_STEPS:
+        what = f"the norm jumps {fold}-fold at step {step}, {levels}, and stays there"
+        what = f"{what}{in_block(block)}."
+        fix = (
+            "compare the data, the loss scale and the learning rate on both sides of this step, and"
+            " go back to a checkpoint before it; clip_by_median() keeps such a jump out."
+        )
+        return Sign("norms-jumped", what, evidence, fix, step, block)
+    # Of a rise that goes on the last step is one of it, and there is one interval less.
+    intervals = steps - (rise.how == "grows")
+    evidence["doubling_steps"] = float(np.log(2) * intervals / np.log(growth))
+    end = {"stays": ", and stays there", "grows": ", and still grows"}.get(rise.how)
+    if not end:
+        how = "zero" if run.norms[rise.end] == 0 else "not finite"
+        end = f", and is {how} at step {step_at(run, rise.end)}"
+    what = f"the norm grows {fold}-fold within {steps} steps from step {step} on, {levels}{end}"
+    fix = _stop_explosion(run, rise)
+    return Sign("norms-exploding", f"{what}{in_block(block)}.", evidence, fix, step, block)
+
+
+def _stop_explosion(run: RecordedRun, rise: Rise) -> str:
+    """What to do: by when it began, and whether a clip was there."""
+    # A scaled gradient of the wrong direction still goes there: another bound would only delay it.
+    clipped = any(clip["clipped"][rise.start : rise.end].any() for clip in run.clips.values())
+    if rise.start <= ENOUGH:
+        return (
+            "a lower learning rate, or a longer warm-up: it began with the run. In a recurrent"
+            " network orthogonal initialization, or shorter sequences."
+        )
+    if clipped:
+        return (
+            "go back to a checkpoint before this step, with a lower learning rate: the clip was"
+            " active, and direction, not length, led there."
+        )
+    return (
+        f"a clip at the usual norm, optaxclip.clip_by_global_norm({format_number(rise.usual)}), or"
+        " optaxclip.zclip(), which finds it; from a checkpoint before this step."
+    )

@@ -1,0 +1,140 @@
+"""Steps that are not finite, and steps that a wrapper skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from optaxclip.monitoring.findings import Sign, format_share
+from optaxclip.monitoring.fits import find_runs
+from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.limits import ENOUGH, HALVINGS, SKIPPED
+from optaxclip.monitoring.signs.blocks import first_lost, in_block, step_at
+from optaxclip.wrappers.skip import LOSS, NONFINITE, NORM
+
+_WRAP = "Meanwhile optaxclip.skip_nonfinite(optimizer): then such a step changes nothing."
+
+
+def losing(run: RecordedRun) -> Iterator[Sign]:
+    """The first loss or norm that is not finite, by what it was."""
+    norms, losses = ~np.isfinite(run.norms), np.zeros(len(run.norms), bool)
+    if run.losses is not None:
+        losses = ~np.isfinite(run.losses)
+    if _is_of_loss_scale(run, norms | losses):
+        return
+    # The gradient of a loss that is not finite is not either: at the same step the loss is first.
+    if losses.any() and (not norms.any() or np.argmax(losses) <= np.argmax(norms)):
+        yield _loss(run, losses)
+    elif norms.any() and np.isinf(run.norms[np.argmax(norms)]):
+        yield _overflow(run, norms)
+    elif norms.any():
+        yield _norm(run, norms)
+
+
+def _is_of_loss_scale(run: RecordedRun, bad: np.ndarray) -> bool:
+    """Whether a recorded loss scale was lowered at each such step, and all went on."""
+    if run.loss_scales is None or not bad.any():
+        return False
+    if max(end - start for start, end in find_runs(bad)) > HALVINGS:
+        return False
+    # Lowered at that step, or at the next: it may be recorded before or after its update.
+    lowered = np.diff(run.loss_scales, prepend=run.loss_scales[0]) < 0
+    here = lowered[bad].mean()
+    behind = np.r_[lowered[1:], False][bad].mean()
+    # Before the first step and behind the last one nothing is known.
+    return bool(max(here, behind) * bad.sum() >= bad.sum() - 1 - bad[-1])
+
+
+def _say(run: RecordedRun, what: str, bad: np.ndarray) -> tuple[str, dict[str, float], int]:
+    """How often, and when first, in words and numbers."""
+    first, count = int(np.argmax(bad)), int(bad.sum())
+    stays = find_runs(bad)[0] == (first, len(bad)) and count > 1
+    often = "from then on" if stays else f"on {count} of {len(bad)} steps"
+    text = f"the {what}, first at step {step_at(run, first)}, {often}"
+    return text, {"steps": count, "share": count / len(bad), "first": first}, first
+
+
+def _loss(run: RecordedRun, bad: np.ndarray) -> Sign:
+    infinite = run.losses is not None and np.isinf(run.losses[np.argmax(bad)])
+    kind = "infinite" if infinite else "NaN"
+    what, evidence, first = _say(run, f"loss is {kind}", bad)
+    cause = (
+        "look for a logarithm or a division at 0 in the loss, and add ε inside of it (log_softmax"
+        " for log(softmax)). "
+        if infinite
+        else "look at the batch of this step for NaN or empty entries (watch keeps its tag=). "
+    )
+    fix = cause + _WRAP
+    return Sign("loss-not-finite", f"{what}.", evidence, fix, step_at(run, first))
+
+
+def _overflow(run: RecordedRun, bad: np.ndarray) -> Sign:
+    what, evidence, first = _say(run, "norm is infinite where the loss is finite", bad)
+    block = first_lost(run, first)
+    return Sign(
+        "norm-overflow",
+        f"{what}{in_block(block)}.",
+        evidence,
+        "bfloat16, or a dynamic loss scale if this is float16; with one, some such steps are usual"
+        " while it looks for its value (record it as loss_scale=). " + _WRAP,
+        step_at(run, first),
+        block,
+    )
+
+
+def _norm(run: RecordedRun, bad: np.ndarray) -> Sign:
+    what, evidence, first = _say(run, "norm is NaN", bad)
+    block = first_lost(run, first)
+    if block:
+        count = sum(not np.isfinite(x[first]) for x in run.blocks.values())
+        evidence["blocks"] = count
+        fix = (
+            f"look in the backward pass of {block} for roots, norms and divisions at 0: jnp.where"
+            " does not stop NaN unless its argument is safe as well. "
+        )
+    else:
+        fix = "look at the loss and the batch of this step (watch keeps its tag=). "
+    what = f"{what}{in_block(block)}."
+    return Sign("norm-not-finite", what, evidence, fix + _WRAP, step_at(run, first), block)
+
+
+_REASONS = {
+    NORM: (
+        "their norms were over the bound",
+        "a higher threshold, or one that learns: thresholds.window_zscore(), the default.",
+    ),
+    LOSS: (
+        "their losses were over the bound",
+        "a higher loss_threshold, or none: the default learns from the losses.",
+    ),
+    NONFINITE: (
+        "they were not finite",
+        "find what is not finite in the first of them: the data, the loss, or the weights; if the"
+        " weights are, go back to a checkpoint.",
+    ),
+}
+
+
+def skipping(run: RecordedRun) -> Iterator[Sign]:
+    """A run of which nothing, or from some step on nothing, is applied."""
+    for head, skip in run.skips.items():
+        # By consecutive skips, not their number: of a history that is thinned out counts jump.
+        skipped = skip["consecutive"] > 0
+        runs = find_runs(skipped)
+        last = runs[-1] if runs and runs[-1][1] == len(skipped) else (len(skipped), len(skipped))
+        count, share = last[1] - last[0], float(skipped.mean())
+        if len(skipped) < 3 or (share < SKIPPED and (count < ENOUGH or count < len(skipped) / 4)):
+            continue
+        first = int(np.argmax(skipped)) if share >= SKIPPED else last[0]
+        what, fix = _REASONS.get(int(skip["last_reason"][-1]), ("of no known reason", "see why."))
+        name, step = head.rstrip("/") or "skip", step_at(run, first)
+        yield Sign(
+            "every-step-skipped",
+            f"{name} skipped {format_share(np.mean(skipped[first:]))} of the steps from step {step}"
+            f" on: {what}.",
+            {"share": share, "steps": int(skipped.sum()), "first": first},
+            fix,
+            step,
+        )
+        return

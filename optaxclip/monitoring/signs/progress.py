@@ -1,0 +1,101 @@
+"""Whether the loss and the weights move, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from optaxclip.monitoring.findings import Sign, format_number
+from optaxclip.monitoring.fits import compare_parts, fit_growth, is_known
+from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.limits import (
+    ENOUGH,
+    GROWN,
+    GROWN_LATE,
+    GROWN_R2,
+    RISEN,
+    RISEN_ERRORS,
+    STILL,
+    UNMOVED,
+    UNMOVED_ERRORS,
+)
+
+
+def moving(run: RecordedRun) -> Iterator[Sign]:
+    """A loss that does not move, or rises; and if it does not, whether the weights do."""
+    x = run.losses[np.isfinite(run.losses)] if run.losses is not None else np.zeros(0)
+    if len(x) < 2 * ENOUGH:
+        return
+    before, after, error = compare_parts(*np.array_split(x, 2))
+    start, rest, start_error = compare_parts(x[: max(len(x) // 20, 3)], x[len(x) // 2 :])
+    change = (after - before) / max(abs(before), 1e-30)
+    evidence = {"before": before, "after": after, "change": change, "standard_error": error}
+    still = abs(change) < UNMOVED and abs(after - before) <= UNMOVED_ERRORS * error
+    # A run that has converged moved at first.
+    still &= start - rest <= max(UNMOVED * abs(start), UNMOVED_ERRORS * start_error)
+    # Full-batch losses have no noise: they fall by little, and yet by many standard errors.
+    if _weights_are_still(run) and abs(change) < UNMOVED:
+        yield _too_low(run, evidence)
+    elif still:
+        yield _not_moving(evidence)
+    elif change > RISEN and after - before > RISEN_ERRORS * error:
+        yield _loss_rising(evidence)
+
+
+def _weights_are_still(run: RecordedRun) -> bool:
+    w = run.param_norms if run.param_norms is not None else np.zeros(0)
+    known = w[is_known(w)]
+    return len(known) >= ENOUGH and bool(np.ptp(known) < STILL * np.median(known))
+
+
+def _too_low(run: RecordedRun, evidence: dict[str, float]) -> Sign:
+    w = np.asarray(run.param_norms)
+    moved = float(np.ptp(w[is_known(w)]) / np.median(w[is_known(w)]))
+    return Sign(
+        "learning-rate-too-low",
+        f"in {len(w)} steps the norm of the weights changes by {moved:.1g} of itself, the loss by"
+        f" {abs(evidence['change']):.1g}; gradients there are.",
+        evidence | {"moved": moved},
+        "ten times the learning rate, then ten times again, until the loss moves; in bfloat16"
+        " updates of less than 1/256 of a weight are lost: keep a float32 copy of it.",
+    )
+
+
+def _not_moving(evidence: dict[str, float]) -> Sign:
+    return Sign(
+        "loss-not-moving",
+        f"the loss is {format_number(evidence['before'])} in the first half of the run and"
+        f" {format_number(evidence['after'])} in the second: the difference is within its noise.",
+        evidence,
+        "if it has not converged: a higher learning rate, or a higher bound if the clip is always"
+        " active; record param_norm= to see whether the weights move.",
+    )
+
+
+def _loss_rising(evidence: dict[str, float]) -> Sign:
+    return Sign(
+        "loss-rising",
+        f"the loss rises from {format_number(evidence['before'])} to"
+        f" {format_number(evidence['after'])}, the medians of the two halves of the run.",
+        evidence,
+        "a lower learning rate, from a checkpoint before the rise.",
+    )
+
+
+def growing(run: RecordedRun) -> Iterator[Sign]:
+    """Weights that grow exponentially; those that start at zero grow ever more slowly."""
+    x = run.param_norms[is_known(run.param_norms)] if run.param_norms is not None else np.zeros(0)
+    if len(x) < ENOUGH:
+        return
+    # Of growth like t or sqrt(t) the second half is a small factor, of an exponential the same.
+    fit, middle = fit_growth(x), x[len(x) // 2]
+    early, late = middle / x[0], x[-1] / middle
+    if fit.growth >= GROWN and fit.r2 >= GROWN_R2 and late >= max(early, 1) ** GROWN_LATE:
+        yield Sign(
+            "weights-growing",
+            f"the norm of the parameters grows {format_number(fit.growth)}-fold over {fit.steps}"
+            f" steps, {format_number(late)}-fold in the second half.",
+            fit.evidence(),
+            "weight decay (optax.adamw); normalization of activations or logits.",
+        )

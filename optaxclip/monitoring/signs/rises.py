@@ -1,0 +1,124 @@
+"""Where norms rise: to another level, or to the end of a run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from optaxclip.monitoring.fits import (
+    Fit,
+    find_runs,
+    find_shift,
+    fit_growth,
+    is_known,
+    large_ratio,
+    over_neighbours,
+    zeros_at_end,
+)
+from optaxclip.monitoring.limits import (
+    ENOUGH,
+    JUMP,
+    RISE,
+    RISE_R2,
+    RISE_STEPS,
+    STILL_RISING,
+)
+
+
+class Rise(NamedTuple):
+    """Norms that rose.
+
+    Attributes:
+      start: the first step of the rise.
+      end: the step after it: the first that is not finite, or at the new level.
+      usual, peak: the norm before, and the largest.
+      how: "broke": it ended in NaN, infinity or zeros; "stays"; "grows", at the end of the record.
+    """
+
+    start: int
+    end: int
+    usual: float
+    peak: float
+    how: str
+
+
+def find_rise(x: np.ndarray) -> Rise | None:
+    """The first rise to an end of it all; if none, one to another level, or until the last step."""
+    lost = find_runs(is_lost(x))
+    known = x[is_known(x)]
+    limit = large_ratio(over_neighbours(known), 3)
+    begins = [0, *(end for _, end in lost)]
+    for begin, (at, _) in zip(begins, lost, strict=False):
+        if found := _rise_to(x, begin, at, limit):
+            return found
+    # What comes after the first lasting loss is of weights that are lost.
+    where = np.flatnonzero(is_known(x[: lost[-1][0]] if lost and lost[-1][1] == len(x) else x))
+    return _shift(x, where) or _growing(x, where)
+
+
+def is_lost(x: np.ndarray) -> np.ndarray:
+    """Where norms are not finite; and at the end zero, as of units that an explosion saturated."""
+    lost = ~np.isfinite(x)
+    lost[len(x) - zeros_at_end(x) :] |= zeros_at_end(x) >= ENOUGH
+    return lost
+
+
+def _rise_to(x: np.ndarray, begin: int, at: int, limit: float) -> Rise | None:
+    """The rise that the steps from `begin` end with, where the norm breaks at step `at`."""
+    where = begin + np.flatnonzero(is_known(x[begin:at]))
+    if len(where) < 2:
+        return None
+    y = x[where]
+    # A quartile: a slow rise from the first step on is half of the record.
+    usual, peak = np.quantile(y[:-1], 0.25, method="lower"), y[-3:].max()
+    if peak < limit * usual:
+        return None
+    low = np.flatnonzero(y <= usual * min(limit, (peak / usual) ** 0.1))
+    first = low[-1] + 1
+    heights = np.log(y[first:] / usual) / np.log(peak / usual)
+    if len(heights) == 0 or (len(heights) > 5 and heights.mean() > STILL_RISING):
+        return None
+    return Rise(int(where[first]), at, float(usual), float(peak), "broke")
+
+
+def _shift(x: np.ndarray, where: np.ndarray) -> Rise | None:
+    """A change to a level that lasts until the end."""
+    if len(where) < ENOUGH:
+        return None
+    y = np.log(x[where])
+    split = find_shift(y)
+    before, after = y[:split], y[split:]
+    low, high = np.median(before), np.median(after)
+    apart = np.quantile(after, 0.1) > np.quantile(before, 0.9)
+    if high - low < np.log(JUMP) or not apart or min(len(before), len(after)) < 5:
+        return None
+    # Between a quarter and three quarters of the way noise is no matter.
+    top = int(np.argmax(y >= low + 0.75 * (high - low)))
+    if len(y) - top >= RISE_STEPS and _is_steep(fit_growth(np.exp(y[top:] - y[top]))):
+        return None
+    start = int(np.flatnonzero(y[: top + 1] <= low + 0.25 * (high - low))[-1]) + 1
+    usual, peak = float(np.exp(low)), float(np.exp(high))
+    return Rise(int(where[start]), int(where[top]) + 1, usual, peak, "stays")
+
+
+def _growing(x: np.ndarray, where: np.ndarray) -> Rise | None:
+    """Exponential growth at the end: over the last half, quarter, ..., as explosions are short."""
+    y = x[where]
+    sizes = [len(y) >> halvings for halvings in range(20) if len(y) >> halvings >= RISE_STEPS]
+    fits = [fit_growth(y[-size:]) for size in sizes]
+    # The latter half has its part of it: otherwise it has ended, or is a warm-up.
+    steep = [
+        fit
+        for fit in fits
+        if _is_steep(fit) and np.median(y[-3:]) / y[-fit.steps // 2] >= fit.growth**0.35
+    ]
+    if not steep:
+        return None
+    fit = max(steep, key=lambda fit: fit.r2)
+    peak = float(y[-1])
+    return Rise(int(where[-fit.steps]), len(x), peak / fit.growth, peak, "grows")
+
+
+def _is_steep(fit: Fit) -> bool:
+    return fit.growth >= RISE and fit.r2 >= RISE_R2

@@ -1,0 +1,165 @@
+"""Gradients that are zero, or fade: over the steps, or from layer to layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from optaxclip.monitoring.findings import Sign, format_number
+from optaxclip.monitoring.fits import (
+    compare_parts,
+    find_runs,
+    fit_growth,
+    is_known,
+    zeros_at_end,
+)
+from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.limits import (
+    DEPTH,
+    DEPTH_LAYERS,
+    ENOUGH,
+    FADED,
+    FADED_UNKNOWN,
+    RISE_R2,
+    UNMOVED,
+    UNMOVED_ERRORS,
+)
+from optaxclip.monitoring.signs.blocks import step_at
+from optaxclip.monitoring.summary import natural_key
+
+
+def zero(run: RecordedRun) -> Iterator[Sign]:
+    """No gradient for anything, or for some blocks, never or from some step on."""
+    count = len(run.norms)
+    if (zeros := zeros_at_end(run.norms)) >= ENOUGH:
+        step = step_at(run, count - zeros)
+        yield Sign(
+            "zero-gradients",
+            f"all gradients are zero from step {step} on.",
+            {"steps": zeros, "first": count - zeros},
+            "look for what cuts the loss off from the parameters: stop_gradient, argmax or"
+            " rounding, parameters that the loss does not take, a loss scale or a mask of 0, or"
+            " saturated units.",
+            step,
+        )
+        return
+    if not np.isfinite(run.norms[-ENOUGH:]).all():
+        # Where NaN goes forward, ReLU and masks stop it going back: such zeros mean nothing.
+        return
+    ended = {name: zeros_at_end(x) for name, x in run.blocks.items()}
+    frozen = [name for name, zeros in ended.items() if zeros == count >= ENOUGH]
+    dead = [name for name, zeros in ended.items() if _has_died(run.blocks[name], zeros)]
+    if dead:
+        yield _dead(run, dead, ended)
+    if frozen:
+        yield _frozen(frozen, count)
+
+
+def _has_died(x: np.ndarray, zeros: int) -> bool:
+    """Whether the zeros at the end are more than the pauses of a rare expert or embedding."""
+    alive = x[: len(x) - zeros]
+    pause = max((end - start for start, end in find_runs(alive == 0)), default=0)
+    return len(alive) > 0 and zeros >= max(ENOUGH, 3 * pause)
+
+
+def _list(names: list[str]) -> str:
+    names = sorted(names, key=natural_key)
+    more = f" and {len(names) - 1} more blocks, up to {names[-1]}" if len(names) > 1 else ""
+    return f"{names[0]}{more}"
+
+
+def _dead(run: RecordedRun, names: list[str], ended: dict[str, int]) -> Sign:
+    zeros = max(ended[name] for name in names)
+    # Of those that died first the nearest to the loss: no gradient comes past it.
+    block = max((name for name in names if ended[name] == zeros), key=natural_key)
+    first = len(run.norms) - zeros
+    step = step_at(run, first)
+    return Sign(
+        "layer-dead",
+        f"{_list(names)} got gradients, and gets none from step {step} on, first {block}.",
+        {"blocks": len(names), "steps": zeros, "first": first},
+        f"a lower learning rate, and a unit in {block} that passes gradients below zero (leaky"
+        " ReLU, GELU): dead ReLUs do not come back by themselves.",
+        step,
+        block,
+    )
+
+
+def _frozen(names: list[str], count: int) -> Sign:
+    return Sign(
+        "layer-frozen",
+        f"{_list(names)} got no gradient at any of {count} steps.",
+        {"blocks": len(names), "steps": count},
+        "if it is frozen on purpose, leave it out (watch(exclude=)); if not, look for"
+        " stop_gradient, for parameters that the loss does not use, and for two factors that both"
+        " start at zero.",
+        None,
+        max(names, key=natural_key),
+    )
+
+
+def vanishing(run: RecordedRun) -> Iterator[Sign]:
+    """Norms that fall exponentially while the loss does not."""
+    x = run.norms[is_known(run.norms)]
+    if len(x) < ENOUGH:
+        return
+    fit, least = fit_growth(x), FADED_UNKNOWN
+    if run.losses is not None and np.isfinite(run.losses).any():
+        halves = np.array_split(run.losses[np.isfinite(run.losses)], 2)
+        before, after, error = compare_parts(*halves)
+        # Where the loss falls, so may the norms.
+        falls = before - after > max(UNMOVED_ERRORS * error, UNMOVED * abs(before))
+        least = 0.0 if falls else FADED
+    if fit.growth <= least and fit.r2 >= RISE_R2:
+        yield Sign(
+            "norms-vanishing",
+            f"the norm falls exponentially, to {fit.growth:.1g} of its value {fit.steps} steps"
+            " earlier, and the loss does not.",
+            {"growth": fit.growth, "r2": fit.r2, "steps": fit.steps},
+            "gates or residual connections over time and depth (LSTM, GRU), and units that do not"
+            " saturate; in float16 a loss scale. A clip cannot help: it makes nothing longer.",
+            step_at(run, 0),
+        )
+
+
+def _by_depth(blocks: dict[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
+    """The norms of numbered layers: by the name before the number, then by the number."""
+    squares: dict[str, dict[int, np.ndarray]] = {}
+    for name, x in blocks.items():
+        # Every number in a path may be the one that counts layers: each is tried.
+        for match in re.finditer(r"\d+", name):
+            layers = squares.setdefault(name[: match.start()], {})
+            with np.errstate(over="ignore"):
+                layers[int(match[0])] = layers.get(int(match[0]), 0.0) + np.square(x)
+    return {
+        head: {n: np.sqrt(x) for n, x in sorted(layers.items())} for head, layers in squares.items()
+    }
+
+
+def depth(run: RecordedRun) -> Iterator[Sign]:
+    """Norms that fall or grow from each layer to the one before it."""
+    for head, layers in _by_depth(run.blocks).items():
+        usual = {n: np.median(x[np.isfinite(x)]) for n, x in layers.items() if np.isfinite(x).any()}
+        norms = np.array([x for x in usual.values() if x > 0])
+        if len(norms) < DEPTH_LAYERS:
+            continue
+        # A ratio of the ends alone would take one odd layer for a trend.
+        fit = fit_growth(norms)
+        ratio = max(fit.growth, 1 / fit.growth)
+        if ratio < DEPTH or fit.r2 < RISE_R2:
+            continue
+        falls, per_layer = fit.growth > 1, ratio ** (1 / (len(norms) - 1))
+        first, last = f"{head}{min(usual)}", f"{head}{max(usual)}"
+        yield Sign(
+            "norms-fall-with-depth" if falls else "norms-grow-with-depth",
+            f"from {last} back to {first} the norm {'falls' if falls else 'grows'}"
+            f" {format_number(ratio)}-fold, by {format_number(per_layer)} a layer.",
+            {"ratio": ratio, "per_layer": per_layer, "r2": fit.r2, "layers": len(norms)},
+            "residual connections and normalization layers, or an initialization that keeps the"
+            " scale (He for ReLU, orthogonal); meanwhile larc, which gives each layer a step of its"
+            " own size.",
+            None,
+            first,
+        )

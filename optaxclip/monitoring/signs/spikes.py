@@ -1,0 +1,98 @@
+"""Norms that stand out of those around them, alone, in a burst, or all over the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from optaxclip.monitoring.findings import Sign, format_number
+from optaxclip.monitoring.fits import is_known, large_ratio, over_neighbours, tail_index
+from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.limits import (
+    BURST,
+    ENOUGH,
+    ENOUGH_FOR_TAILS,
+    EVENT_STEPS,
+    TAIL_INDEX,
+    TAIL_RATIO,
+)
+from optaxclip.monitoring.signs.blocks import first_large, in_block, step_at
+
+
+def spiking(run: RecordedRun) -> Iterator[Sign]:
+    """Spikes alone, in a burst, or a heavy tail, which has them everywhere."""
+    where = np.flatnonzero(is_known(run.norms))
+    if len(where) < ENOUGH:
+        return
+    ratios = over_neighbours(run.norms[where])
+    if len(where) >= ENOUGH_FOR_TAILS and _is_heavy(ratios):
+        yield _heavy_tail(ratios)
+        return
+    large = np.flatnonzero(ratios >= large_ratio(ratios, len(ratios)))
+    # The first steps are large in many runs, and nothing was usual before them.
+    large = large[large >= 5]
+    if not len(large):
+        return
+    events = np.split(large, np.flatnonzero(np.diff(large) > EVENT_STEPS) + 1)
+    # One burst is of more weight than lone spikes beside it, however large these are.
+    event = max(events, key=len)
+    if len(event) >= BURST:
+        yield _burst(run, where, ratios, event)
+    else:
+        yield _spike(run, where, ratios, events)
+
+
+def _is_heavy(ratios: np.ndarray) -> bool:
+    """Whether the tail is heavy, in the whole run and nearly everywhere in it."""
+    # One spike, or a burst, makes the tail of one quarter heavy, and with it that of the whole.
+    everywhere = [quarter.max() >= TAIL_RATIO for quarter in np.array_split(ratios, 4)]
+    heavy = tail_index(ratios) < TAIL_INDEX and np.quantile(ratios, 0.99) >= TAIL_RATIO
+    return bool(heavy) and sum(everywhere) >= 3
+
+
+def _heavy_tail(ratios: np.ndarray) -> Sign:
+    index, high = tail_index(ratios), float(np.quantile(ratios, 0.99))
+    return Sign(
+        "heavy-tail",
+        f"1 % of the norms are over {format_number(high)} times the median around them, the largest"
+        f" {format_number(ratios.max())} times; with a tail index of {format_number(index)} their"
+        " variance is not finite.",
+        {"tail_index": index, "quantile_99": high, "largest": float(ratios.max())},
+        "a clip: without one a few steps decide where the run goes: quantile_clip(0.9) or zclip();"
+        " a larger batch.",
+    )
+
+
+def _burst(run: RecordedRun, where: np.ndarray, ratios: np.ndarray, event: np.ndarray) -> Sign:
+    first, last = int(where[event[0]]), int(where[event[-1]])
+    largest = float(ratios[event].max())
+    block = first_large(run, first, first + 1)
+    return Sign(
+        "spike-burst",
+        f"{len(event)} spikes from step {step_at(run, first)} to {step_at(run, last)}, up to"
+        f" {format_number(largest)} times the usual norm{in_block(block)}.",
+        {"spikes": len(event), "largest": largest, "first": first, "last": last},
+        "optaxclip.skip_spikes(optimizer), and a lower learning rate or a higher ε of Adam: spikes"
+        " that come together mean that the run is at the edge of stability there.",
+        step_at(run, first),
+        block,
+    )
+
+
+def _spike(run: RecordedRun, where, ratios: np.ndarray, events: list[np.ndarray]) -> Sign:
+    peaks = [event[np.argmax(ratios[event])] for event in events]
+    peak = max(peaks, key=lambda i: ratios[i])
+    at, first, largest = int(where[peak]), int(where[peaks[0]]), float(ratios[peak])
+    block = first_large(run, at, at + 1)
+    more = f", the largest of {len(events)} such spikes" if len(events) > 1 else ""
+    return Sign(
+        "spike",
+        f"the norm is {format_number(largest)} times the usual one at step {step_at(run, at)}"
+        f"{in_block(block)}{more}; then it is as before.",
+        {"spikes": len(events), "largest": largest, "at": at, "first": first},
+        "look at the batch of this step (watch keeps its tag=); optaxclip.skip_spikes(optimizer)"
+        " leaves such steps out.",
+        step_at(run, at),
+        block,
+    )
