@@ -16,8 +16,9 @@ from optaxclip.actions import keep
 from optaxclip.base import AxisNames, Exclude, Norms, Scope, annotate
 from optaxclip.core import decide
 from optaxclip.engine import Description, Rule, build
+from optaxclip.monitoring.episodes import update_episodes
 from optaxclip.monitoring.state import WatchState, fresh_watch
-from optaxclip.monitoring.summary import Summary, push_bad, summarize, update_nonfinite
+from optaxclip.monitoring.summary import Summary, summarize, update_nonfinite
 from optaxclip.monitoring.trackers import (
     Candidates,
     name_candidates,
@@ -68,7 +69,8 @@ def watch(
       candidates: thresholds to try without clipping, by name: numbers, schedules, or thresholds
         such as `thresholds.zscore(2.5)`; or a list of numbers. Kept is the share of steps on which
         a clip of the whole tree by them would have clipped. None: 0.1, 0.5, 1, 5 and `zscore(2.5)`.
-      bad_steps: how many of the last bad steps to keep, each with its norm, culprit and tag.
+      bad_steps: how many of the last episodes of bad steps to keep: the first, worst and last step
+        of each, with norm, culprit and tag. Eight good steps end an episode.
       spike_factor: a step is bad if its norm is not finite, or over this many times the median of
         at least ten norms.
       exclude, axis_names: as in `optaxclip.clip_by`.
@@ -195,7 +197,7 @@ def _advance(state: WatchState, now: Summary, limit: ArrayLike, tag: jax.Array) 
         top_blocks=now.top_blocks,
         top_shares=now.top_shares,
         nonfinite=update_nonfinite(state.nonfinite, now, step),
-        bad=push_bad(state.bad, bad, step, now, ratio, tag),
+        bad=update_episodes(state.bad, bad, step, now, ratio, tag),
     )
 
 
