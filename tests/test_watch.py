@@ -220,7 +220,7 @@ def test_bad_steps_are_kept_by_episode_with_their_tags():
     norms = [x.norm for x in (*found[0][:3], found[1].first)]
     np.testing.assert_allclose(norms, np.array([8, 30, 20, 100]) * norm_of(PARAMS), rtol=1e-5)
     np.testing.assert_allclose(found[1].worst.median_ratio, 100, rtol=0.35)
-    assert int(state.bad.total) == 4 and seen["watch/bad_steps"][-1] == 9
+    assert int(state.bad.places[0, 2, 4]) == 4 and seen["watch/bad_steps"][-1] == 9
     first = oc.bad_steps(run(oc.watch(), series)[0])[0]
     assert [x.step for x in first[:3]] == [21, 26, 32] and first.worst.block == "embed"
     assert str(first).startswith("steps 21 to 32, 4 bad; first: step 21 (tag 20): norm")
@@ -372,7 +372,7 @@ def test_no_gradient_is_kept_and_none_is_changed_by_the_candidates():
     """The state is small whatever the tree, and no output but the gradients is as large."""
     tx, grads = oc.watch(), {"w": jnp.ones((30, 30))}
     state = tx.init(grads)
-    assert sum(x.size for x in jax.tree.leaves(state)) < 250
+    assert sum(x.size for x in jax.tree.leaves(state)) < 300
     jaxpr = jax.make_jaxpr(tx.update)(grads, state)
     assert jaxpr.jaxpr.outvars[0] is jaxpr.jaxpr.invars[0]
 

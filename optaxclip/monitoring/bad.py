@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from optaxclip.monitoring.episodes import KEPT
+from optaxclip.monitoring.episodes import AFTER, KEPT
 from optaxclip.monitoring.findings import format_number, format_share
 from optaxclip.monitoring.reading import check_is_state, find_parts
 from optaxclip.monitoring.state import WatchState
@@ -124,22 +124,24 @@ def read_episodes(w: WatchState) -> list[Episode]:
     kept, names = jax.device_get(w.bad), (*unpack_names(w.blocks), "")
 
     def read(place, size):
-        (step, block, tag), (norm, ratio, share) = place.tolist(), size.tolist()
+        (step, block, tag, *_), (norm, ratio, share) = place.tolist(), size.tolist()
         return BadStep(step, norm, ratio, names[block], share, None if tag < 0 else tag)
 
-    room, total = len(kept.lengths), int(kept.total)
-    found = []
-    for number in range(max(total - room, 0), total):
-        at = number % room
-        first, worst, last = map(read, kept.places[at], kept.sizes[at])
-        norms = _read_norms(kept, names) if number == total - 1 else {}
-        found.append(Episode(first, worst, last, int(kept.lengths[at]), norms))
+    found, numbers = [], kept.places[1:, 2, 4]
+    for row in 1 + np.argsort(numbers):
+        if kept.places[row, 2, 4] > 0:
+            first, worst, last = map(read, kept.places[row], kept.sizes[row])
+            found.append(Episode(first, worst, last, int(kept.places[row, 2, 3]), {}))
+    if found:
+        found[-1] = found[-1]._replace(norms=_read_norms(kept, found[-1], w.total_steps, names))
     return found
 
 
-def _read_norms(kept: Any, names: tuple[str, ...]) -> dict[int, dict[str, float]]:
+def _read_norms(kept: Any, episode: Episode, steps: Any, names: tuple[str, ...]) -> dict:
     """The norms of all blocks when the last episode broke, by step."""
-    end = int(kept.frozen_step)
+    end = min(episode.first.step + AFTER, int(steps))
+    if not np.isfinite(episode.worst.norm):
+        end = min(end, episode.worst.step)
     return {
         step: dict(zip(names, kept.recent[1][step % KEPT].tolist(), strict=False))
         for step in range(max(end - KEPT + 1, 1), end + 1)

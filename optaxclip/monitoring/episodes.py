@@ -13,63 +13,38 @@ from optaxclip.monitoring.summary import Summary
 
 KEPT = 8  # steps whose norms are kept, and good steps that end an episode
 AFTER = 4  # of them, those after the first bad step
+LONG_AGO = -KEPT - 1  # the last bad step before the first one
 
 
 class Episodes(NamedTuple):
-    """The last episodes of bad steps: those not finite, or far above the median.
+    """The last n episodes of bad steps: those not finite, or far above the median.
 
-    An episode ends with eight good steps. n is the number of episodes that there is room for. Of
-    each its first, worst and last step are kept, in this order.
+    An episode ends with eight good steps. Of each its first, worst and last step are kept, in this
+    order. Row 0 is the last episode, rows 1 to n are a ring of all.
 
     Attributes:
-      bad_total: int32, the number of bad steps.
-      total: int32, the number of episodes; the next one is written to `total % n`.
-      places: int32 (n, 3, 3), of each such step its number, counted from 1, its culprit, and what
-        `update` was called with as `tag=`; -1 for none. The culprit is the first block that was not
-        finite, or the one with the largest share.
-      sizes: (n, 3, 3), its norm, norm over median, and the culprit's share of the squared norm; if
-        not finite, one over the number of such blocks.
-      lengths: int32 (n,), the number of bad steps.
-      first_step, last_step, worst: of the last episode its first and its last bad step, and how far
-        its worst one was over the median.
-      frozen_step: int32, the last step in the second of `recent`.
-      recent: (2, 8, B), the norms of all blocks at the last 8 steps, step t in row t % 8; and as
-        they were when the last episode broke: at its first step that was not finite, at the latest
-        four steps after it began.
+      places: int32 (n + 1, 3, 6), of each such step its number, counted from 1; its culprit, the
+        first block that was not finite, or the one with the largest share; what `update` was called
+        with as `tag=`, -1 for none; how many bad steps there were in this episode, how many
+        episodes, and how many bad steps in all.
+      sizes: (n + 1, 3, 3), its norm, norm over median, and the culprit's share of the squared norm;
+        if not finite, one over the number of such blocks.
+      recent: (2, 8, B), the norms of all blocks at the last 8 steps, step t in row t % 8; and the
+        same when the last episode broke: at its first step that was not finite, at the latest four
+        steps after it began.
     """
 
-    bad_total: jax.Array
-    total: jax.Array
     places: jax.Array
     sizes: jax.Array
-    lengths: jax.Array
-    first_step: jax.Array
-    last_step: jax.Array
-    worst: jax.Array
-    frozen_step: jax.Array
     recent: jax.Array
 
 
 def fresh_episodes(dtype, blocks: int, room: int) -> Episodes:
     """No episode yet."""
-
-    def none(*shape):
-        return jnp.full(shape, -1, jnp.int32)
-
-    def count(*shape):
-        return jnp.zeros(shape, jnp.int32)
-
+    nothing = np.array([LONG_AGO, -1, -1, 0, 0, 0], np.int32)
     return Episodes(
-        bad_total=count(),
-        total=count(),
-        places=none(room, 3, 3),
-        sizes=jnp.zeros((room, 3, 3), dtype),
-        lengths=count(room),
-        # Long ago, so that the first bad step begins an episode.
-        first_step=jnp.full((), -KEPT - 1, jnp.int32),
-        last_step=jnp.full((), -KEPT - 1, jnp.int32),
-        worst=jnp.zeros((), dtype),
-        frozen_step=none(),
+        places=jnp.array(np.broadcast_to(nothing, (room + 1, 3, 6))),
+        sizes=jnp.zeros((room + 1, 3, 3), dtype),
         recent=jnp.zeros((2, KEPT, blocks), dtype),
     )
 
@@ -77,34 +52,30 @@ def fresh_episodes(dtype, blocks: int, room: int) -> Episodes:
 def update_episodes(
     old: Episodes, bad: jax.Array, step: jax.Array, now: Summary, ratio: jax.Array, tag: jax.Array
 ) -> Episodes:
-    """The episodes after one more step. Elementwise, with no reduction: it fuses into few kernels.
+    """The episodes after one more step.
 
-    What it needs of the last episode is kept in scalars, for it is somewhere in the arrays.
+    Few arrays and no reduction: on a GPU each array is a kernel, however small, and each sum
+    another one. That is why counts lie beside the places, and the last episode in row 0.
     """
-    begins = bad & (step - old.last_step > KEPT)
-    score = jnp.where(now.hit > 0, np.asarray(np.inf, ratio.dtype), ratio)
-    worse = begins | (score > old.worst)
-    total = jnp.where(begins, optax.safe_increment(old.total), old.total)
-    first = jnp.where(begins, step, old.first_step)
-    # Only up to the first NaN: after it every block is NaN, and says nothing of the cause.
-    freezes = bad & (begins | (jnp.isfinite(old.worst) & (step - first <= AFTER)))
-    size = old.lengths.shape[0]
-    # A select over all places, not an update at a traced index: that would be a scatter.
-    here = bad & (jnp.arange(size, dtype=jnp.int32) == jnp.mod(total - 1, size))
-    moments = here[:, None, None] & jnp.stack([begins, worse, jnp.bool_(True)])[None, :, None]
+    first_step, last = old.places[0, 0, 0], old.places[0, 2]
+    worst_norm, worst_ratio = old.sizes[0, 1, 0], old.sizes[0, 1, 1]
+    begins = bad & (step - last[0] > KEPT)
+    # Once a step was not finite, none is worse.
+    broken = ~begins & ~jnp.isfinite(worst_norm)
+    worse = begins | (~broken & ((now.hit > 0) | (ratio > worst_ratio)))
+    length = jnp.where(begins, 1, optax.safe_increment(last[3]))
+    episode = jnp.where(begins, optax.safe_increment(last[4]), last[4])
     culprit, share = _blame(now)
-    place, sizes = jnp.stack([step, culprit, tag]), jnp.stack([now.total, ratio, share])
-    longer = jnp.where(begins, 1, optax.safe_increment(old.lengths))
+    place = jnp.stack([step, culprit, tag, length, episode, optax.safe_increment(last[5])])
+    rows = jnp.arange(len(old.places), dtype=jnp.int32)
+    # A select over all rows, not an update at a traced index: that would be a scatter.
+    here = bad & ((rows == 0) | (rows == 1 + jnp.mod(episode - 1, len(rows) - 1)))
+    moments = here[:, None, None] & jnp.stack([begins, worse, jnp.bool_(True)])[None, :, None]
+    # Only up to the first NaN: after it every block is NaN, and says nothing of the cause.
+    freezes = begins | (~broken & (step - first_step <= AFTER))
     return Episodes(
-        bad_total=jnp.where(bad, optax.safe_increment(old.bad_total), old.bad_total),
-        total=total,
         places=jnp.where(moments, place[None, None], old.places),
-        sizes=jnp.where(moments, sizes[None, None], old.sizes),
-        lengths=jnp.where(here, longer, old.lengths),
-        first_step=first,
-        last_step=jnp.where(bad, step, old.last_step),
-        worst=jnp.where(bad & worse, score, old.worst),
-        frozen_step=jnp.where(freezes, step, old.frozen_step),
+        sizes=jnp.where(moments, jnp.stack([now.total, ratio, share])[None, None], old.sizes),
         recent=_push(old.recent, step, now.norms, freezes),
     )
 

@@ -114,7 +114,7 @@ def watch_scalars(w: WatchState, prefix: str) -> dict[str, jax.Array]:
         "nonfinite_steps": w.nonfinite.bad_total,
         "nonfinite_step": w.nonfinite.at_step,
         "nonfinite_block": w.nonfinite.first,
-        "bad_steps": w.bad.bad_total,
+        "bad_steps": w.bad.places[..., 0, 2, 5],
     }
     # Indices count from the end: in front there may be the axes of a batch of runs.
     rates = w.would_clip / jnp.maximum(w.total_steps, 1)[..., None]
