@@ -61,6 +61,20 @@ def test_wandb(row, tmp_path, monkeypatch):
     assert b"watch/grad_norm/a" in log.read_bytes()
 
 
+def test_histograms_go_to_tensorboard_over_powers_of_ten():
+    seen = []
+    writer = types.SimpleNamespace(add_histogram_raw=lambda tag, **raw: seen.append((tag, raw)))
+    tx = oc.watch(histogram=True)
+    grads = {"a": jnp.array([0.0, 0.5, 5.0, 5.0])}
+    _, state = tx.update(grads, tx.init(grads))
+    loggers.to_tensorboard(writer)(3, loggers.histograms(state).counts)
+    ((tag, raw),) = seen
+    assert (tag, raw["num"], raw["global_step"]) == ("a", 4, 3)
+    counted = dict(zip(raw["bucket_limits"], raw["bucket_counts"], strict=True))
+    assert {limit: n for limit, n in counted.items() if n} == {-8: 1, 0: 1, 1: 2}
+    assert raw["sum"] == pytest.approx(-8.5 - 0.5 + 2 * 0.5)
+
+
 def test_progress(row, capsys):
     run("tqdm", tqdm=pytest.importorskip("tqdm"), loggers=loggers, row=row)
     assert "norm=2.24, bound=1.0, clipped=100 %" in capsys.readouterr().err

@@ -172,6 +172,16 @@ def test_the_histogram_says_what_would_be_clipped():
         plots.plot_histogram([np.nan, 0.0])
 
 
+def test_the_elements_of_blocks_are_drawn_as_shares():
+    found = optaxclip.loggers.histograms(optaxclip.watch(histogram=True).init({"a": jnp.ones(2)}))
+    counts = {"a": np.eye(15)[8] * 4, "b": np.eye(15)[0] + np.eye(15)[1]}
+    ax = plots.plot_histogram(found._replace(counts=counts))
+    (mesh,) = ax.collections
+    shares = mesh.get_array().reshape(2, 15)
+    assert shares[0, 8] == 1 and shares[1, :2].tolist() == [0.5, 0.5]
+    assert mesh.get_coordinates()[0, 8, 0] == -1  # 0.1 to 1
+
+
 def test_the_sweep():
     ax = plots.plot_sweep(a_sweep())
     np.testing.assert_allclose(

@@ -159,6 +159,20 @@ def test_into_a_history_and_by_print(capsys):
         ]
 
 
+def test_histograms_are_reported_but_not_to_a_history():
+    seen, history = [], oc.History()
+    watch = oc.watch(histogram=True)
+    for callback in (lambda *both: seen.append(both), history):
+        tx = oc.report(watch, callback, every=3)
+        jax.jit(jax.vmap(lambda factor, tx=tx: train(tx, factor)))(jnp.array([0.1, 10.0]))
+        jax.effects_barrier()
+    for step, row in seen:
+        size = step * (10.0 if row["run"] else 0.1)
+        at = np.searchsorted(oc.loggers.histograms(watch.init(GRADS)).edges, size, "right") - 1
+        assert row["histogram/a"].tolist() == [8 * (i == at) for i in range(15)]
+    assert len(seen) == len(history) == 6
+
+
 def test_wrong_arguments():
     for wrong, words in (
         ({"every": 0}, "report: every must be"),

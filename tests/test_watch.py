@@ -553,5 +553,37 @@ def test_the_names_of_the_fields_are_frozen():
         "nonfinite", "bad",
     )  # fmt: skip
     assert state._fields[8:] == (
-        "quantiles", "would_clip", "trackers", "shadows", "blocks", "quantile_names", "candidates",
+        "quantiles", "would_clip", "trackers", "shadows", "histogram", "blocks", "quantile_names",
+        "candidates",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_the_elements_of_each_block_are_counted_by_powers_of_ten(dtype):
+    rng = np.random.default_rng(0)
+    values = {
+        n: rng.choice([-1, 1], 500) * 10.0 ** rng.uniform(-11, 8, 500) for n in ("a", "b/0", "b/1")
+    }
+    grads = {n: jnp.asarray(x, dtype).reshape(20, 25) for n, x in values.items()}
+    grads["a"] = grads["a"].at[0, :4].set(jnp.asarray([0, jnp.nan, jnp.inf, -jnp.inf], dtype))
+    tx = oc.watch(scope=scopes.groups(lambda path: path[0]), histogram=True)
+    _, state = jax.jit(tx.update)(grads, tx.init(grads))
+    found = oc.loggers.histograms((oc.watch().init(grads), state))
+    for group, counts in found.counts.items():
+        size = np.abs(
+            np.concatenate([np.float32(g).ravel() for n, g in grads.items() if n[0] == group])
+        )
+        size = np.minimum(size[~np.isnan(size)], 1e30)
+        edges = np.append(found.edges[:-1].astype(np.float32), np.float32(1e38))
+        np.testing.assert_array_equal(counts, np.histogram(size, edges)[0])
+    assert found.counts.keys() == {"a", "b"} and found.counts["a"].sum() == 499
+    assert oc.loggers.histograms(oc.watch().init(grads)).counts == {}
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    layout = {"a": P("x"), "b/0": P(), "b/1": P(None)}
+    count = jax.shard_map(
+        lambda g: tx.update(g, tx.init(g))[1].histogram,
+        mesh=mesh,
+        in_specs=(layout,),
+        out_specs=P(),
+    )
+    np.testing.assert_array_equal(jax.jit(count)(grads), state.histogram)

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 
 from optaxclip.monitoring.findings import format_number, format_share
+from optaxclip.monitoring.histograms import Histograms, edges
+from optaxclip.monitoring.reading import check_is_state, count_blocks
 
 Log = Callable[[int, Mapping[str, Any]], None]
 
@@ -28,6 +30,32 @@ def to_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     read = jax.device_get(dict(row))
     return {key: x if np.ndim(x) else np.asarray(x).item() for key, x in read.items()}
+
+
+def histograms(opt_state: Any) -> Histograms:
+    """How many elements of each block lie between which powers of ten, at the last step.
+
+    Args:
+      opt_state: the state of an optimizer with `optaxclip.watch(histogram=True)` in it.
+
+    Returns:
+      `Histograms`, which `optaxclip.plots.plot_histogram` draws; without counts if no watch made
+      any. `edges` is (bins + 1,), `counts` has (bins,) for each block.
+
+    Raises:
+      ValueError: for what cannot be a state.
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> tx = optaxclip.watch(histogram=True)
+    >>> grads = {"w": jnp.array([0.0, 3e-4, 0.5, 2.0, 7.0])}
+    >>> counts = optaxclip.loggers.histograms(tx.update(grads, tx.init(grads))[1]).counts
+    >>> print(counts["w"])
+    [1 0 0 0 0 1 0 0 1 2 0 0 0 0 0]
+    """
+    check_is_state(opt_state, "histograms")
+    counts = count_blocks(opt_state)
+    read = jax.device_get(counts)
+    return Histograms(edges(), read)
 
 
 def postfix(row: Mapping[str, Any]) -> dict[str, str]:
@@ -115,20 +143,46 @@ def to_tensorboard(writer: Any) -> Log:
     def log(step, row):
         for key, x in to_numbers(row).items():
             if np.ndim(x):
-                writer.add_histogram(key, x, step)
+                _add_histogram(writer, key, x, step)
             else:
                 writer.add_scalar(key, x, step)
 
     return log
 
 
+def _add_histogram(writer: Any, key: str, counts: Any, step: int) -> None:
+    """Counts of |g|, over log10 |g|: on a linear axis all bins but one had no width."""
+    limits = np.log10(edges()[1:-1])
+    limits = [limits[0] - 1, *limits, limits[-1] + 1]
+    middles = np.convolve(limits, [0.5, 0.5], "valid")
+    writer.add_histogram_raw(
+        key,
+        min=limits[0],
+        max=limits[-1],
+        num=int(counts.sum()),
+        sum=float(counts @ middles),
+        sum_squares=float(counts @ middles**2),
+        bucket_limits=limits[1:],
+        bucket_counts=counts.tolist(),
+        global_step=step,
+    )
+
+
 def to_wandb(run: Any) -> Log:
     """Logs to a run of Weights & Biases: `loggers.to_wandb(wandb.init(...))`."""
 
     def log(step, row):
-        run.log(to_numbers(row), step=step)
+        numbers = to_numbers(row)
+        run.log({key: _as_bars(x) if np.ndim(x) else x for key, x in numbers.items()}, step=step)
 
     return log
+
+
+def _as_bars(counts: Any) -> Any:
+    import wandb  # an extra of the user's, there if there is a run of it
+
+    limits = np.log10(edges()[1:-1])
+    return wandb.Histogram(np_histogram=(counts, [limits[0] - 1, *limits, limits[-1] + 1]))
 
 
 def to_clu(writer: Any) -> Log:
@@ -142,7 +196,9 @@ def to_clu(writer: Any) -> Log:
 
 
 __all__ = [
+    "Histograms",
     "format_line",
+    "histograms",
     "postfix",
     "to_clu",
     "to_csv",

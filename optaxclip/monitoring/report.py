@@ -16,7 +16,7 @@ from optaxclip.base import annotate
 from optaxclip.engine import Description
 from optaxclip.monitoring.history import History
 from optaxclip.monitoring.loggers import to_print
-from optaxclip.monitoring.reading import find_parts, metrics
+from optaxclip.monitoring.reading import count_blocks, find_parts, metrics
 from optaxclip.states import StateGuard
 
 Callback = Callable[[int, dict[str, Any]], Any]
@@ -50,8 +50,9 @@ def report(
     Args:
       inner: the optimizer, with clips, watches or skip wrappers in it.
       callback: called on the host as `callback(step, row)`, with what `metrics` returns as Python
-        numbers, and `loss` if `update` is passed `loss=` or `value=`; or a `History`; None, or
-        `print`: prints one line. `optaxclip.loggers` has more.
+        numbers, `loss` if `update` is passed `loss=` or `value=`, and `histogram/<block>` if a
+        watch has histograms; or a `History`; None, or `print`: prints one line. `optaxclip.loggers`
+        has more.
       every: it reports at the first step, and at all multiples of this.
 
     Returns:
@@ -111,7 +112,9 @@ def _as_callback(callback: Any) -> Callback:
     if callback is None or callback is print:
         return to_print
     if isinstance(callback, History):
-        return lambda step, row: callback.append(row, step=step)
+        return lambda step, row: callback.append(
+            {key: x for key, x in row.items() if not np.ndim(x)}, step=step
+        )
     if not callable(callback):
         raise validate.fail("callback must be a function of (step, row), or a History", callback)
     return callback
@@ -122,21 +125,22 @@ def _send(deliver: Callback, due, step, state, loss) -> None:
 
     def send():
         row = metrics(state) | ({} if loss is None else {"loss": jnp.asarray(loss)})
-        by_dtype: dict[Any, list[str]] = {}
+        row |= {f"histogram/{block}": x for block, x in count_blocks(state).items()}
+        alike: dict[Any, list[str]] = {}
         for key, x in row.items():
-            by_dtype.setdefault(x.dtype, []).append(key)
-        # One array a dtype: every operand is a transfer of its own.
-        packed = [jnp.stack([row[key] for key in keys]) for keys in by_dtype.values()]
+            alike.setdefault((x.dtype, x.shape), []).append(key)
+        # One array for all alike: every operand is a transfer of its own.
+        packed = [jnp.stack([row[key] for key in keys]) for keys in alike.values()]
         run = _number_runs(jnp.int32(-1), packed)
 
         def receive(due, step, run, *packed):
             # Of a batch of runs some may not be due.
             if not due:
                 return
-            pairs = zip(by_dtype.values(), packed, strict=True)
-            seen = {k: x for keys, xs in pairs for k, x in zip(keys, xs.tolist(), strict=True)}
-            run = int(run)
-            deliver(int(step), {k: seen[k] for k in row} | ({} if run < 0 else {"run": run}))
+            pairs = zip(alike.values(), packed, strict=True)
+            read = {k: x for keys, xs in pairs for k, x in zip(keys, np.asarray(xs), strict=True)}
+            seen = {k: read[k] if np.ndim(read[k]) else read[k].item() for k in row}
+            deliver(int(step), seen if run < 0 else seen | {"run": int(run)})
 
         jax.debug.callback(receive, due, step, run, *packed)
 

@@ -48,6 +48,8 @@ class WatchState(NamedTuple):
       would_clip: int32 (c,), the steps that each candidate threshold would have clipped.
       trackers: see `Trackers`.
       shadows: the states of the candidate thresholds.
+      histogram: int32 (B, 15), the elements of each block between powers of ten; None without
+        `histogram=True`.
       blocks, quantile_names, candidates: names, as `optaxclip.record.pack_names` packs them.
     """
 
@@ -63,6 +65,7 @@ class WatchState(NamedTuple):
     would_clip: jax.Array
     trackers: Trackers
     shadows: Any
+    histogram: Any
     blocks: Any
     quantile_names: Any
     candidates: Any

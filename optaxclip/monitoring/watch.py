@@ -17,6 +17,7 @@ from optaxclip.base import AxisNames, Exclude, Norms, Scope, annotate
 from optaxclip.core import decide
 from optaxclip.engine import Description, Rule, build
 from optaxclip.monitoring.episodes import update_episodes
+from optaxclip.monitoring.histograms import BINS, count_elements
 from optaxclip.monitoring.state import WatchState, fresh_watch
 from optaxclip.monitoring.summary import Summary, summarize, update_nonfinite
 from optaxclip.monitoring.trackers import (
@@ -51,6 +52,7 @@ def watch(
     candidates: Candidates | None = None,
     bad_steps: int = 8,
     spike_factor: ArrayLike = 5.0,
+    histogram: bool = False,
     exclude: Exclude = None,
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -73,6 +75,8 @@ def watch(
         of each, with norm, culprit and tag. Eight good steps end an episode.
       spike_factor: a step is bad if its norm is not finite, or over this many times the median of
         at least ten norms.
+      histogram: whether to count the elements of each block by powers of ten, at each step, for
+        `optaxclip.loggers.histograms`. It takes a second pass over the gradients.
       exclude, axis_names: as in `optaxclip.clip_by`.
 
     Returns:
@@ -102,6 +106,7 @@ def watch(
     """
     validate.size(top=top, bad_steps=bad_steps)
     validate.at_least(1, spike_factor=spike_factor)
+    validate.flag(histogram=histogram)
     levels = name_levels(quantiles)
     trials = name_candidates(_TYPICAL if candidates is None else candidates)
     blocks = _meter(as_scope(scope, named=True), exclude, axis_names)
@@ -116,6 +121,7 @@ def watch(
             bad_steps=bad_steps,
             levels=len(levels),
             shadows=start_candidates(trials, norms.dtype),
+            histogram=jnp.zeros((len(norms), BINS), jnp.int32) if histogram else None,
             blocks=names,
             quantile_names=pack_names(tuple(levels)),
             candidates=pack_names(tuple(trials)),
@@ -144,6 +150,7 @@ def watch(
             would_clip=jnp.where(over, optax.safe_increment(state.would_clip), state.would_clip),
             trackers=trackers,
             shadows=shadows,
+            histogram=count_elements(updates, scope, exclude, axis_names) if histogram else None,
         )
 
     about = Description(scope, l2, exclude=exclude, kind="other", name="watch")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from optaxclip.monitoring.columns import Recording, read_columns
+from optaxclip.monitoring.histograms import Histograms
 from optaxclip.monitoring.history import History, Recorded
 from optaxclip.plots.axes import axes_or_new, colors_of, draw_legend_above, format_ticks
 from optaxclip.plots.steps import require_norms
@@ -113,7 +114,8 @@ def plot_histogram(
     """Draws a histogram of norms, with quantiles, and what candidate thresholds would clip.
 
     Args:
-      norms: (steps,), or a history as for `plot_norms`.
+      norms: (steps,), or a history as for `plot_norms`; or what `optaxclip.loggers.histograms`
+        returned: then elements are counted, by block, and the rest does not matter.
       ax: where to draw; None: a new figure.
       quantiles: marked by lines.
       thresholds: candidates; what each clips is in the legend.
@@ -128,6 +130,8 @@ def plot_histogram(
     >>> [line.get_label() for line in ax.lines]
     ['50% are below 1', '5 would clip 16%']
     """
+    if isinstance(norms, Histograms):
+        return _draw_counts(norms, axes_or_new(ax))
     if _is_history(norms):
         norms = require_norms(read_columns(norms), "plot_histogram")
     array = np.asarray(norms, float)
@@ -155,6 +159,24 @@ def plot_histogram(
     ax.set(xscale="log", xlabel="gradient norm", ylabel="steps")
     format_ticks(ax.xaxis)
     draw_legend_above(ax, 3)
+    return ax
+
+
+def _draw_counts(found: Histograms, ax: Any) -> Any:
+    """The share of the elements of each block in each bin, dark for many."""
+    names, counts = list(found.counts), np.stack(list(found.counts.values()))
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    powers = np.log10(found.edges[1:-1])
+    # The outer bins reach to 0 and to infinity; here they are as wide as the others.
+    edges = [powers[0] - 1, *powers, powers[-1] + 1]
+    mesh = ax.pcolormesh(edges, np.arange(len(names) + 1), share, cmap="cividis", vmin=0)
+    ax.figure.colorbar(mesh, ax=ax, label="share of elements")
+    every = -(-len(names) // _NAMES)
+    ticks = np.arange(0, len(names), every)
+    ax.set_yticks(ticks + 0.5, [_shorten(names[i]) for i in ticks], fontsize=8)
+    labels = ["0", *(f"1e{power:.0f}" for power in powers), "∞"]
+    ax.set_xticks(edges[::2], labels[::2])
+    ax.set(xlabel="|g|", ylim=(len(names), 0))
     return ax
 
 
