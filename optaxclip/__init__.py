@@ -38,11 +38,13 @@ from optaxclip.clips.u_clip import clip21, u_clip
 from optaxclip.clips.value import clip, clip_by_value
 from optaxclip.clips.zclip import zclip
 from optaxclip.core import clip_by
+from optaxclip.monitoring import loggers
 from optaxclip.monitoring.bad import bad_steps
 from optaxclip.monitoring.diagnose import diagnose
 from optaxclip.monitoring.explain import explain
 from optaxclip.monitoring.history import History
 from optaxclip.monitoring.reading import metrics
+from optaxclip.monitoring.report import report
 from optaxclip.monitoring.watch import watch
 from optaxclip.per_example import (
     clipped_value_and_grad,
@@ -58,7 +60,7 @@ from optaxclip.wrappers.stable_spam import stable_spam
 
 __version__ = "0.1.0"
 
-_NAMESPACES = (actions, base, feeds, norms, per_example, plots, scopes, thresholds)
+_NAMESPACES = (actions, base, feeds, loggers, norms, per_example, plots, scopes, thresholds)
 
 __all__ = [
     "History",
@@ -92,6 +94,7 @@ __all__ = [
     "global_norm",
     "larc",
     "limit_norm_growth",
+    "loggers",
     "metrics",
     "normalize_by_moments",
     "norms",
@@ -101,6 +104,7 @@ __all__ = [
     "plots",
     "quantile_clip",
     "recommend",
+    "report",
     "reset_moments",
     "scale_by_acclip",
     "scale_by_stable_rms",

@@ -197,4 +197,4 @@ def test_the_culprit_is_the_planted_one(seed):
             grads[name] = grads[name].at[1].set(jnp.nan)
             assert f"first in {name};" in oc.explain(update(grads, state)[1])
         _, state = update(grads, state)
-    assert [bad.step for bad in oc.bad_steps(state)] == [16, 18]
+    assert [(bad.first.step, bad.worst.step) for bad in oc.bad_steps(state)] == [(16, 18)]

@@ -133,7 +133,7 @@ def test_the_planted_block_that_is_not_finite_is_found(bad):
     found = state.nonfinite
     assert (int(found.bad_total), int(found.at_step), int(found.blocks_hit)) == (1, 3, 3)
     assert (NAMES[found.first], NAMES[found.last]) == ("layers/2", "layers/10")  # as people count
-    (step,) = oc.bad_steps(state)
+    ((step, *_),) = oc.bad_steps(state)
     assert step[:1] + step[3:] == (3, "layers/2", pytest.approx(1 / 3), 22) and not np.isfinite(
         step.norm
     )
@@ -202,34 +202,71 @@ def test_groups():
     assert unpack_names(state.blocks) == ("embed", "layers") and state.top_blocks.tolist() == [1, 0]
 
 
-def test_the_ring_keeps_the_last_bad_steps_and_their_tags():
-    series = np.ones(60, np.float32)
-    bad = {20: 10.0, 25: np.nan, 30: 7.0, 31: 6.0, 55: 100.0}
+def test_bad_steps_are_kept_by_episode_with_their_tags():
+    series = np.ones(90, np.float32)
+    bad = {20: 10.0, 25: np.nan, 30: 7.0, 31: 6.0, 45: 8.0, 53: 30.0, 54: 20.0, 70: 100.0, 88: 9.0}
     series[list(bad)] = list(bad.values())
     series[3] = 50.0  # too early: the median is not known yet
-    state, _ = run(oc.watch(bad_steps=4), series, tags=jnp.arange(1000, 1060, dtype=jnp.int32))
-    steps = oc.bad_steps(state)
-    assert [s.step for s in steps] == [26, 31, 32, 56] and [s.tag for s in steps] == [
-        1025,
-        1030,
-        1031,
-        1055,
+    tags = jnp.arange(1000, 1090, dtype=jnp.int32)
+    state, seen = run(oc.watch(bad_steps=3), series, tags=tags)
+    found = oc.bad_steps(state)
+    assert [tuple(x.step for x in episode[:3]) for episode in found] == [
+        (46, 54, 55),
+        (71, 71, 71),
+        (89, 89, 89),
     ]
-    assert [s.block for s in steps] == ["embed", "layers/11", "layers/11", "layers/11"]
-    np.testing.assert_allclose(
-        [s.norm for s in steps[1:]], np.array([7, 6, 100]) * norm_of(PARAMS), rtol=1e-5
-    )
-    np.testing.assert_allclose([s.median_ratio for s in steps[1:]], [7, 6, 100], rtol=0.35)
-    assert int(state.bad.seen_total) == 5
+    assert [x.tag for x in found[0][:3]] == [1045, 1053, 1054]
+    assert [episode.bad_steps for episode in found] == [3, 1, 1]
+    norms = [x.norm for x in (*found[0][:3], found[1].first)]
+    np.testing.assert_allclose(norms, np.array([8, 30, 20, 100]) * norm_of(PARAMS), rtol=1e-5)
+    np.testing.assert_allclose(found[1].worst.median_ratio, 100, rtol=0.35)
+    assert int(state.bad.places[0, 2, 4]) == 4 and seen["watch/bad_steps"][-1] == 9
+    first = oc.bad_steps(run(oc.watch(), series)[0])[0]
+    assert [x.step for x in first[:3]] == [21, 26, 32] and first.worst.block == "embed"
+    assert str(first).startswith("steps 21 to 32, 4 bad; first: step 21 (tag 20): norm")
+    assert str(first).endswith("; worst: step 26 (tag 25): not finite, first in embed")
+
+
+def test_of_a_run_of_nan_the_first_step_and_what_broke_before_it_are_kept():
+    """Layer 7 grows first, then its neighbours; from the NaN on there is nothing to see."""
+    tx = oc.watch()
+    starts = {"layers/7": 20, "layers/6": 21, "layers/8": 22}
+
+    def step(state, t):
+        grads = dict(PARAMS)
+        for name, start in starts.items():
+            grads[name] *= jnp.where(t >= start, 10.0 ** (2.0 * (t - start + 1)), 1.0)
+        grads = {k: jnp.where(t >= 23, jnp.nan, g) for k, g in grads.items()}
+        return tx.update(grads, state, tag=t.astype(int))[1], None
+
+    state = jax.jit(lambda: jax.lax.scan(step, tx.init(PARAMS), jnp.arange(300.0)))()[0]
+    (episode,) = oc.bad_steps(state)
+    assert (episode.first.step, episode.first.block, episode.first.tag) == (21, "layers/7", 20)
+    assert (episode.worst.step, episode.last.step, episode.bad_steps) == (24, 300, 280)
+    assert list(episode.norms) == list(range(17, 25)) and np.isnan(episode.norms[24]["embed"])
+    assert episode.norms[22]["layers/6"] == pytest.approx(100 * norm_of(PARAMS["layers/6"]))
+    assert list(episode.order().items())[:3] == [
+        (name, start + 1) for name, start in starts.items()
+    ]
+    assert set(list(episode.order().values())[3:]) == {24}
+
+
+def test_the_norms_of_a_long_burst_are_those_of_its_start():
+    series = np.ones(60, np.float32)
+    series[30:45] = 20.0
+    (episode,) = oc.bad_steps(run(oc.watch(), series)[0])
+    assert list(episode.norms) == list(range(28, 36)) and set(episode.order().values()) == {31}
+    (early,) = oc.bad_steps(run(oc.watch(), np.array([np.nan], np.float32))[0])
+    assert list(early.norms) == [1] and set(early.order().values()) == {1}
 
 
 def test_tags_are_one_integer_or_nothing():
     tx = oc.watch()
     state = tx.init(PARAMS)
     _, after = tx.update(scaled(jnp.nan), state)
-    assert oc.bad_steps(after)[0].tag is None
+    assert oc.bad_steps(after)[0].first.tag is None
     for tag in (7, np.int64(7), jnp.uint8(7)):
-        assert oc.bad_steps(tx.update(scaled(jnp.nan), state, tag=tag)[1])[0].tag == 7
+        assert oc.bad_steps(tx.update(scaled(jnp.nan), state, tag=tag)[1])[0].first.tag == 7
     for tag in (1.5, "a", jnp.arange(2)):
         with pytest.raises(ValueError, match="tag must be one integer"):
             tx.update(PARAMS, state, tag=tag)
@@ -335,7 +372,7 @@ def test_no_gradient_is_kept_and_none_is_changed_by_the_candidates():
     """The state is small whatever the tree, and no output but the gradients is as large."""
     tx, grads = oc.watch(), {"w": jnp.ones((30, 30))}
     state = tx.init(grads)
-    assert sum(x.size for x in jax.tree.leaves(state)) < 120
+    assert sum(x.size for x in jax.tree.leaves(state)) < 300
     jaxpr = jax.make_jaxpr(tx.update)(grads, state)
     assert jaxpr.jaxpr.outvars[0] is jaxpr.jaxpr.invars[0]
 
@@ -516,5 +553,37 @@ def test_the_names_of_the_fields_are_frozen():
         "nonfinite", "bad",
     )  # fmt: skip
     assert state._fields[8:] == (
-        "quantiles", "would_clip", "trackers", "shadows", "blocks", "quantile_names", "candidates",
+        "quantiles", "would_clip", "trackers", "shadows", "histogram", "blocks", "quantile_names",
+        "candidates",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_the_elements_of_each_block_are_counted_by_powers_of_ten(dtype):
+    rng = np.random.default_rng(0)
+    values = {
+        n: rng.choice([-1, 1], 500) * 10.0 ** rng.uniform(-11, 8, 500) for n in ("a", "b/0", "b/1")
+    }
+    grads = {n: jnp.asarray(x, dtype).reshape(20, 25) for n, x in values.items()}
+    grads["a"] = grads["a"].at[0, :4].set(jnp.asarray([0, jnp.nan, jnp.inf, -jnp.inf], dtype))
+    tx = oc.watch(scope=scopes.groups(lambda path: path[0]), histogram=True)
+    _, state = jax.jit(tx.update)(grads, tx.init(grads))
+    found = oc.loggers.histograms((oc.watch().init(grads), state))
+    for group, counts in found.counts.items():
+        size = np.abs(
+            np.concatenate([np.float32(g).ravel() for n, g in grads.items() if n[0] == group])
+        )
+        size = np.minimum(size[~np.isnan(size)], 1e30)
+        edges = np.append(found.edges[:-1].astype(np.float32), np.float32(1e38))
+        np.testing.assert_array_equal(counts, np.histogram(size, edges)[0])
+    assert found.counts.keys() == {"a", "b"} and found.counts["a"].sum() == 499
+    assert oc.loggers.histograms(oc.watch().init(grads)).counts == {}
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    layout = {"a": P("x"), "b/0": P(), "b/1": P(None)}
+    count = jax.shard_map(
+        lambda g: tx.update(g, tx.init(g))[1].histogram,
+        mesh=mesh,
+        in_specs=(layout,),
+        out_specs=P(),
+    )
+    np.testing.assert_array_equal(jax.jit(count)(grads), state.histogram)

@@ -1,16 +1,20 @@
-"""The last bad steps, for a post-mortem."""
+"""The last bad steps, for a post-mortem: by episode, and which block broke first."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from optaxclip.monitoring.episodes import AFTER, KEPT
 from optaxclip.monitoring.findings import format_number, format_share
 from optaxclip.monitoring.reading import check_is_state, find_parts
 from optaxclip.monitoring.state import WatchState
 from optaxclip.record import unpack_names
+
+_BROKEN = 5.0  # times its norm before, from where on a block counts as broken
 
 
 class BadStep(NamedTuple):
@@ -42,11 +46,55 @@ class BadStep(NamedTuple):
         return f"step {self.step}{tag}: {how}{where}"
 
 
-def bad_steps(opt_state: Any) -> tuple[BadStep, ...]:
-    """The last bad steps that the watches in an optimizer's state have kept, oldest first.
+class Episode(NamedTuple):
+    """Bad steps that belong together: at most eight steps apart.
+
+    Attributes:
+      first: the first bad step, where to look for the cause.
+      worst: the first that was not finite, or the one furthest above the median.
+      last: the last bad step.
+      bad_steps: how many there were.
+      norms: of the last episode, the norms of all blocks, step -> block -> norm, from a few steps
+        before it began to the first step that was not finite, but not more than four steps after it
+        began; {} of earlier episodes.
+    """
+
+    first: BadStep
+    worst: BadStep
+    last: BadStep
+    bad_steps: int
+    norms: Mapping[int, Mapping[str, float]]
+
+    def order(self) -> dict[str, int]:
+        """The blocks that broke, in order, and at which step each was not finite any more, or over
+        five times its norm of before; of those at one step the largest first.
+        """
+        before = [row for step, row in self.norms.items() if step < self.first.step]
+        broke: dict[str, tuple[int, float]] = {}
+        for step, row in self.norms.items():
+            for block, norm in row.items():
+                usual = np.median([r[block] for r in before]) if before else np.inf
+                ratio = norm / usual if usual > 0 and np.isfinite(norm) else np.inf
+                if block not in broke and not (np.isfinite(norm) and norm <= _BROKEN * usual):
+                    broke[block] = step, -ratio
+        return {block: broke[block][0] for block in sorted(broke, key=broke.__getitem__)}
+
+    def __str__(self) -> str:
+        if self.bad_steps == 1:
+            return str(self.first)
+        steps = f"steps {self.first.step} to {self.last.step}, {self.bad_steps} bad"
+        worst = "" if self.worst.step == self.first.step else f"; worst: {self.worst}"
+        return f"{steps}; first: {self.first}{worst}"
+
+
+def bad_steps(opt_state: Any) -> tuple[Episode, ...]:
+    """The last episodes of bad steps that the watches in an optimizer's state have kept.
 
     Args:
       opt_state: the state of an optimizer, or any tree that holds one; on the host, between steps.
+
+    Returns:
+      Episodes, oldest first. Those that the watch had no room for are lost, oldest first.
 
     Raises:
       ValueError: for the states of several runs at once (`vmap`), and for what cannot be a state.
@@ -54,32 +102,50 @@ def bad_steps(opt_state: Any) -> tuple[BadStep, ...]:
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.watch()
     >>> state = tx.init({"w": jnp.ones(1)})
-    >>> for batch, gradient in enumerate((1.0, jnp.nan, 1.0)):
+    >>> for batch, gradient in enumerate((1.0, jnp.nan, jnp.nan, 1.0)):
     ...     _, state = tx.update({"w": jnp.array([gradient])}, state, tag=batch)
     >>> print(*optaxclip.bad_steps(state))
-    step 2 (tag 1): not finite, first in w
+    steps 2 to 3, 2 bad; first: step 2 (tag 1): not finite, first in w
     """
     check_is_state(opt_state, "bad_steps")
     found = [
         bad
         for part in find_parts(opt_state)
         if isinstance(part, WatchState)
-        for bad in read_ring(part)
+        for bad in read_episodes(part)
     ]
-    return tuple(sorted(found, key=lambda bad: bad.step))
+    return tuple(sorted(found, key=lambda bad: bad.first.step))
 
 
-def read_ring(w: WatchState) -> list[BadStep]:
-    """The bad steps of one watch, oldest first."""
+def read_episodes(w: WatchState) -> list[Episode]:
+    """The episodes of one watch, oldest first."""
     check_one_run(w.total_steps)
     # Of a tree without blocks the culprit is -1: the last name, which is empty.
-    ring, names = jax.device_get(w.bad), (*unpack_names(w.blocks), "")
-    rows = sorted(zip(*(x.tolist() for x in ring[1:]), strict=True))
-    return [
-        BadStep(step, norm, ratio, names[block], share, None if tag < 0 else tag)
-        for step, norm, ratio, block, share, tag in rows
-        if step >= 0
-    ]
+    kept, names = jax.device_get(w.bad), (*unpack_names(w.blocks), "")
+
+    def read(place, size):
+        (step, block, tag, *_), (norm, ratio, share) = place.tolist(), size.tolist()
+        return BadStep(step, norm, ratio, names[block], share, None if tag < 0 else tag)
+
+    found, numbers = [], kept.places[1:, 2, 4]
+    for row in 1 + np.argsort(numbers):
+        if kept.places[row, 2, 4] > 0:
+            first, worst, last = map(read, kept.places[row], kept.sizes[row])
+            found.append(Episode(first, worst, last, int(kept.places[row, 2, 3]), {}))
+    if found:
+        found[-1] = found[-1]._replace(norms=_read_norms(kept, found[-1], w.total_steps, names))
+    return found
+
+
+def _read_norms(kept: Any, episode: Episode, steps: Any, names: tuple[str, ...]) -> dict:
+    """The norms of all blocks when the last episode broke, by step."""
+    end = min(episode.first.step + AFTER, int(steps))
+    if not np.isfinite(episode.worst.norm):
+        end = min(end, episode.worst.step)
+    return {
+        step: dict(zip(names, kept.recent[1][step % KEPT].tolist(), strict=False))
+        for step in range(max(end - KEPT + 1, 1), end + 1)
+    }
 
 
 def check_one_run(steps: Any) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from optaxclip import validate
 from optaxclip.base import Metrics
 from optaxclip.monitoring.state import WatchState, watch_scalars
-from optaxclip.record import find_nodes, number_keys, scalars_of
+from optaxclip.record import find_nodes, number_keys, scalars_of, unpack_names
 from optaxclip.states import kind_of
 from optaxclip.wrappers.skip import SkipState
 
@@ -94,6 +94,17 @@ def find_parts(opt_state: Any) -> list[Any]:
     for part in find_nodes(opt_state, Metrics, WatchState, SkipState):
         parts += [part, *find_parts(part.inner)] if isinstance(part, SkipState) else [part]
     return parts
+
+
+def count_blocks(opt_state: Any) -> dict[str, jax.Array]:
+    """The histograms of all watches that have them, by block; a numbered head if several have."""
+    found = [x for x in find_parts(opt_state) if isinstance(x, WatchState)]
+    found = [x for x in found if x.histogram is not None]
+
+    def read(w, prefix):
+        return {prefix + n: w.histogram[..., i, :] for i, n in enumerate(unpack_names(w.blocks))}
+
+    return number_keys(found, read, "")
 
 
 def _skip_scalars(s: SkipState, prefix: str) -> dict[str, jax.Array]:

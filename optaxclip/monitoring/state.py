@@ -7,50 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optaxclip.monitoring.episodes import Episodes, fresh_episodes
+from optaxclip.monitoring.summary import NotFinite
 from optaxclip.record import unpack_names
-
-
-class NotFinite(NamedTuple):
-    """The last step whose gradients were not finite; -1 where there was none.
-
-    First and last are meant as people count, `layers/2` before `layers/10`.
-
-    Attributes:
-      bad_total: int32, the number of such steps.
-      at_step: int32, the last of them, counted from 1.
-      first: int32, the first block that was not finite, by its number in tree order.
-      last: int32, the last such block, whose gradient backpropagation computed before the others.
-      blocks_hit: int32, the number of such blocks.
-    """
-
-    bad_total: jax.Array
-    at_step: jax.Array
-    first: jax.Array
-    last: jax.Array
-    blocks_hit: jax.Array
-
-
-class BadRing(NamedTuple):
-    """A ring buffer of the last bad steps: those not finite, or far above the median.
-
-    Attributes:
-      seen_total: int32, the number of bad steps; the next one is written to `seen_total % size`.
-      at_steps: int32, the steps, counted from 1; -1 for an empty place.
-      norms: the total norms.
-      ratios: norm over median.
-      culprits: int32, the first block that was not finite, or the one with the largest share.
-      shares: the culprit's share of the squared norm; if not finite, one over the number of such
-        blocks.
-      tags: int32, what `update` was called with as `tag=`; -1 for none.
-    """
-
-    seen_total: jax.Array
-    at_steps: jax.Array
-    norms: jax.Array
-    ratios: jax.Array
-    culprits: jax.Array
-    shares: jax.Array
-    tags: jax.Array
 
 
 class Trackers(NamedTuple):
@@ -84,11 +43,13 @@ class WatchState(NamedTuple):
       top_blocks: int32 (k,), the blocks with the largest shares of the squared norm, largest first.
       top_shares: (k,), their shares. At a step that is not finite, such blocks share it equally.
       nonfinite: see `NotFinite`.
-      bad: see `BadRing`.
+      bad: see `Episodes`.
       quantiles: (q,), the quantiles of the total norm; 0 before the first norm.
       would_clip: int32 (c,), the steps that each candidate threshold would have clipped.
       trackers: see `Trackers`.
       shadows: the states of the candidate thresholds.
+      histogram: int32 (B, 15), the elements of each block between powers of ten; None without
+        `histogram=True`.
       blocks, quantile_names, candidates: names, as `optaxclip.record.pack_names` packs them.
     """
 
@@ -99,11 +60,12 @@ class WatchState(NamedTuple):
     top_blocks: jax.Array
     top_shares: jax.Array
     nonfinite: NotFinite
-    bad: BadRing
+    bad: Episodes
     quantiles: jax.Array
     would_clip: jax.Array
     trackers: Trackers
     shadows: Any
+    histogram: Any
     blocks: Any
     quantile_names: Any
     candidates: Any
@@ -116,8 +78,8 @@ def fresh_watch(
 
     Args:
       dtype: of the norms.
-      size, top, bad_steps, levels: how many blocks, top blocks, bad steps and quantiles it has room
-        for.
+      size, top, bad_steps, levels: how many blocks, top blocks, episodes of bad steps and quantiles
+        it has room for.
       rest: the fields that are made elsewhere: names, and the states of the candidates.
     """
 
@@ -130,7 +92,6 @@ def fresh_watch(
     def none(*shape):
         return jnp.full(shape, -1, jnp.int32)
 
-    n = bad_steps
     return WatchState(
         total_steps=count(),
         total_norm=zeros(),
@@ -139,7 +100,7 @@ def fresh_watch(
         top_blocks=none(top),
         top_shares=zeros(top),
         nonfinite=NotFinite(count(), none(), none(), none(), count()),
-        bad=BadRing(count(), none(n), zeros(n), zeros(n), none(n), zeros(n), none(n)),
+        bad=fresh_episodes(dtype, size, bad_steps),
         quantiles=zeros(levels),
         would_clip=count(len(rest["shadows"])),
         trackers=Trackers(zeros(), count(), count(), zeros(levels), count()),
@@ -156,7 +117,7 @@ def watch_scalars(w: WatchState, prefix: str) -> dict[str, jax.Array]:
         "nonfinite_steps": w.nonfinite.bad_total,
         "nonfinite_step": w.nonfinite.at_step,
         "nonfinite_block": w.nonfinite.first,
-        "bad_steps": w.bad.seen_total,
+        "bad_steps": w.bad.places[..., 0, 2, 5],
     }
     # Indices count from the end: in front there may be the axes of a batch of runs.
     rates = w.would_clip / jnp.maximum(w.total_steps, 1)[..., None]

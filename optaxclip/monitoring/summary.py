@@ -11,7 +11,25 @@ import numpy as np
 import optax
 from jax import lax
 
-from optaxclip.monitoring.state import BadRing, NotFinite
+
+class NotFinite(NamedTuple):
+    """The last step whose gradients were not finite; -1 where there was none.
+
+    First and last are meant as people count, `layers/2` before `layers/10`.
+
+    Attributes:
+      bad_total: int32, the number of such steps.
+      at_step: int32, the last of them, counted from 1.
+      first: int32, the first block that was not finite, by its number in tree order.
+      last: int32, the last such block, whose gradient backpropagation computed before the others.
+      blocks_hit: int32, the number of such blocks.
+    """
+
+    bad_total: jax.Array
+    at_step: jax.Array
+    first: jax.Array
+    last: jax.Array
+    blocks_hit: jax.Array
 
 
 class Summary(NamedTuple):
@@ -86,19 +104,3 @@ def update_nonfinite(old: NotFinite, now: Summary, step: jax.Array) -> NotFinite
     total = jnp.asarray(optax.safe_increment(old.bad_total))
     new = NotFinite(total, step, now.first, now.last, now.hit)
     return jax.tree.map(lambda a, b: jnp.where(now.hit > 0, a, b), new, old)
-
-
-def push_bad(
-    ring: BadRing, bad: jax.Array, step: jax.Array, now: Summary, ratio: jax.Array, tag: jax.Array
-) -> BadRing:
-    """The ring with this step in it, if that is bad."""
-    size = ring.at_steps.shape[0]
-    # A select over the ring, not an update at a traced index: that would be a scatter.
-    here = bad & (jnp.arange(size, dtype=jnp.int32) == jnp.mod(ring.seen_total, size))
-    if now.top_blocks.shape[0]:
-        culprit, share = jnp.where(now.hit > 0, now.first, now.top_blocks[0]), now.top_shares[0]
-    else:
-        culprit, share = jnp.int32(-1), jnp.zeros_like(now.total)
-    seen = jnp.where(bad, optax.safe_increment(ring.seen_total), ring.seen_total)
-    new = (step, now.total, ratio, culprit, share, tag)
-    return BadRing(seen, *(jnp.where(here, x, old) for x, old in zip(new, ring[1:], strict=True)))

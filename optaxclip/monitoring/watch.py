@@ -16,8 +16,10 @@ from optaxclip.actions import keep
 from optaxclip.base import AxisNames, Exclude, Norms, Scope, annotate
 from optaxclip.core import decide
 from optaxclip.engine import Description, Rule, build
+from optaxclip.monitoring.episodes import update_episodes
+from optaxclip.monitoring.histograms import BINS, count_elements
 from optaxclip.monitoring.state import WatchState, fresh_watch
-from optaxclip.monitoring.summary import Summary, push_bad, summarize, update_nonfinite
+from optaxclip.monitoring.summary import Summary, summarize, update_nonfinite
 from optaxclip.monitoring.trackers import (
     Candidates,
     name_candidates,
@@ -50,6 +52,7 @@ def watch(
     candidates: Candidates | None = None,
     bad_steps: int = 8,
     spike_factor: ArrayLike = 5.0,
+    histogram: bool = False,
     exclude: Exclude = None,
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -68,9 +71,12 @@ def watch(
       candidates: thresholds to try without clipping, by name: numbers, schedules, or thresholds
         such as `thresholds.zscore(2.5)`; or a list of numbers. Kept is the share of steps on which
         a clip of the whole tree by them would have clipped. None: 0.1, 0.5, 1, 5 and `zscore(2.5)`.
-      bad_steps: how many of the last bad steps to keep, each with its norm, culprit and tag.
+      bad_steps: how many of the last episodes of bad steps to keep: the first, worst and last step
+        of each, with norm, culprit and tag. Eight good steps end an episode.
       spike_factor: a step is bad if its norm is not finite, or over this many times the median of
         at least ten norms.
+      histogram: whether to count the elements of each block by powers of ten, at each step, for
+        `optaxclip.loggers.histograms`. It takes a second pass over the gradients.
       exclude, axis_names: as in `optaxclip.clip_by`.
 
     Returns:
@@ -100,6 +106,7 @@ def watch(
     """
     validate.size(top=top, bad_steps=bad_steps)
     validate.at_least(1, spike_factor=spike_factor)
+    validate.flag(histogram=histogram)
     levels = name_levels(quantiles)
     trials = name_candidates(_TYPICAL if candidates is None else candidates)
     blocks = _meter(as_scope(scope, named=True), exclude, axis_names)
@@ -114,6 +121,7 @@ def watch(
             bad_steps=bad_steps,
             levels=len(levels),
             shadows=start_candidates(trials, norms.dtype),
+            histogram=jnp.zeros((len(norms), BINS), jnp.int32) if histogram else None,
             blocks=names,
             quantile_names=pack_names(tuple(levels)),
             candidates=pack_names(tuple(trials)),
@@ -142,6 +150,7 @@ def watch(
             would_clip=jnp.where(over, optax.safe_increment(state.would_clip), state.would_clip),
             trackers=trackers,
             shadows=shadows,
+            histogram=count_elements(updates, scope, exclude, axis_names) if histogram else None,
         )
 
     about = Description(scope, l2, exclude=exclude, kind="other", name="watch")
@@ -195,7 +204,7 @@ def _advance(state: WatchState, now: Summary, limit: ArrayLike, tag: jax.Array) 
         top_blocks=now.top_blocks,
         top_shares=now.top_shares,
         nonfinite=update_nonfinite(state.nonfinite, now, step),
-        bad=push_bad(state.bad, bad, step, now, ratio, tag),
+        bad=update_episodes(state.bad, bad, step, now, ratio, tag),
     )
 
 

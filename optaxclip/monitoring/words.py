@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from optaxclip.base import Metrics
-from optaxclip.monitoring.bad import read_ring
+from optaxclip.monitoring.bad import read_episodes
 from optaxclip.monitoring.findings import format_number, format_share
 from optaxclip.monitoring.reading import total_steps
 from optaxclip.monitoring.state import WatchState
@@ -44,7 +44,7 @@ def describe_watched_norm(w: WatchState) -> str:
 
 def describe_history(w: WatchState) -> list[str]:
     """What a watch knows of the steps before: one line each."""
-    lines, w = [f"bad: {bad}" for bad in read_ring(w)], jax.device_get(w)
+    lines, w = [f"bad: {bad}" for bad in read_episodes(w)], jax.device_get(w)
     if w.trackers.seen < 10:
         return lines
     levels, candidates = unpack_names(w.quantile_names), unpack_names(w.candidates)

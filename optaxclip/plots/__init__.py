@@ -1,21 +1,25 @@
 """Plots of what clipping does. They need matplotlib: `pip install 'optaxclip[plot]'`.
 
 It is imported when one is drawn. Each takes `ax=` (None: a new figure) and returns the axes that it
-drew on; nothing is shown, saved or closed. All are legible in black and white: what differs in
-colour differs in line, marker or hatch as well.
+drew on; nothing is shown, saved or closed. Colours are those that colour-blind people can tell, and
+all is legible in black and white: what differs in colour differs in line, marker or hatch as well.
+In a dark style colours are light.
 """
 
 from optaxclip.plots.cliff import plot_cliff
 from optaxclip.plots.distribution import plot_histogram, plot_layers
-from optaxclip.plots.steps import plot_clipped_share, plot_loss, plot_norms
+from optaxclip.plots.run import plot_run
+from optaxclip.plots.steps import plot_bound, plot_clipped_share, plot_loss, plot_norms
 from optaxclip.plots.sweep import plot_sweep
 
 __all__ = [
+    "plot_bound",
     "plot_clipped_share",
     "plot_cliff",
     "plot_histogram",
     "plot_layers",
     "plot_loss",
     "plot_norms",
+    "plot_run",
     "plot_sweep",
 ]

@@ -1,10 +1,34 @@
-"""Axes, legends and ticks for all plots."""
+"""Axes, colours, legends and marks for all plots."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 GREY, DARK, LIGHT = "0.55", "black", "0.85"
+_BINS = 200  # of a band; more are not seen
+_BAND = 0.12  # of the height of the axes
+
+
+class Colors(NamedTuple):
+    """Colours that colour-blind people can tell (after Okabe and Ito), and that differ in grey."""
+
+    ink: str
+    line: str
+    clip: str
+    bad: str
+
+
+def colors_of(ax: Any) -> Colors:
+    """Colours for the background of the axes, which a style may have made dark."""
+    from matplotlib.colors import to_rgb
+
+    dark = np.dot(to_rgb(ax.get_facecolor()), (0.3, 0.6, 0.1)) < 0.5
+    return Colors("white", "#56B4E9", "#B87A00", "#FFB090") if dark else _ON_WHITE
+
+
+_ON_WHITE = Colors("black", "#0072B2", "#E69F00", "#882000")
 
 
 def axes_or_new(ax: Any, width: float = 7.0, height: float = 3.6) -> Any:
@@ -13,25 +37,73 @@ def axes_or_new(ax: Any, width: float = 7.0, height: float = 3.6) -> Any:
     Raises:
       ImportError: without matplotlib, the extra `plot`.
     """
-    # Imported here, since it is an extra and takes half a second.
+    plt = import_pyplot()
+    return ax if ax is not None else plt.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def import_pyplot() -> Any:
+    """Matplotlib, which is an extra and takes half a second to import."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError(
             "optaxclip.plots needs matplotlib, which is an extra: pip install 'optaxclip[plot]'."
         ) from error
-
-    return ax if ax is not None else plt.subplots(figsize=(width, height), layout="constrained")[1]
-
-
-def draw_legend(ax: Any, **where: Any) -> None:
-    """A small legend that does not hide what is behind it."""
-    ax.legend(fontsize=8, framealpha=0.9, **where)
+    return plt
 
 
-def draw_legend_above(ax: Any, columns: int = 4) -> None:
-    """A legend over the axes, for plots that leave no room inside."""
-    draw_legend(ax, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2)
+def draw_legend_above(ax: Any, columns: int = 4, **what: Any) -> None:
+    """A legend over the axes, where it hides nothing."""
+    where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
+    ax.legend(fontsize=8, framealpha=0.9, ncols=columns, **where, **what)
+
+
+def draw_bad(ax: Any, steps: np.ndarray, bad: np.ndarray, what: str = "NaN or infinite") -> None:
+    """Marks runs of bad steps: shaded and hatched, with a triangle where each begins."""
+    if not bad.any():
+        return
+    color, edges = colors_of(ax).bad, np.flatnonzero(np.diff(np.r_[False, bad, False]))
+    starts, ends = steps[edges[::2]], steps[edges[1::2] - 1]
+    spans = np.stack([starts - 0.5, ends - starts + 1.0], axis=1)
+    style = {"hatch": "////", "linewidth": 0.8, "edgecolor": color, "facecolor": "none"}
+    label, over = f"{what}: {_count(bad.sum())}", ax.get_xaxis_transform()
+    # The edge is drawn however narrow the span: one step of 10,000 is no pixel wide.
+    ax.broken_barh(spans, (0, 1), transform=over, zorder=0.5, alpha=0.6, **style)
+    mark = {"color": color, "markersize": 6, "linestyle": "", "clip_on": False, "label": label}
+    ax.plot(starts, np.ones(len(starts)), "v", transform=over, zorder=5, **mark)
+
+
+def draw_clipped(ax: Any, steps: np.ndarray, clipped: np.ndarray) -> None:
+    """A band below the lines, as high as the share of steps that were clipped around each."""
+    share = np.nan_to_num(clipped)
+    if not share.any():
+        return
+    edges = np.linspace(0, len(steps), min(len(steps), _BINS) + 1).astype(int)
+    heights = np.add.reduceat(share, edges[:-1]) / np.diff(edges)
+    limits = np.r_[steps[edges[:-1]] - 0.5, steps[-1] + 0.5]
+    label = f"clipped: {share.mean():.0%} of steps".replace("%", " %")
+    _make_room(ax)
+    ax.stairs(
+        _BAND * heights,
+        limits,
+        fill=True,
+        transform=ax.get_xaxis_transform(),
+        color=colors_of(ax).clip,
+        zorder=0.7,
+        label=label,
+    )
+
+
+def _make_room(ax: Any) -> None:
+    """Lowers the lower limit by the height of the band, on whatever scale."""
+    scale, (low, high) = ax.yaxis.get_transform(), ax.get_ylim()
+    bottom, top = scale.transform([low, high])
+    room = (top - bottom) * _BAND / (1 - _BAND)
+    ax.set_ylim(scale.inverted().transform([bottom - room])[0], high)
+
+
+def _count(n: int) -> str:
+    return f"{n} step" if n == 1 else f"{n} steps"
 
 
 def format_ticks(axis: Any) -> None:

@@ -8,28 +8,25 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.monitoring.history import (
-    History,
-    Recorded,
-    block_norms,
-    find_norms,
-    require,
-    select_clip,
-)
-from optaxclip.plots.axes import DARK, LIGHT, axes_or_new, draw_legend_above, format_ticks
+from optaxclip.monitoring.columns import Recording, read_columns
+from optaxclip.monitoring.histograms import Histograms
+from optaxclip.monitoring.history import History, Recorded
+from optaxclip.plots.axes import axes_or_new, colors_of, draw_legend_above, format_ticks
+from optaxclip.plots.steps import require_norms
 
 LINES = ("-", "--", "-.", ":")
+_NAMES, _LETTERS = 40, 36  # names at the axis, and letters of each, that can be read
 
 
 def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: int = 0) -> Any:
-    """Draws the norms of all layers over the steps as a heat map, dark for large, on a log scale.
+    """Draws the norms of all layers over the steps as a heat map, on a log scale.
 
     Args:
-      history: as for `plot_norms`, of a clip by layer (`clip_by_leaf_norm`, `clip_by_group_norm`,
-        `scope=`), or a dict of layer -> norms.
+      history: as for `plot_norms`, of a watch, or of a clip by layer (`clip_by_leaf_norm`,
+        `clip_by_group_norm`, `scope=`), or a dict of layer -> norms.
       ax: where to draw; None: a new figure, as high as the layers need.
       columns: at most this many; a column is the largest norm of its steps. Hatched: NaN or
-        infinite.
+        infinite; dotted: zero at all of its steps.
       clip: as for `plot_norms`.
 
     Raises:
@@ -41,53 +38,69 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['head', 'body']
     """
-    seen = select_clip(history, clip)
-    total, layers = find_norms(seen)
-    layers = layers or block_norms(seen, "watch/") or (seen if total is None else {})
+    run = read_columns(history)
+    layers = run.blocks(clip) or _plain_layers(run)
     if not layers:
         raise ValueError(
             "plot_layers: no norms by layer in the history: put optaxclip.watch() before the clip,"
-            " or clip with"
-            " scope=scopes.leaf or by group."
+            " or clip with scope=scopes.leaf or by group."
         )
-    ax, norms = axes_or_new(ax, 8.0, 1.2 + 0.22 * len(layers)), np.stack(list(layers.values()))
-    edges = np.linspace(0, norms.shape[1], min(columns, norms.shape[1]) + 1).astype(int)
+    height = 1.2 + 0.22 * min(len(layers), _NAMES)
+    ax, norms = axes_or_new(ax, 8.0, height), np.stack(list(layers.values()))
+    cuts = np.linspace(0, norms.shape[1], min(columns, norms.shape[1]) + 1).astype(int)
     # The largest norm, not the mean: NaN and spikes of one step must show in their column.
-    cells = np.stack([norms[:, a:b].max(axis=1) for a, b in itertools.pairwise(edges)], axis=1)
+    cells = np.maximum.reduceat(norms, cuts[:-1], axis=1)
+    edges = np.r_[run.steps[cuts[:-1]] - 0.5, run.steps[-1] + 0.5]
     _draw_heat_map(ax, edges, cells)
-    ax.set_yticks(np.arange(len(layers)) + 0.5, list(layers), fontsize=8)
-    ax.set(xlabel="step", ylim=(len(layers), 0), facecolor="white")
+    every = -(-len(layers) // _NAMES)
+    rows = np.arange(0, len(layers), every)
+    names = list(layers)
+    ax.set_yticks(rows + 0.5, [_shorten(names[row]) for row in rows], fontsize=8)
+    ax.set(xlabel="step", ylim=(len(layers), 0))
     return ax
+
+
+def _plain_layers(run: Recording) -> dict[str, np.ndarray]:
+    """A dict of layer -> norms, which no part of a state has written."""
+    return {} if run.clips or run.watches or run.skips else run.table
+
+
+def _shorten(name: str) -> str:
+    """A name with its middle left out: both ends tell layers apart."""
+    half = _LETTERS // 2
+    return name if len(name) <= _LETTERS else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _draw_heat_map(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
     """The cells on a log scale, with a colour bar; hatched where there is no number."""
     from matplotlib.colors import LogNorm
-    from matplotlib.patches import Rectangle
 
-    known = np.isfinite(cells) & (cells > 0)
+    known, rows = np.isfinite(cells) & (cells > 0), np.arange(len(cells) + 1)
     low, high = (cells[known].min(), cells[known].max()) if known.any() else (1.0, 1.0)
-    back = Rectangle(
-        (0, 0),
-        edges[-1],
-        len(cells),
-        fill=False,
-        hatch="xxxx",
-        linewidth=0,
-        zorder=0,
-        edgecolor=DARK,
-    )
-    ax.add_patch(back)
-    rows = np.arange(len(cells) + 1)
-    scale = LogNorm(low, max(high, low * 1.01))
-    mesh = ax.pcolormesh(
-        edges,
-        rows,
-        np.where(known, cells, np.where(cells == 0, low, np.nan)),
-        norm=scale,
-        cmap="Greys",
-    )
+    scale, shown = LogNorm(low, max(high, low * 1.01)), np.where(known, cells, np.nan)
+    # Its lightness rises evenly, so it survives grey print, and colour-blind people see all of it.
+    mesh = ax.pcolormesh(edges, rows, np.ma.masked_invalid(shown), norm=scale, cmap="cividis")
+    colors, hatched = colors_of(ax), {"NaN or infinite": ~np.isfinite(cells), "zero": cells == 0}
+    handles = []
+    for (name, cell), hatch in zip(hatched.items(), ("xxxx", "...."), strict=True):
+        if cell.any():
+            handles.append(_hatch(ax, edges, cell, hatch, colors.bad, name))
+    if handles:
+        draw_legend_above(ax, handles=handles)
     ax.figure.colorbar(mesh, ax=ax, label="gradient norm")
+
+
+def _hatch(ax: Any, edges: np.ndarray, cells: np.ndarray, hatch: str, color: str, name: str) -> Any:
+    """Hatches runs of cells, and returns what stands for them in a legend."""
+    from matplotlib.patches import Patch
+
+    style = {"facecolor": "none", "edgecolor": color, "linewidth": 0, "hatch": hatch}
+    for row, there in enumerate(cells):
+        ends = np.flatnonzero(np.diff(np.r_[False, there, False]))
+        spans = [(edges[a], edges[b] - edges[a]) for a, b in ends.reshape(-1, 2)]
+        if spans:
+            ax.broken_barh(spans, (row, 1), **style)
+    return Patch(label=name, **style)
 
 
 def plot_histogram(
@@ -101,7 +114,8 @@ def plot_histogram(
     """Draws a histogram of norms, with quantiles, and what candidate thresholds would clip.
 
     Args:
-      norms: (steps,), or a history as for `plot_norms`.
+      norms: (steps,), or a history as for `plot_norms`; or what `optaxclip.loggers.histograms`
+        returned: then elements are counted, by block, and the rest does not matter.
       ax: where to draw; None: a new figure.
       quantiles: marked by lines.
       thresholds: candidates; what each clips is in the legend.
@@ -116,22 +130,23 @@ def plot_histogram(
     >>> [line.get_label() for line in ax.lines]
     ['50% are below 1', '5 would clip 16%']
     """
+    if isinstance(norms, Histograms):
+        return _draw_counts(norms, axes_or_new(ax))
     if _is_history(norms):
-        seen = select_clip(norms)
-        norms = find_norms(seen)[0]
-        norms = require(seen, "grad_norm", "plot_histogram") if norms is None else norms
+        norms = require_norms(read_columns(norms), "plot_histogram")
     array = np.asarray(norms, float)
     known = array[np.isfinite(array) & (array > 0)]
     if not known.size:
         raise ValueError("plot_histogram: no norm is finite and over zero.")
     ax, low, high = axes_or_new(ax), known.min(), known.max()
     edges = np.geomspace(low * 0.99, high * 1.01, bins + 1)
-    ax.hist(known, edges, color=LIGHT, edgecolor="0.5", linewidth=0.5)
+    colors = colors_of(ax)
+    ax.hist(known, edges, color=colors.line, alpha=0.45, edgecolor=colors.line, linewidth=0.5)
     for line, q in zip(itertools.cycle(LINES), quantiles, strict=False):
         at = np.quantile(known, q)
         ax.axvline(
             at,
-            color=DARK,
+            color=colors.ink,
             linewidth=1.0,
             linestyle=line,
             label=f"{100 * q:.3g}% are below {at:.3g}",
@@ -140,10 +155,28 @@ def plot_histogram(
         share = np.mean(array[np.isfinite(array)] > bound)
         label = f"{bound:.3g} would clip {share:.0%}"
         style = {"linewidth": 2.0, "marker": marker, "markevery": [1], "markersize": 7}
-        ax.axvline(bound, ymax=0.93, color="0.35", label=label, **style)
+        ax.axvline(bound, ymax=0.93, color=colors.bad, label=label, **style)
     ax.set(xscale="log", xlabel="gradient norm", ylabel="steps")
     format_ticks(ax.xaxis)
     draw_legend_above(ax, 3)
+    return ax
+
+
+def _draw_counts(found: Histograms, ax: Any) -> Any:
+    """The share of the elements of each block in each bin, dark for many."""
+    names, counts = list(found.counts), np.stack(list(found.counts.values()))
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    powers = np.log10(found.edges[1:-1])
+    # The outer bins reach to 0 and to infinity; here they are as wide as the others.
+    edges = [powers[0] - 1, *powers, powers[-1] + 1]
+    mesh = ax.pcolormesh(edges, np.arange(len(names) + 1), share, cmap="cividis", vmin=0)
+    ax.figure.colorbar(mesh, ax=ax, label="share of elements")
+    every = -(-len(names) // _NAMES)
+    ticks = np.arange(0, len(names), every)
+    ax.set_yticks(ticks + 0.5, [_shorten(names[i]) for i in ticks], fontsize=8)
+    labels = ["0", *(f"1e{power:.0f}" for power in powers), "∞"]
+    ax.set_xticks(edges[::2], labels[::2])
+    ax.set(xlabel="|g|", ylim=(len(names), 0))
     return ax
 
 

@@ -1,4 +1,4 @@
-"""Plots over the steps of a run: norms, losses, how often it was clipped."""
+"""Plots over the steps of a run: norms, losses, bounds, how often it was clipped."""
 
 from __future__ import annotations
 
@@ -6,18 +6,28 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.monitoring.history import Recorded, require, select_clip
-from optaxclip.plots.axes import DARK, GREY, axes_or_new, draw_legend_above, format_ticks
+from optaxclip.monitoring.columns import Recording, read_columns
+from optaxclip.monitoring.history import Recorded
+from optaxclip.plots.axes import (
+    axes_or_new,
+    colors_of,
+    draw_bad,
+    draw_clipped,
+    draw_legend_above,
+    format_ticks,
+)
 
 
 def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
-    """Draws the norm before the clip, the bound, and the steps that were clipped, on a log scale.
+    """Draws the norm before the clip, the bound, and how often it clipped, on a log scale.
 
-    Steps whose norm is NaN or infinite are triangles at the upper edge.
+    The band at the lower edge is as high as the share of steps that were clipped. Steps whose norm
+    is NaN or infinite are hatched, steps whose norm is zero are marked at the lower edge.
 
     Args:
       history: a `History`, a list with what `optaxclip.metrics` returned at each step, or a dict of
-        arrays with one entry a step. The clip must measure (value clips do not by default).
+        arrays with one entry a step; of a clip that measures (value clips do not by default), or of
+        a watch.
       ax: where to draw; None: a new figure.
       clip: which, if there are several clips in the state.
 
@@ -32,40 +42,62 @@ def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     >>> history = optaxclip.History()
     >>> for norm in (1.0, 4.0, 3.0):
     ...     history.append({"grad_norm": norm, "bound": 2.0, "clipped": float(norm > 2)})
-    >>> [line.get_label() for line in optaxclip.plots.plot_norms(history).lines]
-    ['norm before the clip', 'bound', 'clipped: 67% of steps']
+    >>> ax = optaxclip.plots.plot_norms(history)
+    >>> ax.get_legend_handles_labels()[1]
+    ['norm before the clip', 'bound', 'clipped: 67 % of steps']
     """
-    seen = select_clip(history, clip)
-    norms = require(seen, "grad_norm", "plot_norms")
-    ax, bounds = axes_or_new(ax), seen.get("bound", np.full(len(norms), np.inf))
-    steps, clipped = np.arange(len(norms)), _find_clipped(seen)
-    finite = np.isfinite(norms)
-    shown = np.where(finite & (norms > 0), norms, np.nan)
-    ax.semilogy(steps, shown, color=GREY, linewidth=0.9, label="norm before the clip")
-    if np.isfinite(bounds).any():
+    run = read_columns(history)
+    norms, part = require_norms(run, "plot_norms", clip), run.clip(clip)
+    ax = axes_or_new(ax)
+    colors, shown = colors_of(ax), np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)
+    label = "norm before the clip" if part else "norm"
+    # A number between two NaNs has no line.
+    mark = "." if len(norms) < 2 or np.isnan(shown[1:] + shown[:-1]).all() else None
+    line = {"color": colors.line, "linewidth": 1.0, "marker": mark, "label": label}
+    ax.semilogy(run.steps, shown, **line)
+    # The bound of a clip that does not measure is one of elements.
+    bounds = part.get("bound") if "grad_norm" in part else None
+    if bounds is not None and np.isfinite(bounds).any():
         bounded = np.where(np.isfinite(bounds) & (bounds > 0), bounds, np.nan)
-        ax.semilogy(steps, bounded, color=DARK, linestyle="--", linewidth=1.2, label="bound")
-    _mark_clipped(ax, shown, clipped & finite)
-    if not finite.all():
-        at = {"transform": ax.get_xaxis_transform(), "clip_on": False}
-        label = f"NaN or infinite: {np.sum(~finite)}"
-        ax.plot(
-            steps[~finite],
-            np.ones(np.sum(~finite)),
-            "v",
-            color=DARK,
-            markersize=6,
-            label=label,
-            **at,
-        )
+        style = {"color": colors.ink, "linestyle": "--", "linewidth": 1.2, "label": "bound"}
+        ax.semilogy(run.steps, bounded, **style)
+    draw_clipped(ax, run.steps, part.get("clipped", np.zeros(1)))
+    draw_bad(ax, run.steps, ~np.isfinite(norms))
+    _draw_zeros(ax, run.steps, norms == 0)
     ax.set(xlabel="step", ylabel="gradient norm")
     format_ticks(ax.yaxis)
     draw_legend_above(ax)
     return ax
 
 
+def require_norms(run: Recording, call: str, clip: int = 0) -> np.ndarray:
+    """The norms of a run.
+
+    Raises:
+      ValueError: naming the call, if it has none.
+    """
+    norms = run.norms(clip)
+    if norms is None:
+        raise ValueError(
+            f"{call}: no 'grad_norm' in the history, only {sorted(run.table)[:20]}: append"
+            " optaxclip.metrics(opt_state) at each step. If that has none, the clip does not"
+            " measure: pass it measure=True, or put optaxclip.watch() before it."
+        )
+    return norms
+
+
+def _draw_zeros(ax: Any, steps: np.ndarray, zero: np.ndarray) -> None:
+    """Zeros have no place on a log scale: a mark at its lower edge."""
+    if zero.any():
+        style = {"color": colors_of(ax).bad, "transform": ax.get_xaxis_transform()}
+        label = f"zero: {zero.sum()} steps"
+        ax.plot(steps[zero], np.zeros(zero.sum()), "|", markersize=14, label=label, **style)
+
+
 def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int = 0) -> Any:
-    """Draws the loss, with the clipped steps marked on it.
+    """Draws the loss, with the share of steps that were clipped, and steps where it is NaN.
+
+    The axis is a log scale where the losses are over zero and more than 100-fold apart.
 
     Args:
       history: as for `plot_norms`, with the loss beside the metrics: `optaxclip.metrics(state) |
@@ -77,21 +109,28 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
       ValueError: if there is no loss in the history.
 
     >>> import optaxclip
-    >>> history = [{"clip/clipped": 0.0, "loss": 3.0}, {"clip/clipped": 1.0, "loss": 2.0}]
-    >>> optaxclip.plots.plot_loss(history).lines[1].get_xdata()
-    array([1])
+    >>> history = [{"clip/clipped": 0.0, "loss": 3.0}, {"clip/clipped": 1.0, "loss": float("nan")}]
+    >>> optaxclip.plots.plot_loss(history).get_legend_handles_labels()[1]
+    ['loss', 'clipped: 50 % of steps', 'NaN or infinite: 1 step']
     """
-    seen = select_clip(history, clip)
-    if key not in seen:
+    run = read_columns(history)
+    if key not in run.table:
         raise ValueError(
             f"plot_loss: no {key!r} in the history: append optaxclip.metrics(state) |"
             f" {{{key!r}: loss}}."
         )
-    ax, losses = axes_or_new(ax), np.where(np.isfinite(seen[key]), seen[key], np.nan)
-    ax.plot(np.arange(len(losses)), losses, color=GREY, linewidth=0.9, label=key)
-    _mark_clipped(
-        ax, losses, _find_clipped(seen) if "clipped" in seen else np.zeros(len(losses), bool)
-    )
+    ax, losses = axes_or_new(ax), run.table[key]
+    known = losses[np.isfinite(losses)]
+    shown = np.where(np.isfinite(losses), losses, np.nan)
+    ax.plot(run.steps, shown, color=colors_of(ax).line, linewidth=1.0, label=key)
+    if known.size and known.min() > 0 and known.max() > 100 * known.min():
+        ax.set_yscale("log")
+        format_ticks(ax.yaxis)
+    elif known.size and np.ptp(known) > 1e4 * max(np.median(np.abs(known)), 1e-30):
+        # Losses that may be negative, and run away.
+        ax.set_yscale("symlog", linthresh=max(float(np.median(np.abs(known))), 1e-30))
+    draw_clipped(ax, run.steps, run.clip(clip).get("clipped", np.zeros(1)))
+    draw_bad(ax, run.steps, ~np.isfinite(losses))
     ax.set(xlabel="step", ylabel=key)
     draw_legend_above(ax)
     return ax
@@ -114,41 +153,62 @@ def plot_clipped_share(
     >>> float(ax.lines[0].get_ydata()[-1]), float(ax.lines[1].get_ydata()[-1])
     (0.5, 0.5)
     """
-    clipped = np.nan_to_num(require(select_clip(history, clip), "clipped", "plot_clipped_share"))
-    ax = axes_or_new(ax)
+    run = read_columns(history)
+    if "clipped" not in run.clip(clip):
+        raise ValueError(
+            f"plot_clipped_share: no 'clipped' in the history, only {sorted(run.table)[:20]}:"
+            " append optaxclip.metrics(opt_state) of a chain with a clip that measures."
+        )
+    clipped, ax = np.nan_to_num(run.clip(clip)["clipped"]), axes_or_new(ax)
     window = window or max(len(clipped) // 20, 10)
     # Running sums, so that a window costs the same whatever its width.
     total = np.concatenate([[0.0], np.cumsum(clipped)])
     ends = np.arange(1, len(total))
     starts = np.maximum(ends - window, 0)
-    recent = (total[ends] - total[starts]) / (ends - starts)
-    ax.plot(ends - 1, recent, color=GREY, linewidth=1.2, label=f"of the last {window} steps")
-    ax.plot(
-        ends - 1,
-        total[1:] / ends,
-        color=DARK,
-        linestyle="--",
-        linewidth=1.2,
-        label="of all steps so far",
-    )
+    recent, colors = (total[ends] - total[starts]) / (ends - starts), colors_of(ax)
+    ax.fill_between(run.steps, recent, color=colors.clip, alpha=0.3, linewidth=0)
+    label = f"of the last {window} steps"
+    ax.plot(run.steps, recent, color=colors.clip, linewidth=1.2, label=label)
+    style = {"color": colors.ink, "linestyle": "--", "linewidth": 1.2}
+    ax.plot(run.steps, total[1:] / ends, label="of all steps so far", **style)
     ax.set(xlabel="step", ylabel="share clipped", ylim=(-0.03, 1.03))
     draw_legend_above(ax)
     return ax
 
 
-def _find_clipped(seen: dict[str, np.ndarray]) -> np.ndarray:
-    """Whether anything was clipped, at each step."""
-    return (
-        np.nan_to_num(seen["clipped"]) > 0
-        if "clipped" in seen
-        else np.zeros(len(seen["grad_norm"]), bool)
-    )
+def plot_bound(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
+    """Draws the bound over the range in which the norms are around each step.
 
+    Args:
+      history, ax, clip: as for `plot_norms`.
 
-def _mark_clipped(ax: Any, values: np.ndarray, clipped: np.ndarray) -> None:
-    """A cross on each clipped step, or on up to 200 of them: more would only be a bar."""
-    places = np.flatnonzero(clipped)
-    if places.size:
-        some = places[np.unique(np.linspace(0, len(places) - 1, min(len(places), 200)).astype(int))]
-        label = f"clipped: {clipped.mean():.0%} of steps"
-        ax.plot(some, values[some], "x", color=DARK, markersize=4, markeredgewidth=0.9, label=label)
+    Raises:
+      ValueError: for an empty history, or one without norms or a bound.
+
+    >>> import numpy as np, optaxclip
+    >>> norms = np.geomspace(1.0, 2.0, 40)
+    >>> ax = optaxclip.plots.plot_bound({"grad_norm": norms, "bound": 1.5 * norms})
+    >>> ax.get_legend_handles_labels()[1]
+    ['5 % to 95 % of norms', 'median norm', 'bound']
+    """
+    run = read_columns(history)
+    norms, bounds = require_norms(run, "plot_bound", clip), run.clip(clip).get("bound")
+    if bounds is None:
+        raise ValueError("plot_bound: no 'bound' in the history: append optaxclip.metrics(state).")
+    ax = axes_or_new(ax)
+    colors, window = colors_of(ax), max(len(norms) // 40, 10)
+    parts = np.array_split(np.arange(len(norms)), max(len(norms) // window, 1))
+    kept = [part[np.isfinite(norms[part]) & (norms[part] > 0)] for part in parts]
+    middle = [run.steps[part].mean() for part in kept if part.size]
+    ranges = [np.quantile(norms[part], (0.05, 0.5, 0.95)) for part in kept if part.size]
+    low, usual, high = np.array(ranges).reshape(-1, 3).T
+    band = {"color": colors.line, "alpha": 0.3, "linewidth": 0}
+    ax.fill_between(middle, low, high, label="5 % to 95 % of norms", **band)
+    ax.plot(middle, usual, color=colors.line, linewidth=1.0, label="median norm")
+    shown = np.where(np.isfinite(bounds) & (bounds > 0), bounds, np.nan)
+    ax.plot(run.steps, shown, color=colors.ink, linestyle="--", linewidth=1.2, label="bound")
+    draw_bad(ax, run.steps, ~np.isfinite(norms))
+    ax.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    format_ticks(ax.yaxis)
+    draw_legend_above(ax)
+    return ax

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip.monitoring.history import History, find_norms, select_clip
+from optaxclip.monitoring.columns import read_columns
+from optaxclip.monitoring.history import History
 from optaxclip.tuning.series import FEWEST, Numbers, log_known, measure_series
 
 SHARES = (0.01, 0.05, 0.10)
@@ -57,9 +58,9 @@ class Recommendation(NamedTuple):
 def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendation:
     """Recommends thresholds and a method from the norms of a run without a clip.
 
-    Record a hundred steps or more with `optaxclip.clip_by(jnp.inf)`, which only measures, or with
-    any clip: the norms in its metrics are those before it. (A clip changes the run, so clip as
-    little as you can while recording.)
+    Record a hundred steps or more with `optaxclip.watch()`, which only measures, or with any clip:
+    the norms in its metrics are those before it. (A clip changes the run, so clip as little as you
+    can while recording.)
 
     Args:
       norms: norms of the whole gradient, (steps,); or by layer, (steps, layers), or a dict of
@@ -103,11 +104,13 @@ def _read(norms: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The norm of the whole at each step, and the norms of layers, if there are any."""
     rows = isinstance(norms, list | tuple) and norms and isinstance(norms[0], Mapping)
     if rows or isinstance(norms, Mapping | History):
-        seen = select_clip(norms)
-        total, layers = find_norms(seen)
-        if total is not None and not layers:
+        run = read_columns(norms)
+        total, layers = run.norms(), run.blocks()
+        # Of a clip by layer the norm is the largest of its layers, not that of the whole.
+        of_whole = "grad_norm" in run.clip() and not any("grad_norm/" in key for key in run.clip())
+        if total is not None and (of_whole or not layers):
             return total, layers
-        layers = layers or _read_layers(seen, isinstance(norms, Mapping))
+        layers = layers or _read_layers(run.table, isinstance(norms, Mapping))
         return _pool_layers(np.stack(list(layers.values()), axis=1)), layers
     array = np.asarray(norms, float)
     if array.ndim not in (1, 2) or not array.size:

@@ -1,0 +1,55 @@
+"""How large the elements of each block are: counts by powers of ten."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optaxclip import xla
+from optaxclip.base import AxisNames, Exclude, Scope
+from optaxclip.trees import select
+
+# Below the first lies what float16 flushes to zero, and its overflow above the last.
+_POWERS = np.arange(-8, 6)
+BINS = len(_POWERS) + 1
+
+
+class Histograms(NamedTuple):
+    """Histograms of |g| at one step.
+
+    Attributes:
+      edges: (bins + 1,), of the bins: 0, 10⁻⁸, ..., 10⁵, infinity.
+      counts: for each block (bins,), how many elements there are in each bin; NaN is in none.
+    """
+
+    edges: np.ndarray
+    counts: dict[str, np.ndarray]
+
+
+def count_elements(
+    updates: Any, scope: Scope, exclude: Exclude, axis_names: AxisNames | None
+) -> jax.Array:
+    """int32 (B, bins), the elements of each block by size, in one read of the updates."""
+    leaves = select(updates, exclude)
+    cut = scope.cut(leaves.paths, leaves.shapes)
+    span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
+    out = [jnp.zeros(BINS, jnp.int32) for _ in cut.names or ()]
+    for leaf, (block, x) in enumerate(zip(cut.index, leaves.arrays, strict=True)):
+        out[block] += span.pool_leaf(_count(x), leaf, "sum")
+    return jnp.stack(out) if out else jnp.zeros((0, BINS), jnp.int32)
+
+
+def _count(x: jax.Array) -> jax.Array:
+    size = jnp.abs(xla.widen(x)).ravel()
+    edges = jnp.asarray(np.append(0.0, 10.0**_POWERS), size.dtype)
+    # How many reach each edge, in one fused sum; a scatter into bins is serial on a GPU.
+    reached = jnp.sum(size[:, None] >= edges[None], axis=0, dtype=jnp.int32)
+    return reached - jnp.append(reached[1:], jnp.int32(0))
+
+
+def edges() -> np.ndarray:
+    """The limits of the bins."""
+    return np.concatenate([[0.0], 10.0**_POWERS, [np.inf]])

@@ -1,0 +1,209 @@
+"""What loggers take: one line, a progress bar, CSV, TensorBoard, Weights & Biases.
+
+Each `to_...` returns a function of the step and the scalars of `optaxclip.metrics`, on the device
+or not: call it in a training loop, or give it to `optaxclip.report`.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+
+from optaxclip.monitoring.findings import format_number, format_share
+from optaxclip.monitoring.histograms import Histograms, edges
+from optaxclip.monitoring.reading import check_is_state, count_blocks
+
+Log = Callable[[int, Mapping[str, Any]], None]
+
+
+def to_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The scalars of one step as Python numbers, and histograms as NumPy arrays, in one transfer.
+
+    >>> import jax.numpy as jnp
+    >>> from optaxclip import loggers
+    >>> loggers.to_numbers({"clip/bound": jnp.float32(0.5), "clip/steps": jnp.int32(3)})
+    {'clip/bound': 0.5, 'clip/steps': 3}
+    """
+    read = jax.device_get(dict(row))
+    return {key: x if np.ndim(x) else np.asarray(x).item() for key, x in read.items()}
+
+
+def histograms(opt_state: Any) -> Histograms:
+    """How many elements of each block lie between which powers of ten, at the last step.
+
+    Args:
+      opt_state: the state of an optimizer with `optaxclip.watch(histogram=True)` in it.
+
+    Returns:
+      `Histograms`, which `optaxclip.plots.plot_histogram` draws; without counts if no watch made
+      any. `edges` is (bins + 1,), `counts` has (bins,) for each block.
+
+    Raises:
+      ValueError: for what cannot be a state.
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> tx = optaxclip.watch(histogram=True)
+    >>> grads = {"w": jnp.array([0.0, 3e-4, 0.5, 2.0, 7.0])}
+    >>> counts = optaxclip.loggers.histograms(tx.update(grads, tx.init(grads))[1]).counts
+    >>> print(counts["w"])
+    [1 0 0 0 0 1 0 0 1 2 0 0 0 0 0]
+    """
+    check_is_state(opt_state, "histograms")
+    counts = count_blocks(opt_state)
+    read = jax.device_get(counts)
+    return Histograms(edges(), read)
+
+
+def postfix(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a progress bar shows: `bar.set_postfix(loggers.postfix(optaxclip.metrics(state)))`.
+
+    Args:
+      row: the scalars of `optaxclip.metrics`, with `loss` if you like; any prefix.
+
+    Returns:
+      As far as they are known the loss, the norm, the bound and the share of steps clipped, and how
+      many steps were skipped or not finite, if any was.
+
+    >>> from optaxclip import loggers
+    >>> loggers.postfix({"clip/grad_norm": 8.0, "clip/bound": 1.0, "clip/clipped_fraction": 0.25})
+    {'norm': '8.0', 'bound': '1.0', 'clipped': '25 %'}
+    """
+    row = to_numbers(row)
+
+    def find(key, beside=""):
+        """The value of the first clip, watch or wrapper that has a key, and another beside it."""
+        heads = [k.removesuffix(key) for k in row if k == key or k.endswith(f"/{key}")]
+        return next((row[head + key] for head in heads if head + (beside or key) in row), None)
+
+    # A watch first: what it saw is the gradient, which a second clip in the chain does not see.
+    norm = find("grad_norm", beside="median_ratio")
+    norm = find("grad_norm") if norm is None else norm
+    clipped, skipped, bad = find("clipped_fraction"), find("steps", beside="consecutive"), 0
+    bad = find("nonfinite_steps") or 0
+    shown = {
+        "loss": None if row.get("loss") is None else format_number(row["loss"]),
+        "norm": None if norm is None else format_number(norm),
+        "bound": None if (bound := find("bound")) is None else format_number(bound),
+        "clipped": None if clipped is None else format_share(clipped),
+        "skipped": str(skipped) if skipped else None,
+        "nonfinite": str(bad) if bad else None,
+    }
+    return {name: text for name, text in shown.items() if text is not None}
+
+
+def format_line(step: int, row: Mapping[str, Any]) -> str:
+    """One step in one line.
+
+    >>> from optaxclip import loggers
+    >>> loggers.format_line(7, {"watch/grad_norm": 2.0, "watch/nonfinite_steps": 1, "loss": 0.5})
+    'step 7: loss 0.5, norm 2.0, nonfinite 1'
+    """
+    run = f", run {row['run']}" if "run" in row else ""
+    return f"step {step}{run}: " + ", ".join(f"{name} {x}" for name, x in postfix(row).items())
+
+
+def to_print(step: int, row: Mapping[str, Any]) -> None:
+    """Prints one step in one line."""
+    print(format_line(step, row), flush=True)
+
+
+def to_csv(file: TextIO) -> Log:
+    """Writes a table with one row a step: `loggers.to_csv(open("run.csv", "w", newline=""))`.
+
+    The columns are those of the first row.
+
+    >>> import sys
+    >>> from optaxclip import loggers
+    >>> log = loggers.to_csv(sys.stdout)
+    >>> log(1, {"clip/bound": 0.5})
+    step,clip/bound
+    1,0.5
+    """
+    writer: csv.DictWriter | None = None
+
+    def log(step, row):
+        nonlocal writer
+        row = {"step": step} | {key: x for key, x in to_numbers(row).items() if not np.ndim(x)}
+        if writer is None:
+            writer = csv.DictWriter(file, list(row), extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
+        file.flush()  # a run that is killed leaves its last rows
+
+    return log
+
+
+def to_tensorboard(writer: Any) -> Log:
+    """Writes scalars and histograms by the `SummaryWriter` of tensorboardX or PyTorch."""
+
+    def log(step, row):
+        for key, x in to_numbers(row).items():
+            if np.ndim(x):
+                _add_histogram(writer, key, x, step)
+            else:
+                writer.add_scalar(key, x, step)
+
+    return log
+
+
+def _add_histogram(writer: Any, key: str, counts: Any, step: int) -> None:
+    """Counts of |g|, over log10 |g|: on a linear axis all bins but one had no width."""
+    limits = np.log10(edges()[1:-1])
+    limits = [limits[0] - 1, *limits, limits[-1] + 1]
+    middles = np.convolve(limits, [0.5, 0.5], "valid")
+    writer.add_histogram_raw(
+        key,
+        min=limits[0],
+        max=limits[-1],
+        num=int(counts.sum()),
+        sum=float(counts @ middles),
+        sum_squares=float(counts @ middles**2),
+        bucket_limits=limits[1:],
+        bucket_counts=counts.tolist(),
+        global_step=step,
+    )
+
+
+def to_wandb(run: Any) -> Log:
+    """Logs to a run of Weights & Biases: `loggers.to_wandb(wandb.init(...))`."""
+
+    def log(step, row):
+        numbers = to_numbers(row)
+        run.log({key: _as_bars(x) if np.ndim(x) else x for key, x in numbers.items()}, step=step)
+
+    return log
+
+
+def _as_bars(counts: Any) -> Any:
+    import wandb  # an extra of the user's, there if there is a run of it
+
+    limits = np.log10(edges()[1:-1])
+    return wandb.Histogram(np_histogram=(counts, [limits[0] - 1, *limits, limits[-1] + 1]))
+
+
+def to_clu(writer: Any) -> Log:
+    """Writes by a `clu.metric_writers` writer, or another with `write_scalars(step, scalars)`."""
+
+    def log(step, row):
+        numbers = to_numbers(row)
+        writer.write_scalars(step, {key: x for key, x in numbers.items() if not np.ndim(x)})
+
+    return log
+
+
+__all__ = [
+    "Histograms",
+    "format_line",
+    "histograms",
+    "postfix",
+    "to_clu",
+    "to_csv",
+    "to_numbers",
+    "to_print",
+    "to_tensorboard",
+    "to_wandb",
+]

@@ -1,0 +1,81 @@
+"""A whole run in one figure: loss, norms, clips and layers, with what `diagnose` finds in it."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from optaxclip.monitoring.columns import Recording, read_columns
+from optaxclip.monitoring.diagnose import Sign, diagnose
+from optaxclip.monitoring.history import Recorded
+from optaxclip.plots.axes import colors_of, import_pyplot
+from optaxclip.plots.distribution import plot_layers
+from optaxclip.plots.steps import plot_clipped_share, plot_loss, plot_norms
+
+_SHOWN = 6  # signs
+
+
+def plot_run(history: Recorded, figure: Any = None, *, clip: int = 0) -> Any:
+    """Draws what there is of loss, norms with bound, clip share and layers under one another.
+
+    What `optaxclip.diagnose` finds stands below; lines with its numbers mark the steps at which it
+    began.
+
+    Args:
+      history: as for `plot_norms`, with the loss beside the metrics if there is one.
+      figure: where to draw, a figure or subfigure with a constrained layout; None: a new one.
+      clip: as for `plot_norms`.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ImportError: without matplotlib.
+      ValueError: for an empty history, or one without norms.
+
+    >>> import numpy as np, optaxclip
+    >>> history = {"clip/grad_norm": 1.2 ** np.arange(40), "loss": np.linspace(3.0, 2.0, 40)}
+    >>> [ax.get_ylabel() for ax in optaxclip.plots.plot_run(history).axes]
+    ['loss', 'gradient norm']
+    """
+    run = read_columns(history)
+    rows = _choose(run, clip)
+    ratios = [min(1 + 0.09 * len(run.blocks(clip)), 3) if r is plot_layers else 1 for r in rows]
+    if figure is None:
+        size = (9.0, 0.8 + 2.2 * sum(ratios))
+        figure = import_pyplot().figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(rows), sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
+    for draw, ax in zip(rows, axes, strict=True):
+        draw(history, ax, clip=clip)
+        ax.label_outer()
+    _mark_signs(figure, axes, diagnose(history)[:_SHOWN])
+    return figure
+
+
+def _choose(run: Recording, clip: int) -> list[Any]:
+    """What there is to draw."""
+    rows = [plot_loss] if "loss" in run.table else []
+    rows += [plot_norms]
+    rows += [plot_clipped_share] if "clipped" in run.clip(clip) else []
+    return rows + ([plot_layers] if len(run.blocks(clip)) > 1 else [])
+
+
+def _mark_signs(figure: Any, axes: Any, signs: tuple[Sign, ...]) -> None:
+    """Lines at the steps where signs began, and what they are below all axes."""
+    ink = colors_of(axes[0]).ink
+    for number, sign in enumerate(signs, start=1):
+        step = getattr(sign, "step", None)
+        if step is None:
+            continue
+        for ax in axes:
+            ax.axvline(step, color=ink, linestyle=":", linewidth=1.2, zorder=4)
+        box = {"boxstyle": "circle,pad=0.2", "facecolor": axes[0].get_facecolor(), "edgecolor": ink}
+        style = {"ha": "center", "va": "top", "fontsize": 8, "bbox": box, "zorder": 6}
+        # Numbers of signs at one step would hide one another.
+        at = 0.95 - 0.15 * ((number - 1) % 5)
+        over = axes[0].get_xaxis_transform()
+        axes[0].text(step, at, str(number), transform=over, color=ink, **style)
+    lines = [f"{number} {sign.name}: {sign.what}" for number, sign in enumerate(signs, start=1)]
+    text = "\n".join(textwrap.fill(line, 110, subsequent_indent="   ") for line in lines)
+    if text:
+        figure.supxlabel(text, x=0.02, ha="left", fontsize=8)
