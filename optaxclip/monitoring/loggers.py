@@ -182,7 +182,8 @@ def _as_bars(counts: Any) -> Any:
     import wandb  # an extra of the user's, there if there is a run of it
 
     limits = np.log10(edges()[1:-1])
-    return wandb.Histogram(np_histogram=(counts, [limits[0] - 1, *limits, limits[-1] + 1]))
+    limits = np.concatenate([limits[:1] - 1, limits, limits[-1:] + 1])
+    return wandb.Histogram(np_histogram=(np.asarray(counts), limits))
 
 
 def to_clu(writer: Any) -> Log:
