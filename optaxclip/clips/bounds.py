@@ -32,6 +32,7 @@ def bound_leaves(
     excluded = trees.matcher(exclude)
     flat, _ = trees.flatten_with_paths(bounds)
     kept = [(path, bound) for path, bound in flat if not excluded(path)]
+    # The scope's own names: a tree of bounds and one of updates then tell equal paths apart alike.
     names = scopes.leaf.cut([path for path, _ in kept], [()] * len(kept)).names
     named = dict(zip(names or (), (bound for _, bound in kept), strict=True))
     return bound_each(scopes.leaf, **{name: named})
@@ -71,6 +72,7 @@ def bound_each(
     if any(map(callable, bounds.values())):
         threshold = scheduled(stack)
     else:
+        # For `check`, which compares bounds without running the clip.
         annotate(update_fn, bound=tuple(bounds.values()))
         threshold = new_threshold(lambda norms: optax.EmptyState(), update_fn, kind=Fixed)
     return threshold, _in_order(scope, argument_name, tuple(bounds))
@@ -78,11 +80,13 @@ def bound_each(
 
 def _in_order(scope: Scope, argument: str, names: tuple[str, ...]) -> Scope:
     """The scope, whose blocks must have these names, and are put in their order."""
+    # Now: where a tree is cut, inside `init` or `update`, the call is no longer known.
     call = validate.called()
 
     def cut(paths, shapes) -> Blocks:
         blocks = scope.cut(paths, shapes)
         found = blocks.names or ()
+        # Both ways: a bound for a leaf that is not there is a misspelt path, whose leaf has none.
         missing = [name for name in found if name not in names]
         unknown = [name for name in names if name not in found]
         if missing or unknown:

@@ -69,6 +69,7 @@ def larc(
     def bound(norm, size, rate):
         trust, decay, least = (like(x, norm) for x in (trust_coefficient, weight_decay, eps))
         whole = (norm + decay * size + least) * rate
+        # As in apex. But there such a layer misses its weight decay, too; here it is added before.
         free = (size == 0) | (norm == 0) | (whole == 0)
         # The bound that makes `rescale` multiply by t·‖w‖ / whole.
         return jnp.where(free, math.inf, norm * (trust * size / jnp.where(free, 1, whole)))
@@ -81,6 +82,7 @@ def larc(
         return update - like(weight_decay, param.real) * param
 
     clip = clip_by(
+        # Not `NormsOnly`, which would keep the norms of the parameters from it.
         new_threshold(rate.init, update_fn, kind=optax.GradientTransformationExtraArgs),
         scope=scope,
         view=gradient,
@@ -88,4 +90,5 @@ def larc(
         nonfinite=nonfinite,
         axis_names=axis_names,
     )
+    # Decay first, as in apex: the factor shortens gradient and decay together.
     return optax.chain(optax.add_decayed_weights(weight_decay, mask), clip)

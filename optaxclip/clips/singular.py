@@ -83,6 +83,7 @@ def _polar(x: jax.Array, steps: int) -> jax.Array:
 
     def step(x, row):
         a, b, c = row
+        # The smaller Gram matrix: matrices are tall here, `_at_one` has turned the others.
         gram = _dot(_adjoint(x), x)
         return times(x, a) + _dot(x, times(gram, b) + times(_dot(gram, gram), c)), None
 
@@ -167,6 +168,7 @@ def largest_singular_value(x: jax.Array) -> jax.Array:
     """
     entry = largest_entry(x)
     scaled = _per(x, entry)
+    # A fixed key: the same estimate on all devices, and in each run.
     start = jax.random.normal(jax.random.key(0), (x.shape[-1], 1), x.real.dtype).astype(x.dtype)
 
     def step(v, _):

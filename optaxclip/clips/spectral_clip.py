@@ -86,6 +86,7 @@ def spectral_clip(
     validate.choice(get_args(Solver), solver=solver)
     validate.choice(get_args(Nonfinite), nonfinite=nonfinite)
     _check_arguments(steps, axis_names)
+    # NaN or 0 for a leaf as a whole: a matrix with one NaN has no singular values.
     call, bad = validate.called(), math.nan if nonfinite == "propagate" else 0.0
 
     def matrices(leaves: Leaves) -> list[jax.Array]:
@@ -97,11 +98,14 @@ def spectral_clip(
         return _norms_of(matrices(leaves), layout, xla.accumulator(leaves.arrays))
 
     def act(leaves: Leaves, layout: xla.Layout, norms: Norms, bounds: Norms):
+        # Its factors are for the record: one factor would shorten all singular values of a matrix.
         step = decide(norms, bounds, rescale, bad)
         each = zip(leaves.arrays, matrices(leaves), xla.spread(step.bounds, layout), strict=True)
         return [clip_one(*leaf) for leaf in each], step
 
     def clip_one(x: jax.Array, matrices: jax.Array, bound: jax.Array) -> jax.Array:
+        # 13 steps reach 14 · 4⁸ β, about 10⁶ β, at which size float32 rounds to 0.06 β; 20 reach
+        # 10¹⁰ β.
         count = steps or (20 if jnp.finfo(matrices.dtype).bits == 64 else 13)
         bound = bound.astype(matrices.real.dtype)
         out = singular.clipped(matrices, bound, method, solver, count)
@@ -129,6 +133,8 @@ def _norms_of(matrices: list[jax.Array], layout: xla.Layout, dtype) -> Norms:
 
 def _check_whole(call: str, leaves: Leaves, span: xla.Span) -> None:
     """Raises if a matrix may be spread over devices, each of which would clip its own part."""
+    # Under plain `jit` arrays are whole whatever their sharding; only inside `shard_map` are they
+    # parts.
     spread = [p for i, p in enumerate(leaves.paths) if span.leaves and span.leaves[i]]
     if spread and not span.explicit:
         raise ValueError(
@@ -147,5 +153,6 @@ def _matrices(
     stack = (batch_axes(path) if callable(batch_axes) else batch_axes) or 0
     if not 0 <= stack <= x.ndim:
         raise ValueError(f"{call}: batch_axes={stack}, but the leaf {path!r} has shape {x.shape}.")
+    # A vector as one column, whose singular value is its norm: a bias is clipped by it.
     rest = x.shape[stack:] if x.ndim - stack >= 2 else (*x.shape[stack:], 1)
     return xla.widen(x).reshape(math.prod(x.shape[:stack]), math.prod(rest[:-1]), rest[-1])
