@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip.monitoring.history import History, find_norms, select_clip
+from optaxclip.monitoring.history import History, find_norms, select_clip, to_columns
 from optaxclip.tuning.series import FEWEST, Numbers, log_known, measure_series
 
 SHARES = (0.01, 0.05, 0.10)
@@ -91,6 +92,7 @@ def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendati
     numbers = measure_series(whole, layers)
     thresholds = _find_thresholds(whole, shares)
     by_layer = {name: _find_thresholds(x, shares) for name, x in layers.items()}
+    # What was measured is returned nevertheless; only advice needs more.
     if len(whole) - numbers.nonfinite - numbers.zeros < FEWEST:
         return Recommendation(thresholds, by_layer, _report_too_few(numbers), numbers, "")
     reasons = _find_reasons(numbers)
@@ -103,32 +105,45 @@ def _read(norms: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The norm of the whole at each step, and the norms of layers, if there are any."""
     rows = isinstance(norms, list | tuple) and norms and isinstance(norms[0], Mapping)
     if rows or isinstance(norms, Mapping | History):
-        seen = select_clip(norms)
-        total, layers = find_norms(seen)
+        total, layers = _find_recorded(norms)
         if total is not None and not layers:
             return total, layers
-        layers = layers or _read_layers(seen, isinstance(norms, Mapping))
+        layers = layers or _read_layers(norms)
         return _pool_layers(np.stack(list(layers.values()), axis=1)), layers
     array = np.asarray(norms, float)
     if array.ndim not in (1, 2) or not array.size:
         raise ValueError(
             f"recommend: norms must have the shape (steps,) or (steps, layers), got {array.shape}."
         )
-    return (
-        (array, {})
-        if array.ndim == 1
-        else (_pool_layers(array), {str(i): x for i, x in enumerate(array.T)})
-    )
+    if array.ndim == 1:
+        return array, {}
+    return _pool_layers(array), {str(i): x for i, x in enumerate(array.T)}
 
 
-def _read_layers(seen: dict[str, np.ndarray], plain: bool) -> dict[str, np.ndarray]:
+def _find_recorded(norms: Any) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+    """The norms under the keys of `metrics`; of several clips, of the first that measured."""
+    found = find_norms(select_clip(norms))
+    if found[0] is not None or found[1]:
+        return found
+    # The first clip may not measure (as `clip`), and loggers put a prefix before all keys.
+    columns = to_columns(norms)
+    heads = [m[1] for m in (re.match(r"((?:.*?/)?)grad_norm(/|$)", key) for key in columns) if m]
+    # A clip before a watch or a guard, whose norms may be those behind a clip.
+    head = next(iter(sorted(heads, key=lambda head: "clip/" not in head)), "")
+    return find_norms({k.removeprefix(head): x for k, x in columns.items() if k.startswith(head)})
+
+
+def _read_layers(norms: Any) -> dict[str, np.ndarray]:
     """A dict of layer -> norms; raises if it is a recorded run, without norms."""
-    if plain and "loss" not in seen:
-        return seen
+    columns = to_columns(norms)
+    recorded = any(re.search(r"(^|/)(clip|watch|skip)/|^loss$", key) for key in columns)
+    if isinstance(norms, Mapping) and not recorded:
+        return columns
     raise ValueError(
-        f"recommend: there is no 'grad_norm' among {sorted(seen)}: record optaxclip.metrics(state)"
-        " at each step, or"
-        " pass norms of the shape (steps,) or (steps, layers), or a dict of layer -> norms."
+        f"recommend: there is no 'grad_norm' among {sorted(columns)}: record"
+        " optaxclip.metrics(state) at each step (of a clip that measures, or of"
+        " optaxclip.watch()), or pass norms of the shape (steps,) or (steps, layers), or a dict of"
+        " layer -> norms."
     )
 
 
@@ -143,6 +158,7 @@ def _pool_layers(by_layer: np.ndarray) -> np.ndarray:
 
 def _find_thresholds(norms: np.ndarray, shares: tuple[float, ...]) -> dict[float, float]:
     """The quantiles below at least one norm; without 0, which would clip every gradient to zero."""
+    # Zeros stay in: they are steps, and the share is one of steps.
     finite = norms[np.isfinite(norms)]
     bounds = {
         share: float(np.quantile(finite, 1 - share)) for share in shares if share * len(finite) >= 1
@@ -170,6 +186,7 @@ def _find_reasons(n: Numbers) -> tuple[Reason, ...]:
         method = "One norm sees only the largest: a bound for each layer, or adaptive_grad_clip."
         found.append(Reason("layer-scales", what, method))
     drift, noise = np.log(n.drift), np.log(n.drift_noise)
+    # Both: a long run makes any drift significant, a short one makes any twofold change noise.
     drifts = abs(drift) > max(np.log(2), 4 * noise)
     heavy = n.tail_ratio > 4 or n.spike_ratio > 10
     if drifts:
@@ -188,6 +205,7 @@ def _find_reasons(n: Numbers) -> tuple[Reason, ...]:
 
 
 def _format_errors(drift: float, noise: float) -> str:
+    # A drift without noise (a made-up series) has no finite number of errors.
     return f"{abs(drift) / noise:.2g}" if noise * 100 > abs(drift) else "over 100"
 
 
@@ -213,9 +231,8 @@ def _write_code(
     elif scope:
         clip = f"optaxclip.clip_by({percentile}{scope})"
     elif "heavy-tail" in names:
-        cap = min(
-            np.quantile(known, 1 - small), 10 * n.median
-        )  # the quantile may itself lie among the spikes
+        # The quantile may itself lie among the spikes.
+        cap = min(np.quantile(known, 1 - small), 10 * n.median)
         clip = f"optaxclip.clip_by(optaxclip.thresholds.at_most({percentile}, {cap:.3g}))"
     else:
         clip = f"optaxclip.clip_by_global_norm({np.quantile(known, 1 - middle):.3g})"
@@ -226,5 +243,6 @@ def _write_code(
 def _quantile_over_trend(norms: np.ndarray, n: Numbers, share: float) -> float:
     """The multiple of the running median that a share of norms exceeds; at least 1.1: it lags."""
     time, logs = log_known(norms)
+    # Without the trend, which the running median follows by itself.
     level = logs - np.log(n.drift) * time
     return max(float(np.exp(np.quantile(level - np.median(level), 1 - share))), 1.1)
