@@ -80,8 +80,6 @@ def bound_each(
 
 def _in_order(scope: Scope, argument: str, names: tuple[str, ...]) -> Scope:
     """The scope, whose blocks must have these names, and are put in their order."""
-    # Now: where a tree is cut, inside `init` or `update`, the call is no longer known.
-    call = validate.called()
 
     def cut(paths, shapes) -> Blocks:
         blocks = scope.cut(paths, shapes)
@@ -91,7 +89,7 @@ def _in_order(scope: Scope, argument: str, names: tuple[str, ...]) -> Scope:
         unknown = [name for name in names if name not in found]
         if missing or unknown:
             raise ValueError(
-                f"{call}: {argument} must have one entry for each of the blocks"
+                f"{validate.called()}: {argument} must have one entry for each of the blocks"
                 f" {list(found)}: {missing} are missing, {unknown} are not among them."
             )
         places = [names.index(name) for name in found]
@@ -105,17 +103,17 @@ def _refuse_vector(argument: str, bounds: Any) -> Scope:
 
     It has to wait for a tree, since only that can tell which number would be whose.
     """
+    # A scalar array is one bound for all leaves, like a number.
     if not getattr(bounds, "ndim", 0):
         return scopes.leaf
-    call = validate.called()
 
     def cut(paths, shapes) -> Blocks:
         names = list(scopes.leaf.cut(paths, shapes).names or ())
         raise ValueError(
-            f"{call}: {argument} is a bare array of shape {bounds.shape}, which does not say which"
-            f" number is whose. Pass a tree of bounds with the structure of the updates, or a"
-            f" mapping of paths, such as {dict.fromkeys(names[:2], 1.0)}. The paths are, in"
-            f" order: {names}."
+            f"{validate.called()}: {argument} is a bare array of shape {bounds.shape}, which does"
+            " not say which number is whose. Pass a tree of bounds with the structure of the"
+            f" updates, or a mapping of paths, such as {dict.fromkeys(names[:2], 1.0)}. The paths"
+            f" are, in order: {names}."
         )
 
     return scopes.leaf._replace(cut=cut)

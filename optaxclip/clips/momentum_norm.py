@@ -65,7 +65,8 @@ def clip_by_momentum_norm(
     or one that is not finite, leaves it as it is. No 1e-6 is added to the norm.
 
     References:
-      `max_grad_norm_ratio` in the code of `OLMo <https://github.com/allenai/OLMo>`_, 2024
+      An early version of `max_grad_norm_ratio` in the code of `OLMo
+      <https://github.com/allenai/OLMo>`_, 2024; the later one is `thresholds.norm_ratio`
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.clip_by_momentum_norm(5.0)

@@ -87,14 +87,14 @@ def spectral_clip(
     validate.choice(get_args(Nonfinite), nonfinite=nonfinite)
     _check_arguments(steps, axis_names)
     # NaN or 0 for a leaf as a whole: a matrix with one NaN has no singular values.
-    call, bad = validate.called(), math.nan if nonfinite == "propagate" else 0.0
+    bad = math.nan if nonfinite == "propagate" else 0.0
 
     def matrices(leaves: Leaves) -> list[jax.Array]:
         pairs = zip(leaves.paths, leaves.arrays, strict=True)
-        return [_matrices(call, path, x, batch_axes) for path, x in pairs]
+        return [_matrices(path, x, batch_axes) for path, x in pairs]
 
     def measure(leaves: Leaves, layout: xla.Layout) -> Norms:
-        _check_whole(call, leaves, layout.span)
+        _check_whole(leaves, layout.span)
         return _norms_of(matrices(leaves), layout, xla.accumulator(leaves.arrays))
 
     def act(leaves: Leaves, layout: xla.Layout, norms: Norms, bounds: Norms):
@@ -131,12 +131,13 @@ def _norms_of(matrices: list[jax.Array], layout: xla.Layout, dtype) -> Norms:
     return layout.span.pool(jnp.stack(found) if found else jnp.zeros(0, dtype), "max")
 
 
-def _check_whole(call: str, leaves: Leaves, span: xla.Span) -> None:
+def _check_whole(leaves: Leaves, span: xla.Span) -> None:
     """Raises if a matrix may be spread over devices, each of which would clip its own part."""
     # Under plain `jit` arrays are whole whatever their sharding; only inside `shard_map` are they
     # parts.
     spread = [p for i, p in enumerate(leaves.paths) if span.leaves and span.leaves[i]]
     if spread and not span.explicit:
+        call = validate.called()
         raise ValueError(
             f"{call}: singular values are those of whole matrices, but inside shard_map these"
             f" leaves vary over the mesh axes {span.axes}: {spread}. Gather them first"
@@ -146,13 +147,12 @@ def _check_whole(call: str, leaves: Leaves, span: xla.Span) -> None:
         )
 
 
-def _matrices(
-    call: str, path: str, x: jax.Array, batch_axes: int | Callable[[str], int] | None
-) -> jax.Array:
+def _matrices(path: str, x: jax.Array, batch_axes: int | Callable[[str], int] | None) -> jax.Array:
     """A leaf as (batch, m, n): the last axis is n, those before m. A vector is a column."""
     stack = (batch_axes(path) if callable(batch_axes) else batch_axes) or 0
     if not 0 <= stack <= x.ndim:
-        raise ValueError(f"{call}: batch_axes={stack}, but the leaf {path!r} has shape {x.shape}.")
+        shape = f"the leaf {path!r} has shape {x.shape}"
+        raise ValueError(f"{validate.called()}: batch_axes={stack}, but {shape}.")
     # A vector as one column, whose singular value is its norm: a bias is clipped by it.
     rest = x.shape[stack:] if x.ndim - stack >= 2 else (*x.shape[stack:], 1)
     return xla.widen(x).reshape(math.prod(x.shape[:stack]), math.prod(rest[:-1]), rest[-1])

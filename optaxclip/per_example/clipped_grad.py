@@ -126,6 +126,15 @@ def clipped_value_and_grad(
     (Array([5. , 0.5], dtype=float32), 1, 0)
     >>> step(jnp.zeros(2), batch, weights=jnp.array([True, False]))[1]  # the second is padding
     Array([0.6, 0.8], dtype=float32)
+
+    A loss that is written for a batch, and needs its axis:
+
+    >>> def mean_loss(w, batch):
+    ...     x, y = batch
+    ...     return 0.5 * jnp.mean((jnp.einsum("bi,i->b", x, w) - y) ** 2)
+    >>> step = optaxclip.clipped_value_and_grad(mean_loss, max_norm=1.0, keep_batch_dim=True)
+    >>> step(jnp.zeros(2), batch)[1]
+    Array([0.55, 0.4 ], dtype=float32)
     """
     validate.choice(get_args(Method), method=method)
     validate.choice(("mean", "sum"), reduce=reduce)
