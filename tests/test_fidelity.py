@@ -169,6 +169,16 @@ def test_clippy_and_larc_follow_the_paper():
     )  # as in apex
 
 
+def test_larc_with_a_group_that_does_not_decay():
+    grads, params = series(), np.linspace(-1, 1, 6).reshape(SHAPE).astype(np.float32)
+    groups = {"decays": oc.larc(0.05, weight_decay=0.3), "does not": oc.larc(0.05)}
+    tx = optax.partition(groups, {"w": "decays", "b": "does not"})
+    got = followed(tx, {"w": grads, "b": grads}, {"w": params, "b": params})
+    for name, decay in {"w": 0.3, "b": 0.0}.items():
+        want = reference.larc(np.float64(grads), np.float64(params), 0.05, weight_decay=decay)
+        np.testing.assert_allclose(got[name], want, rtol=1e-4, atol=1e-7)
+
+
 SKIPS = {
     "skip_spikes": oc.thresholds.window_zscore,
     "lingvo": lambda: oc.thresholds.log_zscore(

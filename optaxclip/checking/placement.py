@@ -200,7 +200,8 @@ def clip_twice(nodes: list[Node]) -> Found:
     """Two consecutive clips of the same kind, so that the larger bound has no effect."""
     for a, b in find_pairs(nodes, is_global, is_global):
         one, two = as_clip(a) or Clip("other"), as_clip(b) or Clip("other")
-        x, y = to_constant(one.bound), to_constant(two.bound)  # NaN, if they are not constant
+        # NaN if they are not constant, which is not equal to itself.
+        x, y = to_constant(one.bound), to_constant(two.bound)
         alike = one._replace(bound=None) == two._replace(bound=None) and one.hard and one.l2
         if alike and x == x and y == y and not list_between(nodes, a, b):
             idle, other = (b, a) if x <= y else (a, b)

@@ -34,7 +34,7 @@ def autoclip(
 
     Args:
       percentile: p, from 0 (the smallest norm so far) to 100 (no clipping).
-      window: how many norms are remembered, a Python int: two float32 numbers each, a block.
+      window: how many norms are remembered, a Python int: two float32 numbers each, per block.
       update_first: whether a norm is among those that its own bound is taken from, as in the paper.
       max_norm: a cap on the bound, and the bound of the warm-up.
       warmup_steps: how many norms must have been seen; None: 1, without `update_first` the whole

@@ -39,6 +39,7 @@ def clip_by_block_rms(
     >>> tx.update(updates, tx.init(updates))[0]
     Array([1., 1.], dtype=float32)
     """
+    # Root mean square and not norm: one bound fits leaves of all sizes.
     # A rescale by min(1, threshold / RMS). One port of Adafactor holds RMS / threshold to at most 1
     # and divides by that: it never shortens, and lengthens what is short.
     return clip_by(

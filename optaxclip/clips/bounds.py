@@ -42,7 +42,8 @@ def _is_tree(bounds: Any) -> bool:
     """Whether `bounds` is a container, and no threshold (a tuple of two functions)."""
     if bounds is None or validate.is_transformation(bounds):
         return False
-    if isinstance(bounds, jax.tree_util.Partial):  # a function, though a container to JAX
+    # A function, though a container to JAX.
+    if isinstance(bounds, jax.tree_util.Partial):
         return False
     return not jax.tree_util.all_leaves([bounds])
 

@@ -92,7 +92,7 @@ def _scales(largest: jax.Array, threshold: ArrayLike) -> jax.Array:
 
 
 def _scale(x: jax.Array, factors: jax.Array, axis: int) -> jax.Array:
-    """Weights times one factor a head."""
+    """Weights times one factor per head."""
     if not -x.ndim <= axis < x.ndim or x.shape[axis] != factors.shape[0]:
         raise ValueError(
             f"{validate.called()}: axis {axis} of weights of shape {x.shape} must number"

@@ -84,10 +84,10 @@ def _size(limits: Limits) -> jax.Array:
 @jax.jit(inline=True)
 def clip_all(arrays: list[jax.Array], limits: list[Limits]) -> list[jax.Array]:
     """Clips real numbers to limits, the modulus of complex ones to the upper. NaN stays NaN."""
-    return [_clipped(x, *pair) for x, pair in zip(arrays, limits, strict=True)]
+    return [_clip(x, *pair) for x, pair in zip(arrays, limits, strict=True)]
 
 
-def _clipped(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
+def _clip(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
     # In float32 at least: a limit that is first rounded to the leaf's bfloat16 may become larger.
     wide = xla.widen(x)
     lower, upper = (limit.astype(wide.real.dtype) for limit in (lower, upper))

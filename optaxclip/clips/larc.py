@@ -41,8 +41,9 @@ def larc(
       trust_coefficient: t, the longest step as a share of the layer's norm.
       weight_decay: λ, added to the gradient here: do not let the optimizer decay, too.
       eps: ε.
-      mask: of weight decay, as in `optax.add_decayed_weights`. The bound counts λ‖w‖ for all
-        leaves.
+      mask: of weight decay, as in `optax.add_decayed_weights`. The rate is that of the formula for
+        all leaves, whether they decay or not: those without are measured as g - λw. For rates as of
+        apex's groups with a decay of 0, take `optax.partition` and a `larc` without decay for them.
       scope: which numbers share one norm; the paper's is `scopes.leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 

@@ -109,9 +109,8 @@ def _hard(x: jax.Array, steps: int) -> jax.Array:
     """Singular values σ to min(σ, 1): Y · max(Z², I - Z²)^-½."""
     y, z = _blocks(x, steps)
     half, one = jnp.asarray(0.5, x.real.dtype), _identity(x)
-    difference = (
-        2 * _dot(_adjoint(z), z) - one
-    )  # eigenvalues within [-1, 1]; those near 0 need no right sign
+    # Eigenvalues within [-1, 1]; those near 0 need no right sign.
+    difference = 2 * _dot(_adjoint(z), z) - one
     magnitude = _dot(difference, _polar(difference, steps))
     larger = times(one + times(magnitude + _adjoint(magnitude), half), half)
 
@@ -144,7 +143,7 @@ def _at_one(x: jax.Array, method: Method, solver: Solver, steps: int) -> jax.Arr
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def clipped(
+def clip_matrices(
     x: jax.Array, bound: jax.Array, method: Method, solver: Solver, steps: int
 ) -> jax.Array:
     """Clips (batch, m, n) matrices in units of the bound, those far over it scaled down first."""

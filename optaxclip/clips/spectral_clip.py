@@ -36,13 +36,13 @@ def spectral_clip(
     """Clips the singular values of each leaf: σ ← min(σ, β), or softly σ ← σ / √(1 + σ²/β²).
 
     Unlike a rescaling of the leaf it leaves the directions that are not too long as they are. It
-    costs some 100 products of matrices a leaf: use it where a step is much more than that. In
+    costs some 100 products of matrices per leaf: use it where a step is much more than that. In
     float32 the result is right to 10⁻⁴ β (measured: 8·10⁻⁵, with sides up to 512) for matrices up
     to 1,000 β, whatever their singular values, and to 10⁻⁷ ‖X‖ (5·10⁻⁸) for larger ones, no better
     than numbers of that size themselves. In float64 it is right to 10⁻¹⁰ β.
 
     Args:
-      max_singular_value: β: a number, array (one a leaf, in the order of the tree), tracer,
+      max_singular_value: β: a number, array (one per leaf, in the order of the tree), tracer,
         schedule or threshold. A threshold is given, and the metrics show as norm, an estimate of
         the largest singular value of each leaf (power iteration: at most that, and within some per
         cent of it), of a stack the largest of all.
@@ -108,7 +108,7 @@ def spectral_clip(
         # 10¹⁰ β.
         count = steps or (20 if jnp.finfo(matrices.dtype).bits == 64 else 13)
         bound = bound.astype(matrices.real.dtype)
-        out = singular.clipped(matrices, bound, method, solver, count)
+        out = singular.clip_matrices(matrices, bound, method, solver, count)
         fine = jnp.isfinite(singular.largest_entry(matrices)).all()
         return xla.as_dtype_of(x, jnp.where(fine, out, bad).reshape(x.shape))
 

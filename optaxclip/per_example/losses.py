@@ -114,8 +114,8 @@ def as_weights(weights: Any, size: int) -> jax.Array:
     kinds = (jnp.floating, jnp.integer, jnp.bool_)
     if weights.shape != (size,) or not any(jnp.issubdtype(weights.dtype, k) for k in kinds):
         raise ValueError(
-            f"{validate.called()}: weights must be {size} real numbers or booleans, one an example;"
-            f" got {weights.dtype} of shape {weights.shape}."
+            f"{validate.called()}: weights must be {size} real numbers or booleans, one per"
+            f" example; got {weights.dtype} of shape {weights.shape}."
         )
     dtype = accumulator([weights]) if is_measured(weights) else jnp.float32
     weights = jnp.asarray(weights).astype(dtype)

@@ -59,7 +59,8 @@ def row_norms(ids: jax.Array, dy: jax.Array) -> jax.Array:
 def _gram(x: jax.Array) -> jax.Array:
     """The inner products of all pairs of rows, (B, T, T); in float32 at least."""
     wide = accumulator([x])
-    if x.shape[1] == 1:  # a product of matrices of one row is slow
+    # A product of matrices of one row is slow.
+    if x.shape[1] == 1:
         return jnp.sum(jnp.square(x.astype(wide)), axis=2, keepdims=True)
     return jnp.einsum(
         "bsd,btd->bst", x, x, precision=lax.Precision.HIGHEST, preferred_element_type=wide

@@ -36,7 +36,7 @@ class Site(NamedTuple):
       origin: the parameter, and how it is rearranged before the use.
       op: the operation, with one result.
       side: which operand of it is the parameter.
-      norms: `norms(operands, dy)`, one norm an example; operands and dy have a leading axis that
+      norms: `norms(operands, dy)`, one norm per example; operands and dy have a leading axis that
         numbers examples.
     """
 

@@ -54,7 +54,8 @@ def check_arguments(call: str, name: str, function: Any, *arguments: str) -> Non
     # Before anything is traced: inside `vmap` the error would be JAX's, and far from the call.
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of a builtin, which need not have one
+    except (TypeError, ValueError):
+        # A builtin need not have a signature.
         return
     try:
         signature.bind(*arguments)
@@ -90,11 +91,11 @@ def compile_program(step: TrainStep, init: Init, evaluate: Evaluate | None, call
 
     # The state is donated, or every step would hold all runs twice; batches are shared, not mapped.
     stepped = jax.jit(jax.vmap(step_once, (0, 0, None)), donate_argnums=1)
-    checked = evaluate and jax.jit(jax.vmap(_checked(evaluate, call)))
+    checked = evaluate and jax.jit(jax.vmap(_check_evaluate(evaluate, call)))
     return Program(call, jax.jit(jax.vmap(start)), stepped, checked)
 
 
-def _checked(evaluate: Evaluate, call: str) -> Evaluate:
+def _check_evaluate(evaluate: Evaluate, call: str) -> Evaluate:
     """`evaluate`, but that it raises for what is not a loss."""
 
     def evaluate_once(state):

@@ -48,7 +48,7 @@ def tune(
         state is any pytree that holds the state of the optimizer, from which the clip rate is read.
       init: (value, key) -> state.
       values: what to try, in any order.
-      batches: one a step, the same for all runs, so that values are compared on equal terms. For
+      batches: one per step, the same for all runs, so that values are compared on equal terms. For
         other data for each seed, keep a key in the state, and pass `range(steps)`.
       seeds: how many keys, or which: the key of a run is `jax.random.key(seed)`.
       evaluate: state -> loss, the lower the better, taken before the first step and after the last.
@@ -144,7 +144,7 @@ def objective(
     program = compile_program(step, init, evaluate, "objective")
     # A list, as every trial goes through the batches again.
     data, keys = list(batches), _read_seeds(seeds, "objective")
-    # Each report waits for the device: ten a run are enough for a pruner.
+    # Each report waits for the device: ten per run are enough for a pruner.
     period = max(len(data) // 10, 1)
 
     def report(trial, i, losses):
