@@ -125,7 +125,7 @@ def _find_recorded(norms: Any) -> tuple[np.ndarray | None, dict[str, np.ndarray]
     found = find_norms(select_clip(norms))
     if found[0] is not None or found[1]:
         return found
-    # The first clip may not measure (as `clip`), and loggers put a prefix before all keys.
+    # The first clip may not measure (as `clip`), while a later one does.
     columns = to_columns(norms)
     heads = [m[1] for m in (re.match(r"((?:.*?/)?)grad_norm(/|$)", key) for key in columns) if m]
     # A clip before a watch or a guard, whose norms may be those behind a clip.
