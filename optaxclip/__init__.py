@@ -15,6 +15,7 @@ from optaxclip.clips.adagc import adagc
 from optaxclip.clips.adaptive_grad_clip import adaptive_grad_clip, unitwise_clip, unitwise_norm
 from optaxclip.clips.autoclip import autoclip
 from optaxclip.clips.band_clip import band_clip
+from optaxclip.clips.block_rms import clip_by_block_rms
 from optaxclip.clips.clip_qk import clip_qk
 from optaxclip.clips.clippy import clippy
 from optaxclip.clips.larc import larc
@@ -22,7 +23,6 @@ from optaxclip.clips.log_zscore import clip_by_log_zscore
 from optaxclip.clips.median import clip_by_median
 from optaxclip.clips.momentum_norm import clip_by_momentum_norm
 from optaxclip.clips.norm import (
-    clip_by_block_rms,
     clip_by_global_norm,
     clip_by_group_norm,
     clip_by_leaf_norm,

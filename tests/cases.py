@@ -168,6 +168,7 @@ ADAPTIVE = [
         1,
     ),
     Adaptive("running", learning(lambda: oc.thresholds.running(2.0)), 900),
+    Adaptive("norm_ratio", learning(oc.thresholds.norm_ratio), 300),
     Adaptive("running raw", learning(lambda: oc.thresholds.running(1.0, feed=oc.feeds.raw)), 900),
     Adaptive(
         "running accepted",

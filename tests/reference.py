@@ -128,6 +128,16 @@ def running(norms, factor=2.0, decay=0.99):
     return out
 
 
+def norm_ratio(norms, ratio=2.0, decay=0.95):
+    """OLMo's `max_grad_norm_ratio`: a multiple of the mean of clipped norms since the first."""
+    out, mean = [], None
+    for n in norms:
+        mean = n if mean is None else mean
+        out.append(n * min(1.0, ratio * mean / n))
+        mean = decay * mean + (1 - decay) * out[-1]
+    return out
+
+
 def band_clip(norms, low=0.5, high=2.0, decay=0.99):
     """AGGC's idea: norms stay in a band around the bias-corrected mean of what they were made."""
     out, mean = [], 0.0
@@ -231,7 +241,7 @@ def scale_by_stable_rms(grads, b1=0.9, b2=0.99, eps=1e-6):
 
 
 def clip_by_momentum_norm(grads, ratio=10.0, decay=0.9):
-    """OLMo's rule, with the bias of the momentum corrected."""
+    """An early rule of OLMo, with the bias of the momentum corrected."""
     out, m = [], np.zeros_like(grads[0])
     for t, g in enumerate(grads):
         if t > 0:

@@ -305,6 +305,7 @@ MISTAKES = {
             optax.adam(1e-3),
             optax.sgd(0.1),
             optax.sgd(optax.constant_schedule(0.1)),
+            optax.inject_hyperparams(optax.sgd)(0.1),
             chain(optax.scale_by_rms()),
         )
     ],

@@ -1,6 +1,7 @@
 """Each algorithm follows its paper, retold in NumPy, for 300 steps of warm-up, drift, spikes."""
 
 import json
+import math
 import pathlib
 
 import jax
@@ -72,6 +73,10 @@ PARTS = {
         {"max_norm": 30.0},
     ),
     "running": (lambda: oc.clip_by(oc.thresholds.running(2.0)), {}),
+    "adagc": (
+        lambda: oc.adagc(warmup_steps=0, max_norm=math.inf),
+        {"warmup_steps": 1, "max_norm": np.inf},
+    ),
 }
 
 
@@ -81,6 +86,23 @@ def test_variants_follow_their_rule(name):
     grads = series()
     want = getattr(reference, name)(lengths(grads), **arguments)
     np.testing.assert_allclose(lengths(followed(make(), grads, jnp.ones(SHAPE))), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["leaf", "tree"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"ratio": 1.3, "decay": 0.9}], ids=["defaults", "others"]
+)
+def test_norm_ratio_is_olmos_rule_by_leaf_and_for_the_whole(scope, arguments):
+    grads = {"a": series(), "b": 5 * series(1)}
+    raw = {name: lengths(g) for name, g in grads.items()}
+    tx = oc.clip_by(oc.thresholds.norm_ratio(**arguments), scope=getattr(oc.scopes, scope))
+    got = followed(tx, grads, dict.fromkeys(grads, jnp.ones(SHAPE)))
+    whole = np.hypot(*raw.values())
+    factor = np.asarray(reference.norm_ratio(whole, **arguments)) / whole
+    for name, n in raw.items():
+        want = reference.norm_ratio(n, **arguments) if scope == "leaf" else n * factor
+        np.testing.assert_allclose(lengths(got[name]), want, rtol=1e-5)
+        assert np.mean(np.asarray(want) < n * (1 - 1e-6)) > 0.005
 
 
 BY_ELEMENT = {
@@ -145,6 +167,16 @@ def test_clippy_and_larc_follow_the_paper():
     np.testing.assert_allclose(
         followed(still, grads[:1], jnp.zeros(SHAPE))[0], grads[0]
     )  # as in apex
+
+
+def test_larc_with_a_group_that_does_not_decay():
+    grads, params = series(), np.linspace(-1, 1, 6).reshape(SHAPE).astype(np.float32)
+    groups = {"decays": oc.larc(0.05, weight_decay=0.3), "does not": oc.larc(0.05)}
+    tx = optax.partition(groups, {"w": "decays", "b": "does not"})
+    got = followed(tx, {"w": grads, "b": grads}, {"w": params, "b": params})
+    for name, decay in {"w": 0.3, "b": 0.0}.items():
+        want = reference.larc(np.float64(grads), np.float64(params), 0.05, weight_decay=decay)
+        np.testing.assert_allclose(got[name], want, rtol=1e-4, atol=1e-7)
 
 
 SKIPS = {

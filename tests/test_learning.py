@@ -186,6 +186,7 @@ BAD = {
     "clip_by_momentum_norm": [{"ratio": 2.0}, {"decay": 1.0}],
     "band_clip": [{"low": 1.5}, {"high": 1.0}],
     "thresholds.running": [{"factor": 1.0}, {"factor": 0.5}, {"decay": 1.0}],
+    "thresholds.norm_ratio": [{"ratio": 1.0}, {"decay": 1.0}],
     "thresholds.previous": [{"ratio": 0.5}],
     "clippy": [{"absolute": 0.0}, {"relative": -1.0}],
     "spam_clip": [{"threshold": -1.0}, {"decay": 2.0}],

@@ -136,6 +136,27 @@ def watch_rows(layers):
     ]
 
 
+@pytest.mark.parametrize(
+    "head", ["clip/1/", "clip/3/watch/", "watch/0/", "train/clip/", "train/clip/1/", "skip/1/"]
+)
+def test_norms_are_found_under_any_prefix(head):
+    idle = {"clip/0/bound": 1.0, "loss": 2.0}
+    rows = [idle | {f"{head}grad_norm": x, f"{head}bound": 9.0} for x in PLAIN[:100]]
+    columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    for history in (rows, columns):
+        assert (
+            optaxclip.recommend(history).thresholds == optaxclip.recommend(PLAIN[:100]).thresholds
+        )
+    layers = [{f"{head}grad_norm/{i}": x for i, x in enumerate((x, 2 * x))} for x in PLAIN[:100]]
+    assert list(optaxclip.recommend(layers).layers) == ["0", "1"]
+
+
+@pytest.mark.parametrize("key", ["clip/1/bound", "clip/bound", "train/clip/0/clipped"])
+def test_a_recording_without_norms_says_what_is_there(key):
+    with pytest.raises(ValueError, match=f"no 'grad_norm' among .*{key}"):
+        optaxclip.recommend({key: np.ones(50)})
+
+
 def test_norms_of_any_size():
     assert names(STEADY * 1e300) == ["steady"] and names(STEADY[:, None] * [1e300, 2e300]) == [
         "steady"

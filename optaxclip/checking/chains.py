@@ -89,7 +89,8 @@ def _walk(tx, params: Any, path: str, holders: tuple[Node, ...], places) -> Iter
     module, name = find_module(tx.update), find_maker(tx.update) if about is None else about.name
     name = "threshold" if module.startswith("optaxclip.thresholds.") else name
     facts: dict[str, Any] = {}
-    for fn in (tx.init, tx.update):  # a foreign wrapper may pass on the `init` of one of ours
+    # By function, not by transformation: a foreign wrapper may pass on the `init` of one of ours.
+    for fn in (tx.init, tx.update):
         facts |= {} if find_module(fn).startswith("optaxclip.") else read_closure(fn)
     node = Node(name, path + name, about, facts, module, leaves, holders, next(places))
     yield node
@@ -107,6 +108,7 @@ def find_shared(a: Node, b: Node) -> tuple[Node, ...]:
 def feeds(a: Node, b: Node) -> bool:
     """Whether what leaves `a` reaches `b`: both are in one chain, no foreign wrapper between."""
     shared = find_shared(a, b)
+    # In branches of a partition, or of a foreign wrapper, neither sees what the other returns.
     if a.place >= b.place or a in shared or shared[-1].name not in _SERIES:
         return False
     own = (a.holders + b.holders)[len(shared) :]
@@ -127,9 +129,11 @@ def _open(node: Node, params: Any) -> list[tuple[str, Any, Any]]:
     if node.name in _HOLDERS:
         try:
             return _OPEN.get(node.name, _open_wrapper)(node, params)
-        except Exception:  # a user's factory may fail outside of training: its inside stays unknown
+        except Exception:
+            # A user's factory may fail outside of training: its inside stays unknown.
             return []
-    if node.name == "threshold":  # a transformation, but not of gradients
+    # A transformation, but of norms: what is inside never meets a gradient.
+    if node.name == "threshold":
         return []
     found = [(k, x) for k, v in node.facts.items() for x in _list_items(v) if is_transformation(x)]
     return [(f"<{i}:{key}>", x, params) for i, (key, x) in enumerate(found)]
@@ -189,7 +193,8 @@ def _evaluate(tree_or_function: Any, params: Any) -> Any:
     """Labels or a mask; of the parameters, if they are a function. None if that fails."""
     try:
         return tree_or_function(params) if callable(tree_or_function) else tree_or_function
-    except Exception:  # a user's function may fail outside of training
+    except Exception:
+        # A user's function may fail outside of training; unknown labels report nothing.
         return None
 
 

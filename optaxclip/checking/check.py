@@ -17,6 +17,7 @@ from optaxclip.checking.kinds import Found
 from optaxclip.monitoring.findings import Findings
 from optaxclip.validate import is_transformation
 
+# In the order of the report. A rule needs no access to the others: one mistake, one function.
 _RULES: dict[str, Callable[[list[Node]], Found]] = {
     "clip-per-branch": placement.clip_per_branch,
     "frozen-in-norm": placement.frozen_in_norm,
@@ -77,9 +78,11 @@ def check(tx: optax.GradientTransformation, params: Any) -> tuple[Finding, ...]:
     ...     print(finding.name, "at", finding.where)
     clip-after-normaliser at chain[1]/clip_by_global_norm
     """
+    # A state or a trainer has no closures to read, and would be reported as sound.
     if not is_transformation(tx):
         raise TypeError(f"check: tx must be an optax transformation, got {type(tx).__name__}.")
     nodes = read_chain(tx, params)
+    # Not guarded: a rule that fails must not pass for a chain that is sound.
     found = [Finding(name, *finding) for name, rule in _RULES.items() for finding in rule(nodes)]
     # A clip may be part of several pairs: of one mistake at one place, only the first is reported.
     first = {(finding.name, finding.where): finding for finding in reversed(found)}

@@ -34,6 +34,7 @@ def find_description(update: Callable) -> Description | None:
 def read_closure(fn: Callable) -> dict[str, Any]:
     """The variables of a closure, or the attributes of the object whose method a function is."""
     fn = unwrap(fn)
+    # A partial has no code of its own; what it binds counts as an argument.
     if isinstance(fn, functools.partial):
         return read_closure(fn.func) | fn.keywords
     if inspect.ismethod(fn):
@@ -41,7 +42,8 @@ def read_closure(fn: Callable) -> dict[str, Any]:
     names = getattr(getattr(fn, "__code__", None), "co_freevars", ())
     found = {}
     for name, cell in zip(names, getattr(fn, "__closure__", None) or (), strict=True):
-        with contextlib.suppress(ValueError):  # a variable that was never set
+        # A cell is empty where a variable is set in a branch that was not taken.
+        with contextlib.suppress(ValueError):
             found[name] = cell.cell_contents
     return found
 

@@ -90,13 +90,15 @@ def _describe(about: Description, node: Node) -> Clip:
     paths, update = node.paths(about.exclude), about.threshold.update
     bound, learned = getattr(update, "bound", None), learns(update)
     if about.kind == "elements":
-        two_sided = isinstance(bound, tuple)  # `clip_by_value`
+        # Of `clip_by_value`, which may move elements that are within the larger modulus.
+        two_sided = isinstance(bound, tuple)
         fixed = _require_finite(bound) if two_sided else bound
         return Clip("element", fixed, learned or bound is None, not two_sided, paths=paths)
     if about.kind == "other":
         return Clip("other", hard=False, l2=False, paths=paths)
     action, block = repr(about.action), _name_block(about, paths)
     limits = action.startswith(_LIMITS)
+    # Seen through a view the bound is in other units, and cannot be compared.
     fixed = bound if limits and about.view is None else None
     hard = action.startswith("actions.rescale")
     return Clip(block, fixed, learned and limits, hard, about.norm is l2, paths)
@@ -110,7 +112,8 @@ def _name_block(about: Description, paths: frozenset[str]) -> str:
         return "other"
     try:
         blocks = about.scope.cut(tuple(sorted(paths)), ((),) * len(paths)).names or ()
-    except Exception:  # labels that do not fit these leaves
+    except Exception:
+        # Labels that do not fit these leaves: the update will say so, which is not our affair.
         return "other"
     if len(blocks) == 1:
         return "tree"

@@ -13,6 +13,7 @@ from optaxclip.checking.kinds import (
     is_guard,
     is_named,
     to_constant,
+    to_number,
 )
 
 
@@ -44,6 +45,7 @@ def guard_without_optimizer(nodes: list[Node]) -> Found:
     """A guard that holds only clips, while the optimizer behind it takes the step."""
     for a, b in find_pairs(nodes, is_guard, is_named(*STATEFUL)):
         inside = [n for n in nodes if a in n.holders and not n.is_holder]
+        # With anything else inside, the guard may protect that: a moment, a schedule.
         if inside and all(as_clip(n) for n in inside):
             yield (
                 a.where,
@@ -87,6 +89,7 @@ def optimizer_as_threshold(nodes: list[Node]) -> Found:
     for node in nodes:
         if node.about is None or node.about.threshold is None:
             continue
+        # Without parameters: a threshold sees norms, and none of their paths is known.
         inside = read_chain(node.about.threshold, None)
         steps = [n for n in inside if n.name in NORMALISERS or _flips_sign(n)]
         if steps:
@@ -101,11 +104,13 @@ def optimizer_as_threshold(nodes: list[Node]) -> Found:
 
 def _flips_sign(node: Node) -> bool:
     """Whether a node multiplies by a negative number, as by a learning rate."""
-    if to_constant(node.facts.get("step_size")) < 0:
+    # A rate that `optax.inject_hyperparams` may change is an array; its sign will not change.
+    if to_number(node.facts.get("step_size")) < 0:
         return node.name == "scale"
     # Optax writes a scheduled rate as `m * learning_rate(count)`, where m is -1 or 1.
     schedule = node.facts.get("step_size_fn", len)
     is_rate = find_maker(schedule) == "scale_by_learning_rate"
+    # Only the sign is asked for, which no schedule of a rate changes.
     return is_rate and to_constant(read_closure(schedule).get("m")) < 0
 
 

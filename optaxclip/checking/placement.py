@@ -87,6 +87,7 @@ def frozen_in_norm(nodes: list[Node]) -> Found:
         already = frozenset().union(*(z.paths() for z in zeroed if feeds(z, a)))
         later = [z for z in zeroed if a in z.holders or feeds(a, z)]
         frozen = (clip.paths & frozenset().union(*(z.paths() for z in later))) - already
+        # Where nothing else is trained there is nobody whose updates could be shortened.
         if frozen and clip.paths - already - frozen:
             yield (
                 a.where,
@@ -131,6 +132,7 @@ def spike_test_after_clip(nodes: list[Node]) -> Found:
     """A test for unusual norms behind a clip that has made them usual."""
     for a, b in find_pairs(nodes, is_global, seeks_spikes):
         clip, test = as_clip(a), as_test(b)
+        # Leaves that the clip does not see may still spike, and the test would find them.
         fed = clip and test and clip.l2 and test.paths <= clip.paths
         if fed and only_scales(nodes, a, b):
             yield (
@@ -181,6 +183,7 @@ def clip_before_sign(nodes: list[Node]) -> Found:
     """A clip right before something that discards the length of the update."""
     for a, b in find_pairs(nodes, has_bound, is_named("scale_by_sign", "normalize_by_update_norm")):
         clip = as_clip(a) or Clip("other")
+        # A sign forgets any scale; a norm of the whole update only a scale that all leaves share.
         forgets = b.name == "scale_by_sign" or clip.block == "tree"
         if clip.hard and forgets and a.paths() <= b.paths() and only_scales(nodes, a, b):
             yield (
@@ -197,7 +200,8 @@ def clip_twice(nodes: list[Node]) -> Found:
     """Two consecutive clips of the same kind, so that the larger bound has no effect."""
     for a, b in find_pairs(nodes, is_global, is_global):
         one, two = as_clip(a) or Clip("other"), as_clip(b) or Clip("other")
-        x, y = to_constant(one.bound), to_constant(two.bound)  # NaN, if they are not constant
+        # NaN if they are not constant, which is not equal to itself.
+        x, y = to_constant(one.bound), to_constant(two.bound)
         alike = one._replace(bound=None) == two._replace(bound=None) and one.hard and one.l2
         if alike and x == x and y == y and not list_between(nodes, a, b):
             idle, other = (b, a) if x <= y else (a, b)

@@ -67,30 +67,38 @@ def scale_by_acclip(
     validate.nonnegative(eps=eps)
 
     def init_fn(params):
+        # Neither mean is bias-corrected, as in the paper. τ grows more slowly than m, so the first
+        # steps are short.
         return ACClipState(start_carry(params, exclude), start_carry(params, exclude, real=True))
 
-    call = validate.called()
+    call, numbers = validate.called(), (1 - b1, 1 - b2, alpha, eps)
     guard = StateGuard(call, ACClipState, init_fn)
-
-    def step(g, m, size):
-        rest, pace, power, least = (like(x, size) for x in (1 - b1, 1 - b2, alpha, eps))
-        wide, fine = xla.widen(g), jnp.isfinite(g)
-        moved = jnp.where(fine, m + xla.times(wide - m, rest), m)
-        grown = jnp.where(fine, _mean_of_powers(size, jnp.abs(wide), pace, power), size)
-        longest = jnp.maximum(jnp.abs(moved) + least, jnp.finfo(size.dtype).tiny)
-        out = xla.times(moved, jnp.minimum(1, grown / longest))
-        return xla.as_dtype_of(g, jnp.where(fine, out, jnp.nan)), moved, grown
 
     def update_fn(updates, state, params=None, **extra_args):
         guard.check(state, updates)
         leaves, m, size = (select(tree, exclude) for tree in (updates, *state))
-        done = [step(*each) for each in zip(leaves.arrays, m.arrays, size.arrays, strict=True)]
+        each = zip(leaves.arrays, m.arrays, size.arrays, strict=True)
+        done = [_step(*leaf, *numbers) for leaf in each]
         out, momentum, grown = ([each[i] for each in done] for i in range(3))
         return leaves.rebuild(out), ACClipState(m.rebuild(momentum), size.rebuild(grown))
 
     about = Description(exclude=exclude, kind="other", name=call)
     annotate(update_fn, description=about)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _step(g, m, size, *numbers):
+    """The update of a leaf, and its m and τ."""
+    rest, pace, power, least = (like(x, size) for x in numbers)
+    wide, fine = xla.widen(g), jnp.isfinite(g)
+    # By `where` on the results: zeros in place of what is not finite would be learned as gradients.
+    moved = jnp.where(fine, m + xla.times(wide - m, rest), m)
+    grown = jnp.where(fine, _mean_of_powers(size, jnp.abs(wide), pace, power), size)
+    # With eps = 0 and all zeros it would be 0 / 0.
+    longest = jnp.maximum(jnp.abs(moved) + least, jnp.finfo(size.dtype).tiny)
+    out = xla.times(moved, jnp.minimum(1, grown / longest))
+    # An element, not a block: NaN here tells of a fault that m and τ have already left out.
+    return xla.as_dtype_of(g, jnp.where(fine, out, jnp.nan)), moved, grown
 
 
 def _mean_of_powers(size, modulus, pace, power):

@@ -73,10 +73,15 @@ def adagc(
 
     def learn(norm, mean, seen):
         moved = mean + like(1 - decay, norm) * (norm - mean)
-        return jnp.where(seen < warmup_steps, jnp.minimum(mean, norm), moved)
+        # The first norm also where there is no warm-up: an average of infinity and a norm is no
+        # number, and a mean that started at 0 would hold the leaf there for ever.
+        warm = (seen < warmup_steps) | (seen == 0)
+        return jnp.where(warm, jnp.minimum(mean, norm), moved)
 
     threshold = learned(
         Statistic(math.inf, learn, lambda norm, mean, seen: like(ratio, norm) * mean),
+        # The paper's order: the clip of the warm-up comes before the minimum. The authors' code
+        # learns the norms before it.
         feed=feeds.clipped,
         warmup_steps=warmup_steps,
         warmup=_share_of_global(as_threshold(max_norm=max_norm)),
@@ -91,6 +96,7 @@ def _share_of_global(max_norm: optax.GradientTransformationExtraArgs):
     """Holds each block to its share of a global norm: n · min(1, max_norm / ‖n‖)."""
 
     def init_fn(norms):
+        # The bound is one for all blocks, so its state must not have the shape of the norms.
         dtype = jax.tree.leaves(norms)[0].dtype if jax.tree.leaves(norms) else jnp.float32
         return max_norm.init(jnp.zeros((), dtype))
 
@@ -99,8 +105,10 @@ def _share_of_global(max_norm: optax.GradientTransformationExtraArgs):
         if not rows:
             return norms, state
         largest = jnp.max(jnp.stack([jnp.max(n, initial=0) for n in rows]))
-        unit = jnp.where(largest > 0, largest, 1)  # squares of shares do not overflow
+        # In units of the largest, so that no square overflows.
+        unit = jnp.where(largest > 0, largest, 1)
         whole = unit * jnp.sqrt(sum(jnp.sum(jnp.square(n / unit)) for n in rows))
+        # The norm, not its square, which a port of AdaGC divides by.
         bound, state = max_norm.update(whole, state, params, **extra_args)
         share = jnp.minimum(1, jnp.asarray(bound) / jnp.where(whole > 0, whole, 1))
         return jax.tree.map(lambda n: n * share, norms), state

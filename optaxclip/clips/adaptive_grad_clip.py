@@ -25,9 +25,8 @@ def adaptive_grad_clip(
     eps: ArrayLike = 1e-3,
     axis: Any = None,
     *,
-    batch_axes: int
-    | Callable[[str], int]
-    | None = None,  # not 0: inject_hyperparams makes arrays of numbers
+    # None, not 0: `optax.inject_hyperparams` would make an array of a number.
+    batch_axes: int | Callable[[str], int] | None = None,
     norm: Norm | float = l2,
     exclude: Exclude = None,
     nonfinite: Nonfinite = "propagate",
@@ -75,7 +74,11 @@ def adaptive_grad_clip(
     """
     validate.nonnegative(eps=eps)
     return clip_by(
+        # A floor under ‖w‖, but none under ‖g‖: with Optax's 1e-6 there a tiny gradient that is
+        # over its bound becomes shorter than the bound.
         param_relative(as_threshold(clipping=clipping), eps),
+        # Where layers are stacked, axis 0 numbers them: Optax's rule by rank mixes their norms
+        # without an error.
         scope=scopes.units(axis, batch_axes=batch_axes),
         norm=norm,
         exclude=exclude,
@@ -105,6 +108,7 @@ def unitwise_norm(x: ArrayLike, axis: int | tuple[int, ...] | None = None) -> ja
     blocks = scopes.units(axis).cut(["x"], [x.shape])
     layout = xla.lay_out(blocks, ["x"], [x.shape])
     (norms,) = xla.spread(xla.measure(l2, [x], layout), layout)
+    # As in Optax, whose `unitwise_norm` has the shape of the array: `unitwise_clip` asks for that.
     return jnp.broadcast_to(norms, x.shape)
 
 
@@ -132,5 +136,6 @@ def unitwise_clip(
         )
     dtype = jnp.promote_types(g_norm.dtype, jnp.float32)
     norms = jnp.maximum(g_norm.astype(dtype), jnp.asarray(div_eps, dtype))
+    # Compared before `div_eps` counts: under it max_norm / div_eps would shorten what is within.
     factor = jnp.where(g_norm <= max_norm, 1, rescale(norms, max_norm.astype(dtype)))
     return (grad * factor.astype(grad.dtype)).astype(grad.dtype)

@@ -34,7 +34,7 @@ def autoclip(
 
     Args:
       percentile: p, from 0 (the smallest norm so far) to 100 (no clipping).
-      window: how many norms are remembered, a Python int: two float32 numbers each, a block.
+      window: how many norms are remembered, a Python int: two float32 numbers each, per block.
       update_first: whether a norm is among those that its own bound is taken from, as in the paper.
       max_norm: a cap on the bound, and the bound of the warm-up.
       warmup_steps: how many norms must have been seen; None: 1, without `update_first` the whole
@@ -64,14 +64,21 @@ def autoclip(
     >>> updates
     Array([3.], dtype=float32)
     """
-    cap = as_threshold(max_norm=max_norm)
+    # Where a norm is part of its own history, the first already has a percentile: itself. TRELLIS,
+    # which decides first, holds to `max_norm` alone until its window is full.
     if warmup_steps is None:
         warmup_steps = 1 if update_first else window
     threshold = thresholds.percentile(
-        percentile, window, update_first=update_first, warmup_steps=warmup_steps, warmup=cap
+        # Linear between neighbours, as NumPy's; bitsandbytes takes the nearest rank of squared
+        # norms.
+        percentile,
+        window,
+        update_first=update_first,
+        warmup_steps=warmup_steps,
     )
     return clip_by(
-        at_most(threshold, cap),
+        # The cap bounds the warm-up, too, in which the percentile is infinite.
+        at_most(threshold, as_threshold(max_norm=max_norm)),
         scope=scope,
         exclude=exclude,
         nonfinite=nonfinite,

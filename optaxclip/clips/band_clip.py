@@ -59,20 +59,24 @@ def band_clip(
     {'a': Array([0.5], dtype=float32), 'b': Array([2.], dtype=float32)}
     """
     validate.between(0, 1, low=low)
+    # Below 1, the mean would be fed what was cut below the mean, and fall to 0.
     validate.above(1, high=high)
     validate.share(decay=decay)
 
     def learn(norm, mean, seen):
+        # Debiased: the authors' mean starts at 0, and with it the band.
         return mean + debiased_weight(decay, norm, seen) * (norm - mean)
 
-    def held(norms, bounds):
+    def hold(norms, bounds):
+        # Before the first norm there is no bound, and a share of infinity would be no floor.
         lowest = jnp.where(jnp.isinf(bounds), 0, bounds * like(low / high, norms))
         return jnp.clip(norms, lowest, bounds)
 
     statistic = Statistic(0.0, learn, lambda norm, mean, seen: like(high, norm) * mean)
     return clip_by(
-        learned(statistic, feed=held),
+        learned(statistic, feed=hold),
         scope=scopes.groups() if scope is None else scope,
+        # The floor as a share of the bound, which is high · S: actions know no mean.
         action=band(low / high),
         exclude=exclude,
         nonfinite=nonfinite,

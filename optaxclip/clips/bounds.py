@@ -32,6 +32,7 @@ def bound_leaves(
     excluded = trees.matcher(exclude)
     flat, _ = trees.flatten_with_paths(bounds)
     kept = [(path, bound) for path, bound in flat if not excluded(path)]
+    # The scope's own names: a tree of bounds and one of updates then tell equal paths apart alike.
     names = scopes.leaf.cut([path for path, _ in kept], [()] * len(kept)).names
     named = dict(zip(names or (), (bound for _, bound in kept), strict=True))
     return bound_each(scopes.leaf, **{name: named})
@@ -41,7 +42,8 @@ def _is_tree(bounds: Any) -> bool:
     """Whether `bounds` is a container, and no threshold (a tuple of two functions)."""
     if bounds is None or validate.is_transformation(bounds):
         return False
-    if isinstance(bounds, jax.tree_util.Partial):  # a function, though a container to JAX
+    # A function, though a container to JAX.
+    if isinstance(bounds, jax.tree_util.Partial):
         return False
     return not jax.tree_util.all_leaves([bounds])
 
@@ -71,6 +73,7 @@ def bound_each(
     if any(map(callable, bounds.values())):
         threshold = scheduled(stack)
     else:
+        # For `check`, which compares bounds without running the clip.
         annotate(update_fn, bound=tuple(bounds.values()))
         threshold = new_threshold(lambda norms: optax.EmptyState(), update_fn, kind=Fixed)
     return threshold, _in_order(scope, argument_name, tuple(bounds))
@@ -78,16 +81,16 @@ def bound_each(
 
 def _in_order(scope: Scope, argument: str, names: tuple[str, ...]) -> Scope:
     """The scope, whose blocks must have these names, and are put in their order."""
-    call = validate.called()
 
     def cut(paths, shapes) -> Blocks:
         blocks = scope.cut(paths, shapes)
         found = blocks.names or ()
+        # Both ways: a bound for a leaf that is not there is a misspelt path, whose leaf has none.
         missing = [name for name in found if name not in names]
         unknown = [name for name in names if name not in found]
         if missing or unknown:
             raise ValueError(
-                f"{call}: {argument} must have one entry for each of the blocks"
+                f"{validate.called()}: {argument} must have one entry for each of the blocks"
                 f" {list(found)}: {missing} are missing, {unknown} are not among them."
             )
         places = [names.index(name) for name in found]
@@ -101,17 +104,17 @@ def _refuse_vector(argument: str, bounds: Any) -> Scope:
 
     It has to wait for a tree, since only that can tell which number would be whose.
     """
+    # A scalar array is one bound for all leaves, like a number.
     if not getattr(bounds, "ndim", 0):
         return scopes.leaf
-    call = validate.called()
 
     def cut(paths, shapes) -> Blocks:
         names = list(scopes.leaf.cut(paths, shapes).names or ())
         raise ValueError(
-            f"{call}: {argument} is a bare array of shape {bounds.shape}, which does not say which"
-            f" number is whose. Pass a tree of bounds with the structure of the updates, or a"
-            f" mapping of paths, such as {dict.fromkeys(names[:2], 1.0)}. The paths are, in"
-            f" order: {names}."
+            f"{validate.called()}: {argument} is a bare array of shape {bounds.shape}, which does"
+            " not say which number is whose. Pass a tree of bounds with the structure of the"
+            f" updates, or a mapping of paths, such as {dict.fromkeys(names[:2], 1.0)}. The paths"
+            f" are, in order: {names}."
         )
 
     return scopes.leaf._replace(cut=cut)

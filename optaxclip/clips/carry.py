@@ -25,6 +25,7 @@ def start_carry(params: Any, exclude: Exclude, *, real: bool = False) -> Any:
       real: whether what is kept of complex numbers is real.
     """
     zeros = trees.select(jax.tree.map(_zeros, params), exclude)
+    # Wide: a carry in bfloat16 would lose what is below 1/256 of it at every step.
     wide = [xla.widen(x) for x in zeros.arrays]
     return zeros.rebuild([x.real for x in wide] if real else wide)
 
@@ -32,6 +33,7 @@ def start_carry(params: Any, exclude: Exclude, *, real: bool = False) -> Any:
 def _zeros(x: Any) -> Any:
     dtype = getattr(x, "dtype", None)
     numeric = dtype is not None and jnp.issubdtype(dtype, jnp.number)
+    # Random keys and static fields have no zero; they stay, so that the trees match.
     return jnp.zeros_like(x) if numeric or trees.is_measured(x) else x
 
 

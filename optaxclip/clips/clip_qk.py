@@ -63,13 +63,17 @@ def clip_qk(
     """
     validate.between(0, 1, alpha=alpha)
     validate.nonnegative(threshold=threshold)
+    # By the logits, not by the norm of the weights, which many copies clip: a large norm alone does
+    # not make large logits.
     gamma = _scales(xla.widen(jnp.asarray(max_logits)), threshold)
     if validate.is_static(alpha) and alpha == 1:
         return jax.tree.map(lambda x: _scale(x, gamma, head_axis), query), key
+    # Of kernels and biases alike; only heads that all leaves agree on can be told apart.
     heads = {x.shape[head_axis] for x in jax.tree.leaves(key) if -x.ndim <= head_axis < x.ndim}
     groups = heads.pop() if len(heads) == 1 else 0
     if not groups or gamma.shape[0] % groups:
-        groups = gamma.shape[0]  # which `_scale` refuses for a key that does not have them
+        # As if no key were shared, which `_scale` refuses for a key that has other heads.
+        groups = gamma.shape[0]
     rest = gamma ** (1 - like(alpha, gamma))
     shared = jnp.min(rest.reshape(groups, -1), axis=1)
     theirs = jnp.repeat(shared, gamma.shape[0] // groups)
@@ -88,7 +92,7 @@ def _scales(largest: jax.Array, threshold: ArrayLike) -> jax.Array:
 
 
 def _scale(x: jax.Array, factors: jax.Array, axis: int) -> jax.Array:
-    """Weights times one factor a head."""
+    """Weights times one factor per head."""
     if not -x.ndim <= axis < x.ndim or x.shape[axis] != factors.shape[0]:
         raise ValueError(
             f"{validate.called()}: axis {axis} of weights of shape {x.shape} must number"

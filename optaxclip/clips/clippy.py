@@ -54,11 +54,14 @@ def clippy(
     Array([1.  , 0.05], dtype=float32)
     """
     validate.nonnegative(relative=relative)
+    # At 0, one weight of exactly zero would hold its whole leaf for ever.
     validate.positive(absolute=absolute)
 
     def ratio(update, param):
         size = jnp.abs(param)
+        # Cast, not `float(...)`: under `inject_hyperparams` both are tracers.
         share, least = (jnp.asarray(x).astype(size.dtype) for x in (relative, absolute))
+        # The inverse of the paper's ratio, so that an element that does not move is 0 and not 0/0.
         return jnp.abs(update) / (share * size + least).astype(update.real.dtype)
 
     return clip_by(

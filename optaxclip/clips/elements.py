@@ -60,6 +60,7 @@ def clip_each(
         clipped = clip_all(leaves.arrays, limits)
         if not measure:
             return clipped, Step(None, None, None, None, None)
+        # The largest limit of all, the same on all devices like the norm.
         bound = xla.measure(linf, [_size(pair) for pair in limits], layout).astype(norm.dtype)
         return clipped, _observe(leaves.arrays, limits, layout, norm, bound)
 
@@ -83,10 +84,10 @@ def _size(limits: Limits) -> jax.Array:
 @jax.jit(inline=True)
 def clip_all(arrays: list[jax.Array], limits: list[Limits]) -> list[jax.Array]:
     """Clips real numbers to limits, the modulus of complex ones to the upper. NaN stays NaN."""
-    return [_clipped(x, *pair) for x, pair in zip(arrays, limits, strict=True)]
+    return [_clip(x, *pair) for x, pair in zip(arrays, limits, strict=True)]
 
 
-def _clipped(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
+def _clip(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
     # In float32 at least: a limit that is first rounded to the leaf's bfloat16 may become larger.
     wide = xla.widen(x)
     lower, upper = (limit.astype(wide.real.dtype) for limit in (lower, upper))
@@ -99,6 +100,7 @@ def _clipped(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
 def _observe(arrays, limits: list[Limits], layout, norm: jax.Array, bound: jax.Array) -> Step:
     """By how much the largest element was shortened, and the share of elements clipped."""
     outside = [_outside(xla.widen(x), *pair) for x, pair in zip(arrays, limits, strict=True)]
+    # Over all devices, as the sum is; at least 1, for trees of empty leaves.
     count = jnp.maximum(jnp.asarray(xla.counts_of(layout, norm.dtype)), 1)
     share = xla.measure(l1, outside, layout).astype(norm.dtype) / count
     factor = jnp.where(norm > bound, bound / jnp.where(norm == 0, 1, norm), 1)
@@ -107,6 +109,7 @@ def _observe(arrays, limits: list[Limits], layout, norm: jax.Array, bound: jax.A
 
 def _outside(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
     """1 for each element that limits change, else 0."""
+    # Not `x != clipped`, which a rounded bfloat16 result and every NaN would satisfy.
     size = jnp.abs(x) if jnp.iscomplexobj(x) else x
     return ((size > upper.astype(size.dtype)) | (size < lower.astype(size.dtype))).astype(
         size.dtype

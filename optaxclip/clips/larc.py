@@ -41,8 +41,9 @@ def larc(
       trust_coefficient: t, the longest step as a share of the layer's norm.
       weight_decay: λ, added to the gradient here: do not let the optimizer decay, too.
       eps: ε.
-      mask: of weight decay, as in `optax.add_decayed_weights`. The bound counts λ‖w‖ for all
-        leaves.
+      mask: of weight decay, as in `optax.add_decayed_weights`. The rate is that of the formula for
+        all leaves, whether they decay or not: those without are measured as g - λw. For rates as of
+        apex's groups with a decay of 0, take `optax.partition` and a `larc` without decay for them.
       scope: which numbers share one norm; the paper's is `scopes.leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
@@ -69,6 +70,7 @@ def larc(
     def bound(norm, size, rate):
         trust, decay, least = (like(x, norm) for x in (trust_coefficient, weight_decay, eps))
         whole = (norm + decay * size + least) * rate
+        # As in apex. But there such a layer misses its weight decay, too; here it is added before.
         free = (size == 0) | (norm == 0) | (whole == 0)
         # The bound that makes `rescale` multiply by t·‖w‖ / whole.
         return jnp.where(free, math.inf, norm * (trust * size / jnp.where(free, 1, whole)))
@@ -81,6 +83,7 @@ def larc(
         return update - like(weight_decay, param.real) * param
 
     clip = clip_by(
+        # Not `NormsOnly`, which would keep the norms of the parameters from it.
         new_threshold(rate.init, update_fn, kind=optax.GradientTransformationExtraArgs),
         scope=scope,
         view=gradient,
@@ -88,4 +91,5 @@ def larc(
         nonfinite=nonfinite,
         axis_names=axis_names,
     )
+    # Decay first, as in apex: the factor shortens gradient and decay together.
     return optax.chain(optax.add_decayed_weights(weight_decay, mask), clip)

@@ -67,17 +67,20 @@ def clip_by_log_zscore(
     >>> round(float(updates[0]), 3)
     2.0
     """
+    # Nothing is added inside the logarithm (1e-8 in the authors' code): zeros are not learned.
     threshold = log_zscore(
         z,
         decay,
         warmup_steps=warmup_steps,
         target=target,
+        # The authors' code learns a norm before it judges it, when there is no bound to clip it to.
         feed=feeds.raw if update_first else feeds.clipped,
         update_first=update_first,
         # A spike is learned at the length it was clipped to, near the mean: a lasting rise, never.
         relearn_after=None if update_first else 100,
     )
     return clip_by(
+        # Outside of the statistic, which learns what it clipped itself, not what the cap did.
         at_most(threshold, as_threshold(max_norm=max_norm)),
         scope=scope,
         exclude=exclude,

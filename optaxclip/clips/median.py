@@ -65,10 +65,13 @@ def clip_by_median(
     >>> updates
     Array([6.], dtype=float32)
     """
+    # A flag, not an array: it decides whether `update` needs parameters.
     validate.flag(scale_by_params=scale_by_params)
     return clip_by(
+        # The rule has no bound before its tenth norm; a cap is all that holds the first steps.
         at_most(median(scale, window, every), as_threshold(max_norm=max_norm)),
-        view=_scaled if scale_by_params else None,
+        # Only the norm is that of g · rms(w); the factor is applied to g, as in ScaledAdam.
+        view=_scale_by_rms if scale_by_params else None,
         scope=scope,
         exclude=exclude,
         nonfinite=nonfinite,
@@ -76,6 +79,7 @@ def clip_by_median(
     )
 
 
-def _scaled(g: jax.Array, w: jax.Array) -> jax.Array:
+def _scale_by_rms(g: jax.Array, w: jax.Array) -> jax.Array:
     """A gradient times the root mean square of its parameters."""
+    # Over the leaf, whatever the scope: ScaledAdam keeps one root mean square per tensor.
     return g * jnp.sqrt(jnp.mean(jnp.square(jnp.abs(w)))).astype(g.real.dtype)

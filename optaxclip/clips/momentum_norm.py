@@ -65,7 +65,8 @@ def clip_by_momentum_norm(
     or one that is not finite, leaves it as it is. No 1e-6 is added to the norm.
 
     References:
-      `max_grad_norm_ratio` in the code of `OLMo <https://github.com/allenai/OLMo>`_, 2024
+      An early version of `max_grad_norm_ratio` in the code of `OLMo
+      <https://github.com/allenai/OLMo>`_, 2024; the later one is `thresholds.norm_ratio`
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.clip_by_momentum_norm(5.0)
@@ -76,6 +77,7 @@ def clip_by_momentum_norm(
     5.0
     """
     validate.share(decay=decay)
+    # In independent noise ‖m̂‖² is (1 - β) / (1 + β) of ‖g‖²: the sum of the squared weights.
     noise = math.sqrt((1 + decay) / (1 - decay)) if validate.is_static(decay) else 1
     validate.at_least(noise, ratio=ratio)
     # `param_relative` bounds a block by the norm of whatever tree it is given as `params`. Here
@@ -93,9 +95,11 @@ def clip_by_momentum_norm(
         guard.check(state, updates)
         old = select(state.momentum, exclude)
         rest = jnp.asarray(1 - decay).astype(jnp.float32)
+        # Corrected for the bound only: the next gradient goes into the momentum as it is stored.
         scale = 1 / _seen(state.clip_step, rest)
         momentum = old.rebuild([xla.times(m, scale) for m in old.arrays])
         clipped, clip_state = clip.update(updates, state.clip, momentum, **extra_args)
+        # Zeros would pull the momentum, and with it every later bound, to zero for ever.
         fine = can_learn(clip_state, zeros=False)
         new = _move(old.arrays, select(clipped, exclude).arrays, rest, fine)
         step = jnp.where(fine, optax.safe_increment(state.clip_step), state.clip_step)

@@ -15,7 +15,7 @@ from optaxclip.actions import band, rescale
 from optaxclip.base import Action, AxisNames, Exclude, Label, Nonfinite, Norm, Part, Threshold
 from optaxclip.clips.bounds import bound_each, bound_leaves
 from optaxclip.core import clip_by
-from optaxclip.norms import as_norm, l2, rms
+from optaxclip.norms import as_norm, l2
 from optaxclip.thresholds.fixed import as_threshold
 
 
@@ -50,6 +50,7 @@ def global_norm(
     """
     validate.exclude(exclude)
     norm = as_norm(norm)
+    # Cut, laid out and measured as in a clip: the norm that is logged is the norm clipped by.
     leaves = trees.select(tree, exclude)
     span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
     blocks = scopes.tree.cut(leaves.paths, leaves.shapes)
@@ -59,11 +60,15 @@ def global_norm(
 def _action(eps: ArrayLike, min_norm: ArrayLike) -> Action:
     """`rescale` with what is added to the norm, and with a floor under it."""
     validate.nonnegative(eps=eps, min_norm=min_norm)
+    # The plain action where nothing else is asked for, by which `check` knows a hard clip. A tracer
+    # may be 0 now and not later.
     plain = validate.is_static(min_norm) and min_norm == 0
     action = rescale if plain else band(floor=min_norm)
     if validate.is_static(eps) and eps == 0:
         return action
+    # Added before the comparison, as in PyTorch, whose factor is just below 1 at the bound.
     name = f"{action!r} of norms + {eps}"
+    # A `Part` has a name: a bare lambda would be all that a reader of the chain sees.
     return Part(name, lambda norms, bounds: action(norms + jnp.asarray(eps, norms.dtype), bounds))
 
 
@@ -109,6 +114,7 @@ def clip_by_global_norm(
     {'w': Array([0.6, 0.8], dtype=float32)}
     """
     return clip_by(
+        # Here and not by `clip_by` alone, whose errors speak of its own argument, `threshold`.
         as_threshold(max_norm=max_norm),
         norm=norm,
         action=_action(eps, min_norm),
@@ -151,6 +157,7 @@ def clip_by_leaf_norm(
     >>> tx.update(grads, tx.init(grads))[0]
     {'b': Array([0.1], dtype=float32), 'w': Array([0.6, 0.8], dtype=float32)}
     """
+    # The scope with the bounds: it alone sees the paths, by which bounds find their leaves.
     threshold, scope = bound_leaves(exclude, max_norm=max_norm)
     return clip_by(
         threshold,
@@ -197,7 +204,10 @@ def clip_by_group_norm(
     >>> tx.update(grads, tx.init(grads))[0]["hidden"]
     {'b': Array([0.8], dtype=float32), 'w': Array([0.6], dtype=float32)}
     """
+    # None as default, and not the function: `optax.inject_hyperparams` would call a function, as a
+    # schedule, with the step.
     scope = scopes.groups(scopes.module_of if label is None else label)
+    # A mapping is bounds by name. Any other tree would be bounds by leaf, which a group has not.
     if isinstance(max_norm, Mapping):
         threshold, scope = bound_each(scope, max_norm=max_norm)
     else:
@@ -207,45 +217,6 @@ def clip_by_group_norm(
         scope=scope,
         norm=norm,
         action=_action(eps, min_norm),
-        exclude=exclude,
-        nonfinite=nonfinite,
-        axis_names=axis_names,
-    )
-
-
-@validate.named
-def clip_by_block_rms(
-    threshold: Threshold,
-    *,
-    exclude: Exclude = None,
-    nonfinite: Nonfinite = "propagate",
-    axis_names: AxisNames | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Clips each leaf by its root mean square: u ← u / max(1, RMS(u) / threshold).
-
-    It is Adafactor's update clipping. Place it after what preconditions the update and before the
-    learning rate; Adafactor's threshold is 1.
-
-    Args:
-      threshold: the bound: a number, array, tracer, schedule or threshold.
-      exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
-
-    Raises:
-      ValueError: for a bound that is negative, NaN, a boolean or a string.
-
-    References:
-      Shazeer and Stern, `Adafactor <https://arxiv.org/abs/1804.04235>`_, 2018
-
-    >>> import jax.numpy as jnp, optaxclip
-    >>> tx = optaxclip.clip_by_block_rms(1.0)
-    >>> updates = jnp.array([3.0, 3.0])
-    >>> tx.update(updates, tx.init(updates))[0]
-    Array([1., 1.], dtype=float32)
-    """
-    return clip_by(
-        threshold,
-        scope=scopes.leaf,
-        norm=rms,
         exclude=exclude,
         nonfinite=nonfinite,
         axis_names=axis_names,

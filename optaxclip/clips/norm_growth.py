@@ -54,7 +54,10 @@ def limit_norm_growth(
     >>> updates
     Array([3.], dtype=float32)
     """
+    # Of the clipped norm, as `previous` learns it: fed raw, a spike would raise its own next bound.
     return clip_by(
+        # In Fira and APOLLO there is no floor but the 1e-8 that is added to the last norm: after
+        # one batch of zeros, growth of 1 % a step starts from there.
         at_least(previous(ratio), as_threshold(min_norm=min_norm)),
         scope=scope,
         exclude=exclude,

@@ -55,7 +55,10 @@ def quantile_clip(
     >>> float(updates[0]), round(float(tx.update(jnp.array([3.0]), state)[0][0]), 4)
     (1.0, 1.1052)
     """
+    # Fed the comparison alone: the size of a spike never enters, so no feed is to be chosen.
     return clip_by(
+        # Geometric steps, not C - η(b - q), which the authors also give: those need an η in the
+        # units of the norm, and can make C negative.
         at_most(
             thresholds.quantile(quantile, learning_rate, init), as_threshold(max_norm=max_norm)
         ),

@@ -53,9 +53,12 @@ def _clip_by_rms(
 
     def learn(x, rms, step):
         """The bound of each element of a leaf, and √v after it."""
+        # A select, not a `cond`: counters are tracers, and a reset costs no more than the read.
         old = rms if every is None else jnp.where(step == 0, 0, rms)
         bound, rest = bound_of(old, step), like(1 - decay, rms)
+        # What is left after the clip, as in both codes: a spike enters v at its bound.
         size = jnp.minimum(jnp.abs(xla.widen(x)), bound)
+        # √(β·v + (1 - β)·x²) without a square, which would overflow.
         new = jnp.hypot(jnp.sqrt(1 - rest) * old, jnp.sqrt(rest) * size)
         return bound, jnp.where(jnp.isfinite(x), new, old)
 
@@ -65,6 +68,8 @@ def _clip_by_rms(
         step = jnp.where(due, 0, state.clip_step)
         leaves, kept = trees.select(updates, exclude), trees.select(state.rms, exclude)
         done = [learn(x, rms, step) for x, rms in zip(leaves.arrays, kept.arrays, strict=True)]
+        # An argument of one clip: a clip built around the limits of a step would be compiled at
+        # each.
         limits = [(-bound, bound) for bound, _ in done]
         clipped, clip_state = clip.update(updates, state.clip, limits=limits)
         rms = kept.rebuild([rms for _, rms in done])
@@ -128,6 +133,7 @@ def spam_clip(
         validate.steps(1, every=every)
 
     def bound(rms, step):
+        # In the authors' code v = 0 is a bound of 0, and what is clipped to 0 keeps v at 0.
         free = (step < warmup_steps) | (rms == 0)
         return jnp.where(free, math.inf, jnp.sqrt(like(threshold, rms)) * rms)
 
@@ -182,7 +188,9 @@ def adamw_clip(
     validate.flag(measure=measure)
 
     def bound(rms, step):
+        # At least 1: at step 0 the correction would be 0/0; there v = 0, and nothing is bounded.
         seen = like(jnp.maximum(step, 1), rms)
+        # 1 - βᵗ by `expm1`: in float32 the difference loses its digits at β near 1 and small t.
         corrected = rms / jnp.sqrt(-jnp.expm1(seen * jnp.log1p(-like(1 - decay, rms))))
         most = jnp.maximum(like(ratio, rms) * corrected, like(floor, rms))
         return jnp.where((step < warmup_steps) | (rms == 0), math.inf, most)

@@ -83,6 +83,7 @@ def _polar(x: jax.Array, steps: int) -> jax.Array:
 
     def step(x, row):
         a, b, c = row
+        # The smaller Gram matrix: matrices are tall here, `_at_one` has turned the others.
         gram = _dot(_adjoint(x), x)
         return times(x, a) + _dot(x, times(gram, b) + times(_dot(gram, gram), c)), None
 
@@ -108,9 +109,8 @@ def _hard(x: jax.Array, steps: int) -> jax.Array:
     """Singular values σ to min(σ, 1): Y · max(Z², I - Z²)^-½."""
     y, z = _blocks(x, steps)
     half, one = jnp.asarray(0.5, x.real.dtype), _identity(x)
-    difference = (
-        2 * _dot(_adjoint(z), z) - one
-    )  # eigenvalues within [-1, 1]; those near 0 need no right sign
+    # Eigenvalues within [-1, 1]; those near 0 need no right sign.
+    difference = 2 * _dot(_adjoint(z), z) - one
     magnitude = _dot(difference, _polar(difference, steps))
     larger = times(one + times(magnitude + _adjoint(magnitude), half), half)
 
@@ -143,7 +143,7 @@ def _at_one(x: jax.Array, method: Method, solver: Solver, steps: int) -> jax.Arr
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def clipped(
+def clip_matrices(
     x: jax.Array, bound: jax.Array, method: Method, solver: Solver, steps: int
 ) -> jax.Array:
     """Clips (batch, m, n) matrices in units of the bound, those far over it scaled down first."""
@@ -167,6 +167,7 @@ def largest_singular_value(x: jax.Array) -> jax.Array:
     """
     entry = largest_entry(x)
     scaled = _per(x, entry)
+    # A fixed key: the same estimate on all devices, and in each run.
     start = jax.random.normal(jax.random.key(0), (x.shape[-1], 1), x.real.dtype).astype(x.dtype)
 
     def step(v, _):

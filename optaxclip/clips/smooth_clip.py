@@ -46,8 +46,11 @@ def smooth_clip(
     >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0]
     Array([0.75], dtype=float32)
     """
+    # p = 2 is the map of SPECTRA's soft clip of singular values, on the norm of a block.
     return clip_by(
         as_threshold(max_norm=max_norm),
+        # An action like any other, so that bounds, scopes and metrics are those of the hard clip;
+        # other smooth forms (tanh, arctan) bound the norm alike and have no sharpness to choose.
         action=smooth(p),
         scope=scope,
         exclude=exclude,

@@ -60,6 +60,8 @@ def clip_by_running_max(
     bad = math.nan if nonfinite == "propagate" else 0.0
 
     def learn(largest, mean, seen):
+        # Its own count of maxima: the authors' code divides by 1 - βᵗ of a t that the reset of the
+        # moments sets back, while the mean goes on.
         return mean + debiased_weight(decay, largest, seen) * (largest - mean)
 
     def measure(leaves: Leaves, layout: xla.Layout) -> Norms:
@@ -127,7 +129,10 @@ def normalize_by_moments(
 
     def learn(norm, value, seen):
         mean, size = value
+        # m and v are debiased each by its own decay: the authors' bfloat16 runs have a b2 of
+        # 0.99999, a memory of 100,000 steps.
         weight = debiased_weight(b2, norm, seen)
+        # The root of v, as squares of norms overflow at 1.8e19.
         size = jnp.hypot(jnp.sqrt(1 - weight) * size, jnp.sqrt(weight) * norm)
         return mean + debiased_weight(b1, norm, seen) * (norm - mean), size
 

@@ -49,15 +49,18 @@ def _remember(clip, exclude: Exclude, step) -> optax.GradientTransformationExtra
         leaves, old = select(updates, exclude), select(state.carry, exclude)
         out, carry, clip_state = step(leaves, old.arrays, state.clip, params, **extra_args)
         fine = can_learn(clip_state)
+        # One NaN in the carry would stay there for ever, since it is added to every gradient to
+        # come.
         kept = [jnp.where(fine, a, b) for a, b in zip(carry, old.arrays, strict=True)]
         out = list(map(xla.as_dtype_of, leaves.arrays, out))
         return leaves.rebuild(out), CarryState(old.rebuild(kept), clip_state)
 
+    # Its update is no rescaled gradient, so `check` must not reason about its length.
     annotate(update_fn, description=description_of(clip)._replace(kind="other"))
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _clipped(clip, leaves: Leaves, arrays: list[jax.Array], exclude: Exclude, *rest, **extra_args):
+def _clip(clip, leaves: Leaves, arrays: list[jax.Array], exclude: Exclude, *rest, **extra_args):
     """Arrays in the place of the leaves after a clip, and its state."""
     tree, state = clip.update(leaves.rebuild(arrays), *rest, **extra_args)
     return select(tree, exclude).arrays, state
@@ -115,11 +118,15 @@ def u_clip(
     cap = clip_by(limits, scope=scope, **shared)
 
     def step(leaves, carry, state, params, **extra_args):
+        # In float32 at least: what bfloat16 rounds off would be lost, and the carry exists not to
+        # lose it.
         sums = [xla.widen(g) + c for g, c in zip(leaves.arrays, carry, strict=True)]
-        out, state = _clipped(clip, leaves, sums, exclude, state, params, **extra_args)
+        out, state = _clip(clip, leaves, sums, exclude, state, params, **extra_args)
+        # From the same wide sums, so that update and carry add up to them.
         rest = [a - b for a, b in zip(sums, out, strict=True)]
+        # The bound of this very step: asking the threshold again would let it learn the norm twice.
         bound = state.metrics.clip_bound
-        return out, _clipped(cap, leaves, rest, exclude, None, carry_bound=bound)[0], state
+        return out, _clip(cap, leaves, rest, exclude, None, carry_bound=bound)[0], state
 
     return _remember(clip, exclude, step)
 
@@ -173,9 +180,10 @@ def clip21(
 
     def step(leaves, carry, state, params, **extra_args):
         change = [xla.widen(g) - v for g, v in zip(leaves.arrays, carry, strict=True)]
-        cut, state = _clipped(clip, leaves, change, exclude, state, params, **extra_args)
+        cut, state = _clip(clip, leaves, change, exclude, state, params, **extra_args)
         moved = [v + c for v, c in zip(carry, cut, strict=True)]
         fine = can_learn(state)
+        # Where the gradient is bad the update must say so (NaN or zeros), and not repeat v.
         out = [jnp.where(fine, new, bad) for new, bad in zip(moved, cut, strict=True)]
         return out, moved, state
 

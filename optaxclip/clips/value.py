@@ -54,6 +54,7 @@ def clip(
 
     def update_fn(norms, state, params=None, **extra_args):
         bound, state = threshold.update(norms, state, params, **extra_args)
+        # A schedule or threshold may go below 0, and limits that cross would turn signs.
         bound = jnp.maximum(jnp.asarray(bound), 0)
         return (-bound, bound), state
 
@@ -97,11 +98,13 @@ def clip_by_value(
     if all(map(validate.is_static, known)) and known[0] > known[1]:
         raise validate.fail(f"lower must not be larger than upper, {upper!r}", lower)
     threshold = _limits(lower, upper)
+    # Limits of any sign, so no one bound to record: the larger modulus stands for both.
     inner = clip_elements(threshold, measure=measure, exclude=exclude, axis_names=axis_names)
     call = validate.called()
 
     def update_fn(updates, state, params=None, **extra_args):
         leaves = trees.select(updates, exclude)
+        # Here and not in `clip_elements`, which clips complex numbers by their modulus.
         wrong = [p for p, x in zip(leaves.paths, leaves.arrays, strict=True) if jnp.iscomplexobj(x)]
         if wrong:
             raise ValueError(
@@ -118,6 +121,8 @@ def _limits(*limits: Any) -> optax.GradientTransformationExtraArgs:
 
     def at(step, norm: jax.Array):
         each = (limit(step) if callable(limit) else limit for limit in limits)
+        # Arrays only here: made with the clip they would start JAX's backend, or keep a tracer of
+        # the `jit` that the clip is built in.
         return tuple(jnp.asarray(limit).astype(norm.dtype) for limit in each)
 
     def fixed_fn(norms, state, params=None, **extra_args):

@@ -69,10 +69,14 @@ def zclip(
     >>> round(float(updates[0]), 3)
     2.625
     """
+    # Where the authors' code has a `clip_factor`, documented as a multiple of z·σ, it multiplies
+    # the mean, too, and a factor below 1 clips to below the mean: here z alone says how tight.
     threshold = zscore(
         z, decay, warmup_steps=warmup_steps, target=target, eps=eps, relearn_after=relearn_after
     )
     return clip_by(
+        # Around the statistic: what only the cap shortens is learned as it is, as in the authors'
+        # code.
         at_most(threshold, as_threshold(max_norm=max_norm)),
         scope=scope,
         exclude=exclude,

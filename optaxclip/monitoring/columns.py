@@ -40,7 +40,8 @@ class Recording(NamedTuple):
         return self.clips[clip] if clip < len(self.clips) else {}
 
     def _sources(self, clip: int) -> list[Columns]:
-        return [self.clip(clip), *self.watches, *self.skips]
+        # Other clips last: what they measure is behind the first.
+        return [self.clip(clip), *self.watches, *self.skips, *self.clips]
 
 
 def read_columns(history: Recorded) -> Recording:

@@ -126,6 +126,15 @@ def clipped_value_and_grad(
     (Array([5. , 0.5], dtype=float32), 1, 0)
     >>> step(jnp.zeros(2), batch, weights=jnp.array([True, False]))[1]  # the second is padding
     Array([0.6, 0.8], dtype=float32)
+
+    A loss that is written for a batch, and needs its axis:
+
+    >>> def mean_loss(w, batch):
+    ...     x, y = batch
+    ...     return 0.5 * jnp.mean((jnp.einsum("bi,i->b", x, w) - y) ** 2)
+    >>> step = optaxclip.clipped_value_and_grad(mean_loss, max_norm=1.0, keep_batch_dim=True)
+    >>> step(jnp.zeros(2), batch)[1]
+    Array([0.55, 0.4 ], dtype=float32)
     """
     validate.choice(get_args(Method), method=method)
     validate.choice(("mean", "sum"), reduce=reduce)
@@ -136,16 +145,20 @@ def clipped_value_and_grad(
     pair = as_pair(loss, has_aux, keep_batch_dim)
 
     def value_and_grad(params, batch, *shared, weights=None):
+        # Before anything reads them: inside `shard_map` JAX sums a gradient by replicated
+        # parameters over all devices.
         params = vary_like(params, (batch, shared))
         leaves, given = as_leaves(params), as_weights(weights, count_examples(batch))
         backward, at_once = _plan(method, microbatch_size, pair, params, batch, shared)
 
         def step(batch, given):
+            # Clipped inside of the scan, which so carries one sum and no gradient of an example.
             return clip_some(backward(params, batch, shared), given, max_norm, gamma)
 
         sums, each = scan_microbatches(step, batch, given, at_once, leaves)
         if reduce == "mean":
             sums = [x / sum_weights(given).astype(x.dtype) for x in sums]
+        # Rounded after the mean: the sum over a batch may overflow float16 where its mean does not.
         grads = [xla.as_dtype_of(x, g) for x, g in zip(leaves, sums, strict=True)]
         return summarize(each, given, reduce), jax.tree.structure(params).unflatten(grads)
 
@@ -183,6 +196,7 @@ def ghost_parameters(
 def _check_numbers(**arguments: Any) -> None:
     validate.bound(**arguments)
     for name, value in arguments.items():
+        # An array would broadcast against the axis of the examples: a bound for each, in silence.
         if jnp.ndim(value) != 0:
             raise validate.fail(
                 f"{name} must be one number", f"an array of shape {jnp.shape(value)}"
@@ -191,7 +205,9 @@ def _check_numbers(**arguments: Any) -> None:
 
 def _plan(method, microbatch_size, loss, params, batch, shared):
     """Chooses the backward pass, and how many examples it takes at once (None: all)."""
+    # Tracing runs the loss once more in Python, so only where something is to be chosen by it.
     traced = None if method == "microbatch" else trace(loss, params, batch, shared)
     if traced is None or (method == "auto" and not is_mostly_ghost(traced, params)):
         return functools.partial(by_vmap, loss), microbatch_size or _MICROBATCH_SIZE
+    # All at once: ghost clipping keeps the activations, as a plain gradient of the batch does.
     return functools.partial(by_ghost, traced), microbatch_size

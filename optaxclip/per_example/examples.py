@@ -48,6 +48,7 @@ def clip_some(
     """The weighted sums of clipped gradients, or of normalized ones if there is a γ."""
     # Both are looked at: a loss can be infinite where its gradient is not, as that of `x + inf`.
     fine = jnp.isfinite(back.norms) & jnp.isfinite(back.losses)
+    # NaN for either, so that counts and losses need to look at the norm only.
     norms = jnp.where(fine, back.norms, jnp.nan)
     if gamma is None:
         factors = clip_weights(norms, bound)
@@ -76,7 +77,9 @@ def _pool_losses(each: _Each, given: jax.Array, reduce: str) -> jax.Array:
     """The weighted sum or mean of the finite losses: 0 of padding only, NaN if none is finite."""
     wide = widen(each.losses)
     weights = jnp.where(jnp.isfinite(each.norms), given, 0).astype(wide.dtype)
+    # Selected, not only multiplied: 0 · NaN is NaN.
     value = jnp.sum(jnp.where(weights > 0, wide, 0) * weights)
     if reduce == "mean":
+        # Examples with weight, but none finite: 0/0 on purpose, as a mean of 0 would look perfect.
         value = value / jnp.where(jnp.any(given > 0), jnp.sum(weights), 1)
     return value.astype(each.losses.dtype)

@@ -108,6 +108,8 @@ def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
         i = number.get(op.outputs)
         if i is None:
             return results
+        # Without the parameter itself: as a result of `vmap` there would be a copy for each
+        # example.
         seen[i] = [
             None if j == traced.sites[i].side else jnp.asarray(x) for j, x in enumerate(operands)
         ]
@@ -121,7 +123,9 @@ def _site_sum(site: Site, param: jax.Array, operands, dy: jax.Array, weights: ja
     """Σᵢ weightsᵢ · Gᵢ of one site: the transpose of its operation, for all examples at once."""
     wide = widen(dy)
     weighted = wide * align(weights.astype(wide.dtype), dy)
+    # Weighted in float32 and rounded once, as the transpose asks for the dtype of the result.
     weighted = drop_unweighted(weighted, weights).astype(dy.dtype)
+    # The operands, too: the transpose multiplies them with dy, and 0 · NaN is NaN.
     clean = [drop_unweighted(x, weights) if is_measured(x) else x for x in operands]
 
     def forward(param):
@@ -147,6 +151,7 @@ def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> 
     """Forms no gradient of a parameter that has a site."""
     leaves = list(map(jnp.asarray, jax.tree.leaves(params)))
     outputs = [get_aval(site.op.eqn.outvars[0]) for site in traced.sites]
+    # Typed like the examples inside `shard_map`, or JAX would sum dy over the devices.
     probes = vary_like([jnp.zeros(y.shape, y.dtype) for y in outputs], params)
 
     def probed(rest, probes, example):
@@ -160,6 +165,7 @@ def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> 
     at_sites = list(zip(traced.sites, operands, dys, strict=True))
 
     def sums(weights):
+        # Zeros for parameters that the loss does not use: they have neither a site nor a gradient.
         total = [jnp.zeros(x.shape, widen(x).dtype) for x in leaves]
         for i, g in zip(traced.rest, grads, strict=True):
             total[i] = weighted_sum(g, weights)
@@ -176,6 +182,7 @@ def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> 
 def _join_norms(paths: list[str], grads: list[jax.Array], lengths: list[jax.Array], losses):
     """The norm of each example, of gradients that were formed and norms found at sites."""
     if lengths:
+        # To stack them, one dtype; as one more array, whose length is that of all sites together.
         wide = accumulator(lengths)
         paths = [*paths, "sites"]
         grads = [*grads, jnp.stack([n.astype(wide) for n in lengths], axis=1)]

@@ -69,6 +69,7 @@ def _check_loss(value: Any, call: str) -> None:
 
 
 def _check_aux(aux: Any, call: str) -> None:
+    # Linen returns statistics as plain arrays; only the keys of the tree tell.
     paths = [path for path, _ in flatten_with_paths(aux)[0]]
     if _has_statistics(aux) or any(re.search("batch_stats|BatchNorm", path) for path in paths):
         raise ValueError(f"{call}: the loss returned batch statistics. {_NO_BATCH_NORM}")
@@ -78,6 +79,7 @@ def _has_statistics(tree: Any) -> bool:
     """Whether a tree has batch statistics of Flax's nnx, which have a type of their own."""
 
     def is_statistic(x):
+        # By its name: Flax is no dependency.
         return type(x).__name__ == "BatchStat"
 
     return any(map(is_statistic, jax.tree.leaves(tree, is_leaf=is_statistic)))
@@ -107,15 +109,17 @@ def as_weights(weights: Any, size: int) -> jax.Array:
     """Weights or a mask as nonnegative floats: ones for None, 0 for what is negative or NaN."""
     if weights is None:
         return jnp.ones(size)
+    # NumPy takes lists, too, and leaves the device alone until shape and dtype are checked.
     weights = weights if isinstance(weights, jax.Array) else np.asarray(weights)
     kinds = (jnp.floating, jnp.integer, jnp.bool_)
     if weights.shape != (size,) or not any(jnp.issubdtype(weights.dtype, k) for k in kinds):
         raise ValueError(
-            f"{validate.called()}: weights must be {size} real numbers or booleans, one an example;"
-            f" got {weights.dtype} of shape {weights.shape}."
+            f"{validate.called()}: weights must be {size} real numbers or booleans, one per"
+            f" example; got {weights.dtype} of shape {weights.shape}."
         )
     dtype = accumulator([weights]) if is_measured(weights) else jnp.float32
     weights = jnp.asarray(weights).astype(dtype)
+    # A comparison, which is false for NaN; `maximum` would hand NaN on.
     return jnp.where(weights > 0, weights, 0)
 
 

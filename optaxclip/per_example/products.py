@@ -18,8 +18,10 @@ from optaxclip.xla import accumulator
 def in_unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`x` in units of 2ᵉ, with one e per example, and e."""
     largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0)
+    # So that 2ᵉ and its inverse are both normal numbers: XLA flushes others to zero.
     limit = jnp.finfo(x.dtype).maxexp - 2
     exponents = jnp.clip(jnp.frexp(largest.astype(accumulator([x])))[1], -limit, limit)
+    # A power of two, by which a product rounds nothing.
     return x * align(jnp.ldexp(jnp.ones((), x.dtype), -exponents), x), exponents
 
 
@@ -57,7 +59,8 @@ def row_norms(ids: jax.Array, dy: jax.Array) -> jax.Array:
 def _gram(x: jax.Array) -> jax.Array:
     """The inner products of all pairs of rows, (B, T, T); in float32 at least."""
     wide = accumulator([x])
-    if x.shape[1] == 1:  # a product of matrices of one row is slow
+    # A product of matrices of one row is slow.
+    if x.shape[1] == 1:
         return jnp.sum(jnp.square(x.astype(wide)), axis=2, keepdims=True)
     return jnp.einsum(
         "bsd,btd->bst", x, x, precision=lax.Precision.HIGHEST, preferred_element_type=wide

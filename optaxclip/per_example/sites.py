@@ -36,7 +36,7 @@ class Site(NamedTuple):
       origin: the parameter, and how it is rearranged before the use.
       op: the operation, with one result.
       side: which operand of it is the parameter.
-      norms: `norms(operands, dy)`, one norm an example; operands and dy have a leading axis that
+      norms: `norms(operands, dy)`, one norm per example; operands and dy have a leading axis that
         numbers examples.
     """
 
@@ -69,8 +69,10 @@ def _dense(eqn: core.JaxprEqn, side: int):
     free = _rest(x.ndim, contracted[1 - side])
     rows, outputs = math.prod(x.shape[a] for a in free), w.ndim - len(contracted[side])
     inputs = math.prod(w.shape[a] for a in contracted[side])
+    # With batch axes the gradient is one sum of outer products for each index of them.
     if batched[0] or not _pays(rows, inputs + w.size // max(inputs, 1), w.size):
         return None
+    # `dot_general` puts the free axes of its left operand first.
     columns = range(outputs) if side == 0 else range(y.ndim - outputs, y.ndim)
 
     def norms(operands, dy):
@@ -106,6 +108,7 @@ def _convolution(eqn: core.JaxprEqn, side: int):
     # convolution that `vmap(grad)` makes of it is slow.
     p, w, y = eqn.params, get_aval(eqn.invars[1]), get_aval(eqn.outvars[0])
     outputs, channel = w.shape[p["dimension_numbers"][1][0]], p["dimension_numbers"][2][1]
+    # In groups an output sees some of the channels only, and its outer product is a block.
     grouped = p["feature_group_count"] > 1 or p["batch_group_count"] > 1
     if side != 1 or grouped or not w.size * y.size:
         return None
@@ -139,6 +142,7 @@ def _table(eqn: core.JaxprEqn, side: int):
     def norms(operands, dy):
         ids = operands[1].reshape(dy.shape[0], looked_up)
         dy = _as_rows(dy, _rest(y.ndim, dims.offset_dims), dims.offset_dims)
+        # Clipped ids read the first or last entry, which then gets their gradient.
         if eqn.params["mode"] == lax.GatherScatterMode.CLIP:
             return row_norms(jnp.clip(ids, 0, entries - 1), dy)
         # The gradient of an entry that is not there goes nowhere.
@@ -190,6 +194,7 @@ def find_sites(program: Program) -> list[Site]:
         }
         if rule is None or not origins or not _is_real(op.eqn, operands):
             continue
+        # With a parameter on both sides one of them is the site: the other's gradient is formed.
         side, origin = min(origins.items())
         norms = rule(op.eqn, side) if _is_used_once(program, uses, origin) else None
         if norms is not None:

@@ -51,7 +51,9 @@ def per_example_global_norm_clip(grads: Any, l2_norm_clip: ArrayLike) -> tuple[A
     leaves = _select_batched(grads)
     if not leaves.arrays:
         return grads, jnp.zeros((), jnp.int32)
+    # One weight per example for all of its leaves, found before any leaf is summed.
     sums, clipped = _clip_and_sum(leaves.arrays, leaves.paths, l2_norm_clip)
+    # A sum, no mean: it is divided after the noise, by a batch size that is not private.
     return leaves.rebuild(sums), clipped
 
 
@@ -89,6 +91,7 @@ def per_example_layer_norm_clip(
     validate.bound(global_l2_norm_clip=global_l2_norm_clip, wait=False)
     validate.flag(uniform=uniform)
     leaves = _select_batched(grads)
+    # Either way ΣCᵢ² = C²: all leaves of an example together are within C.
     sizes = [1 if uniform else math.prod(shape[1:]) for shape in leaves.shapes]
     bounds = [global_l2_norm_clip * math.sqrt(size / max(sum(sizes), 1)) for size in sizes]
     done = [_clip_and_sum([x], ("",), c) for x, c in zip(leaves.arrays, bounds, strict=True)]
@@ -125,6 +128,7 @@ def per_example_normalize(grads: Any, gamma: ArrayLike = 0.01) -> Any:
     leaves = _select_batched(grads)
     if not leaves.arrays:
         return grads
+    # A length of 1, not of C: the learning rate absorbs it, which is why nothing is to be tuned.
     weights = normalizing_weights(example_norms(leaves.arrays, leaves.paths), 1.0, gamma)
     return leaves.rebuild([weighted_sum(x, weights).astype(x.dtype) for x in leaves.arrays])
 
@@ -136,6 +140,7 @@ def _select_batched(grads: Any) -> Leaves:
       ValueError: naming the shapes, unless all have the same leading axis.
     """
     leaves = select(jax.tree.map(_as_float, grads))
+    # A scalar has `shape[:1] == ()`: several would agree on a leading axis that none of them has.
     if len({shape[:1] for shape in leaves.shapes}) > 1 or () in leaves.shapes:
         raise validate.fail(
             "every leaf must have a leading axis that numbers the same examples",
@@ -151,5 +156,7 @@ def _as_float(x):
 
 def _clip_and_sum(arrays: list[jax.Array], paths, bound: ArrayLike):
     """The weighted sum of each array over its examples, and how many examples were clipped."""
+    # Optax gives an example with NaN the weight 1, and so poisons the sum; here it is 0, below 1,
+    # and counts as clipped.
     weights = clip_weights(example_norms(arrays, paths), bound)
     return [weighted_sum(x, weights).astype(x.dtype) for x in arrays], jnp.sum(weights < 1)

@@ -45,6 +45,8 @@ class Op(NamedTuple):
 
     def __call__(self, *values):
         """The results of the operation, a list."""
+        # The mesh and the compute type of the place where it was traced, as JAX's own interpreter
+        # does.
         with self.eqn.ctx.manager:
             out = self.eqn.primitive.bind(
                 *values, **self.eqn.primitive.get_bind_params(self.eqn.params)
@@ -87,6 +89,7 @@ class Program(NamedTuple):
 
     def uses(self) -> Counter:
         """Counts how often each slot is read."""
+        # A result counts as a use: a parameter in aux, or that is the loss, has a gradient there.
         return Counter(i for op in self.ops for i in op.slots) + Counter(
             i for i in self.outputs if isinstance(i, int)
         )
@@ -112,6 +115,7 @@ def _keeps_length(eqn: core.JaxprEqn) -> bool:
         return False
     before, after = get_aval(eqn.invars[0]), get_aval(eqn.outvars[0])
     real = jnp.issubdtype(before.dtype, jnp.floating) and jnp.issubdtype(after.dtype, jnp.floating)
+    # A broadcast to more elements uses each of them several times, and their gradients add up.
     return real and (before.size == after.size or eqn.primitive.name == "slice")
 
 
@@ -141,6 +145,7 @@ class _Flattener:
 
     def step(self, eqn: core.JaxprEqn, inputs: tuple[Any, ...]) -> Iterable[Any]:
         origins = [self.origins.get(i) if isinstance(i, int) else None for i in inputs]
+        # Two names of one primitive: JAX has renamed it.
         if eqn.primitive.name in ("jit", "pjit") and any(origins):
             return self.walk(eqn.params["jaxpr"], inputs)
         op = Op(eqn, inputs, tuple(self.slot() for _ in eqn.outvars))
@@ -154,6 +159,7 @@ def _drop_unused(ops: list[Op], outputs: list[Any]) -> list[Op]:
     """Keeps the operations that the outputs need, and those with effects."""
     needed, kept = {i for i in outputs if isinstance(i, int)}, []
     for op in reversed(ops):
+        # An operation with an effect (a debug print, a check) is run for that.
         if op.eqn.effects or not needed.isdisjoint(op.outputs):
             needed.update(op.slots)
             kept.append(op)

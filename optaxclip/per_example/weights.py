@@ -31,7 +31,8 @@ def example_norms(arrays: Sequence[jax.Array], paths: Sequence[str]) -> jax.Arra
 
     def checked(arrays):
         norms = _norms(arrays, paths)
-        fine = ~(norms <= _LOST)  # NaN counts as fine: at another scale it is NaN, too
+        # NaN counts as fine: at another scale it is NaN, too.
+        fine = ~(norms <= _LOST)
         return lax.cond(
             jnp.all(fine), lambda: norms, lambda: jnp.where(fine, norms, _tiny_norms(arrays))
         )

@@ -8,6 +8,7 @@ from optaxclip.thresholds.blocks import per_block
 from optaxclip.thresholds.combine import at_least, at_most, lag, param_relative, until
 from optaxclip.thresholds.fixed import constant, scheduled
 from optaxclip.thresholds.learned import Statistic, learned
+from optaxclip.thresholds.norm_ratio import norm_ratio
 from optaxclip.thresholds.quantile import median, percentile, quantile, window_zscore
 from optaxclip.thresholds.running import log_zscore, previous, running, zscore
 
@@ -20,6 +21,7 @@ __all__ = [
     "learned",
     "log_zscore",
     "median",
+    "norm_ratio",
     "param_relative",
     "per_block",
     "percentile",

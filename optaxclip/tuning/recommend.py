@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -92,6 +93,7 @@ def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendati
     numbers = measure_series(whole, layers)
     thresholds = _find_thresholds(whole, shares)
     by_layer = {name: _find_thresholds(x, shares) for name, x in layers.items()}
+    # What was measured is returned nevertheless; only advice needs more.
     if len(whole) - numbers.nonfinite - numbers.zeros < FEWEST:
         return Recommendation(thresholds, by_layer, _report_too_few(numbers), numbers, "")
     reasons = _find_reasons(numbers)
@@ -117,21 +119,21 @@ def _read(norms: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         raise ValueError(
             f"recommend: norms must have the shape (steps,) or (steps, layers), got {array.shape}."
         )
-    return (
-        (array, {})
-        if array.ndim == 1
-        else (_pool_layers(array), {str(i): x for i, x in enumerate(array.T)})
-    )
+    if array.ndim == 1:
+        return array, {}
+    return _pool_layers(array), {str(i): x for i, x in enumerate(array.T)}
 
 
-def _read_layers(seen: dict[str, np.ndarray], plain: bool) -> dict[str, np.ndarray]:
+def _read_layers(columns: dict[str, np.ndarray], plain: bool) -> dict[str, np.ndarray]:
     """A dict of layer -> norms; raises if it is a recorded run, without norms."""
-    if plain and "loss" not in seen:
-        return seen
+    recorded = any(re.search(r"(^|/)(clip|watch|skip)/|^loss$", key) for key in columns)
+    if plain and not recorded:
+        return columns
     raise ValueError(
-        f"recommend: there is no 'grad_norm' among {sorted(seen)}: record optaxclip.metrics(state)"
-        " at each step, or"
-        " pass norms of the shape (steps,) or (steps, layers), or a dict of layer -> norms."
+        f"recommend: there is no 'grad_norm' among {sorted(columns)}: record"
+        " optaxclip.metrics(state) at each step (of a clip that measures, or of"
+        " optaxclip.watch()), or pass norms of the shape (steps,) or (steps, layers), or a dict of"
+        " layer -> norms."
     )
 
 
@@ -146,6 +148,7 @@ def _pool_layers(by_layer: np.ndarray) -> np.ndarray:
 
 def _find_thresholds(norms: np.ndarray, shares: tuple[float, ...]) -> dict[float, float]:
     """The quantiles below at least one norm; without 0, which would clip every gradient to zero."""
+    # Zeros stay in: they are steps, and the share is one of steps.
     finite = norms[np.isfinite(norms)]
     bounds = {
         share: float(np.quantile(finite, 1 - share)) for share in shares if share * len(finite) >= 1
@@ -173,6 +176,7 @@ def _find_reasons(n: Numbers) -> tuple[Reason, ...]:
         method = "One norm sees only the largest: a bound for each layer, or adaptive_grad_clip."
         found.append(Reason("layer-scales", what, method))
     drift, noise = np.log(n.drift), np.log(n.drift_noise)
+    # Both: a long run makes any drift significant, a short one makes any twofold change noise.
     drifts = abs(drift) > max(np.log(2), 4 * noise)
     heavy = n.tail_ratio > 4 or n.spike_ratio > 10
     if drifts:
@@ -191,6 +195,7 @@ def _find_reasons(n: Numbers) -> tuple[Reason, ...]:
 
 
 def _format_errors(drift: float, noise: float) -> str:
+    # A drift without noise (a made-up series) has no finite number of errors.
     return f"{abs(drift) / noise:.2g}" if noise * 100 > abs(drift) else "over 100"
 
 
@@ -216,9 +221,8 @@ def _write_code(
     elif scope:
         clip = f"optaxclip.clip_by({percentile}{scope})"
     elif "heavy-tail" in names:
-        cap = min(
-            np.quantile(known, 1 - small), 10 * n.median
-        )  # the quantile may itself lie among the spikes
+        # The quantile may itself lie among the spikes.
+        cap = min(np.quantile(known, 1 - small), 10 * n.median)
         clip = f"optaxclip.clip_by(optaxclip.thresholds.at_most({percentile}, {cap:.3g}))"
     else:
         clip = f"optaxclip.clip_by_global_norm({np.quantile(known, 1 - middle):.3g})"
@@ -229,5 +233,6 @@ def _write_code(
 def _quantile_over_trend(norms: np.ndarray, n: Numbers, share: float) -> float:
     """The multiple of the running median that a share of norms exceeds; at least 1.1: it lags."""
     time, logs = log_known(norms)
+    # Without the trend, which the running median follows by itself.
     level = logs - np.log(n.drift) * time
     return max(float(np.exp(np.quantile(level - np.median(level), 1 - share))), 1.1)

@@ -54,7 +54,8 @@ def check_arguments(call: str, name: str, function: Any, *arguments: str) -> Non
     # Before anything is traced: inside `vmap` the error would be JAX's, and far from the call.
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of a builtin, which need not have one
+    except (TypeError, ValueError):
+        # A builtin need not have a signature.
         return
     try:
         signature.bind(*arguments)
@@ -88,12 +89,13 @@ def compile_program(step: TrainStep, init: Init, evaluate: Evaluate | None, call
         state, loss = out
         return state, {"loss": loss, **_read_clips(state)}
 
+    # The state is donated, or every step would hold all runs twice; batches are shared, not mapped.
     stepped = jax.jit(jax.vmap(step_once, (0, 0, None)), donate_argnums=1)
-    checked = evaluate and jax.jit(jax.vmap(_checked(evaluate, call)))
+    checked = evaluate and jax.jit(jax.vmap(_check_evaluate(evaluate, call)))
     return Program(call, jax.jit(jax.vmap(start)), stepped, checked)
 
 
-def _checked(evaluate: Evaluate, call: str) -> Evaluate:
+def _check_evaluate(evaluate: Evaluate, call: str) -> Evaluate:
     """`evaluate`, but that it raises for what is not a loss."""
 
     def evaluate_once(state):
@@ -136,6 +138,7 @@ def run(
     report: Report | None = None,
 ) -> Runs:
     """Runs side by side, from start to end. Only `report` waits for the device before the end."""
+    # Once: as NumPy arrays they would be sent to the device at every step.
     value = jax.tree.map(jnp.asarray, value)
     state = program.start(value, jnp.asarray(seed))
     first = program.evaluate(state) if program.evaluate else None
@@ -163,6 +166,7 @@ def run_in_parts(
     program: Program, value: np.ndarray, seed: np.ndarray, batches: Iterable[Any], size: int
 ) -> Runs:
     """All runs, `size` at a time; the last part is padded with earlier runs, for one compile."""
+    # Each part goes through the batches, of which an iterator has only one pass.
     if size < len(value):
         batches = list(batches)
     # Parts of one size are one program: a shorter last part would be compiled again.
@@ -173,5 +177,6 @@ def run_in_parts(
 
 def find_limit(first: np.ndarray) -> float:
     """The largest loss at the start: what ends above it has diverged."""
+    # An infinite loss at the start would be a limit that nothing exceeds.
     known = first[np.isfinite(first)]
     return float(known.max()) if known.size else np.inf

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-FEWEST = 20  # with fewer steps neither a tail nor a drift can be told from noise
+# With fewer steps neither a tail nor a drift can be told from noise.
+FEWEST = 20
 
 
 class Numbers(NamedTuple):
@@ -41,6 +42,7 @@ class Numbers(NamedTuple):
 
 def measure_series(norms: np.ndarray, layers: Mapping[str, np.ndarray]) -> Numbers:
     """The statistics of the norms of the whole gradient and of its layers."""
+    # Zeros have no logarithm, and are counted apart.
     known = np.isfinite(norms) & (norms > 0)
     counts = len(norms), int(np.sum(~np.isfinite(norms))), int(np.sum(norms == 0))
     scales = [
@@ -75,6 +77,7 @@ def _fit_drift(time: np.ndarray, logs: np.ndarray) -> tuple[float, float]:
     A line through the medians of ten stretches: spikes do not move the medians, and neighbouring
       steps, which are correlated, do not count as independent observations.
     """
+    # Norms fall in the first steps of most runs, which is no drift.
     late = time >= 0.1
     stretches = np.array_split(np.flatnonzero(late), 10)
     t = np.array([time[part].mean() for part in stretches])
@@ -88,6 +91,7 @@ def _fit_drift(time: np.ndarray, logs: np.ndarray) -> tuple[float, float]:
 def _estimate_tail(logs: np.ndarray) -> float:
     """The tail index from the largest twentieth of sorted logs, at least five of them."""
     count = max(len(logs) // 20, 5)
+    # Hill's estimator: the mean log excess over the largest value that is not in the tail.
     excess = float(np.mean(logs[-count:] - logs[-count - 1]))
     return 1 / excess if excess > 0 else np.inf
 

@@ -54,6 +54,7 @@ class Sweep(NamedTuple):
     @property
     def diverged(self) -> np.ndarray:
         """(V, S), whether a run diverged."""
+        # Negated, so that NaN counts as diverged.
         return ~(self.final <= self.failed)
 
     @property
@@ -86,7 +87,9 @@ class Sweep(NamedTuple):
 
 def final_loss(losses: np.ndarray) -> np.ndarray:
     """The median of the last tenth of the steps; NaN counts as infinite."""
+    # The median of many steps: the loss of the last one is noise of its batch.
     last = losses[..., -max(losses.shape[-1] // 10, 1) :]
+    # Sorted as numbers: one NaN would make the median NaN, and no run comparable.
     return np.median(np.where(np.isnan(last), np.inf, last), axis=-1)
 
 
@@ -97,6 +100,7 @@ def cap_diverged(final: np.ndarray, failed: float) -> np.ndarray:
 
 def _format_row(sweep: Sweep, i: int) -> str:
     final = np.where(np.isnan(sweep.final[i]), np.inf, sweep.final[i])
+    # Without a clip that measures there is no rate, which is not a rate of 0.
     rate = "" if np.isnan(sweep.clip_rate[i]) else f"{sweep.clip_rate[i]:.0%}"
     spread = f"{final.min():.4g} to {final.max():.4g}"
     cells = [
@@ -122,6 +126,7 @@ def _choose(sweep: Sweep) -> Choice:
         why = "Every run diverged, at any value: lower the learning rate, or try smaller values."
         return Choice(np.nan, np.nan, np.nan, np.nan, np.nan, why)
     best = int(np.argmin(mean))
+    # Of the best value: pooled over all, diverged runs would stretch the plateau over the grid.
     error = float(scores[best].std(ddof=1) / count**0.5) if count > 1 else 0.0
     near = mean <= mean[best] + error
     low, high = _find_plateau(near, best)

@@ -48,7 +48,7 @@ def tune(
         state is any pytree that holds the state of the optimizer, from which the clip rate is read.
       init: (value, key) -> state.
       values: what to try, in any order.
-      batches: one a step, the same for all runs, so that values are compared on equal terms. For
+      batches: one per step, the same for all runs, so that values are compared on equal terms. For
         other data for each seed, keep a key in the state, and pass `range(steps)`.
       seeds: how many keys, or which: the key of a run is `jax.random.key(seed)`.
       evaluate: state -> loss, the lower the better, taken before the first step and after the last.
@@ -87,8 +87,10 @@ def tune(
     if at_once is not None:
         validate.size(at_once=at_once)
     grid, keys = _read_values(values, baseline), _read_seeds(seeds, "tune")
+    # Values by seeds, flat: one axis for `vmap`, whatever is swept.
     value, seed = (part.ravel() for part in np.meshgrid(grid, keys, indexing="ij"))
     runs = run_in_parts(program, value, seed, batches, at_once or len(value))
+    # From the start of all runs, not of each: a seed that starts badly would forgive itself.
     limit = find_limit(runs.first) if failed is None else failed
     final, losses, clipped, norms = (
         part.reshape(len(grid), len(keys), *part.shape[1:]) for part in runs[1:]
@@ -138,9 +140,11 @@ def objective(
         ) from error
 
     check_arguments("objective", "suggest", suggest, "trial")
+    # Outside of the trial: compiled once for the study.
     program = compile_program(step, init, evaluate, "objective")
+    # A list, as every trial goes through the batches again.
     data, keys = list(batches), _read_seeds(seeds, "objective")
-    # Each report waits for the device: ten a run are enough for a pruner.
+    # Each report waits for the device: ten per run are enough for a pruner.
     period = max(len(data) // 10, 1)
 
     def report(trial, i, losses):
@@ -151,6 +155,7 @@ def objective(
             raise optuna.TrialPruned()
 
     def run_trial(trial) -> float:
+        # One copy per seed, since `vmap` maps the value along with the seed.
         value = jax.tree.map(lambda number: jnp.full(keys.shape, number, float), suggest(trial))
         runs = run(program, value, keys, data, lambda i, losses: report(trial, i, losses))
         return float(
@@ -168,10 +173,12 @@ def _read_values(values: Sequence[float], baseline: float | None) -> np.ndarray:
         grid = np.zeros(0)
     if not grid.size or np.isnan(grid).any():
         raise validate.fail("values must be a list of numbers, at least one", values)
+    # A union: a baseline that is among the values is run once.
     return grid if baseline is None else np.union1d(grid, [float(baseline)])
 
 
 def _read_seeds(seeds: int | Sequence[int], call: str) -> np.ndarray:
+    # Plain numbers: a key is made inside `vmap`, so that it need not be an array of keys.
     keys = np.asarray(range(seeds) if isinstance(seeds, int) else seeds, np.int32)
     if not keys.size or keys.ndim != 1:
         raise validate.fail(
