@@ -249,6 +249,8 @@ def test_of_a_run_of_nan_the_first_step_and_what_broke_before_it_are_kept():
         (name, start + 1) for name, start in starts.items()
     ]
     assert set(list(episode.order().values())[3:]) == {24}
+    order = "broke first: layers/7 at step 21, layers/6 at step 22, layers/8 at step 23"
+    assert order in oc.explain(state).splitlines()
 
 
 def test_the_norms_of_a_long_burst_are_those_of_its_start():

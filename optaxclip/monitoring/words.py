@@ -44,7 +44,13 @@ def describe_watched_norm(w: WatchState) -> str:
 
 def describe_history(w: WatchState) -> list[str]:
     """What a watch knows of the steps before: one line each."""
-    lines, w = [f"bad: {bad}" for bad in read_episodes(w)], jax.device_get(w)
+    episodes = read_episodes(w)
+    lines, w = [f"bad: {bad}" for bad in episodes], jax.device_get(w)
+    order = episodes[-1].order() if episodes else {}
+    # Blocks that broke at one step have no order.
+    if len(set(order.values())) > 1:
+        first = ", ".join(f"{block} at step {step}" for block, step in list(order.items())[:3])
+        lines.append(f"broke first: {first}")
     if w.trackers.seen < 10:
         return lines
     levels, candidates = unpack_names(w.quantile_names), unpack_names(w.candidates)
