@@ -69,6 +69,7 @@ class Episode(NamedTuple):
         """The blocks that broke, in order, and at which step each was not finite any more, or over
         five times its norm of before; of those at one step the largest first.
         """
+        # The median of the block, not of the whole: layers differ by orders of magnitude.
         before = [row for step, row in self.norms.items() if step < self.first.step]
         broke: dict[str, tuple[int, float]] = {}
         for step, row in self.norms.items():
@@ -127,6 +128,7 @@ def read_episodes(w: WatchState) -> list[Episode]:
         (step, block, tag, *_), (norm, ratio, share) = place.tolist(), size.tolist()
         return BadStep(step, norm, ratio, names[block], share, None if tag < 0 else tag)
 
+    # Row 0 is a copy of the last one; places in the ring say nothing of their order.
     found, numbers = [], kept.places[1:, 2, 4]
     for row in 1 + np.argsort(numbers):
         if kept.places[row, 2, 4] > 0:
@@ -139,6 +141,7 @@ def read_episodes(w: WatchState) -> list[Episode]:
 
 def _read_norms(kept: Any, episode: Episode, steps: Any, names: tuple[str, ...]) -> dict:
     """The norms of all blocks when the last episode broke, by step."""
+    # Where the ring was frozen follows from the steps, so no counter is kept for it.
     end = min(episode.first.step + AFTER, int(steps))
     if not np.isfinite(episode.worst.norm):
         end = min(end, episode.worst.step)

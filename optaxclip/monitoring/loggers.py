@@ -28,6 +28,7 @@ def to_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     >>> loggers.to_numbers({"clip/bound": jnp.float32(0.5), "clip/steps": jnp.int32(3)})
     {'clip/bound': 0.5, 'clip/steps': 3}
     """
+    # One call for all: each scalar that is fetched by itself waits for the device.
     read = jax.device_get(dict(row))
     return {key: x if np.ndim(x) else np.asarray(x).item() for key, x in read.items()}
 
@@ -53,9 +54,7 @@ def histograms(opt_state: Any) -> Histograms:
     [1 0 0 0 0 1 0 0 1 2 0 0 0 0 0]
     """
     check_is_state(opt_state, "histograms")
-    counts = count_blocks(opt_state)
-    read = jax.device_get(counts)
-    return Histograms(edges(), read)
+    return Histograms(edges(), jax.device_get(count_blocks(opt_state)))
 
 
 def postfix(row: Mapping[str, Any]) -> dict[str, str]:
@@ -102,6 +101,7 @@ def format_line(step: int, row: Mapping[str, Any]) -> str:
     >>> loggers.format_line(7, {"watch/grad_norm": 2.0, "watch/nonfinite_steps": 1, "loss": 0.5})
     'step 7: loss 0.5, norm 2.0, nonfinite 1'
     """
+    # From `report` under `vmap`: lines of several runs are printed in turn.
     run = f", run {row['run']}" if "run" in row else ""
     return f"step {step}{run}: " + ", ".join(f"{name} {x}" for name, x in postfix(row).items())
 
@@ -128,6 +128,7 @@ def to_csv(file: TextIO) -> Log:
     def log(step, row):
         nonlocal writer
         row = {"step": step} | {key: x for key, x in to_numbers(row).items() if not np.ndim(x)}
+        # Columns are known with the first row, not when the file is opened.
         if writer is None:
             writer = csv.DictWriter(file, list(row), extrasaction="ignore", lineterminator="\n")
             writer.writeheader()

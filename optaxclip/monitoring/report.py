@@ -86,6 +86,7 @@ def report(
 
     def init_fn(params):
         state = inner.init(params)
+        # What is inside is known only from a state: optimizers are functions.
         if not find_parts(state):
             raise ValueError(
                 f"{call}: no clip, watch or skip wrapper of optaxclip in this optimizer: write"
@@ -109,6 +110,7 @@ def report(
 
 
 def _as_callback(callback: Any) -> Callback:
+    # `print` itself would be handed the whole dict.
     if callback is None or callback is print:
         return to_print
     if isinstance(callback, History):
@@ -144,6 +146,7 @@ def _send(deliver: Callback, due, step, state, loss) -> None:
 
         jax.debug.callback(receive, due, step, run, *packed)
 
+    # Not `ordered=True`, which neither `vmap` nor several devices allow.
     # Not a filter on the host alone: then every step would pay for the metrics and the transfer.
     lax.cond(_any(due), send, lambda: None)
 

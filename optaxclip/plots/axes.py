@@ -78,6 +78,7 @@ def draw_clipped(ax: Any, steps: np.ndarray, clipped: np.ndarray) -> None:
     share = np.nan_to_num(clipped)
     if not share.any():
         return
+    # Bins, not one bar a step: thousands of bars are slow, and blur to the highest.
     edges = np.linspace(0, len(steps), min(len(steps), _BINS) + 1).astype(int)
     heights = np.add.reduceat(share, edges[:-1]) / np.diff(edges)
     limits = np.r_[steps[edges[:-1]] - 0.5, steps[-1] + 0.5]

@@ -40,6 +40,7 @@ def plot_run(history: Recorded, figure: Any = None, *, clip: int = 0) -> Any:
     """
     run = read_columns(history)
     rows = _choose(run, clip)
+    # A heat map needs room for the names of its rows.
     ratios = [min(1 + 0.09 * len(run.blocks(clip)), 3) if r is plot_layers else 1 for r in rows]
     if figure is None:
         size = (9.0, 0.8 + 2.2 * sum(ratios))
@@ -64,18 +65,19 @@ def _mark_signs(figure: Any, axes: Any, signs: tuple[Sign, ...]) -> None:
     """Lines at the steps where signs began, and what they are below all axes."""
     ink = colors_of(axes[0]).ink
     for number, sign in enumerate(signs, start=1):
-        step = getattr(sign, "step", None)
-        if step is None:
+        # Some signs are of the whole run.
+        if sign.step is None:
             continue
         for ax in axes:
-            ax.axvline(step, color=ink, linestyle=":", linewidth=1.2, zorder=4)
+            ax.axvline(sign.step, color=ink, linestyle=":", linewidth=1.2, zorder=4)
         box = {"boxstyle": "circle,pad=0.2", "facecolor": axes[0].get_facecolor(), "edgecolor": ink}
         style = {"ha": "center", "va": "top", "fontsize": 8, "bbox": box, "zorder": 6}
         # Numbers of signs at one step would hide one another.
         at = 0.95 - 0.15 * ((number - 1) % 5)
         over = axes[0].get_xaxis_transform()
-        axes[0].text(step, at, str(number), transform=over, color=ink, **style)
+        axes[0].text(sign.step, at, str(number), transform=over, color=ink, **style)
     lines = [f"{number} {sign.name}: {sign.what}" for number, sign in enumerate(signs, start=1)]
     text = "\n".join(textwrap.fill(line, 110, subsequent_indent="   ") for line in lines)
+    # Not `figure.text`: room is made only for what the layout knows.
     if text:
         figure.supxlabel(text, x=0.02, ha="left", fontsize=8)

@@ -166,6 +166,7 @@ def plot_clipped_share(
     ends = np.arange(1, len(total))
     starts = np.maximum(ends - window, 0)
     recent, colors = (total[ends] - total[starts]) / (ends - starts), colors_of(ax)
+    # An area as well as a line: in grey print two lines of like slope are one.
     ax.fill_between(run.steps, recent, color=colors.clip, alpha=0.3, linewidth=0)
     label = f"of the last {window} steps"
     ax.plot(run.steps, recent, color=colors.clip, linewidth=1.2, label=label)
@@ -197,6 +198,7 @@ def plot_bound(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
         raise ValueError("plot_bound: no 'bound' in the history: append optaxclip.metrics(state).")
     ax = axes_or_new(ax)
     colors, window = colors_of(ax), max(len(norms) // 40, 10)
+    # Stretches, not a running window: a window over NaN has no quantiles.
     parts = np.array_split(np.arange(len(norms)), max(len(norms) // window, 1))
     kept = [part[np.isfinite(norms[part]) & (norms[part] > 0)] for part in parts]
     middle = [run.steps[part].mean() for part in kept if part.size]
