@@ -68,7 +68,7 @@ def test_two_processes_train_what_one_trains(alone, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["--simulate", "4"], ["--simulate", "2", "--layout", "data"]])
+@pytest.mark.parametrize("options", [["--simulate", "4", "--layout", "data"]])
 def test_processes_train_what_one_trains(alone, tmp_path, options):
     check_near(*run(tmp_path, "several", *options), alone)
 
