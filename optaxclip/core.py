@@ -134,5 +134,5 @@ def decide(norms: Norms, bounds: Norms, action: Action, bad: float) -> Step:
     # silence. Whether it is so small is asked of the norm, since of the factor nothing is left.
     vanishes = (bounds > 0) & (bounds < norms * jnp.finfo(norms.dtype).tiny)
     fine = finite & jnp.isfinite(factors) & ~vanishes
-    factors = jnp.where(fine, factors, np.asarray(bad, norms.dtype))
+    factors = xla.poison(fine, factors) if np.isnan(bad) else jnp.where(fine, factors, 0)
     return Step(norms, bounds, factors, (norms > bounds).astype(norms.dtype), ~fine)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from optaxclip import xla
 from optaxclip.base import Part
 
 
@@ -30,7 +30,7 @@ def clipped(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 def accepted(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     """Only norms within the bound. A lasting change is not learned: give it `relearn_after`."""
     # Not `norms > bounds` the other way round: NaN is over no bound, and would pass.
-    return jnp.where(norms <= bounds, norms, np.asarray(np.nan, norms.dtype))
+    return xla.poison(norms <= bounds, norms)
 
 
 __all__ = ["accepted", "clipped", "raw"]

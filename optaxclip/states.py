@@ -49,9 +49,9 @@ class StateGuard:
 
     def _compare(self, state: Any, updates: Any) -> None:
         # Shapes, and closed over: `eval_shape` takes no functions or strings as arguments, which an
-        # unfiltered model has.
+        # unfiltered model has, and returns none.
         shapes = jax.tree.map(_shape, updates)
-        fresh = jax.eval_shape(lambda: self.init(shapes))
+        fresh = jax.eval_shape(lambda: jax.tree.map(_to_array, self.init(shapes)))
         # Names first: "new are ['head/bias']" says more than a shape that differs.
         if hasattr(fresh, "metrics"):
             check_names(self.what, *(unpack_names(x.metrics.blocks) for x in (fresh, state)))
@@ -67,7 +67,16 @@ class StateGuard:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     flat = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): tuple(getattr(x, "shape", ())) for path, x in flat}
+    return {
+        jax.tree_util.keystr(path): tuple(getattr(x, "shape", ()))
+        for path, x in flat
+        if _to_array(x) is not None
+    }
+
+
+def _to_array(x: Any) -> Any:
+    """The leaf itself if it is an array or a number, else None."""
+    return x if hasattr(x, "dtype") or isinstance(x, int | float | complex) else None
 
 
 def kind_of(state: Any) -> str:

@@ -98,7 +98,7 @@ def _step(g, m, size, *numbers):
     longest = jnp.maximum(jnp.abs(moved) + least, jnp.finfo(size.dtype).tiny)
     out = xla.times(moved, jnp.minimum(1, grown / longest))
     # An element, not a block: NaN here tells of a fault that m and τ have already left out.
-    return xla.as_dtype_of(g, jnp.where(fine, out, jnp.nan)), moved, grown
+    return xla.as_dtype_of(g, xla.poison(fine, out)), moved, grown
 
 
 def _mean_of_powers(size, modulus, pace, power):

@@ -193,7 +193,8 @@ def _advance(state: WatchState, now: Summary, limit: ArrayLike, tag: jax.Array) 
     """The state after one more step, except for what learns."""
     # The median of the steps before: a spike is judged before it is learned.
     median, known = state.trackers.median, state.trackers.seen
-    ratio = jnp.where(known > 0, now.total / median, 1)
+    # Divided by 1 at first: `checkify` sees a division by zero whose result is not taken.
+    ratio = jnp.where(known > 0, now.total / jnp.where(known > 0, median, 1), 1)
     bad = (now.hit > 0) | ((known >= _KNOWN) & (ratio > jnp.asarray(limit).astype(ratio.dtype)))
     step = jnp.asarray(optax.safe_increment(state.total_steps))
     return state._replace(

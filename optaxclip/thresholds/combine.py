@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import feeds, validate
+from optaxclip import feeds, validate, xla
 from optaxclip.base import Feed, Threshold, annotate
 from optaxclip.thresholds.blocks import hold, new_threshold
 from optaxclip.thresholds.fixed import advance, as_threshold
@@ -25,6 +25,7 @@ class LagState(NamedTuple):
     clip_bound: Any
 
 
+@validate.makes_part
 @validate.named
 def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransformationExtraArgs:
     """Decides first and learns after: the bound for a norm comes from the norms before it.
@@ -55,7 +56,7 @@ def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransf
     def feed_on(norms, bounds):
         # Of a norm of zero (a frozen leaf, an unused expert) every multiple is zero: a bound that
         # freezes for ever.
-        return jnp.where(norms == 0, np.asarray(np.nan, norms.dtype), feed(norms, bounds))
+        return xla.poison(norms != 0, feed(norms, bounds))
 
     def update_fn(norms, state, params=None, **extra_args):
         fed = jax.tree.map(feed_on, norms, state.clip_bound)
@@ -81,6 +82,7 @@ def _combine(pick: Callable, *both: optax.GradientTransformationExtraArgs):
     return new_threshold(lambda norms: tuple(t.init(norms) for t in both), update_fn, *both)
 
 
+@validate.makes_part
 @validate.named
 def at_most(threshold: Threshold, cap: Threshold) -> optax.GradientTransformationExtraArgs:
     """The smaller of two bounds: an adaptive threshold under an absolute cap.
@@ -94,6 +96,7 @@ def at_most(threshold: Threshold, cap: Threshold) -> optax.GradientTransformatio
     return _combine(jnp.minimum, as_threshold(threshold=threshold), as_threshold(cap=cap))
 
 
+@validate.makes_part
 @validate.named
 def at_least(threshold: Threshold, floor: Threshold) -> optax.GradientTransformationExtraArgs:
     """The larger of two bounds: an adaptive threshold that can not shrink to nothing.
@@ -115,6 +118,7 @@ class UntilState(NamedTuple):
     inner: tuple[optax.OptState, ...]
 
 
+@validate.makes_part
 @validate.named
 def until(
     steps: int, threshold: Threshold, then: Threshold = math.inf
@@ -151,6 +155,7 @@ def until(
     return new_threshold(init_fn, update_fn, *both)
 
 
+@validate.makes_part
 @validate.named
 def param_relative(
     ratio: Threshold, floor: ArrayLike | None = 1e-3

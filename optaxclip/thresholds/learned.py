@@ -64,6 +64,7 @@ class LearnedState(NamedTuple):
     warmup: optax.OptState
 
 
+@validate.makes_part
 @validate.named
 def learned(
     statistic: Statistic,

@@ -64,6 +64,7 @@ def _percentile(window: SortedRing, q, seen):
     return jnp.where(rest > 0, a + rest * (b - a), a)
 
 
+@validate.makes_part
 @validate.named
 def percentile(
     percentile: ArrayLike = 10.0,
@@ -107,6 +108,7 @@ def percentile(
     return learned(statistic, update_first=update_first, warmup_steps=warmup_steps, warmup=warmup)
 
 
+@validate.makes_part
 @validate.named
 def window_zscore(
     z: ArrayLike = 6.0,
@@ -169,6 +171,7 @@ class MedianState(NamedTuple):
     clip_bound: jax.Array | float
 
 
+@validate.makes_part
 @validate.named
 def median(
     scale: ArrayLike = 2.0, window: int = 100, every: int = 100
@@ -206,6 +209,7 @@ def median(
     return learned(Statistic(start, learn, lambda norm, value, seen: value.clip_bound))
 
 
+@validate.makes_part
 @validate.named
 def quantile(
     quantile: ArrayLike = 0.5, learning_rate: ArrayLike = 0.2, init: ArrayLike | None = None

@@ -73,7 +73,8 @@ def skip_spikes(
 
     Deviations: losses and norms that are not finite never enter a statistic (in OLMo's code one of
     them makes it skip 128 steps, in Levanter's it turns the test off). Under `optax.MultiSteps`,
-    put this inside: it then judges the mean.
+    put this inside: it then judges the mean. MultiSteps keeps a NaN of one micro-batch in that mean
+    for good: give it `should_skip_update_fn=optax.skip_not_finite`.
 
     Under plain `jit` on several devices there is one decision; under `shard_map` the norm spans the
     devices, and the loss must be the same on all (`lax.pmean`).

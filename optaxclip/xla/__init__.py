@@ -17,7 +17,7 @@ from optaxclip.xla.layout import Layout, lay_out
 from optaxclip.xla.lengths import counts_of, measure
 from optaxclip.xla.mesh import NOWHERE, Span, find_span
 from optaxclip.xla.scaling import as_dtype_of, scale, spread
-from optaxclip.xla.widths import accumulator, times, widen
+from optaxclip.xla.widths import accumulator, poison, times, widen
 
 __all__ = [
     "NOWHERE",
@@ -29,6 +29,7 @@ __all__ = [
     "find_span",
     "lay_out",
     "measure",
+    "poison",
     "scale",
     "spread",
     "times",

@@ -19,6 +19,14 @@ def widen(x: jax.Array) -> jax.Array:
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 
+def poison(fine: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` where `fine`, NaN elsewhere."""
+    # Not a `where` with NaN: `jax.debug_nans` runs a function again op by op to find the first NaN,
+    # and would find that constant. 0 / 0 makes one only where it is wanted; x / 1 is x.
+    x = jnp.where(fine, x, jnp.zeros((), x.dtype))
+    return x / fine.astype(x.dtype)
+
+
 def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     """`x` times a real factor, in the dtype of `x`."""
     factor = factor.astype(x.real.dtype)

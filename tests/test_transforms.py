@@ -1,0 +1,159 @@
+"""Laws of JAX's transformations around our rows, and of Optax's wrappers: one compilation does for
+several of them.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.experimental import checkify
+
+import optaxclip
+from tests import conftest as strict
+from tests.cases import CASES, ROWS
+
+# One row of each kind: each costs a second of compilation.
+KINDS = ["clip_by_leaf_norm", "adaptive_grad_clip", "zclip", "skip_spikes", "watch"]
+each_kind = pytest.mark.parametrize("make", [ROWS[name] for name in KINDS], ids=KINDS)
+PARAMS = {"kernel": jnp.ones((3, 2)), "bias": jnp.full(2, 0.5)}
+STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def _as_users():
+    """Transformations of Optax's that some rows hold promote dtypes."""
+    strict.set_promotion("standard", "allow")
+    yield
+    strict.set_promotion("strict", "raise")
+
+
+def draw_grads(*batch):
+    """Gradients of a few steps, the last one a spike."""
+    rng = np.random.default_rng(0)
+    sizes = np.array([1.0, 0.1, 50.0]).reshape(STEPS, *[1] * (len(batch) + 1))
+
+    def leaf(p):
+        g = rng.normal(size=(STEPS, *batch, *p.shape))
+        return jnp.asarray(g * sizes.reshape(STEPS, *[1] * (g.ndim - 1)), p.dtype)
+
+    return jax.tree.map(leaf, PARAMS)
+
+
+def step_of(tx):
+    """One update of parameters that stay, as `scan` takes it."""
+
+    def step(state, grads):
+        updates, state = tx.update(grads, state, PARAMS)
+        return state, updates
+
+    return step
+
+
+def scan(tx, grads):
+    """All steps in one program: the last state, and the updates of each step."""
+    return jax.lax.scan(step_of(tx), tx.init(PARAMS), grads)
+
+
+def assert_close(got, want):
+    chex.assert_trees_all_close(got, want, rtol=2e-5, atol=1e-6)
+
+
+FIXED = {case.name for case in CASES if not case.history}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_healthy_gradients_alarm_no_checks_of_floats(name):
+    tx, grads = ROWS[name](), draw_grads()
+    checked = jax.jit(checkify.checkify(lambda g: scan(tx, g), errors=checkify.float_checks))
+    # Learned bounds may start at infinity; a fixed one has no reason to hold any.
+    with jax.debug_nans(True), jax.debug_infs(name in FIXED):
+        error, (state, updates) = checked(grads)
+        seen = optaxclip.metrics(state) if jax.tree.leaves(state) else {}
+    error.throw()
+    assert all(not np.isnan(x).any() for x in seen.values())
+    # Op by op a NaN that no branch takes is seen, too: so JAX searches for the first one. The
+    # trackers of a watch still make one.
+    if name != "watch":
+        with jax.debug_nans(True), jax.disable_jit():
+            assert_close(scan(tx, grads)[1], updates)
+
+
+@each_kind
+def test_in_vmap_remat_and_cond_it_is_as_alone(make):
+    tx, grads = make(), draw_grads(2)
+
+    @jax.checkpoint
+    def step(state, grads):
+        (state, i), take = state, step_of(tx)
+        # A branch without the clip returns the state as it came: its types may not change.
+        leave = lambda state, grads: (state, grads)  # noqa: E731
+        state, updates = jax.lax.cond(i < STEPS - 1, take, leave, state, grads)
+        return (state, i + 1), updates
+
+    def train(grads):
+        (state, _), updates = jax.lax.scan(step, (tx.init(PARAMS), 0), grads)
+        return state, updates
+
+    @jax.jit
+    def run(grads):
+        return jax.vmap(train, in_axes=1)(grads), train(jax.tree.map(lambda g: g[:, 1], grads))
+
+    (state, updates), alone = run(grads)
+    assert_close(jax.tree.map(lambda x: x[1], (state, updates)), alone)
+    if jax.tree.leaves(state):
+        seen, of_one = optaxclip.metrics(state), optaxclip.metrics(alone[0])
+        assert seen.keys() == of_one.keys()
+        assert all(x.shape == (2,) for x in seen.values())
+        assert_close({key: x[1] for key, x in seen.items()}, of_one)
+
+
+@each_kind
+def test_in_wrappers_of_optax_and_exported_it_is_as_alone(make):
+    tx, grads = make(), draw_grads()
+    inner = optax.conditionally_transform(tx, lambda step: step >= 0)
+    inner = optax.MultiSteps(inner, 1).gradient_transformation()
+    wrapped = optax.apply_if_finite(inner, 2)
+
+    def both(grads):
+        # Only dicts go through `jax.export`: states are named tuples, that nobody registered.
+        state, updates = scan(wrapped, grads)
+        alone, want = scan(tx, grads)
+        read = [optaxclip.metrics(s) if jax.tree.leaves(alone) else {} for s in (state, alone)]
+        return {"got": [updates, read[0]], "want": [want, read[1]]}
+
+    out = jax.export.export(jax.jit(both))(grads).call(grads)
+    assert_close(out["got"], out["want"])
+
+
+@each_kind
+def test_in_nnx_jit_and_scan_it_is_as_alone(make):
+    class Model(nnx.Module):
+        def __init__(self):
+            self.params = nnx.data({name: nnx.Param(p) for name, p in PARAMS.items()})
+
+    model, tx = Model(), optax.chain(make(), optax.scale(-0.1))
+    optimizer, grads = nnx.Optimizer(model, tx, wrt=nnx.Param), draw_grads()
+
+    @nnx.jit
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def train(both, grads):
+        model, optimizer = both
+        state = nnx.state(model, nnx.Param)
+        nnx.replace_by_pure_dict(state, {"params": grads})
+        optimizer.update(model, state)
+        return both
+
+    train((model, optimizer), grads)
+
+    @jax.jit
+    def alone(params, grads):
+        def step(carry, grads):
+            updates, state = tx.update(grads, carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), grads)[0][0]
+
+    assert_close(nnx.to_pure_dict(nnx.state(model))["params"], alone(PARAMS, grads))
