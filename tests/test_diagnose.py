@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import optaxclip as oc
-from optaxclip.monitoring.history import read_run, select_clip
+from optaxclip.monitoring.columns import read_columns
+from optaxclip.monitoring.history import read_run
 from tests.catalogue import CASES, SILENT
 
 RNG = np.random.default_rng(0)
@@ -195,13 +196,13 @@ def test_any_prefix(prefix):
 def test_the_history_of_one_clip_or_watch_under_any_prefix():
     watch = {"mine/grad_norm": [1.0], "mine/median_ratio": [1.0], "mine/grad_norm/a": [1.0]}
     first, second = {"x/0/grad_norm": [2.0], "x/0/bound": [5.0]}, {"x/1/grad_norm": [3.0]}
-    seen = select_clip(watch | first | second | {"loss": [0.5]}, clip=1)
-    watched = ["watch/grad_norm", "watch/grad_norm/a", "watch/median_ratio"]
-    assert sorted(seen) == ["grad_norm", "loss", *watched] and seen["grad_norm"] == [3.0]
-    alone = select_clip(watch | {"loss": [0.5]})
-    assert sorted(alone) == ["grad_norm", "grad_norm/a", "loss", "median_ratio"]
-    beside = select_clip({"watch/grad_norm": [1.0], "clip/grad_norm": [2.0]})
-    assert sorted(beside) == ["grad_norm", "watch/grad_norm"] and beside["grad_norm"] == [2.0]
+    seen = read_columns(watch | first | second | {"loss": [0.5]})
+    assert seen.norms(1) == [3.0] and seen.norms(0) == [2.0] and seen.clip(0)["bound"] == [5.0]
+    assert seen.blocks(1) == {"a": [1.0]}
+    alone = read_columns(watch | {"loss": [0.5]})
+    assert alone.norms() == [1.0] and alone.clips == [] and alone.table["loss"] == [0.5]
+    beside = read_columns({"watch/grad_norm": [1.0], "clip/grad_norm": [2.0]})
+    assert beside.norms() == [2.0] and beside.watches == [{"grad_norm": [1.0]}]
 
 
 def test_a_history_is_bounded_and_keeps_what_stands_out():

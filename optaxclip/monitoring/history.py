@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from optaxclip.monitoring.collect import History
-from optaxclip.monitoring.summary import natural_key
 
 Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -37,88 +36,6 @@ def to_columns(history: Recorded) -> dict[str, np.ndarray]:
         keys = dict.fromkeys(key for row in read for key in row)
         rows = {key: [float(row.get(key, np.nan)) for row in read] for key in keys}
     return {key: np.asarray(jax.device_get(x), np.float64) for key, x in rows.items()}
-
-
-def select_clip(history: Recorded, clip: int = 0) -> dict[str, np.ndarray]:
-    """The history of one clip: keys without their prefix, each an array with one entry a step.
-
-    Args:
-      history: a `History`; a list with a dict for each step, as `optaxclip.metrics` returns it,
-        with your own entries ("loss"), if you like; or a dict of arrays. Steps that lack a key have
-        NaN there.
-      clip: which, if there are several clips in the state; their prefix may be any. Without a clip
-        it is a watch, or a skip wrapper.
-
-    Returns:
-      A dict: "grad_norm", "bound", "clipped", ..., "grad_norm/<block>", ..., "loss".
-
-    Raises:
-      ValueError: for what is no history, or one without a step, or with several runs in it.
-
-    >>> from optaxclip.monitoring.history import select_clip
-    >>> select_clip([{"clip/grad_norm": 1.0, "loss": 3.0}, {"clip/grad_norm": 2.0, "loss": 1.0}])
-    {'grad_norm': array([1., 2.]), 'loss': array([3., 1.])}
-    """
-    columns = to_columns(history)
-    if not columns or any(x.ndim != 1 or not x.size for x in columns.values()):
-        shapes = {key: x.shape for key, x in columns.items()}
-        raise ValueError(
-            f"A history has one number a step under each key, and at least one step; got {shapes}."
-        )
-    clips, *others = _find_heads(columns)
-    # Without a clip, what a watch or a wrapper saw is the history to read.
-    clips, *others = [clips, *others] if clips else [next(filter(None, others), []), [], []]
-    one = clips[0] if len(clips) == 1 else dict(enumerate(clips)).get(clip)
-    names = {} if one is None else {one: ""}
-    names |= {heads[0]: f"{kind}/" for kind, heads in zip(_MARKS, others, strict=True) if heads}
-    dropped = {*clips, *(head for heads in others for head in heads[1:])} - names.keys() - {""}
-    found = {}
-    for key, column in columns.items():
-        head = next((head for head in names if head and key.startswith(head)), "")
-        if not key.startswith(tuple(dropped)):
-            found[names.get(head, "") + key.removeprefix(head)] = column
-    return found
-
-
-# A key that only a watch, or a wrapper, has beside its norm: prefixes are the user's.
-_MARKS = {"watch": "median_ratio", "skip": "consecutive"}
-
-
-def _find_heads(columns: Mapping[str, Any]) -> list[list[str]]:
-    """What the keys of each clip start with, of each watch, and of each skip wrapper."""
-    matches = (re.match(r"(|.*?/)(?:grad_norm|bound|clipped)(/|$)", key) for key in columns)
-    heads = sorted({match[1] for match in matches if match}, key=natural_key)
-    of_kind = {
-        kind: [head for head in heads if head + mark in columns or head.startswith(f"{kind}/")]
-        for kind, mark in _MARKS.items()
-    }
-    others = [head for found in of_kind.values() for head in found]
-    return [[head for head in heads if head not in others], *of_kind.values()]
-
-
-def find_norms(seen: Mapping[str, np.ndarray]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
-    """The norms of a clip and its blocks; if it does not measure, of a watch or skip wrapper."""
-    for start in ("", "watch/", "skip/"):
-        norms, blocks = seen.get(f"{start}grad_norm"), block_norms(seen, start)
-        if norms is not None or blocks:
-            return norms, blocks
-    return None, {}
-
-
-def require(seen: Mapping[str, np.ndarray], key: str, call: str) -> np.ndarray:
-    """What the history of a clip has under a key that `metrics` writes.
-
-    Raises:
-      ValueError: naming the call, if it has nothing.
-    """
-    if key not in seen:
-        raise ValueError(
-            f"{call}: no {key!r} in the history of this clip, only {sorted(seen)[:20]}: append"
-            " optaxclip.metrics(opt_state) at each step. If that has none, the clip does not"
-            " measure: pass"
-            " it measure=True, or put optaxclip.watch() before it."
-        )
-    return seen[key]
 
 
 def block_norms(seen: Mapping[str, np.ndarray], start: str = "") -> dict[str, np.ndarray]:
