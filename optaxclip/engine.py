@@ -27,6 +27,7 @@ from optaxclip.base import (
     annotate,
 )
 from optaxclip.record import Step, fresh_metrics, pack_names, record
+from optaxclip.scopes import tree
 from optaxclip.states import ParamsMemory, StateGuard
 from optaxclip.thresholds.blocks import hold, reads_params
 from optaxclip.trees import Leaves, match_params, select
@@ -79,7 +80,8 @@ def build(
     validate.exclude(about.exclude)
     # Noted while the public call runs: at the update nobody knows any more which it was.
     about = about._replace(name=validate.called())
-    memory, threshold = ParamsMemory(), about.threshold
+    memory = ParamsMemory(about.name, needed=about.scope is not tree)
+    threshold = about.threshold
 
     def init_fn(params):
         with validate.speak_for(about.name):
