@@ -27,7 +27,6 @@ from optaxclip.base import (
     annotate,
 )
 from optaxclip.record import Step, fresh_metrics, pack_names, record
-from optaxclip.scopes import tree
 from optaxclip.states import ParamsMemory, StateGuard
 from optaxclip.thresholds.blocks import hold, reads_params
 from optaxclip.trees import Leaves, match_params, select
@@ -80,8 +79,7 @@ def build(
     validate.exclude(about.exclude)
     # Noted while the public call runs: at the update nobody knows any more which it was.
     about = about._replace(name=validate.called())
-    memory = ParamsMemory(about.name, needed=about.scope is not tree)
-    threshold = about.threshold
+    memory, threshold = ParamsMemory(), about.threshold
 
     def init_fn(params):
         with validate.speak_for(about.name):

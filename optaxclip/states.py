@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 
 from optaxclip.trees import unpack_names
 
@@ -62,8 +61,7 @@ class StateGuard:
             raise ValueError(
                 f"{self.what}: this state was not made by tx.init of this transformation for this"
                 f" tree. At {wrong[0] or 'the top'} it has {got.get(wrong[0], 'nothing')}, and"
-                f" needs {want.get(wrong[0], 'nothing')}: {_ADVICE} Of an Equinox model initialise"
-                " eqx.filter(model, eqx.is_inexact_array)."
+                f" needs {want.get(wrong[0], 'nothing')}: {_ADVICE}"
             )
 
 
@@ -79,26 +77,6 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def _to_array(x: Any) -> Any:
     """The leaf itself if it is an array or a number, else None."""
     return x if hasattr(x, "dtype") or isinstance(x, int | float | complex) else None
-
-
-def init_inside(call: str, inner: optax.GradientTransformation, params: Any) -> optax.OptState:
-    """The state of what a wrapper holds.
-
-    Raises:
-      ValueError: for a model with functions or strings among its leaves, of which optimizers make
-        zeros.
-    """
-    try:
-        return inner.init(params)
-    except TypeError as error:
-        strange = {type(x).__name__ for x in jax.tree.leaves(params) if _to_array(x) is None}
-        if not strange:
-            raise
-        raise ValueError(
-            f"{call}: the optimizer inside takes arrays only, and among the leaves are"
-            f" {', '.join(sorted(strange))}. Of an Equinox model write"
-            " tx.init(eqx.filter(model, eqx.is_inexact_array))."
-        ) from error
 
 
 def kind_of(state: Any) -> str:
@@ -129,23 +107,16 @@ class ParamsMemory:
 
     `optax.tree.map_params` asks `init` for the state of a placeholder, and lays that over the real
     state. How many blocks there are, and their names, a placeholder does not say: the shapes of the
-    last real parameters do. Where all of the tree is one block (`needed` is False) nobody asks.
+    last real parameters do.
     """
 
-    def __init__(self, call: str, *, needed: bool):
-        self.call, self.needed = call, needed
+    def __init__(self):
         self.shapes: Any = None
 
     def recall(self, params: Any) -> Any:
         """The parameters; for a placeholder the shapes of the last ones."""
         # By name: the class of the placeholder is private to Optax.
         if not jax.tree.leaves(params) and type(params).__name__ == "_ParamsPlaceholder":
-            if self.shapes is None and self.needed:
-                raise ValueError(
-                    f"{self.call}: optax.tree.map_params does not tell init how many blocks the"
-                    " parameters have. Call tx.init(params), or jax.eval_shape(tx.init, params), of"
-                    " this very transformation first."
-                )
             return params if self.shapes is None else self.shapes
         # Shapes, as arrays would be kept alive, and tracers would leak.
         self.shapes = jax.tree.map(_shape, params)
@@ -157,4 +128,4 @@ def _shape(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array else x
 
 
-__all__ = ["ParamsMemory", "StateGuard", "check_names", "init_inside", "kind_of"]
+__all__ = ["ParamsMemory", "StateGuard", "check_names", "kind_of"]

@@ -14,9 +14,8 @@ from optaxclip.base import AxisNames, annotate
 from optaxclip.core import clip_by
 from optaxclip.engine import description_of
 from optaxclip.norms import rms
-from optaxclip.states import StateGuard, init_inside
+from optaxclip.states import StateGuard
 from optaxclip.thresholds.learned import like
-from optaxclip.trees import drop_gradientless
 from optaxclip.xla import widen
 
 
@@ -73,12 +72,12 @@ def scale_by_stable_rms(
     )
 
     def init_fn(params):
-        return StableRmsState(init_inside(call, inner, params), clip.init(params))
+        return StableRmsState(inner.init(params), clip.init(params))
 
     guard = StateGuard(call, StableRmsState, init_fn)
 
     def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, drop_gradientless(params, updates))
+        guard.check(state, updates if params is None else params)
         # Adam first: its second moment has to have seen this gradient. In the first step the older
         # one is zero, beside which every gradient is a spike.
         steps, new = inner.update(updates, state.inner, params, **extra_args)
