@@ -27,7 +27,8 @@ from optaxclip.base import (
     annotate,
 )
 from optaxclip.record import Step, fresh_metrics, pack_names, record
-from optaxclip.states import ParamsMemory, StateGuard
+from optaxclip.scopes import tree
+from optaxclip.states import ParamsMemory, StateGuard, missing
 from optaxclip.thresholds.blocks import hold, reads_params
 from optaxclip.trees import Leaves, match_params, select
 
@@ -79,7 +80,8 @@ def build(
     validate.exclude(about.exclude)
     # Noted while the public call runs: at the update nobody knows any more which it was.
     about = about._replace(name=validate.called())
-    memory, threshold = ParamsMemory(), about.threshold
+    memory = ParamsMemory(about.name, needed=about.scope is not tree)
+    threshold = about.threshold
 
     def init_fn(params):
         with validate.speak_for(about.name):
@@ -103,6 +105,19 @@ def build(
 
     annotate(update_fn, description=about)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """As `optax.chain`, for a public call that returns the whole, and speaks for it."""
+    call, tx = validate.called(), optax.chain(*parts)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if state is None:
+            raise missing(call)
+        return tx.update(updates, state, params, **extra_args)
+
+    annotate(update_fn, description=Description(kind="other", name=call, inner=tx))
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 def description_of(tx: optax.GradientTransformation) -> Description:

@@ -72,11 +72,11 @@ def adagc(
     validate.share(decay=decay)
 
     def learn(norm, mean, seen):
-        moved = mean + like(1 - decay, norm) * (norm - mean)
         # The first norm also where there is no warm-up: an average of infinity and a norm is no
         # number, and a mean that started at 0 would hold the leaf there for ever.
-        warm = (seen < warmup_steps) | (seen == 0)
-        return jnp.where(warm, jnp.minimum(mean, norm), moved)
+        old = jnp.where(seen == 0, norm, mean)
+        moved = old + like(1 - decay, norm) * (norm - old)
+        return jnp.where(seen < warmup_steps, jnp.minimum(old, norm), moved)
 
     threshold = learned(
         Statistic(math.inf, learn, lambda norm, mean, seen: like(ratio, norm) * mean),
