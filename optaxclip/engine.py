@@ -93,15 +93,23 @@ def build(
         with validate.speak_for(about.name):
             leaves = select(updates, about.exclude)
             state = _accept(guard, state, updates)
-            layout = _lay_out(about, rule, leaves, axis_names)
-            dtype = _dtype_of(state, leaves)
-            norms, param_norms = _measure(about, rule, leaves, layout, params, dtype)
-            bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
-            arrays, step = rule.act(leaves, layout, norms, bounds)
-            # Here, and not in the thresholds: so a NaN moves none of them, the user's and Optax's
-            # included.
-            new = hold(threshold.init, norms, new, state.threshold)
-            return leaves.rebuild(arrays), ClipState(new, record(state.metrics, step))
+            step = functools.partial(clip, leaves)
+            arrays, state = xla.call_in_auto_axes(step, leaves.arrays, (state, params, extra_args))
+            return leaves.rebuild(arrays), state
+
+    def clip(leaves: Leaves, arrays: list[jax.Array], rest: tuple[ClipState, Any, dict[str, Any]]):
+        leaves, (state, params, extra_args) = leaves._replace(arrays=arrays), rest
+        layout = _lay_out(about, rule, leaves, axis_names)
+        # The dtype of `init`, whose parameters may be wider than the gradients.
+        known = jax.tree.leaves(state.metrics.clip_bound)
+        dtype = known[0].dtype if known else xla.accumulator(leaves.arrays)
+        norms, param_norms = _measure(about, rule, leaves, layout, params, dtype)
+        bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
+        arrays, done = rule.act(leaves, layout, norms, bounds)
+        # Here, and not in the thresholds: so a NaN moves none of them, the user's and Optax's
+        # included.
+        new = hold(threshold.init, norms, new, state.threshold)
+        return arrays, ClipState(new, record(state.metrics, done))
 
     annotate(update_fn, description=about)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -180,12 +188,6 @@ def _measure(about: Description, rule: Rule, leaves: Leaves, layout, params, dty
         pairs = zip(seen, own, strict=True)
         seen = [about.view(xla.widen(g), xla.widen(w)) for g, w in pairs]
     return norms_of(seen), norms_of(own) if read else None
-
-
-def _dtype_of(state: ClipState, leaves: Leaves) -> Any:
-    """The dtype of the norms: that of `init`, whose parameters may be wider than the gradients."""
-    bounds = jax.tree.leaves(state.metrics.clip_bound)
-    return bounds[0].dtype if bounds else xla.accumulator(leaves.arrays)
 
 
 def _zeros(layout: xla.Layout, dtype) -> Norms:
