@@ -57,8 +57,8 @@ def adagc(
     decay 1.03 and 0.98, later 1.04 and 0.99.
 
     References:
-      Wang et al., `AdaGC: Improving Training Stability for Large Language Model Pretraining
-      <https://arxiv.org/abs/2502.11034>`_, 2025
+      Wang et al., `AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient Clipping
+      <https://arxiv.org/abs/2502.11034>`_, ICML 2026
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.adagc(warmup_steps=1)
