@@ -8,7 +8,17 @@ states in `base`.
 
 import difflib
 
-from optaxclip import actions, base, feeds, norms, per_example, plots, scopes, thresholds
+from optaxclip import (
+    actions,
+    base,
+    feeds,
+    monitoring,
+    norms,
+    per_example,
+    plots,
+    scopes,
+    thresholds,
+)
 from optaxclip.checking.check import check
 from optaxclip.clips.acclip import scale_by_acclip
 from optaxclip.clips.adagc import adagc
@@ -39,7 +49,6 @@ from optaxclip.clips.value import clip, clip_by_value
 from optaxclip.clips.zclip import zclip
 from optaxclip.core import clip_by
 from optaxclip.monitoring import loggers
-from optaxclip.monitoring.bad import bad_steps
 from optaxclip.monitoring.diagnose import diagnose
 from optaxclip.monitoring.explain import explain
 from optaxclip.monitoring.history import History
@@ -60,7 +69,18 @@ from optaxclip.wrappers.stable_spam import stable_spam
 
 __version__ = "0.1.0"
 
-_NAMESPACES = (actions, base, feeds, loggers, norms, per_example, plots, scopes, thresholds)
+_NAMESPACES = (
+    actions,
+    base,
+    feeds,
+    loggers,
+    monitoring,
+    norms,
+    per_example,
+    plots,
+    scopes,
+    thresholds,
+)
 
 __all__ = [
     "History",
@@ -69,7 +89,6 @@ __all__ = [
     "adamw_clip",
     "adaptive_grad_clip",
     "autoclip",
-    "bad_steps",
     "band_clip",
     "base",
     "check",
@@ -96,6 +115,7 @@ __all__ = [
     "limit_norm_growth",
     "loggers",
     "metrics",
+    "monitoring",
     "normalize_by_moments",
     "norms",
     "per_example",

@@ -113,7 +113,7 @@ def description_of(tx: optax.GradientTransformation) -> Description:
 def _start(about: Description, rule: Rule, params: Any) -> ClipState:
     leaves = select(params, about.exclude)
     # Devices do not matter yet: they change how many elements a block has, not how many blocks.
-    layout = _cached_layout(about.scope, leaves.paths, leaves.shapes, xla.NOWHERE)
+    layout = lay_out(about.scope, leaves.paths, leaves.shapes)
     norms = _zeros(layout, xla.accumulator(leaves.arrays))
     names, measured = pack_names(layout.blocks.names or ()), rule.measure is not None
     metrics = fresh_metrics(norms, names, measured=measured, bounded=rule.bounded)
@@ -134,7 +134,8 @@ def _accept(guard: StateGuard, state: Any, updates: Any) -> ClipState:
 # An update that is not jitted would sort the same leaves into blocks at every step. Nothing that is
 # cached holds an array or a tracer. Bounded, as every `scopes.groups()` is a key of its own.
 @functools.lru_cache(maxsize=256)
-def _cached_layout(scope: Scope, paths, shapes, span: xla.Span) -> xla.Layout:
+def lay_out(scope: Scope, paths, shapes, span: xla.Span = xla.NOWHERE) -> xla.Layout:
+    """The layout of a tree, cut by a scope; kept, as each update without `jit` asks for it."""
     return xla.lay_out(scope.cut(paths, shapes), paths, shapes, span)
 
 
@@ -143,7 +144,7 @@ def _lay_out(about: Description, rule: Rule, leaves: Leaves, axis_names) -> xla.
     span = xla.NOWHERE
     if rule.measure is not None:
         span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
-    return _cached_layout(about.scope, leaves.paths, leaves.shapes, span)
+    return lay_out(about.scope, leaves.paths, leaves.shapes, span)
 
 
 def _measure(about: Description, rule: Rule, leaves: Leaves, layout, params, dtype):

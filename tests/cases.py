@@ -151,6 +151,12 @@ class Adaptive(NamedTuple):
     relative: bool = False
 
 
+def lingvo(**more):
+    """The threshold of Lingvo's GradNormTracker, with a shorter warm-up."""
+    rule = {"update_first": False, "target": "threshold", "feed": oc.feeds.clipped}
+    return oc.thresholds.log_zscore(4.0, 0.995, warmup_steps=60, **rule, **more)
+
+
 def learning(threshold):
     """`clip_by` with this threshold."""
     return lambda **parts: oc.clip_by(threshold(), **parts)

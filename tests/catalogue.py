@@ -221,11 +221,11 @@ def bad_data(rng):
     return change(run, lost, loss=lost)
 
 
-def bad_layer(rng):
-    """One layer is NaN first; without a wrapper that skips, all is from the next step on."""
+def bad_layer(rng, first=np.nan):
+    """One layer is NaN first, or infinite; with nobody who skips it, all is NaN from then on."""
     steps, start, _ = late_and_lasting(rng, 1, 2)
     t = np.arange(steps) - start
-    run = change(healthy(rng, steps), np.where(t == 0, np.nan, 1), layers=[3])
+    run = change(healthy(rng, steps), np.where(t == 0, first, 1), layers=[3])
     gone = np.where(t > 0, np.nan, 1)
     return change(run, gone, loss=gone, weights=np.where(t >= 0, np.nan, 1))
 
@@ -244,15 +244,6 @@ def overflow(rng, steps=0, every=3):
     t = np.arange(len(run["loss"]))
     over = (t % every == every - 1) | (t < steps)
     return change(run, np.where(over, np.inf, 1))
-
-
-def overflow_alone(rng):
-    """One overflow, and nobody who skips it."""
-    steps, start, _ = late_and_lasting(rng, 1, 2)
-    t = np.arange(steps) - start
-    run = change(healthy(rng, steps), np.where(t == 0, np.inf, 1), layers=[3])
-    gone = np.where(t > 0, np.nan, 1)
-    return change(run, gone, loss=gone, weights=np.where(t >= 0, np.nan, 1))
 
 
 # No gradient, or little.
@@ -403,7 +394,9 @@ CASES = {
     "NaN in one layer": Case(bad_layer, "norm-not-finite", VANISHING | EXPLODING, True),
     "log(0)": Case(log_of_zero, "loss-not-finite", VANISHING | EXPLODING),
     "float16, no loss scale": Case(overflow, "norm-overflow", VANISHING | EXPLODING),
-    "float16, one overflow": Case(overflow_alone, "norm-overflow", VANISHING | EXPLODING, True),
+    "float16, one overflow": Case(
+        partial(bad_layer, first=np.inf), "norm-overflow", VANISHING | EXPLODING, True
+    ),
     "sigmoids in depth": Case(deep, "norms-fall-with-depth", EXPLODING | BROKEN),
     "plain RNN fades": Case(recurrent, "norms-vanishing", EXPLODING | BROKEN),
     "dead layer": Case(dead, "layer-dead", EXPLODING | BROKEN | {"zero-gradients"}, True),

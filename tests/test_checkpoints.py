@@ -22,7 +22,7 @@ from optaxclip.clips.u_clip import CarryState
 from optaxclip.thresholds.combine import LagState, UntilState
 from optaxclip.thresholds.fixed import ScheduleState
 from optaxclip.thresholds.learned import BlockState, LearnedState
-from optaxclip.thresholds.quantile import MedianState, SortedRing
+from optaxclip.thresholds.window import MedianState, SortedRing
 from optaxclip.wrappers.reset_moments import ResetState
 from optaxclip.wrappers.skip import SkipState
 from optaxclip.wrappers.stable_adamw import StableRmsState

@@ -158,7 +158,7 @@ def test_nothing_and_too_much():
     with pytest.raises(ValueError, match="several runs"):
         oc.explain(many)
     with pytest.raises(ValueError, match="several runs"):
-        oc.bad_steps(jax.vmap(lambda _: oc.watch().init(PARAMS))(jnp.arange(2)))
+        oc.monitoring.bad_steps(jax.vmap(lambda _: oc.watch().init(PARAMS))(jnp.arange(2)))
 
 
 def test_parameters_that_are_one_bare_array():
@@ -197,4 +197,6 @@ def test_the_culprit_is_the_planted_one(seed):
             grads[name] = grads[name].at[1].set(jnp.nan)
             assert f"first in {name};" in oc.explain(update(grads, state)[1])
         _, state = update(grads, state)
-    assert [(bad.first.step, bad.worst.step) for bad in oc.bad_steps(state)] == [(16, 18)]
+    assert [(bad.first.step, bad.worst.step) for bad in oc.monitoring.bad_steps(state)] == [
+        (16, 18)
+    ]

@@ -12,6 +12,7 @@ import pytest
 
 import optaxclip as oc
 from tests import reference
+from tests.cases import lingvo
 
 STEPS = 300
 SHAPE = (3, 2)
@@ -181,15 +182,7 @@ def test_larc_with_a_group_that_does_not_decay():
 
 SKIPS = {
     "skip_spikes": oc.thresholds.window_zscore,
-    "lingvo": lambda: oc.thresholds.log_zscore(
-        4.0,
-        0.995,
-        update_first=False,
-        target="threshold",
-        feed=oc.feeds.clipped,
-        warmup_steps=60,
-        relearn_after=None,
-    ),
+    "lingvo": lambda: lingvo(relearn_after=None),
 }
 
 

@@ -335,7 +335,9 @@ NO_STATES = {
 
 
 @pytest.mark.parametrize(
-    "read", [optaxclip.metrics, optaxclip.explain, optaxclip.bad_steps], ids=lambda f: f.__name__
+    "read",
+    [optaxclip.metrics, optaxclip.explain, optaxclip.monitoring.bad_steps],
+    ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("case", NO_STATES)
 def test_what_is_no_state_is_refused(read, case):

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
+from tests.cases import lingvo
 
 PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
 GRADS = {"w": jnp.array([0.3, 0.4]), "b": jnp.array([0.0])}  # norm 0.5
@@ -73,20 +74,7 @@ RULES = {
         2,
     ),
     "6 sigma": (lambda: oc.skip_spikes(optax.identity()), 70),
-    "log z": (
-        lambda: oc.skip_spikes(
-            optax.identity(),
-            oc.thresholds.log_zscore(
-                4.0,
-                0.995,
-                update_first=False,
-                target="threshold",
-                feed=oc.feeds.clipped,
-                warmup_steps=60,
-            ),
-        ),
-        70,
-    ),
+    "log z": (lambda: oc.skip_spikes(optax.identity(), lingvo()), 70),
 }
 
 

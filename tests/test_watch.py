@@ -133,7 +133,7 @@ def test_the_planted_block_that_is_not_finite_is_found(bad):
     found = state.nonfinite
     assert (int(found.bad_total), int(found.at_step), int(found.blocks_hit)) == (1, 3, 3)
     assert (NAMES[found.first], NAMES[found.last]) == ("layers/2", "layers/10")  # as people count
-    ((step, *_),) = oc.bad_steps(state)
+    ((step, *_),) = oc.monitoring.bad_steps(state)
     assert step[:1] + step[3:] == (3, "layers/2", pytest.approx(1 / 3), 22) and not np.isfinite(
         step.norm
     )
@@ -209,7 +209,7 @@ def test_bad_steps_are_kept_by_episode_with_their_tags():
     series[3] = 50.0  # too early: the median is not known yet
     tags = jnp.arange(1000, 1090, dtype=jnp.int32)
     state, seen = run(oc.watch(bad_steps=3), series, tags=tags)
-    found = oc.bad_steps(state)
+    found = oc.monitoring.bad_steps(state)
     assert [tuple(x.step for x in episode[:3]) for episode in found] == [
         (46, 54, 55),
         (71, 71, 71),
@@ -221,7 +221,7 @@ def test_bad_steps_are_kept_by_episode_with_their_tags():
     np.testing.assert_allclose(norms, np.array([8, 30, 20, 100]) * norm_of(PARAMS), rtol=1e-5)
     np.testing.assert_allclose(found[1].worst.median_ratio, 100, rtol=0.35)
     assert int(state.bad.places[0, 2, 4]) == 4 and seen["watch/bad_steps"][-1] == 9
-    first = oc.bad_steps(run(oc.watch(), series)[0])[0]
+    first = oc.monitoring.bad_steps(run(oc.watch(), series)[0])[0]
     assert [x.step for x in first[:3]] == [21, 26, 32] and first.worst.block == "embed"
     assert str(first).startswith("steps 21 to 32, 4 bad; first: step 21 (tag 20): norm")
     assert str(first).endswith("; worst: step 26 (tag 25): not finite, first in embed")
@@ -240,7 +240,7 @@ def test_of_a_run_of_nan_the_first_step_and_what_broke_before_it_are_kept():
         return tx.update(grads, state, tag=t.astype(int))[1], None
 
     state = jax.jit(lambda: jax.lax.scan(step, tx.init(PARAMS), jnp.arange(300.0)))()[0]
-    (episode,) = oc.bad_steps(state)
+    (episode,) = oc.monitoring.bad_steps(state)
     assert (episode.first.step, episode.first.block, episode.first.tag) == (21, "layers/7", 20)
     assert (episode.worst.step, episode.last.step, episode.bad_steps) == (24, 300, 280)
     assert list(episode.norms) == list(range(17, 25)) and np.isnan(episode.norms[24]["embed"])
@@ -256,9 +256,9 @@ def test_of_a_run_of_nan_the_first_step_and_what_broke_before_it_are_kept():
 def test_the_norms_of_a_long_burst_are_those_of_its_start():
     series = np.ones(60, np.float32)
     series[30:45] = 20.0
-    (episode,) = oc.bad_steps(run(oc.watch(), series)[0])
+    (episode,) = oc.monitoring.bad_steps(run(oc.watch(), series)[0])
     assert list(episode.norms) == list(range(28, 36)) and set(episode.order().values()) == {31}
-    (early,) = oc.bad_steps(run(oc.watch(), np.array([np.nan], np.float32))[0])
+    (early,) = oc.monitoring.bad_steps(run(oc.watch(), np.array([np.nan], np.float32))[0])
     assert list(early.norms) == [1] and set(early.order().values()) == {1}
 
 
@@ -266,9 +266,11 @@ def test_tags_are_one_integer_or_nothing():
     tx = oc.watch()
     state = tx.init(PARAMS)
     _, after = tx.update(scaled(jnp.nan), state)
-    assert oc.bad_steps(after)[0].first.tag is None
+    assert oc.monitoring.bad_steps(after)[0].first.tag is None
     for tag in (7, np.int64(7), jnp.uint8(7)):
-        assert oc.bad_steps(tx.update(scaled(jnp.nan), state, tag=tag)[1])[0].first.tag == 7
+        assert (
+            oc.monitoring.bad_steps(tx.update(scaled(jnp.nan), state, tag=tag)[1])[0].first.tag == 7
+        )
     for tag in (1.5, "a", jnp.arange(2)):
         with pytest.raises(ValueError, match="tag must be one integer"):
             tx.update(PARAMS, state, tag=tag)
@@ -348,7 +350,11 @@ def test_nothing_to_see(tree):
     for _ in range(12):
         _, state = tx.update(tree, state)
     assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(oc.metrics(state)))
-    assert float(state.total_norm) == 0 and not oc.bad_steps(state) and int(state.total_steps) == 12
+    assert (
+        float(state.total_norm) == 0
+        and not oc.monitoring.bad_steps(state)
+        and int(state.total_steps) == 12
+    )
     assert isinstance(oc.explain(state, tree), str)
 
 

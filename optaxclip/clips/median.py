@@ -14,7 +14,7 @@ from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
 from optaxclip.thresholds.combine import at_most
 from optaxclip.thresholds.fixed import as_threshold
-from optaxclip.thresholds.quantile import median
+from optaxclip.thresholds.window import median
 
 
 @validate.named

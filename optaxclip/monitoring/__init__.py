@@ -1,1 +1,5 @@
 """What happened in a run: metrics, watches, recorded histories, and what they say in words."""
+
+from optaxclip.monitoring.bad import BadStep, Episode, bad_steps
+
+__all__ = ["BadStep", "Episode", "bad_steps"]

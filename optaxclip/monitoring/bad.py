@@ -105,7 +105,7 @@ def bad_steps(opt_state: Any) -> tuple[Episode, ...]:
     >>> state = tx.init({"w": jnp.ones(1)})
     >>> for batch, gradient in enumerate((1.0, jnp.nan, jnp.nan, 1.0)):
     ...     _, state = tx.update({"w": jnp.array([gradient])}, state, tag=batch)
-    >>> print(*optaxclip.bad_steps(state))
+    >>> print(*optaxclip.monitoring.bad_steps(state))
     steps 2 to 3, 2 bad; first: step 2 (tag 1): not finite, first in w
     """
     check_is_state(opt_state, "bad_steps")

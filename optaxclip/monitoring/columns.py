@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optaxclip.monitoring.history import Recorded, to_columns
+from optaxclip.monitoring.history import (
+    Recorded,
+    block_norms,
+    kind_of_head,
+    number_steps,
+    to_columns,
+)
 
 Columns = dict[str, np.ndarray]
 
@@ -33,7 +39,7 @@ class Recording(NamedTuple):
 
     def blocks(self, clip: int = 0) -> Columns:
         """The norms of the blocks; of a clip without any, those of a watch."""
-        return next(filter(None, map(_blocks_of, self._sources(clip))), {})
+        return next(filter(None, map(block_norms, self._sources(clip))), {})
 
     def clip(self, clip: int = 0) -> Columns:
         """The columns of a clip; {} if there is none."""
@@ -65,29 +71,7 @@ def read_columns(history: Recorded) -> Recording:
     heads = dict.fromkeys(match[1] for match in found if match)
     kinds: dict[str, list[Columns]] = {"clip": [], "watch": [], "skip": []}
     for head in heads:
-        kinds[_kind_of(head, table)].append(
+        kinds[kind_of_head(head, table)].append(
             {key.removeprefix(head): x for key, x in table.items() if key.startswith(head)}
         )
-    return Recording(table, _number_steps(table, heads), *kinds.values())
-
-
-def _kind_of(head: str, table: Columns) -> str:
-    """What wrote the keys of a prefix: each kind has one that only it has."""
-    if head + "median_ratio" in table or re.search(r"(^|/)watch/", head):
-        return "watch"
-    return "skip" if head + "consecutive" in table or re.search(r"(^|/)skip/", head) else "clip"
-
-
-def _blocks_of(part: Columns) -> Columns:
-    head = "grad_norm/"
-    return {key.removeprefix(head): x for key, x in part.items() if key.startswith(head)}
-
-
-def _number_steps(table: Columns, heads) -> np.ndarray:
-    """The numbers of the steps, as something counted them: a history may leave steps out."""
-    # The `steps` of a skip wrapper are those that it skipped.
-    counters = [head + "steps" for head in heads if _kind_of(head, table) != "skip"]
-    for steps in map(table.get, ("step", *counters)):
-        if steps is not None and np.isfinite(steps).all() and (np.diff(steps) > 0).all():
-            return steps.astype(np.int64)
-    return np.arange(1, len(next(iter(table.values()))) + 1)
+    return Recording(table, number_steps(history, table, heads), *kinds.values())

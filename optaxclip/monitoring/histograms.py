@@ -53,3 +53,10 @@ def _count(x: jax.Array) -> jax.Array:
 def edges() -> np.ndarray:
     """The limits of the bins."""
     return np.concatenate([[0.0], 10.0**_POWERS, [np.inf]])
+
+
+def log_edges(edges: np.ndarray) -> np.ndarray:
+    """The limits of the bins over log10 |g|: on a linear axis all bins but one had no width."""
+    powers = np.log10(edges[1:-1])
+    # The outer bins reach to 0 and to infinity; here they are as wide as the others.
+    return np.concatenate([powers[:1] - 1, powers, powers[-1:] + 1])

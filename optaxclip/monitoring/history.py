@@ -76,19 +76,16 @@ def read_run(history: Recorded, losses: Any = None, param_norms: Any = None) -> 
     """
     table = to_columns(history)
     heads = [key.removesuffix("grad_norm") for key in table if re.search(r"(^|/)grad_norm$", key)]
-    # A watch first: it sees all blocks, and in front of a clip what that clip sees. It is known by
-    # a key that only it has, as prefixes are the user's.
-    heads.sort(key=lambda head: head + "median_ratio" not in table and "watch" not in head)
+    # A watch first: it sees all blocks, and in front of a clip what that clip sees.
+    heads.sort(key=lambda head: kind_of_head(head, table) != "watch")
     if not heads:
         raise ValueError(
             f"diagnose: there is no key 'grad_norm' among {sorted(table)[:20]}: record"
             " optaxclip.metrics(opt_state), of a chain with optaxclip.watch() or a clip that"
             " measures in it."
         )
-    norms = table[heads[0] + "grad_norm"]
-
     return RecordedRun(
-        norms,
+        table[heads[0] + "grad_norm"],
         next(filter(None, (block_norms(table, head) for head in heads)), {}),
         # A clip that does not measure has a bound only, and is left out.
         _collect(table, ("clipped", "grad_norm", "bound")),
@@ -98,7 +95,7 @@ def read_run(history: Recorded, losses: Any = None, param_norms: Any = None) -> 
         table.get("loss_scale"),
         # With a bound beside it, it is that of a clip whose prefix is empty.
         table.get("grad_norm") if "bound" not in table else None,
-        _number_steps(history, table, heads, len(norms)),
+        number_steps(history, table, heads),
     )
 
 
@@ -116,11 +113,22 @@ def _collect(table: dict[str, np.ndarray], fields: tuple[str, ...]) -> dict[str,
     }
 
 
-def _number_steps(history: Recorded, table: dict, heads: list[str], count: int) -> np.ndarray:
-    """The number of each step, of what counted them: entries may be left out of a history."""
+def kind_of_head(head: str, table: Mapping[str, Any]) -> str:
+    """What wrote the keys of a prefix, which may be any: each kind has one that only it has."""
+    if head + "median_ratio" in table or re.search(r"(^|/)watch/", head):
+        return "watch"
+    return "skip" if head + "consecutive" in table or re.search(r"(^|/)skip/", head) else "clip"
+
+
+def number_steps(
+    history: Recorded, table: Mapping[str, np.ndarray], heads: Iterable[str]
+) -> np.ndarray:
+    """(steps,), the number of each step, by what counted them: a history may leave steps out."""
     # The `steps` of a skip wrapper are those that it skipped.
-    keys = [head + "steps" for head in heads if head + "last_reason" not in table]
-    for steps in (table.get("step"), *map(table.get, keys)):
+    counters = [head + "steps" for head in heads if kind_of_head(head, table) != "skip"]
+    for steps in map(table.get, ("step", *counters)):
         if steps is not None and np.isfinite(steps).all() and (np.diff(steps) > 0).all():
             return steps.astype(np.int64)
-    return history.steps if isinstance(history, History) else np.arange(1, count + 1)
+    if isinstance(history, History):
+        return history.steps
+    return np.arange(1, len(next(iter(table.values()))) + 1)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from optaxclip.monitoring.findings import format_number, format_share
-from optaxclip.monitoring.histograms import Histograms, edges
+from optaxclip.monitoring.histograms import Histograms, edges, log_edges
 from optaxclip.monitoring.reading import check_is_state, count_blocks
 
 Log = Callable[[int, Mapping[str, Any]], None]
@@ -81,8 +81,8 @@ def postfix(row: Mapping[str, Any]) -> dict[str, str]:
     # A watch first: what it saw is the gradient, which a second clip in the chain does not see.
     norm = find("grad_norm", beside="median_ratio")
     norm = find("grad_norm") if norm is None else norm
-    clipped, skipped, bad = find("clipped_fraction"), find("steps", beside="consecutive"), 0
-    bad = find("nonfinite_steps") or 0
+    clipped, skipped = find("clipped_fraction"), find("steps", beside="consecutive")
+    bad = find("nonfinite_steps")
     shown = {
         "loss": None if row.get("loss") is None else format_number(row["loss"]),
         "norm": None if norm is None else format_number(norm),
@@ -152,9 +152,7 @@ def to_tensorboard(writer: Any) -> Log:
 
 
 def _add_histogram(writer: Any, key: str, counts: Any, step: int) -> None:
-    """Counts of |g|, over log10 |g|: on a linear axis all bins but one had no width."""
-    limits = np.log10(edges()[1:-1])
-    limits = [limits[0] - 1, *limits, limits[-1] + 1]
+    limits = log_edges(edges())
     middles = np.convolve(limits, [0.5, 0.5], "valid")
     writer.add_histogram_raw(
         key,
@@ -163,7 +161,7 @@ def _add_histogram(writer: Any, key: str, counts: Any, step: int) -> None:
         num=int(counts.sum()),
         sum=float(counts @ middles),
         sum_squares=float(counts @ middles**2),
-        bucket_limits=limits[1:],
+        bucket_limits=limits[1:].tolist(),
         bucket_counts=counts.tolist(),
         global_step=step,
     )
@@ -182,9 +180,7 @@ def to_wandb(run: Any) -> Log:
 def _as_bars(counts: Any) -> Any:
     import wandb  # an extra of the user's, there if there is a run of it
 
-    limits = np.log10(edges()[1:-1])
-    limits = np.concatenate([limits[:1] - 1, limits, limits[-1:] + 1])
-    return wandb.Histogram(np_histogram=(np.asarray(counts), limits))
+    return wandb.Histogram(np_histogram=(np.asarray(counts), log_edges(edges())))
 
 
 def to_clu(writer: Any) -> Log:

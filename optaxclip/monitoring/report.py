@@ -18,6 +18,7 @@ from optaxclip.monitoring.history import History
 from optaxclip.monitoring.loggers import to_print
 from optaxclip.monitoring.reading import count_blocks, find_parts, metrics
 from optaxclip.states import StateGuard
+from optaxclip.wrappers.steps import find_loss
 
 Callback = Callable[[int, dict[str, Any]], Any]
 
@@ -101,8 +102,7 @@ def report(
         updates, new = inner.update(updates, state.inner, params, **extra_args)
         step = jnp.asarray(optax.safe_increment(state.total_steps))
         due = (step == 1) | (step % jnp.int32(every) == 0)
-        loss = extra_args.get("loss", extra_args.get("value"))
-        _send(deliver, due & _is_first_device(), step, new, loss)
+        _send(deliver, due & _is_first_device(), step, new, find_loss(extra_args))
         return updates, ReportState(step, new)
 
     annotate(update_fn, description=Description(kind="other", name=call, inner=inner))

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-GREY, DARK, LIGHT = "0.55", "black", "0.85"
+from optaxclip.monitoring.findings import format_share
+from optaxclip.monitoring.fits import find_runs
+
+GREY, DARK = "0.55", "black"
 _BINS = 200  # of a band; more are not seen
 _BAND = 0.12  # of the height of the axes
 
@@ -62,8 +65,8 @@ def draw_bad(ax: Any, steps: np.ndarray, bad: np.ndarray, what: str = "NaN or in
     """Marks runs of bad steps: shaded and hatched, with a triangle where each begins."""
     if not bad.any():
         return
-    color, edges = colors_of(ax).bad, np.flatnonzero(np.diff(np.r_[False, bad, False]))
-    starts, ends = steps[edges[::2]], steps[edges[1::2] - 1]
+    color, runs = colors_of(ax).bad, np.array(find_runs(bad))
+    starts, ends = steps[runs[:, 0]], steps[runs[:, 1] - 1]
     spans = np.stack([starts - 0.5, ends - starts + 1.0], axis=1)
     style = {"hatch": "////", "linewidth": 0.8, "edgecolor": color, "facecolor": "none"}
     label, over = f"{what}: {_count(bad.sum())}", ax.get_xaxis_transform()
@@ -82,7 +85,7 @@ def draw_clipped(ax: Any, steps: np.ndarray, clipped: np.ndarray) -> None:
     edges = np.linspace(0, len(steps), min(len(steps), _BINS) + 1).astype(int)
     heights = np.add.reduceat(share, edges[:-1]) / np.diff(edges)
     limits = np.r_[steps[edges[:-1]] - 0.5, steps[-1] + 0.5]
-    label = f"clipped: {share.mean():.0%} of steps".replace("%", " %")
+    label = f"clipped: {format_share(share.mean())} of steps"
     _make_room(ax)
     ax.stairs(
         _BAND * heights,

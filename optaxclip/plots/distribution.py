@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from optaxclip.monitoring.columns import Recording, read_columns
-from optaxclip.monitoring.histograms import Histograms
+from optaxclip.monitoring.fits import find_runs
+from optaxclip.monitoring.histograms import Histograms, log_edges
 from optaxclip.monitoring.history import History, Recorded
 from optaxclip.plots.axes import axes_or_new, colors_of, draw_legend_above, format_ticks
 from optaxclip.plots.steps import require_norms
@@ -96,8 +97,7 @@ def _hatch(ax: Any, edges: np.ndarray, cells: np.ndarray, hatch: str, color: str
 
     style = {"facecolor": "none", "edgecolor": color, "linewidth": 0, "hatch": hatch}
     for row, there in enumerate(cells):
-        ends = np.flatnonzero(np.diff(np.r_[False, there, False]))
-        spans = [(edges[a], edges[b] - edges[a]) for a, b in ends.reshape(-1, 2)]
+        spans = [(edges[a], edges[b] - edges[a]) for a, b in find_runs(there)]
         if spans:
             ax.broken_barh(spans, (row, 1), **style)
     return Patch(label=name, **style)
@@ -166,15 +166,13 @@ def _draw_counts(found: Histograms, ax: Any) -> Any:
     """The share of the elements of each block in each bin, dark for many."""
     names, counts = list(found.counts), np.stack(list(found.counts.values()))
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    powers = np.log10(found.edges[1:-1])
-    # The outer bins reach to 0 and to infinity; here they are as wide as the others.
-    edges = [powers[0] - 1, *powers, powers[-1] + 1]
+    edges = log_edges(found.edges)
     mesh = ax.pcolormesh(edges, np.arange(len(names) + 1), share, cmap="cividis", vmin=0)
     ax.figure.colorbar(mesh, ax=ax, label="share of elements")
     every = -(-len(names) // _NAMES)
     ticks = np.arange(0, len(names), every)
     ax.set_yticks(ticks + 0.5, [_shorten(names[i]) for i in ticks], fontsize=8)
-    labels = ["0", *(f"1e{power:.0f}" for power in powers), "∞"]
+    labels = ["0", *(f"1e{power:.0f}" for power in edges[1:-1]), "∞"]
     ax.set_xticks(edges[::2], labels[::2])
     ax.set(xlabel="|g|", ylim=(len(names), 0))
     return ax

@@ -39,6 +39,8 @@ def plot_run(history: Recorded, figure: Any = None, *, clip: int = 0) -> Any:
     ['loss', 'gradient norm']
     """
     run = read_columns(history)
+    # Read once for all: off the device, and out of a dict for each step.
+    history = run.table | {"step": run.steps}
     rows = _choose(run, clip)
     # A heat map needs room for the names of its rows.
     ratios = [min(1 + 0.09 * len(run.blocks(clip)), 3) if r is plot_layers else 1 for r in rows]

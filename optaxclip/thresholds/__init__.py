@@ -9,8 +9,9 @@ from optaxclip.thresholds.combine import at_least, at_most, lag, param_relative,
 from optaxclip.thresholds.fixed import constant, scheduled
 from optaxclip.thresholds.learned import Statistic, learned
 from optaxclip.thresholds.norm_ratio import norm_ratio
-from optaxclip.thresholds.quantile import median, percentile, quantile, window_zscore
+from optaxclip.thresholds.quantile import quantile
 from optaxclip.thresholds.running import log_zscore, previous, running, zscore
+from optaxclip.thresholds.window import median, percentile, window_zscore
 
 __all__ = [
     "Statistic",

@@ -21,7 +21,7 @@ from optaxclip.base import AxisNames, Exclude, Norm, Threshold
 from optaxclip.core import clip_by
 from optaxclip.norms import l2
 from optaxclip.thresholds.fixed import as_threshold, unchecked
-from optaxclip.thresholds.quantile import window_zscore
+from optaxclip.thresholds.window import window_zscore
 from optaxclip.wrappers.steps import LOSS, NONFINITE, NORM, SkipState, skip_by
 
 

@@ -6,6 +6,7 @@ condition.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
 from optaxclip.base import annotate
-from optaxclip.engine import description_of
+from optaxclip.engine import description_of, lay_out
 from optaxclip.scopes import tree
 from optaxclip.states import StateGuard
 from optaxclip.thresholds.blocks import hold
@@ -118,7 +119,12 @@ def skip_by(
 
     def update_fn(updates, state, params=None, **extra_args):
         guard.check(state, updates if params is None else params)
-        loss = _find_loss(call, extra_args, needs_loss)
+        loss = find_loss(extra_args)
+        if needs_loss and loss is None:
+            raise ValueError(
+                f"{call}: there is a loss_threshold: write"
+                " tx.update(grads, state, params, loss=loss)."
+            )
         with validate.speak_for(call):
             verdict = _judge(watch, loss_rule, updates, state, params, loss, extra_args)
         steps, new = inner.update(updates, state.inner, params, **extra_args)
@@ -132,15 +138,10 @@ def skip_by(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _find_loss(call: str, passed: dict[str, Any], needs_loss: bool) -> Any:
+def find_loss(passed: Mapping[str, Any]) -> Any:
     """The loss that an update was passed, if any; `value` is what Optax's line searches call it."""
     loss = passed.get("loss")
-    loss = passed.get("value") if loss is None else loss
-    if needs_loss and loss is None:
-        raise ValueError(
-            f"{call}: there is a loss_threshold: write tx.update(grads, state, params, loss=loss)."
-        )
-    return loss
+    return passed.get("value") if loss is None else loss
 
 
 def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
@@ -150,7 +151,7 @@ def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
     shapes = [jnp.shape(leaf) for _, leaf in found]
     # An entry of its own for each leaf, as the factors of a clip have: with one scalar a GPU takes
     # 193 kernels for an AdamW step of GPT-2 small, with these 70.
-    layout = xla.lay_out(tree.cut(paths, shapes), paths, shapes)
+    layout = lay_out(tree, tuple(paths), tuple(shapes))
     each = zip(
         xla.spread(condition, layout), jax.tree.leaves(yes), jax.tree.leaves(no), strict=True
     )

@@ -35,17 +35,20 @@ def _end_of_first(x: np.ndarray) -> int | None:
     return lost[0][0] if x[: lost[0][0]].max() >= FIRST_NORM else None
 
 
+def _name_end(run: RecordedRun, at: int) -> str:
+    return "zero" if run.norms[at] == 0 else "not finite"
+
+
 def _exploding_at_once(run: RecordedRun, end: int) -> Sign:
     # Nothing is usual yet, so the size itself is the evidence, and the largest block the first.
     at = int(np.argmax(run.norms[:end]))
     norm, step, after = float(run.norms[at]), step_at(run, at), step_at(run, end)
     largest = {name: x[at] for name, x in run.blocks.items() if np.isfinite(x[at])}
     block = max(largest, key=lambda name: largest[name]) if len(largest) > 1 else ""
-    how = "zero" if run.norms[end] == 0 else "not finite"
     return Sign(
         "norms-exploding",
-        f"the norm is {format_number(norm)} at step {step}, and {how} from step {after} on"
-        f"{in_block(block)}.",
+        f"the norm is {format_number(norm)} at step {step}, and {_name_end(run, end)} from step"
+        f" {after} on{in_block(block)}.",
         {"norm": norm, "first": at},
         "a clip from the first step on, optaxclip.clip_by_global_norm(1.0), and an initialization"
         " that keeps the scale: orthogonal in a recurrent network, He for ReLU.",
@@ -73,8 +76,7 @@ def _exploding(run: RecordedRun, rise: Rise) -> Sign:
     evidence["doubling_steps"] = float(np.log(2) * intervals / np.log(growth))
     end = {"stays": ", and stays there", "grows": ", and still grows"}.get(rise.how)
     if not end:
-        how = "zero" if run.norms[rise.end] == 0 else "not finite"
-        end = f", and is {how} at step {step_at(run, rise.end)}"
+        end = f", and is {_name_end(run, rise.end)} at step {step_at(run, rise.end)}"
     what = f"the norm grows {fold}-fold within {steps} steps from step {step} on, {levels}{end}"
     fix = _stop_explosion(run, rise)
     return Sign("norms-exploding", f"{what}{in_block(block)}.", evidence, fix, step, block)

@@ -1,0 +1,59 @@
+"""One voice for bad arguments: errors name the call, the argument, what it must be and is.
+
+    @named                              # errors inside name the outermost such call
+    def zclip(z=2.5, decay=0.97):
+        validate.nonnegative(z=z)       # zclip: z must be a number from 0 to inf, got -1.
+
+At an update no public call is running: there `speak_for` lends errors the name of the call that
+built the clip.
+
+An array on a device is looked into like a number; a tracer, whose value nobody knows, passes.
+"""
+
+from optaxclip.validate.arguments import (
+    above,
+    as_optimizer,
+    at_least,
+    between,
+    bound,
+    choice,
+    exclude,
+    feed,
+    flag,
+    is_static,
+    is_transformation,
+    nonnegative,
+    positive,
+    share,
+    size,
+    steps,
+    threshold,
+    to_concrete,
+)
+from optaxclip.validate.calls import called, fail, makes_part, named, speak_for
+
+__all__ = [
+    "above",
+    "as_optimizer",
+    "at_least",
+    "between",
+    "bound",
+    "called",
+    "choice",
+    "exclude",
+    "fail",
+    "feed",
+    "flag",
+    "is_static",
+    "is_transformation",
+    "makes_part",
+    "named",
+    "nonnegative",
+    "positive",
+    "share",
+    "size",
+    "speak_for",
+    "steps",
+    "threshold",
+    "to_concrete",
+]

@@ -1,0 +1,70 @@
+"""Whose call an error speaks of, and how it shows a value."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+from optaxclip.base import annotate
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+# Where a part lies for the user, `thresholds.zscore`; clips lie at the top.
+_NAMESPACES = ("actions", "feeds", "norms", "scopes", "thresholds")
+_NOBODY = "optaxclip"
+# Not a global: threads may build clips at the same time.
+_CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default=_NOBODY)
+
+
+@contextlib.contextmanager
+def speak_for(call: str) -> Iterator[None]:
+    """Makes errors inside speak of `call`. A context."""
+    token = _CALL.set(call)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+
+
+def named(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Makes errors inside a public function speak of it, or of the public one that called it."""
+    room = (*(call.__module__ or "").split("."), "")[1]
+    name = f"{room}.{call.__name__}" if room in _NAMESPACES else call.__name__
+
+    @functools.wraps(call)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        # Who wrote `zclip(...)` has never heard of the `thresholds.zscore` inside.
+        if _CALL.get() != _NOBODY:
+            return call(*args, **kwargs)
+        with speak_for(name):
+            return call(*args, **kwargs)
+
+    return wrapper
+
+
+def called() -> str:
+    """The public call that is running."""
+    return _CALL.get()
+
+
+def fail(must: str, got: Any, *, call: str | None = None) -> ValueError:
+    """The error for an argument: "<call>: <argument> must be ..., got <value>."""
+    return ValueError(f"{call or called()}: {must}, got {_show(got)}.")
+
+
+def _show(value: Any) -> str:
+    """A value in an error. Of a function that makes what is asked for, that it has to be called."""
+    if callable(value) and getattr(value, "makes_part", False):
+        return f"the function {value.__name__}: write {value.__name__}(...), with parentheses"
+    return repr(value)
+
+
+def makes_part(maker: _F) -> _F:
+    """Marks a function that makes a part, so that an error can say that it was not called."""
+    # `action=actions.smooth` without parentheses is callable, as every action is: without the mark
+    # it would be taken for one, and fail while an update is traced.
+    return annotate(maker, makes_part=True)
