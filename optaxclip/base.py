@@ -29,7 +29,8 @@ Norms = Any
 # `(norms, bounds) -> factors`, element by element; a block is multiplied by its factor.
 Action = Callable[[jax.Array, jax.Array], jax.Array]
 
-# `(norms, bounds) -> norms`: what a statistic learns of norms; NaN stands for "nothing".
+# `(norms, bounds) -> norms`: what a statistic learns of norms; infinity and NaN stand for
+# "nothing".
 Feed = Callable[[jax.Array, jax.Array], jax.Array]
 
 # What may be given as a bound: a number, array or tracer from 0 to inf, a schedule (a function of

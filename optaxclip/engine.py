@@ -27,7 +27,8 @@ from optaxclip.base import (
     annotate,
 )
 from optaxclip.record import Step, fresh_metrics, pack_names, record
-from optaxclip.states import ParamsMemory, StateGuard
+from optaxclip.scopes import tree
+from optaxclip.states import ParamsMemory, StateGuard, missing
 from optaxclip.thresholds.blocks import hold, reads_params
 from optaxclip.trees import Leaves, match_params, select
 
@@ -79,7 +80,8 @@ def build(
     validate.exclude(about.exclude)
     # Noted while the public call runs: at the update nobody knows any more which it was.
     about = about._replace(name=validate.called())
-    memory, threshold = ParamsMemory(), about.threshold
+    memory = ParamsMemory(about.name, needed=about.scope is not tree)
+    threshold = about.threshold
 
     def init_fn(params):
         with validate.speak_for(about.name):
@@ -91,18 +93,39 @@ def build(
         with validate.speak_for(about.name):
             leaves = select(updates, about.exclude)
             state = _accept(guard, state, updates)
-            layout = _lay_out(about, rule, leaves, axis_names)
-            dtype = _dtype_of(state, leaves)
-            norms, param_norms = _measure(about, rule, leaves, layout, params, dtype)
-            bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
-            arrays, step = rule.act(leaves, layout, norms, bounds)
-            # Here, and not in the thresholds: so a NaN moves none of them, the user's and Optax's
-            # included.
-            new = hold(threshold.init, norms, new, state.threshold)
-            return leaves.rebuild(arrays), ClipState(new, record(state.metrics, step))
+            step = functools.partial(clip, leaves)
+            arrays, state = xla.call_in_auto_axes(step, leaves.arrays, (state, params, extra_args))
+            return leaves.rebuild(arrays), state
+
+    def clip(leaves: Leaves, arrays: list[jax.Array], rest: tuple[ClipState, Any, dict[str, Any]]):
+        leaves, (state, params, extra_args) = leaves._replace(arrays=arrays), rest
+        layout = _lay_out(about, rule, leaves, axis_names)
+        # The dtype of `init`, whose parameters may be wider than the gradients.
+        known = jax.tree.leaves(state.metrics.clip_bound)
+        dtype = known[0].dtype if known else xla.accumulator(leaves.arrays)
+        norms, param_norms = _measure(about, rule, leaves, layout, params, dtype)
+        bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
+        arrays, done = rule.act(leaves, layout, norms, bounds)
+        # Here, and not in the thresholds: so a NaN moves none of them, the user's and Optax's
+        # included.
+        new = hold(threshold.init, norms, new, state.threshold)
+        return arrays, ClipState(new, record(state.metrics, done))
 
     annotate(update_fn, description=about)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """As `optax.chain`, for a public call that returns the whole, and speaks for it."""
+    call, tx = validate.called(), optax.chain(*parts)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if state is None:
+            raise missing(call)
+        return tx.update(updates, state, params, **extra_args)
+
+    annotate(update_fn, description=Description(kind="other", name=call, inner=tx))
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 def description_of(tx: optax.GradientTransformation) -> Description:
@@ -166,12 +189,6 @@ def _measure(about: Description, rule: Rule, leaves: Leaves, layout, params, dty
         pairs = zip(seen, own, strict=True)
         seen = [about.view(xla.widen(g), xla.widen(w)) for g, w in pairs]
     return norms_of(seen), norms_of(own) if read else None
-
-
-def _dtype_of(state: ClipState, leaves: Leaves) -> Any:
-    """The dtype of the norms: that of `init`, whose parameters may be wider than the gradients."""
-    bounds = jax.tree.leaves(state.metrics.clip_bound)
-    return bounds[0].dtype if bounds else xla.accumulator(leaves.arrays)
 
 
 def _zeros(layout: xla.Layout, dtype) -> Norms:

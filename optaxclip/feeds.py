@@ -1,15 +1,20 @@
-"""What a statistic learns of norms: `(norms, bounds) -> norms`, in which NaN means "nothing"."""
+"""What a statistic learns of norms: `(norms, bounds) -> norms`.
+
+Infinity and NaN mean "nothing".
+"""
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
 
-from optaxclip import xla
 from optaxclip.base import Part
 
 
-# A feed says NaN, and not "skip": it is one vector operation for all blocks, some of which learn.
+# A feed says infinity, and not "skip": it is one vector operation for all blocks, of which some
+# learn.
 def _feed(rule):
     return Part(f"feeds.{rule.__name__}", rule)
 
@@ -29,8 +34,9 @@ def clipped(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 @_feed
 def accepted(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     """Only norms within the bound. A lasting change is not learned: give it `relearn_after`."""
-    # Not `norms > bounds` the other way round: NaN is over no bound, and would pass.
-    return xla.poison(norms <= bounds, norms)
+    # Not `norms > bounds` the other way round: NaN is over no bound, and would pass. Not NaN for
+    # "nothing", which `jax.debug_nans` takes for a fault.
+    return jnp.where(norms <= bounds, norms, math.inf)
 
 
 __all__ = ["accepted", "clipped", "raw"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 
 from optaxclip.trees import unpack_names
 
@@ -30,11 +31,7 @@ class StateGuard:
     def check(self, state: Any, updates: Any) -> None:
         """Raises ValueError unless the state is one for these updates."""
         if state is None:
-            raise ValueError(
-                f"{self.what}: update was called with the state None, but it has a history. Write"
-                " state = tx.init(params) once, and updates, state = tx.update(grads, state,"
-                " params) at every step."
-            )
+            raise missing(self.what)
         if not all(hasattr(state, field) for field in self.kind._fields):
             raise ValueError(
                 f"{self.what}: this is not the state of a {self.what} but {kind_of(state)}:"
@@ -61,7 +58,8 @@ class StateGuard:
             raise ValueError(
                 f"{self.what}: this state was not made by tx.init of this transformation for this"
                 f" tree. At {wrong[0] or 'the top'} it has {got.get(wrong[0], 'nothing')}, and"
-                f" needs {want.get(wrong[0], 'nothing')}: {_ADVICE}"
+                f" needs {want.get(wrong[0], 'nothing')}: {_ADVICE} Of an Equinox model initialise"
+                " eqx.filter(model, eqx.is_inexact_array)."
             )
 
 
@@ -77,6 +75,35 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def _to_array(x: Any) -> Any:
     """The leaf itself if it is an array or a number, else None."""
     return x if hasattr(x, "dtype") or isinstance(x, int | float | complex) else None
+
+
+def init_inside(call: str, inner: optax.GradientTransformation, params: Any) -> optax.OptState:
+    """The state of what a wrapper holds.
+
+    Raises:
+      ValueError: for a model with functions or strings among its leaves, of which optimizers make
+        zeros.
+    """
+    try:
+        return inner.init(params)
+    except TypeError as error:
+        strange = {type(x).__name__ for x in jax.tree.leaves(params) if _to_array(x) is None}
+        if not strange:
+            raise
+        raise ValueError(
+            f"{call}: the optimizer inside takes arrays only, and among the leaves are"
+            f" {', '.join(sorted(strange))}. Of an Equinox model write"
+            " tx.init(eqx.filter(model, eqx.is_inexact_array))."
+        ) from error
+
+
+def missing(call: str) -> ValueError:
+    """The error for the state None."""
+    return ValueError(
+        f"{call}: update was called with the state None, but it has a history. Write"
+        " state = tx.init(params) once, and updates, state = tx.update(grads, state, params) at"
+        " every step."
+    )
 
 
 def kind_of(state: Any) -> str:
@@ -107,16 +134,23 @@ class ParamsMemory:
 
     `optax.tree.map_params` asks `init` for the state of a placeholder, and lays that over the real
     state. How many blocks there are, and their names, a placeholder does not say: the shapes of the
-    last real parameters do.
+    last real parameters do. Where all of the tree is one block (`needed` is False) nobody asks.
     """
 
-    def __init__(self):
+    def __init__(self, call: str, *, needed: bool):
+        self.call, self.needed = call, needed
         self.shapes: Any = None
 
     def recall(self, params: Any) -> Any:
         """The parameters; for a placeholder the shapes of the last ones."""
         # By name: the class of the placeholder is private to Optax.
         if not jax.tree.leaves(params) and type(params).__name__ == "_ParamsPlaceholder":
+            if self.shapes is None and self.needed:
+                raise ValueError(
+                    f"{self.call}: optax.tree.map_params does not tell init how many blocks the"
+                    " parameters have. Call tx.init(params), or jax.eval_shape(tx.init, params), of"
+                    " this very transformation first."
+                )
             return params if self.shapes is None else self.shapes
         # Shapes, as arrays would be kept alive, and tracers would leak.
         self.shapes = jax.tree.map(_shape, params)
@@ -128,4 +162,4 @@ def _shape(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array else x
 
 
-__all__ = ["ParamsMemory", "StateGuard", "check_names", "kind_of"]
+__all__ = ["ParamsMemory", "StateGuard", "check_names", "init_inside", "kind_of", "missing"]

@@ -136,6 +136,23 @@ def match_params(leaves: Leaves, params: Any, exclude: Exclude, call: str) -> li
     return [known[path] for path in leaves.paths]
 
 
+def drop_gradientless(params: Any, updates: Any) -> Any:
+    """The parameters that have an update, in a tree like that of the updates.
+
+    An Equinox model may be passed whole, with functions and strings, where the updates have None.
+    """
+    if params is None:
+        return updates
+    if jax.tree.structure(params) == jax.tree.structure(updates):
+        return params
+    try:
+        return jax.tree.map(
+            lambda u, p: None if u is None else p, updates, params, is_leaf=lambda u: u is None
+        )
+    except ValueError:  # containers of other types, of which an optimizer may not look at one
+        return params
+
+
 def pack_names(names: Sequence[str]) -> dict[str, Any]:
     """Names as the keys of nested dicts that hold nothing, one branch a block, in order.
 

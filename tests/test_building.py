@@ -4,8 +4,11 @@ use it.
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import chex
+import equinox as eqx
+import flax.core
 import flax.serialization
 import flax.traverse_util
 import jax
@@ -13,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import optaxclip
 from tests import conftest as strict
-from tests.cases import ROWS
+from tests.cases import ADAPTIVE, ROWS
 
 each_row = pytest.mark.parametrize("make", ROWS.values(), ids=ROWS.keys())
 PARAMS = {
@@ -111,6 +115,70 @@ def test_map_params_moves_only_what_is_like_the_parameters(make):
 
 
 @each_row
+def test_map_params_of_a_transformation_that_saw_no_parameters_works_or_says_what_to_call(make):
+    state, tx, why = jax.eval_shape(make().init, PARAMS), make(), None
+    try:
+        got = optax.tree.map_params(tx, lambda x: x, state)
+    except ValueError as error:
+        why = str(error)
+        jax.eval_shape(tx.init, PARAMS)
+        got = optax.tree.map_params(tx, lambda x: x, state)
+    assert shapes(got) == shapes(state)
+    assert why is None or "jax.eval_shape(tx.init, params)" in why
+
+
+def step_in_shapes(tx, params):
+    """One update, traced but not run."""
+    jax.eval_shape(lambda: tx.update(params, tx.init(params), params))
+
+
+class Model(eqx.Module):
+    weight: jax.Array
+    name: str = eqx.field(static=True, default="")
+
+
+@each_row
+def test_empty_trees_and_groups(make):
+    tx = make()
+    step_in_shapes(tx, {})
+    step_in_shapes(tx, {"none": None, "no_numbers": jnp.zeros((0, 3))})
+    frozen, weight = flax.core.freeze({"w": jnp.ones(3)}), nnx.State({"w": nnx.Param(jnp.ones(3))})
+    for params in (frozen, Model(jnp.ones(3)), weight):
+        step_in_shapes(optax.masked(tx, jax.tree.map(lambda _: False, params)), params)
+    # A group without members, beside one that has all.
+    step_in_shapes(optax.partition({"a": tx, "b": optax.sgd(0.1)}, {"w": "b"}), {"w": jnp.ones(3)})
+
+
+@pytest.mark.parametrize("case", ADAPTIVE, ids=lambda case: case.name)
+def test_learned_bounds_of_no_units(case):
+    step_in_shapes(case.make(scope=optaxclip.scopes.units()), {})
+
+
+class Unfiltered(eqx.Module):
+    """A model as Equinox's users have it: functions and strings are leaves."""
+
+    weight: jax.Array
+    bias: jax.Array
+    activation: Callable = jax.nn.relu
+    name: str = "dense"
+    size: int = 3
+
+
+@each_row
+def test_unfiltered_models_pass_or_are_refused_with_the_filter(make):
+    model, tx = Unfiltered(jnp.ones((3, 2)), jnp.ones(2)), make()
+    params = eqx.filter(model, eqx.is_inexact_array)
+    jax.eval_shape(lambda: tx.update(params, tx.init(params), model))
+    why = None
+    try:
+        state = tx.init(model)
+        jax.eval_shape(lambda: tx.update(params, state, params)[0])
+    except ValueError as error:
+        why = str(error)
+    assert why is None or "eqx.filter(model, eqx.is_inexact_array)" in why
+
+
+@each_row
 def test_the_state_goes_through_flat_dicts_and_back(make):
     state = make().init(PARAMS)
     nested = flax.serialization.to_state_dict(state)
@@ -124,9 +192,26 @@ def test_the_state_of_something_else_is_refused(make):
     tx = make()
     if not jax.tree.leaves(tx.init(PARAMS)):
         pytest.skip("it has no state")
-    for state in (optax.EmptyState(), optaxclip.clip_by_leaf_norm(1.0).init({"x": jnp.ones(3)})):
-        with pytest.raises((ValueError, TypeError, AttributeError)):
+    other = optaxclip.clip_by_leaf_norm(1.0).init({"x": jnp.ones(3)})
+    adam = optax.adam(0.1).init(PARAMS)
+    for state in (optax.EmptyState(), {}, other, adam, (other, other, other), tx):
+        with pytest.raises(ValueError, match=r"init"):
             tx.update(grads_at(0), state, PARAMS)
+
+
+@each_row
+def test_the_state_none_is_refused_where_there_is_a_history(make):
+    tx = make()
+    if _forgets(tx.init(PARAMS)):
+        tx.update(grads_at(0), None, PARAMS)
+    else:
+        with pytest.raises(ValueError, match=r"state = tx.init\(params\)"):
+            tx.update(grads_at(0), None, PARAMS)
+
+
+def _forgets(state):
+    """Whether a state is that of a clip whose threshold keeps nothing."""
+    return isinstance(state, optaxclip.base.ClipState) and not jax.tree.leaves(state.threshold)
 
 
 def test_building_every_row_starts_no_backend():

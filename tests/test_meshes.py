@@ -133,7 +133,16 @@ def test_explicit_sharding(alone):
     mesh = mesh_of("2x4", AxisType.Explicit)
     clips = {
         n: CLIPS[n]
-        for n in ("clip_by_global_norm", "clip_by_leaf_norm", "zclip", "autoclip", "clip")
+        for n in (
+            "clip_by_global_norm",
+            "clip_by_leaf_norm",
+            "zclip",
+            "autoclip",
+            "clip",
+            "adaptive_grad_clip",
+            "autoclip units",
+            "spectral_clip",
+        )
     }
     with jax.set_mesh(mesh):
         grads = jax.tree.map(

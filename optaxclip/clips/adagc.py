@@ -57,8 +57,8 @@ def adagc(
     decay 1.03 and 0.98, later 1.04 and 0.99.
 
     References:
-      Wang et al., `AdaGC: Improving Training Stability for Large Language Model Pretraining
-      <https://arxiv.org/abs/2502.11034>`_, 2025
+      Wang et al., `AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient Clipping
+      <https://arxiv.org/abs/2502.11034>`_, ICML 2026
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.adagc(warmup_steps=1)
@@ -72,11 +72,11 @@ def adagc(
     validate.share(decay=decay)
 
     def learn(norm, mean, seen):
-        moved = mean + like(1 - decay, norm) * (norm - mean)
         # The first norm also where there is no warm-up: an average of infinity and a norm is no
         # number, and a mean that started at 0 would hold the leaf there for ever.
-        warm = (seen < warmup_steps) | (seen == 0)
-        return jnp.where(warm, jnp.minimum(mean, norm), moved)
+        old = jnp.where(seen == 0, norm, mean)
+        moved = old + like(1 - decay, norm) * (norm - old)
+        return jnp.where(seen < warmup_steps, jnp.minimum(old, norm), moved)
 
     threshold = learned(
         Statistic(math.inf, learn, lambda norm, mean, seen: like(ratio, norm) * mean),

@@ -43,8 +43,9 @@ def band_clip(
       ValueError: for a `low` outside [0, 1], or a `high` of at most 1.
 
     Deviations: the authors' scripts have a ceiling below the mean and a floor over the ceiling,
-    with which every gradient is scaled by 0.9; here the band must hold the mean. No schedule for
-    the band, and no cap on one scaling.
+    with which every gradient is scaled by 0.9; here the band must hold the mean. S is corrected for
+    its start: theirs begins at 0, and with it the band. No schedule for the band, and no cap on one
+    scaling.
 
     References:
       Li, Wu and Chang, `AGGC: Adaptive Group Gradient Clipping

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from optaxclip import scopes, validate
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
+from optaxclip.engine import chain
 from optaxclip.thresholds.blocks import new_threshold
 from optaxclip.thresholds.fixed import as_threshold
 from optaxclip.thresholds.learned import like
@@ -92,4 +93,4 @@ def larc(
         axis_names=axis_names,
     )
     # Decay first, as in apex: the factor shortens gradient and decay together.
-    return optax.chain(optax.add_decayed_weights(weight_decay, mask), clip)
+    return chain(optax.add_decayed_weights(weight_decay, mask), clip)

@@ -55,6 +55,11 @@ def clip_by_log_zscore(
     logarithm; the deviation is tracked directly, not as the difference of two large averages.
     Without `update_first` the statistic is reset after 100 consecutive spikes.
 
+    Chorowski et al. and Lingvo differ, and this is the former. Lingvo takes log(n + 1), so that a
+    norm far below 1 is never a spike, and a deviation of at least 1e-3, starts to judge after some
+    277 norms (a decay of 0.995), and skips the step: for its rule, with log n and counted norms,
+    see `optaxclip.skip_spikes`.
+
     References:
       Chorowski et al., `End-to-end Continuous Speech Recognition using Attention-based Recurrent
       NN: First Results <https://arxiv.org/abs/1412.1602>`_, 2014

@@ -110,7 +110,8 @@ def spectral_clip(
         bound = bound.astype(matrices.real.dtype)
         out = singular.clip_matrices(matrices, bound, method, solver, count)
         fine = jnp.isfinite(singular.largest_entry(matrices)).all()
-        return xla.as_dtype_of(x, jnp.where(fine, out, bad).reshape(x.shape))
+        out = jnp.where(fine, out, 0) if bad == 0 else xla.poison(fine, out)
+        return xla.as_dtype_of(x, out.reshape(x.shape))
 
     description = Description(scope, None, threshold, exclude=exclude, kind="other")
     return build(description, Rule(measure, act), axis_names)

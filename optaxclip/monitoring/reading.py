@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -127,11 +128,20 @@ def total_steps(part: Any) -> jax.Array:
 
 def check_is_state(opt_state: Any, call: str) -> None:
     """Raises ValueError for what cannot hold the state of an optimizer."""
-    if validate.is_transformation(opt_state):
+    nodes = jax.tree.leaves(opt_state, is_leaf=validate.is_transformation)
+    # Beside its optimizer a state is welcome: a trainer may hold both.
+    if any(map(validate.is_transformation, nodes)) and not find_parts(opt_state):
         raise ValueError(
             f"{call}: this is an optimizer, and what it did is in its state: write state ="
             " tx.init(params),"
             f" updates, state = tx.update(grads, state, params), and {call}(state)."
+        )
+    hidden = sorted({type(x).__name__ for x in nodes if _is_hidden(x)})
+    if hidden and jax.tree.structure(opt_state).num_nodes > 1 and not find_parts(opt_state):
+        raise ValueError(
+            f"{call}: no clip, watch or skip wrapper was found in this {kind_of(opt_state)}, and"
+            f" jax.tree, which searches it, does not look into {', '.join(hidden)}: pass the state"
+            " that is held there."
         )
     if not _may_be_state(opt_state):
         raise ValueError(
@@ -154,6 +164,12 @@ def _may_be_state(tree: Any) -> bool:
         )
 
     return any(is_other(x) for x in jax.tree.leaves(tree, is_leaf=is_other))
+
+
+def _is_hidden(x: Any) -> bool:
+    """Whether a leaf is an object that may hold anything."""
+    known = isinstance(x, str | bytes | numbers.Number) or callable(x)
+    return not (known or hasattr(x, "dtype") or validate.is_transformation(x))
 
 
 def _describe(tree: Any) -> str:

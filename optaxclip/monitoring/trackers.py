@@ -49,8 +49,9 @@ def update_trackers(levels: Levels, norm: jax.Array, old: Trackers) -> Trackers:
     excess = jnp.maximum(jnp.abs(old.run) - _RUN, 0).astype(norm.dtype)
     rate = jnp.clip(_RATE * (1 + excess / 4), 1 / (1 + old.seen.astype(norm.dtype)), 1)
     median, seen = _track(old.median, old.seen, norm, np.asarray(0.5, norm.dtype), rate)
-    # NaN is "nothing to learn" to a tracker, so the multiples wait without a branch.
-    multiple = jnp.where((excess > 0) | (old.seen < 2 * _RUN), jnp.nan, norm / median)
+    # Infinity is "nothing to learn" to a tracker, so the multiples wait without a branch.
+    wait = (excess > 0) | (old.seen < 2 * _RUN)
+    multiple = jnp.where(wait, jnp.inf, norm / jnp.where(median > 0, median, 1))
     shares = np.array(list(levels.values()), norm.dtype)
     multiples, multiples_seen = _track(old.multiples, old.multiples_seen, multiple, shares, _RATE)
     return Trackers(median, seen, _count_run(norm, old), multiples, multiples_seen)

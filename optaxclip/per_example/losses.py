@@ -60,6 +60,11 @@ def _check_loss(value: Any, call: str) -> None:
             f"{call}: loss returned a {type(value).__name__}; for a pair (loss, aux) pass"
             " has_aux=True."
         )
+    if not jax.tree_util.all_leaves([value]):
+        raise ValueError(
+            f"{call}: loss returned a {type(value).__name__}: an example has one gradient, so add"
+            " the losses up, and return them apart as aux, with has_aux=True."
+        )
     if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise ValueError(
             f"{call}: loss must be one real number for one example, got {jnp.result_type(value)} of"

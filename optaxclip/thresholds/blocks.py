@@ -95,6 +95,8 @@ def over_blocks(
 
     # States are kept as one tree of norms for each number; the rule takes one tree of numbers.
     one, many = jax.tree.structure(start), jax.tree.structure(norms)
+    if not many.num_leaves:  # no unit at all, as in an empty group of `optax.partition`
+        return norms, state
     states = jax.tree.transpose(one, many, state)
     arrays = [many.flatten_up_to(x) for x in (norms, states, *more)]
     done = [over_array(*each) for each in zip(*arrays, strict=True)]

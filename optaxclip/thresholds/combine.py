@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import feeds, validate, xla
+from optaxclip import feeds, validate
 from optaxclip.base import Feed, Threshold, annotate
 from optaxclip.thresholds.blocks import hold, new_threshold
 from optaxclip.thresholds.fixed import advance, as_threshold
@@ -37,7 +37,8 @@ def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransf
       threshold: what makes bounds of norms, for example `optax.chain(optax.ema(0.9),
         optax.scale(2.0))`: twice the running mean.
       feed: what the threshold learns of a norm, given its bound: `feeds.raw`, `feeds.clipped`,
-        `feeds.accepted`, or a function `(norms, bounds) -> norms` in which NaN means "nothing".
+        `feeds.accepted`, or a function `(norms, bounds) -> norms` in which infinity and NaN
+        mean "nothing".
 
     >>> import jax.numpy as jnp, optax
     >>> from optaxclip import thresholds
@@ -56,11 +57,13 @@ def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransf
     def feed_on(norms, bounds):
         # Of a norm of zero (a frozen leaf, an unused expert) every multiple is zero: a bound that
         # freezes for ever.
-        return xla.poison(norms != 0, feed(norms, bounds))
+        return jnp.where(norms == 0, math.inf, feed(norms, bounds))
 
     def update_fn(norms, state, params=None, **extra_args):
         fed = jax.tree.map(feed_on, norms, state.clip_bound)
-        bounds, inner_state = inner.update(fed, state.inner, params, **extra_args)
+        # The threshold inside, which may be anybody's, gets a number to compute with in any case.
+        safe = jax.tree.map(lambda n: jnp.where(jnp.isfinite(n), n, 1), fed)
+        bounds, inner_state = inner.update(safe, state.inner, params, **extra_args)
         # The engine holds what norms that are not finite would move; a feed may leave out others.
         return state.clip_bound, hold(init_fn, fed, LagState(inner_state, bounds), state)
 

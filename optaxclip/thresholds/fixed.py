@@ -104,6 +104,19 @@ def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs
     return new_threshold(start_schedule, update_fn, kind=Fixed)
 
 
+def _has_moments(threshold: optax.GradientTransformation) -> bool:
+    """Whether this is an optimizer, which is a transformation as thresholds are."""
+    if hasattr(threshold.update, "learns"):  # one of ours
+        return False
+    try:
+        # Shapes only: to construct must start no backend.
+        state = jax.eval_shape(threshold.init, jax.ShapeDtypeStruct((), jnp.float32))
+    except Exception:  # a threshold may take no scalar norms
+        return False
+    # Not by `count` or `trace`: `optax.ema` and `optax.trace` make good thresholds.
+    return any(optax.tree.get_all_with_path(state, name) for name in ("mu", "nu"))
+
+
 def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs:
     """A threshold from a number, an array, a tracer, a schedule, or a transformation.
 
@@ -117,6 +130,9 @@ def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs
         must = "a number, a schedule or a threshold: a clip is none, pass its threshold"
         raise validate.fail(f"{name} must be {must}", value)
     if isinstance(value, optax.GradientTransformation):
+        if _has_moments(value):
+            must = "a number, a schedule or a threshold: an optimizer comes after the clip,"
+            raise validate.fail(f"{name} must be {must} optax.chain(clip, optimizer)", value)
         return optax.with_extra_args_support(value)
     if callable(value) and not getattr(value, "makes_part", False):
         return scheduled(value)

@@ -80,7 +80,8 @@ def learned(
     Args:
       statistic: what is learned of one block, and the bound that follows.
       feed: what is learned of a norm, given its bound: `feeds.raw`, `feeds.clipped`,
-        `feeds.accepted`, or a function `(norms, bounds) -> norms` in which NaN means "nothing".
+        `feeds.accepted`, or a function `(norms, bounds) -> norms` in which infinity and NaN
+        mean "nothing".
       update_first: whether a norm is learned, as it is, before it is judged; else it is judged by
         those before it.
       warmup_steps: a block is held to the bound of `warmup` until it has learned from this many
@@ -149,9 +150,11 @@ def _check(feed, update_first, warmup_steps, relearn_after) -> None:
 
 def _learn(statistic: Statistic, norm, value, seen):
     """The statistic and its count after one more norm, as before if that teaches nothing."""
-    new = statistic.learn(norm, value, seen)
-    # Asked again, after the engine: what a feed makes of a finite norm may be NaN.
+    # Asked again, after the engine: what a feed makes of a finite norm may be infinite.
     fine = jnp.isfinite(norm) & (statistic.signed | (norm > 0))
+    # In place of what teaches nothing any number will do: log(0) or inf - inf would be a false
+    # alarm under `jax.debug_nans`, also where nobody takes it.
+    new = statistic.learn(jnp.where(fine, norm, 1), value, seen)
     value = jax.tree.map(lambda new, old: jnp.where(fine, new.astype(old.dtype), old), new, value)
     return value, jnp.where(fine, optax.safe_increment(seen), seen)
 

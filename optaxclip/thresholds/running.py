@@ -146,6 +146,7 @@ def zscore(
     """
     validate.nonnegative(z=z, eps=eps)
     validate.share(decay=decay)
+    validate.steps(1, warmup_steps=warmup_steps)  # before the first norm mean and bound would be 0
     validate.choice(get_args(Target), target=target)
 
     def learn(norm, value, seen):

@@ -65,7 +65,8 @@ def _percentile(window: SortedRing, q, seen):
     a, b = window.ordered[low], window.ordered[jnp.minimum(low + 1, last)]
     rest = place - low.astype(q.dtype)
     # Before the first norm both are infinite, and inf - inf is NaN.
-    return jnp.where(rest > 0, a + rest * (b - a), a)
+    step = jnp.where(rest > 0, b, 0) - jnp.where(rest > 0, a, 0)
+    return a + rest * step
 
 
 @validate.makes_part
@@ -131,7 +132,7 @@ def window_zscore(
       signed: whether zeros and negative numbers are learned, too: for losses.
 
     Raises:
-      ValueError: for a negative z, or a window that is not a whole number of at least 1.
+      ValueError: for a negative z, or a window or warm-up that is not a whole number of at least 1.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import thresholds
@@ -144,6 +145,8 @@ def window_zscore(
     """
     validate.nonnegative(z=z)
     validate.size(window=window)
+    if warmup_steps is not None:
+        validate.steps(1, warmup_steps=warmup_steps)
 
     # Not a `SortedRing`: a mean needs no order, and half the memory.
     def learn(norm, ring, seen):

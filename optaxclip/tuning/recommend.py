@@ -114,10 +114,14 @@ def _read(norms: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             return total, layers
         layers = layers or _read_layers(run.table, isinstance(norms, Mapping))
         return _pool_layers(np.stack(list(layers.values()), axis=1)), layers
-    array = np.asarray(norms, float)
+    try:
+        array = np.asarray(norms, float)
+    except (TypeError, ValueError):  # a state, say
+        array = np.zeros(())
     if array.ndim not in (1, 2) or not array.size:
         raise ValueError(
-            f"recommend: norms must have the shape (steps,) or (steps, layers), got {array.shape}."
+            "recommend: norms must have the shape (steps,) or (steps, layers), got"
+            f" {array.shape or type(norms).__name__}."
         )
     if array.ndim == 1:
         return array, {}

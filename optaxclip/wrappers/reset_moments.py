@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from optaxclip import trees, validate, xla
 from optaxclip.base import annotate
 from optaxclip.engine import Description
-from optaxclip.states import StateGuard
+from optaxclip.states import StateGuard, init_inside
 
 
 class ResetState(NamedTuple):
@@ -66,22 +66,22 @@ def reset_moments(
     """
     validate.at_least(1, every=every)
     validate.nonnegative(warmup_steps=warmup_steps)
-    inner = validate.as_optimizer(inner)
+    inner, call = validate.as_optimizer(inner), validate.called()
 
     def init_fn(params):
-        return ResetState(jnp.zeros((), jnp.int32), inner.init(params))
+        return ResetState(jnp.zeros((), jnp.int32), init_inside(call, inner, params))
 
-    call = validate.called()
     guard = StateGuard(call, ResetState, init_fn)
 
     def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, updates if params is None else params)
+        like = trees.drop_gradientless(params, updates)
+        guard.check(state, like)
         # Asked before the optimizer moves: the gradient at which it is due is the first that the
         # fresh moments see.
         due = state.reset_step >= every
         step = jnp.where(due, 0, state.reset_step)
         # Made in the step, and not kept: a second set of moments would be as large as the first.
-        fresh = inner.init(updates if params is None else params)
+        fresh = inner.init(like)
         start = jax.tree.map(lambda a, b: _select(due, a, b), fresh, state.inner)
         updates, new = inner.update(updates, start, params, **extra_args)
         warm = _warmup(step, jnp.asarray(warmup_steps).astype(jnp.float32))

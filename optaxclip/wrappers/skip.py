@@ -154,8 +154,12 @@ def _refuse_chain(inner: Any, threshold: Any) -> None:
     if not (validate.is_transformation(inner) and validate.is_transformation(threshold)):
         return
     call = validate.called()
+    # Optax's clips have no state to be known by, but their functions have names.
+    maker = getattr(inner.update, "__qualname__", "")
+    is_clip = hasattr(inner.update, "description") or maker.startswith(
+        ("clip", "adaptive_grad_clip")
+    )
     # Shapes only: to construct must start no backend.
-    is_clip = getattr(inner.update, "description", None) is not None
     state = jax.eval_shape(threshold.init, jax.ShapeDtypeStruct((), jnp.float32))
     # Not by `count`, which `optax.ema` has, a good threshold.
     has_moments = any(optax.tree.get_all_with_path(state, name) for name in ("mu", "nu", "trace"))

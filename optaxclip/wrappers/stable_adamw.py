@@ -12,10 +12,11 @@ from jax.typing import ArrayLike
 from optaxclip import scopes, validate
 from optaxclip.base import AxisNames, annotate
 from optaxclip.core import clip_by
-from optaxclip.engine import description_of
+from optaxclip.engine import chain, description_of
 from optaxclip.norms import rms
-from optaxclip.states import StateGuard
+from optaxclip.states import StateGuard, init_inside
 from optaxclip.thresholds.learned import like
+from optaxclip.trees import drop_gradientless
 from optaxclip.xla import widen
 
 
@@ -72,12 +73,12 @@ def scale_by_stable_rms(
     )
 
     def init_fn(params):
-        return StableRmsState(inner.init(params), clip.init(params))
+        return StableRmsState(init_inside(call, inner, params), clip.init(params))
 
     guard = StateGuard(call, StableRmsState, init_fn)
 
     def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, updates if params is None else params)
+        guard.check(state, drop_gradientless(params, updates))
         # Adam first: its second moment has to have seen this gradient. In the first step the older
         # one is zero, beside which every gradient is a spike.
         steps, new = inner.update(updates, state.inner, params, **extra_args)
@@ -145,7 +146,7 @@ def stable_adamw(
     adamw = optax.chain(
         optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay, mask)
     )
-    return optax.chain(
+    return chain(
         scale_by_stable_rms(adamw, b2, eps, axis_names=axis_names),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from optaxclip import validate
 from optaxclip.base import AxisNames
 from optaxclip.clips.stable_spam import clip_by_running_max, normalize_by_moments
+from optaxclip.engine import chain
 from optaxclip.wrappers.reset_moments import reset_moments
 
 
@@ -55,7 +56,7 @@ def stable_spam(
     # Elements first, or one spike would be all of the norm by which the rest is divided. Each part
     # counts its own steps: in the authors' code a reset of the moments restarts the bias correction
     # of the running maximum, too, which turns that clip off for hundreds of steps.
-    return optax.chain(
+    return chain(
         clip_by_running_max(max_decay, axis_names=axis_names),
         normalize_by_moments(norm_b1, norm_b2, axis_names=axis_names),
         reset_moments(optax.scale_by_adam(b1, b2, eps), every, warmup_steps),

@@ -18,9 +18,9 @@ from optaxclip import validate, xla
 from optaxclip.base import annotate
 from optaxclip.engine import description_of, lay_out
 from optaxclip.scopes import tree
-from optaxclip.states import StateGuard
+from optaxclip.states import StateGuard, init_inside
 from optaxclip.thresholds.blocks import hold
-from optaxclip.trees import path_string
+from optaxclip.trees import drop_gradientless, path_string
 
 # Why a step was skipped, in `SkipState.last_reason`.
 NORM, LOSS, NONFINITE = 1, 2, 3
@@ -113,12 +113,14 @@ def skip_by(
     def init_fn(params):
         # One array each: two leaves with one buffer cannot be donated.
         skipped, row, reason = (jnp.zeros((), jnp.int32) for _ in range(3))
-        return SkipState(skipped, row, reason, *thresholds(params), inner.init(params))
+        inside = init_inside(call, inner, params)
+        return SkipState(skipped, row, reason, *thresholds(params), inside)
 
     guard = StateGuard(call, SkipState, init_fn)
 
     def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, updates if params is None else params)
+        like = drop_gradientless(params, updates)
+        guard.check(state, like)
         loss = find_loss(extra_args)
         if needs_loss and loss is None:
             raise ValueError(
@@ -129,7 +131,7 @@ def skip_by(
             verdict = _judge(watch, loss_rule, updates, state, params, loss, extra_args)
         steps, new = inner.update(updates, state.inner, params, **extra_args)
         # Made in the step, and not kept, or every checkpoint would hold a second set of thresholds.
-        fresh = thresholds(updates if params is None else params)
+        fresh = thresholds(like)
         skip, state = _decide(verdict, state, new, fresh, most)
         # A select, and not times 0: the steps of a gradient with NaN in it are NaN.
         return _select(skip, optax.tree.zeros_like(steps), steps), state

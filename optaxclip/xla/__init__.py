@@ -15,7 +15,7 @@ sharded. docs/performance.md has the numbers; `tests/benchmarks/accelerators.py`
 
 from optaxclip.xla.layout import Layout, lay_out
 from optaxclip.xla.lengths import counts_of, measure
-from optaxclip.xla.mesh import NOWHERE, Span, find_span
+from optaxclip.xla.mesh import NOWHERE, Span, call_in_auto_axes, find_span
 from optaxclip.xla.scaling import as_dtype_of, scale, spread
 from optaxclip.xla.widths import accumulator, poison, times, widen
 
@@ -25,6 +25,7 @@ __all__ = [
     "Span",
     "accumulator",
     "as_dtype_of",
+    "call_in_auto_axes",
     "counts_of",
     "find_span",
     "lay_out",

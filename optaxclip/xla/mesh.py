@@ -10,11 +10,12 @@ the types are silent, and it must be: there is never a silent local norm.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from optaxclip.base import AxisNames
 
@@ -145,6 +146,33 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
     return Span(
         tuple(said), tuple(sorted(frozenset().union(*said, *typed))), axis_names is not None
     )
+
+
+def call_in_auto_axes(
+    function: Callable[..., tuple[list[jax.Array], Any]], arrays: list[jax.Array], rest: Any
+) -> tuple[list[jax.Array], Any]:
+    """`function(arrays, rest)`, in a mesh with Explicit axes as in one with Auto axes.
+
+    There each product, select and vmap would have to be told the sharding of its result. The arrays
+    come out sharded as they went in, everything else the same on all devices.
+    """
+    types = [jax.typeof(x).sharding for x in arrays]
+    cut = [kind for kind in types if any(kind.spec)]
+    if not cut:
+        return function(arrays, rest)
+    leaves, structure = jax.tree.flatten(rest)
+    # Types change on the way in, so nothing may be closed over but what has none, such as strings.
+    numbers = {i: x for i, x in enumerate(leaves) if hasattr(x, "dtype")}
+
+    def inside(arrays, numbers):
+        whole = [numbers.get(i, x) for i, x in enumerate(leaves)]
+        return function(arrays, structure.unflatten(whole))
+
+    results = [kind.spec for kind in types], PartitionSpec()
+    # The mesh of the types: that of a context (`jax.set_mesh`) may have ended.
+    with jax.sharding.use_abstract_mesh(cut[0].mesh):
+        run: Any = jax.sharding.auto_axes(inside, out_sharding=results)
+        return run(arrays, numbers)
 
 
 def _silent(axes: tuple[Any, ...]) -> str:
