@@ -272,7 +272,7 @@ ADVICE = {
     ),
     "pmap without a name": Advice(
         lambda: in_pmap(oc.clip_by_global_norm(1.0)),
-        "Pass axis_names=() to the clip",
+        "Pass axis_names=() if that is meant",
         lambda: in_pmap(oc.clip_by_global_norm(1.0, axis_names=())),
     ),
     "pmap without a name, named": Advice(

@@ -17,6 +17,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from optaxclip import validate
 from optaxclip.base import AxisNames
 
 
@@ -177,18 +178,19 @@ def call_in_auto_axes(
 
 def _silent(axes: tuple[Any, ...]) -> str:
     """Why the span cannot be known, and what to write; first for averaged gradients."""
+    call = validate.called()
     if any(not isinstance(axis, str) or axis.startswith("_") for axis in axes):  # JAX's own name
         return (
-            "A clip inside pmap without axis_name cannot communicate: only the norm of each"
-            " device's own gradients can be taken. Pass axis_names=() to the clip if that is"
-            " meant, for example because the gradients are"
-            ' the same on every device; else name the axis, jax.pmap(step, axis_name="batch").'
+            f"{call}: inside pmap without axis_name devices cannot communicate: only the norm of"
+            " each device's own gradients can be taken. Pass axis_names=() if that is meant, for"
+            " example because the gradients are the same on every device; else name the axis,"
+            ' jax.pmap(step, axis_name="batch").'
         )
     return (
-        f"A clip inside shard_map(check_vma=False) or pmap, over the mesh axes {axes}, cannot know"
-        " over which of them the gradients are spread. Pass axis_names= to the clip: axis_names=()"
-        " if they are already the same on every device, which they are after pmean or psum (to"
-        f" tell, print them on each device with jax.debug.print); axis_names={axes!r} if each"
-        " device holds a different part of one gradient, as with sharded parameters. Or keep"
-        " check_vma=True, where nothing need be said."
+        f"{call}: inside shard_map(check_vma=False) or pmap, over the mesh axes {axes}, types do"
+        " not say over which of them the gradients are spread. Pass axis_names=() if they are"
+        " already the same on every device, which they are after pmean or psum (to tell, print"
+        f" them on each device with jax.debug.print); axis_names={axes!r} if each device holds a"
+        " different part of one gradient, as with sharded parameters. Or keep check_vma=True,"
+        " where nothing need be said."
     )
