@@ -115,7 +115,7 @@ def test_shard_map_without_types_or_names_is_an_error():
         out_specs=(SPECS, P()),
         check_vma=False,
     )
-    with pytest.raises(ValueError, match=r"^clip_by_global_norm: .* Pass axis_names=\(\) if"):
+    with pytest.raises(ValueError, match=r"Pass axis_names= to the clip"):
         run(GRADS)
 
 
