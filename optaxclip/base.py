@@ -103,6 +103,18 @@ class Norm(NamedTuple):
         return self.name
 
 
+class SizedView(NamedTuple):
+    """A view that asks of the parameters only how large their leaf is, wherever its parts lie.
+
+    Attributes:
+      norm: how large.
+      see: `(leaf, size) -> array of the leaf's shape`.
+    """
+
+    norm: Norm
+    see: Callable[[jax.Array, jax.Array], jax.Array]
+
+
 class Blocks(NamedTuple):
     """How the L measured leaves of one tree are cut into blocks.
 

@@ -240,6 +240,7 @@ HOLDERS = {
     ),
     "skip_spikes": lambda: oc.skip_spikes(optax.trace(0.9)),
     "skip_nonfinite": lambda: oc.skip_nonfinite(optax.trace(0.9)),
+    "dynamic_loss_scale": lambda: oc.wrappers.dynamic_loss_scale(optax.trace(0.9), 1.0),
 }
 
 

@@ -261,6 +261,10 @@ MISTAKES = {
             chain(oc.zclip(), clip(1.0), chain(optax.scale(1 / 1024), optax.scale_by_lion())),
             chain(oc.zclip(), optax.scale(1 / 1024), clip(1.0), optax.scale_by_lion()),
         ),
+        (
+            chain(clip(1.0), oc.wrappers.dynamic_loss_scale(optax.sgd(0.1))),
+            oc.wrappers.dynamic_loss_scale(chain(clip(1.0), optax.sgd(0.1))),
+        ),
     ],
     "clip-before-sign": [
         *[

@@ -134,9 +134,9 @@ def _norms_of(matrices: list[jax.Array], layout: xla.Layout, dtype) -> Norms:
 
 def _check_whole(leaves: Leaves, span: xla.Span) -> None:
     """Raises if a matrix may be spread over devices, each of which would clip its own part."""
-    # Under plain `jit` arrays are whole whatever their sharding; only inside `shard_map` are they
-    # parts.
-    spread = [p for i, p in enumerate(leaves.paths) if span.leaves and span.leaves[i]]
+    # Under plain `jit` arrays are whole whatever their sharding; only inside `shard_map`, over more
+    # than one device, are they parts.
+    spread = [path for i, path in enumerate(leaves.paths) if span.parts(i) > 1]
     if spread and not span.explicit:
         call = validate.called()
         raise ValueError(

@@ -17,6 +17,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from optaxclip import validate
 from optaxclip.base import AxisNames
 
 
@@ -56,11 +57,11 @@ class Span(NamedTuple):
         """
         if not self.explicit and any(lax.axis_size(axis) > 1 for axis in self.axes):
             raise ValueError(
-                f"A clip of units inside shard_map, over the mesh axes {self.axes}, cannot know"
-                " whether these cut units or lie between them: a type says over which axes a leaf"
-                " varies, not along which of its dimensions. Pass axis_names= to the clip: for"
-                " each leaf (as a tree, or a function of the path) the axes that cut its units,"
-                " and () where every device holds whole units."
+                f"{validate.called()}: a clip of units inside shard_map, over the mesh axes"
+                f" {self.axes}, cannot know whether these cut units or lie between them: a type"
+                " says over which axes a leaf varies, not along which of its dimensions. Pass"
+                " axis_names= to the clip: for each leaf (as a tree, or a function of the path)"
+                " the axes that cut its units, and () where every device holds whole units."
             )
 
     def _own(self, leaf: int) -> frozenset[str]:
@@ -177,18 +178,19 @@ def call_in_auto_axes(
 
 def _silent(axes: tuple[Any, ...]) -> str:
     """Why the span cannot be known, and what to write; first for averaged gradients."""
+    call = validate.called()
     if any(not isinstance(axis, str) or axis.startswith("_") for axis in axes):  # JAX's own name
         return (
-            "A clip inside pmap without axis_name cannot communicate: only the norm of each"
-            " device's own gradients can be taken. Pass axis_names=() to the clip if that is"
-            " meant, for example because the gradients are"
-            ' the same on every device; else name the axis, jax.pmap(step, axis_name="batch").'
+            f"{call}: a clip inside pmap without axis_name cannot communicate: only the norm of"
+            " each device's own gradients can be taken. Pass axis_names=() to the clip if that is"
+            " meant, for example because the gradients are the same on every device; else name the"
+            ' axis, jax.pmap(step, axis_name="batch").'
         )
     return (
-        f"A clip inside shard_map(check_vma=False) or pmap, over the mesh axes {axes}, cannot know"
-        " over which of them the gradients are spread. Pass axis_names= to the clip: axis_names=()"
-        " if they are already the same on every device, which they are after pmean or psum (to"
-        f" tell, print them on each device with jax.debug.print); axis_names={axes!r} if each"
-        " device holds a different part of one gradient, as with sharded parameters. Or keep"
-        " check_vma=True, where nothing need be said."
+        f"{call}: a clip inside shard_map(check_vma=False) or pmap, over the mesh axes {axes},"
+        " cannot know over which of them the gradients are spread. Pass axis_names= to the clip:"
+        " axis_names=() if they are already the same on every device, which they are after pmean"
+        " or psum (to tell, print them on each device with jax.debug.print);"
+        f" axis_names={axes!r} if each device holds a different part of one gradient, as with"
+        " sharded parameters. Or keep check_vma=True, where nothing need be said."
     )
