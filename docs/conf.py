@@ -1,4 +1,4 @@
-"""Sphinx: pages in MyST Markdown, the API from the docstrings; it builds without a network."""
+"""Sphinx: pages are MyST Markdown, the API comes from docstrings; no network is needed."""
 
 import os
 import pathlib
@@ -35,7 +35,7 @@ napoleon_attr_annotations = False  # the text says what a field is; the types ar
 napoleon_use_ivar = True
 maximum_signature_line_length = 80
 
-# The inventory of each project; where there is no network, a list of the names that are used here.
+# The inventory of each project; without a network a list of the names that are used here.
 intersphinx_mapping = {
     name: (address, (None, f"inventories/{name}.inv"))
     for name, address in {
@@ -55,9 +55,7 @@ nb_execution_show_tb = True
 
 copybutton_exclude = ".linenos, .gp, .go"
 # Where the site will be, for links that are shared; a card needs the full address of its picture.
-ogp_site_url = html_baseurl = os.environ.get(
-    "SITE_URL", os.environ.get("READTHEDOCS_CANONICAL_URL", "")
-)
+ogp_site_url = html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
 ogp_image = "_static/card.png"
 ogp_enable_meta_description = True
 

@@ -1,4 +1,4 @@
-"""Links that nobody writes: types in signatures, and code spans that are names, get one.
+"""Links that nobody writes: types in signatures, and code spans that are names.
 
 A name is looked up among the entries of this site, then in the inventories of other projects.
 """

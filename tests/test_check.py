@@ -261,10 +261,6 @@ MISTAKES = {
             chain(oc.zclip(), clip(1.0), chain(optax.scale(1 / 1024), optax.scale_by_lion())),
             chain(oc.zclip(), optax.scale(1 / 1024), clip(1.0), optax.scale_by_lion()),
         ),
-        (
-            chain(clip(1.0), oc.wrappers.dynamic_loss_scale(optax.sgd(0.1))),
-            oc.wrappers.dynamic_loss_scale(chain(clip(1.0), optax.sgd(0.1))),
-        ),
     ],
     "clip-before-sign": [
         *[
@@ -305,11 +301,8 @@ MISTAKES = {
     "optimizer-as-threshold": [
         (make(optimizer), chain(make(1.0), optimizer))
         for make in (oc.clip_by, oc.clip_by_leaf_norm, oc.clip, oc.u_clip)
-        # Most are refused when the clip is built; of these only the state would tell.
-        for optimizer in (
-            optax.inject_hyperparams(optax.sgd)(0.1),
-            optax.inject_hyperparams(optax.sign_sgd)(0.1),
-        )
+        # All others are refused when the clip is built.
+        for optimizer in (optax.inject_hyperparams(optax.sgd)(0.1),)
     ],
     "threshold-as-clip": [
         (chain(t, optax.sgd(1.0)), chain(oc.clip_by(t), optax.sgd(1.0)))
@@ -693,7 +686,8 @@ def test_each_of_ours_says_what_it_is(name):
     about = tx.update.description if hasattr(tx.update, "description") else None
     nodes = [node for node in read_chain(tx, PARAMS) if node.module.startswith("optaxclip")]
     assert nodes
-    assert all(node.about is not None and node.about.name in vars(oc) for node in nodes)
+    public = vars(oc) | vars(oc.wrappers)
+    assert all(node.about is not None and node.about.name in public for node in nodes)
     assert about is None or nodes[0].about == about
 
 

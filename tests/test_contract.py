@@ -75,9 +75,13 @@ def blocks(case, grads):
         return [list(leaves.values())]
     if case.block == "leaf":
         return [[x] for x in leaves.values()]
-    if case.block == "unit":
+    if case.block in ("unit", "layer"):
+        # The units of a kernel are its columns; its layers, stacked along the first axis, its rows.
+        cut = {"unit": np.transpose, "layer": list}[case.block]
         return [
-            [x] for name, leaf in leaves.items() for x in (leaf.T if name == "kernel" else [leaf])
+            [x]
+            for name, leaf in leaves.items()
+            for x in (cut(leaf) if name == "kernel" else [leaf])
         ]
     return [[x] for leaf in leaves.values() for x in leaf.ravel()]
 
@@ -283,7 +287,7 @@ def test_what_is_not_a_gradient_passes_through(case):
 
 def test_weak_types_are_kept():
     for case in CASES:
-        x = {"kernel": jnp.asarray(3.0)}
+        x = {"kernel": jnp.broadcast_to(jnp.asarray(3.0), (1, 1))}
         tx = case.make(1.0)
         updates, _ = tx.update(x, tx.init(x), x)
         assert updates["kernel"].weak_type, case.name
@@ -433,8 +437,8 @@ def test_a_state_may_have_another_type_with_the_same_fields():
         ({"norm": "l2"}, r"norm must be norms\.l2, .*got 'l2'"),
         (
             {"scope": "layer"},
-            r"scope must be scopes\.tree, scopes\.leaf, scopes\.groups\(...\) or"
-            r" scopes\.units\(...\), got 'layer'",
+            r"scope must be scopes\.tree, scopes\.leaf, scopes\.groups\(...\),"
+            r" scopes\.stacked\(...\), scopes\.units\(...\) or scopes\.element, got 'layer'",
         ),
         ({"scope": optaxclip.scopes.groups}, r"scope must be .*: write groups\("),
         ({"scope": optaxclip.scopes.units}, r"scope must be .*: write units\("),
