@@ -114,7 +114,7 @@ def test_groups_match_each_leaf_once():
         ValueError,
         match=r"max_norm must have one entry for each of the blocks .*'x'\] are not among them",
     ):
-        oc.clip_by_group_norm({"x": 1.0}, lambda path: path).init(grads)
+        oc.clip_by_group_norm({"x": 1.0}, lambda path: path).update(grads, None)
 
 
 def test_units_by_layout_and_layer():
