@@ -223,6 +223,21 @@ def test_the_smallest_beside_the_largest():
     assert mixed["big"] == 1.0 and mixed["small"] == 0.0
 
 
+@pytest.mark.parametrize("scope", ["tree", "leaf", "units"])
+def test_float32_beside_float64_is_as_right_as_alone(scope):
+    """The scales at which float64 is summed are no float32, and nor are its factors."""
+    scopes = optaxclip.scopes
+    scope = {"tree": scopes.tree, "leaf": scopes.leaf, "units": scopes.units()}[scope]
+    with jax.enable_x64(True):
+        step = updater(optaxclip.clip_by(1e-20, scope=scope))
+        for scale in (1e-30, 1e-10, 1e10, 1e30):
+            grads = {"single": jnp.full((4, 1), scale, jnp.float32), "double": jnp.zeros(3)}
+            updates, state = step(grads)
+            norm = jnp.max(jnp.hstack(jax.tree.leaves(state.metrics.grad_norm)))
+            np.testing.assert_allclose(norm, 2 * scale, rtol=1e-6)
+            np.testing.assert_allclose(updates["single"], min(0.5e-20, scale), rtol=1e-6)
+
+
 def test_narrow_dtypes_where_optax_is_wrong():
     half = {"w": jnp.full(4, 300, jnp.float16)}
     np.testing.assert_allclose(

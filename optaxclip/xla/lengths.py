@@ -50,6 +50,9 @@ def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
         layout.span.check_units()
 
     def pool(form, arrays, scales):
+        # 2^640, a scale of float64, is no float32: beside such a leaf narrower ones would vanish.
+        if dtype == np.float64:
+            arrays = [widen(x, dtype) for x in arrays]
         return _pool(form, norm, layout, arrays, scales, dtype)
 
     def finish(pools):

@@ -37,7 +37,7 @@ def scale(arrays: list[jax.Array], factors: Any, *, layout: Layout, zeros: bool)
 
 
 def _scaled(x: jax.Array, factor: jax.Array, zeros: bool) -> jax.Array:
-    out = times(widen(x), factor)
+    out = times(widen(x, factor.dtype), factor)
     if zeros:
         out = jnp.where(factor == 0, jnp.zeros_like(out), out)
     return as_dtype_of(x, out)
