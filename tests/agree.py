@@ -15,6 +15,13 @@ GRADS = {
 }
 PARAMS = jax.tree.map(lambda g: jnp.cos(g) + 0.5, GRADS)
 
+MEAN_SQUARE = thresholds.Statistic(
+    0.0,
+    lambda g, rms, seen: jnp.hypot(0.9**0.5 * rms, 0.1**0.5 * g),
+    # No bound where all was zero, as in ours of SPAM.
+    lambda g, rms, seen: jnp.where(rms == 0, jnp.inf, 2 * rms),
+    signed=True,
+)
 ONE_EACH = jax.tree.map(lambda g: 0.5, GRADS)
 
 
@@ -61,6 +68,12 @@ TRANSFORMATIONS = {
     "a value clip is a clip by element": (
         lambda: optax.clip(0.5),
         lambda: oc.clip_by(0.5, scope=scopes.element),
+    ),
+    "a clip of spikes is one by element of its mean square": (
+        lambda: oc.spam_clip(4.0, 0.9, warmup_steps=1, every=None),
+        lambda: oc.clip_by(
+            thresholds.learned(MEAN_SQUARE, feed=oc.feeds.clipped), scope=scopes.element
+        ),
     ),
     "rows that are stacked are units of a row": (
         lambda: oc.clip_by(0.5, scope=scopes.stacked("kernel|table")),

@@ -70,7 +70,10 @@ ERRORS = [
     ({"attn": [1.0, -1.0]}, r"max_norm\['attn/1'\] must be a number from 0"),
     ({"attn": thresholds.zscore}, r"max_norm\['attn'\] must be .*: write zscore\(...\)"),
     ({"attn": oc.zclip()}, r"max_norm\['attn'\] must be .*: a clip is none"),
-    ({"attn": optax.adam(0.1)}, r"max_norm\['attn'\] must be .* of norms, no clip and no optimizer"),
+    (
+        {"attn": optax.adam(0.1)},
+        r"max_norm\['attn'\] must be .* of norms, no clip and no optimizer",
+    ),
     ({"attn": 1.0, "rest": 1.0}, r"\['mlp'\] are missing, \[\] are not among them"),
     ({**MIXED, "mpl": 1.0}, r"\[\] are missing, \['mpl'\] are not among them"),
 ]
