@@ -116,11 +116,11 @@ def variadic(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
                     [_together(norm, [arrays[i] for i in part], s) for part in chunk]
                     for s in scales
                 ]
-                if len(chunk) == 1:
-                    sums = [[x] for x in _reduce([x for (x,) in at], norm)]
-                else:  # a reduction for each scale: of more operands ptxas refuses the kernel
-                    sums = [_reduce(xs, norm) for xs in at]
-                pools.append([jnp.stack(xs).astype(dtype) for xs in sums])
+                # All scales in one reduction, unless ptxas would refuse so many operands.
+                fits = len(chunk) * len(scales) <= OPERANDS
+                reductions = [[x for xs in at for x in xs]] if fits else at
+                sums = [x for operands in reductions for x in _reduce(operands, norm)]
+                pools.append([jnp.stack(xs).astype(dtype) for xs in chunks(sums, len(chunk))])
                 first.extend(part[0] for part in chunk)
     return _joined(pools, first, len(scales), dtype)
 
