@@ -105,6 +105,8 @@ def build(
         known = jax.tree.leaves(state.metrics.clip_bound)
         dtype = known[0].dtype if known else xla.accumulator(leaves.arrays)
         norms, param_norms = _measure(about, rule, leaves, layout, params, dtype)
+        # The names for thresholds by name; all that is said to a threshold of its scope.
+        extra_args = {**extra_args, "block_names": layout.blocks.names}
         bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
         arrays, done = rule.act(leaves, layout, norms, bounds)
         # Here, and not in the thresholds: so a NaN moves none of them, the user's and Optax's

@@ -163,6 +163,17 @@ def test_units_in_shard_map_need_names_and_then_are_right():
     )
 
 
+def test_numbers_are_clipped_and_judged_where_they_lie():
+    tx = optaxclip.zclip(scope=optaxclip.scopes.element)
+    spec = NamedSharding(mesh_of(4, 2), P("x", "y"))
+    grads = jax.device_put(GRADS["dense"], spec)
+    compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile(AS_USERS)
+    assert not re.search(r" (all|reduce|collective)-\w+(-start)?\(", compiled.as_text())
+    (norms,) = compiled(grads, tx.init(grads))[1].metrics.grad_norm
+    np.testing.assert_array_equal(norms[0], np.abs(GRADS["dense"]))
+    assert norms.sharding.is_equivalent_to(NamedSharding(spec.mesh, P(None, "x", "y")), 3)
+
+
 def test_pmap_and_vmap_take_the_name_of_their_axis():
     tx = optaxclip.clip_by_global_norm(1.0, axis_names="i")
     grads = GRADS["dense"].reshape(8, 1, 4)
