@@ -47,7 +47,7 @@ def test_constant_norms_for_ten_thousand_steps(case):
         assert case.relative or before / 1.2 < after <= before * (1 + 1e-6), name
 
 
-# What is said of its own numbers: a cap, a bound for the warm-up, the first bound, ε and a floor; the
+# These have numbers in the units of the gradient: a cap, a bound at the start, an ε. The
 # moments of norms make a ratio of them, which is as long at any scale.
 ABSOLUTE = {"autoclip after", "adagc", "quantile_clip", "normalize_by_moments", "scale_by_acclip"}
 ABSOLUTE |= {"u_clip by element", "smooth_clip", "clippy", "spectral_clip"}
