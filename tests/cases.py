@@ -17,7 +17,7 @@ class Case(NamedTuple):
     Attributes:
       name: what the test reports call it.
       make: the clip with a given bound; further keyword arguments go to the clip.
-      block: "tree", "leaf", "unit" or "element": what shares one norm.
+      block: "tree", "leaf", "layer", "unit" or "element": what shares one norm.
       hard: whether blocks within the bound are left alone, and others shortened to it.
       norm: of which p-norm (or "rms") the bound is.
       relative: the bound is a share of the parameters' norm, so parameters are needed.
@@ -79,6 +79,9 @@ CASES = [
     Case("clip", lambda b, nonfinite=None, **k: oc.clip(b, **k), "element"),
     Case("clip_by whole leaves as units", by(scope=oc.scopes.units(...)), "leaf"),
     Case("clip_by units", by(scope=oc.scopes.units()), "unit"),
+    # The path of a bare array is "".
+    Case("clip_by stacked", by(scope=oc.scopes.stacked("^$|kernel")), "layer"),
+    Case("clip_by elements", by(scope=oc.scopes.element), "element"),
     Case("clip_by normalize", by(action=oc.actions.normalize), hard=False),
     Case(
         "clip_by smooth",
@@ -237,6 +240,7 @@ HOLDERS = {
     ),
     "skip_spikes": lambda: oc.skip_spikes(optax.trace(0.9)),
     "skip_nonfinite": lambda: oc.skip_nonfinite(optax.trace(0.9)),
+    "dynamic_loss_scale": lambda: oc.wrappers.dynamic_loss_scale(optax.trace(0.9), 1.0),
 }
 
 

@@ -30,10 +30,12 @@ def global_norm(
     """The norm of all leaves of a tree together, as `clip_by_global_norm` measures it: ‖g‖.
 
     A scalar in float32 (float64 if any leaf is), right from 1e-36 to 1e36 whatever the dtype of the
-    leaves, and with a derivative of 0 at zeros. An empty tree has the norm 0.
+    leaves, and with a derivative of 0 at zeros. An empty tree has the norm 0. Sharded arrays are
+    measured where they lie: the norm is that of whole arrays, and none is gathered.
 
     Args:
-      tree: gradients, parameters, or any tree. Only leaves of floating-point numbers count.
+      tree: gradients, parameters, or any tree. Leaves of real and complex floating-point numbers
+        count; integers, `None` and functions do not.
       norm: `norms.l2`, `l1`, `linf`, `rms`, or a number p for the p-norm.
       exclude, axis_names: as in `optaxclip.clip_by`.
 

@@ -31,7 +31,7 @@ from optaxclip.monitoring.trackers import (
 )
 from optaxclip.norms import l2
 from optaxclip.record import metrics_of, pack_names, unpack_names
-from optaxclip.scopes import as_scope, leaf, tree
+from optaxclip.scopes.leaves import as_scope, leaf, tree
 from optaxclip.states import StateGuard, check_names
 from optaxclip.thresholds.blocks import reads_params
 from optaxclip.thresholds.fixed import unchecked

@@ -7,8 +7,9 @@
 
 A topology stands in for the devices. Nothing runs: no number here is a time on a device. Counted
 are kernels, bytes per parameter (operands and results of each kernel), collectives, temporaries
-relative to the gradients, on TPUs the cycles that the compiler estimates, and the CPU seconds that
-it took; in parentheses relative to Optax's clip of that kind, for a clip by value to no clip.
+relative to the gradients, on TPUs the cycles that the compiler estimates, and the CPU time that it
+took beside the first row; in parentheses relative to Optax's clip of that kind, for a clip by value
+to no clip.
 
 Exit codes: 1 with `--limits` where a limit is broken or nothing was judged, 3 where the compilers
 are missing.
@@ -47,9 +48,9 @@ HEADS = {
     "bytes": "bytes per parameter",
     "temporaries": "temporaries / gradients",
     "cycles": "estimated cycles",
-    "compile": "compile, CPU s",
+    "compile": "compile time / first row",
 }
-SAID = HEADS | {"error": "rows that do not compile"}
+SAID = HEADS | {"compile": "compile time", "error": "rows that do not compile"}
 COLLECTIVES = ("all-reduces", "all-gathers", "others", "moved")
 RATIOS = ("kernels", "bytes", "cycles", "compile")
 
@@ -166,12 +167,15 @@ def show(rows: dict[str, dict], case: Case) -> str:
             lines.append([name, f"not compiled: {error}", *[""] * (len(heads) - 1)])
         else:
             peer = rows.get(find_peer(name) or "", {})
-            lines.append([name, *(_cell(row, peer, head) for head in heads)])
+            first = next(iter(rows.values()))
+            lines.append([name, *(_cell(row, peer, first, head) for head in heads)])
     return table(["", *(HEADS[head] for head in heads)], lines)
 
 
-def _cell(row: dict, peer: dict, head: str) -> str:
-    text = _write(row[head], head)
+def _cell(row: dict, peer: dict, first: dict, head: str) -> str:
+    # Seconds are those of one machine on one day; beside the first row they say something.
+    value = row[head] / first[head] if head == "compile" else row[head]
+    text = _write(value, head)
     return f"{text} ({row[head] / peer[head]:.2f})" if head in RATIOS and peer.get(head) else text
 
 
