@@ -55,7 +55,7 @@ class Span(NamedTuple):
         """Raises where types say over which axes a leaf varies, but units and layers need to know
         along which of its own.
         """
-        if not self.explicit and any(lax.axis_size(axis) > 1 for axis in self.axes):
+        if not self.explicit and any(self.parts(leaf) > 1 for leaf in range(len(self.leaves))):
             raise ValueError(
                 f"{validate.called()}: a clip of units or layers inside shard_map, over the mesh"
                 f" axes {self.axes}, cannot know whether these cut units or lie between them: a"
