@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
+from optaxclip.compat import to_varying
 from tests.conftest import AS_USERS
 
 GRADS = {
@@ -123,7 +124,7 @@ def test_names_override_a_replicated_value_that_is_typed_as_varying():
     tx = optaxclip.clip_by_global_norm(1.0, axis_names=())
 
     def step(grads):
-        varying = jax.tree.map(lambda g: jax.lax.pcast(g, "x", to="varying"), grads)
+        varying = jax.tree.map(lambda g: to_varying(g, ["x"]), grads)
         updates, seen = steps(tx, varying)
         return jax.tree.map(lambda u: jax.lax.pmean(u, "x"), updates), seen
 
