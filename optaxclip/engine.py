@@ -124,8 +124,9 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
     guard = StateGuard(call, tuple, tx.init)
 
     def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, drop_gradientless(params, updates))
-        return tx.update(updates, state, params, **extra_args)
+        like = drop_gradientless(params, updates)
+        guard.check(state, like)
+        return tx.update(updates, state, None if params is None else like, **extra_args)
 
     annotate(update_fn, description=Description(kind="other", name=call, inner=tx))
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)

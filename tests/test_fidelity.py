@@ -189,11 +189,14 @@ def test_clippy_and_larc_follow_the_paper():
 def test_larc_with_a_group_that_does_not_decay():
     grads, params = series(), np.linspace(-1, 1, 6).reshape(SHAPE).astype(np.float32)
     groups = {"decays": oc.larc(0.05, weight_decay=0.3), "does not": oc.larc(0.05)}
-    tx = optax.partition(groups, {"w": "decays", "b": "does not"})
-    got = followed(tx, {"w": grads, "b": grads}, {"w": params, "b": params})
-    for name, decay in {"w": 0.3, "b": 0.0}.items():
-        want = reference.larc(np.float64(grads), np.float64(params), 0.05, weight_decay=decay)
-        np.testing.assert_allclose(got[name], want, rtol=1e-4, atol=1e-7)
+    by_group = optax.partition(groups, {"w": "decays", "b": "does not"})
+    mask = {"w": True, "b": False}
+    by_mask = (oc.larc(0.05, weight_decay=0.3, mask=m) for m in (mask, lambda params: mask))
+    for tx in (by_group, *by_mask):
+        got = followed(tx, {"w": grads, "b": grads}, {"w": params, "b": params})
+        for name, decay in {"w": 0.3, "b": 0.0}.items():
+            want = reference.larc(np.float64(grads), np.float64(params), 0.05, weight_decay=decay)
+            np.testing.assert_allclose(got[name], want, rtol=1e-4, atol=1e-7)
 
 
 SKIPS = {
