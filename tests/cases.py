@@ -230,7 +230,7 @@ OTHERS = {
     "clip_by_median by params": lambda: oc.clip_by_median(scale_by_params=True),
     "spectral_clip": lambda: oc.spectral_clip(1.0),
     "spectral_clip adaptive": lambda: oc.spectral_clip(oc.thresholds.running(2.0), method="soft"),
-    "u_clip by element": lambda: oc.u_clip(1.0, scope=oc.scopes.units(())),
+    "u_clip by element": lambda: oc.u_clip(1.0, scope=oc.scopes.element),
 }
 # These hold a part of Optax's, and take the trees that it takes.
 HOLDERS = {

@@ -1,5 +1,6 @@
 """Each algorithm follows its paper, retold in NumPy, for 300 steps of warm-up, drift, spikes."""
 
+import functools
 import json
 import math
 import pathlib
@@ -126,6 +127,21 @@ def test_elements_follow_the_paper(name, own):
     want = getattr(reference, name)(np.float64(grads), **arguments)
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-5 * np.abs(want).max())
     assert own == 0 or np.any(np.abs(want - grads) > 1e-3)
+
+
+def test_the_bounds_that_normalize_by_moments_states_are_reached_and_not_passed():
+    spikes = np.array([1.0, 2.0, 3.857, 10.0, 100.0, 1e6])
+    steady = np.r_["0,2", np.ones((200, len(spikes))), spikes]
+    # Cauchy and Schwarz: the worst series grows by b2 / b1 a step.
+    worst = np.repeat((0.9 / 0.7) ** np.arange(201.0)[:, None] * 1e-20, len(spikes), 1)
+    grads = {"steady": jnp.float32(steady.T[..., None]), "worst": jnp.float32(worst.T[..., None])}
+    follow = functools.partial(
+        followed, oc.normalize_by_moments(), params=dict.fromkeys(grads, jnp.zeros(1))
+    )
+    last = jax.tree.map(lambda x: np.asarray(x[:, -1, 0]), jax.vmap(follow)(grads))
+    assert round(float(last["steady"].max()), 4) == round(float(last["steady"][2]), 4) == 1.2019
+    assert round(float(last["steady"][-1]), 2) == 0.95
+    assert round(float(last["worst"][0]), 3) == 1.406
 
 
 def test_stable_rms_follows_the_paper():
