@@ -49,7 +49,7 @@ intersphinx_mapping = {
 intersphinx_timeout = 5
 
 nb_execution_mode = "cache"
-nb_execution_timeout = 120
+nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 
