@@ -130,12 +130,19 @@ def _by_depth(blocks: dict[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]
     for name, x in blocks.items():
         # Every number in a path may be the one that counts layers: each is tried.
         for match in re.finditer(r"\d+", name):
-            layers = squares.setdefault(name[: match.start()], {})
+            layers = squares.setdefault(_head(name, match.start()), {})
             with np.errstate(over="ignore"):
                 layers[int(match[0])] = layers.get(int(match[0]), 0.0) + np.square(x)
     return {
         head: {n: np.sqrt(x) for n, x in sorted(layers.items())} for head, layers in squares.items()
     }
+
+
+def _head(name: str, start: int) -> str:
+    """What stands before the number of a layer."""
+    # `blocks/attn/kernel[3]`: the leaves of a model that stacks its layers are one layer together.
+    stack, bracket, numbers = name[:start].rpartition("[")
+    return stack.split("/")[0] + bracket + numbers if bracket else name[:start]
 
 
 def depth(run: RecordedRun) -> Iterator[Sign]:
@@ -151,7 +158,7 @@ def depth(run: RecordedRun) -> Iterator[Sign]:
         if ratio < DEPTH or fit.r2 < RISE_R2:
             continue
         falls, per_layer = fit.growth > 1, ratio ** (1 / (len(norms) - 1))
-        first, last = f"{head}{min(usual)}", f"{head}{max(usual)}"
+        first, last = (f"{head}{n}{']' * ('[' in head)}" for n in (min(usual), max(usual)))
         yield Sign(
             "norms-fall-with-depth" if falls else "norms-grow-with-depth",
             f"from {last} back to {first} the norm {'falls' if falls else 'grows'}"
