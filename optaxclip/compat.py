@@ -25,7 +25,8 @@ def to_varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     # JAX 0.7 has only `pvary`, and from JAX 0.9 on that warns that it is deprecated.
     if hasattr(lax, "pcast"):
         return lax.pcast(x, tuple(axes), to="varying")
-    return lax.pvary(x, tuple(axes))
+    older: Any = lax
+    return older.pvary(x, tuple(axes))
 
 
 def manual_axes() -> tuple[Any, ...]:

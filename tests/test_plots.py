@@ -211,8 +211,9 @@ def test_descent_is_thrown_out_without_a_clip_and_not_with_it():
 
 def test_an_empty_history_is_refused():
     for empty in ([], {}, {"clip/grad_norm": []}):
-        with pytest.raises(ValueError, match="at least one step"):
-            plots.plot_norms(empty)
+        for read in (plots.plot_norms, optaxclip.diagnose):
+            with pytest.raises(ValueError, match="at least one step"):
+                read(empty)
 
 
 @pytest.mark.parametrize("prefix", ["watch/", "mine/", "run/0/"])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import validate
+from optaxclip.monitoring.overview import describe_columns
 from optaxclip.states import kind_of
 
 # Steps that are fetched together: few enough for the device to hold, and enough to share the cost.
@@ -91,8 +92,8 @@ class History:
         alike = defaultdict(list)
         for i, packed in enumerate(read):
             alike[tuple(packed)].append(i)
-            for name in (name for group in packed for name in group[0]):
-                self._columns.setdefault(name, len(self._columns) + 1)
+        for name in (name for groups in alike for group in groups for name in group[0]):
+            self._columns.setdefault(name, len(self._columns) + 1)
         table = np.full((len(waiting), len(self._columns) + 1), np.nan)
         table[:, 0] = [step for step, _ in waiting]
         for groups, rows in alike.items():
@@ -132,6 +133,12 @@ class History:
     def __len__(self) -> int:
         return len(self._read())
 
+    def __repr__(self) -> str:
+        return describe_columns(self.steps, self.arrays())
+
+    def _repr_markdown_(self) -> str:
+        return describe_columns(self.steps, self.arrays(), markdown=True)
+
     def rows(self) -> list[dict[str, float]]:
         """One dict a step; NaN where a step lacks a key."""
         return [dict(zip(self._columns, row, strict=True)) for row in self._read()[:, 1:].tolist()]
@@ -155,7 +162,7 @@ def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
     wide = {key: kind[0] for kind, keys in groups.items() if kind[0] for key in keys}
     if wide:
         raise ValueError(
-            "History.append takes one number under each key; not so"
+            "A history takes one number under each key; not so"
             f" {dict(list(wide.items())[:3])}. Of several runs (vmap) append one each to a History"
             " of its own; of a lax.scan the stacked dict is a history already."
         )
@@ -172,7 +179,7 @@ def _placement(x: Any) -> tuple:
         return _HOST if type(x) is float else (np.shape(x),)
     if isinstance(x, jax.core.Tracer):
         raise ValueError(
-            "History.append is for the host, between steps: return the metrics from the compiled"
+            "A history is for the host, between steps: return the metrics from the compiled"
             " step, and append them there. Of a lax.scan the stacked dict is a history already."
         )
     # One program takes arrays of one placement only; strict promotion wants one dtype.

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.monitoring.columns import Recording, read_columns
 from optaxclip.monitoring.fits import find_runs
 from optaxclip.monitoring.histograms import Histograms, log_edges
-from optaxclip.monitoring.history import History, Recorded
+from optaxclip.monitoring.history import History, Recorded, RecordedRun, read_run
 from optaxclip.plots.axes import axes_or_new, colors_of, draw_legend_above, format_ticks
 from optaxclip.plots.steps import require_norms
 
@@ -39,8 +38,8 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['head', 'body']
     """
-    run = read_columns(history)
-    layers = run.blocks(clip) or _plain_layers(run)
+    run = read_run(history, clip)
+    layers = run.blocks or _plain_layers(run)
     if not layers:
         raise ValueError(
             "plot_layers: no norms by layer in the history: put optaxclip.watch() before the clip,"
@@ -61,7 +60,7 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     return ax
 
 
-def _plain_layers(run: Recording) -> dict[str, np.ndarray]:
+def _plain_layers(run: RecordedRun) -> dict[str, np.ndarray]:
     """A dict of layer -> norms, which no part of a state has written."""
     return {} if run.clips or run.watches or run.skips else run.table
 
@@ -133,7 +132,7 @@ def plot_histogram(
     if isinstance(norms, Histograms):
         return _draw_counts(norms, axes_or_new(ax))
     if _is_history(norms):
-        norms = require_norms(read_columns(norms), "plot_histogram")
+        norms = require_norms(read_run(norms, 0), "plot_histogram")
     array = np.asarray(norms, float)
     known = array[np.isfinite(array) & (array > 0)]
     if not known.size:

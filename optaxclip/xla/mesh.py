@@ -53,16 +53,17 @@ class Span(NamedTuple):
         return _across(x, tuple(sorted(self._own(leaf))), how)
 
     def check_units(self) -> None:
-        """Raises where types say over which axes a leaf varies, but units need to know along which
-        of its own.
+        """Raises where types say over which axes a leaf varies, but units and layers need to know
+        along which of its own.
         """
-        if not self.explicit and any(lax.axis_size(axis) > 1 for axis in self.axes):
+        if not self.explicit and any(self.parts(leaf) > 1 for leaf in range(len(self.leaves))):
             raise ValueError(
-                f"{validate.called()}: a clip of units inside shard_map, over the mesh axes"
-                f" {self.axes}, cannot know whether these cut units or lie between them: a type"
-                " says over which axes a leaf varies, not along which of its dimensions. Pass"
+                f"{validate.called()}: a clip of units or layers inside shard_map, over the mesh"
+                f" axes {self.axes}, cannot know whether these cut units or lie between them: a"
+                " type says over which axes a leaf varies, not along which of its dimensions. Pass"
                 " axis_names= to the clip: for each leaf (as a tree, or a function of the path)"
-                " the axes that cut its units, and () where every device holds whole units."
+                " the axes that cut its units or layers, and () where every device holds whole"
+                " ones."
             )
 
     def _own(self, leaf: int) -> frozenset[str]:

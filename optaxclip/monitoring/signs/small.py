@@ -106,7 +106,7 @@ def vanishing(run: RecordedRun) -> Iterator[Sign]:
     if len(x) < ENOUGH:
         return
     fit, least = fit_growth(x), FADED_UNKNOWN
-    if run.losses is not None and np.isfinite(run.losses).any():
+    if np.isfinite(run.losses).any():
         halves = np.array_split(run.losses[np.isfinite(run.losses)], 2)
         before, after, error = compare_parts(*halves)
         # Where the loss falls, so may the norms.
