@@ -110,7 +110,8 @@ def plot_cliff(
     ax.plot(*start, "*", color=DARK, markersize=14, label="start", linestyle="", zorder=4)
     _mark_exit(ax, paths[0], window)
     ax.set(xlim=window[:2], ylim=window[2:], xlabel="w", ylabel="b")
-    draw_legend_above(ax)
+    # The surface is light in every style, so its marks are dark, and need a light legend.
+    draw_legend_above(ax, facecolor="white", labelcolor=DARK)
     return ax
 
 
@@ -177,6 +178,7 @@ def _mark_exit(ax: Any, path: np.ndarray, window: tuple[float, float, float, flo
             ha="right",
             va="top",
             fontsize=8,
+            color=DARK,
             bbox=box,
             zorder=5,
         )

@@ -87,7 +87,8 @@ def _draw_heat_map(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
             handles.append(_hatch(ax, edges, cell, hatch, colors.bad, name))
     if handles:
         draw_legend_above(ax, handles=handles)
-    ax.figure.colorbar(mesh, ax=ax, label="gradient norm")
+    bar = ax.figure.colorbar(mesh, ax=ax, label="gradient norm")
+    format_ticks(bar.ax.yaxis)
 
 
 def _hatch(ax: Any, edges: np.ndarray, cells: np.ndarray, hatch: str, color: str, name: str) -> Any:

@@ -170,6 +170,7 @@ def plot_clipped_share(
     ax.plot(run.steps, recent, color=colors.clip, linewidth=1.2, label=label)
     style = {"color": colors.ink, "linestyle": "--", "linewidth": 1.2}
     ax.plot(run.steps, total[1:] / ends, label="of all steps so far", **style)
+    draw_bad(ax, run.steps, ~np.isfinite(run.clip.get("grad_norm", np.zeros(len(clipped)))))
     ax.set(xlabel="step", ylabel="share clipped", ylim=(-0.03, 1.03))
     draw_legend_above(ax)
     return ax

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.plots.axes import DARK, GREY, axes_or_new, format_ticks
+from optaxclip.plots.axes import GREY, axes_or_new, colors_of, format_ticks
 from optaxclip.tuning.sweep import Sweep
 
 
@@ -45,7 +45,7 @@ def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
         values,
         median,
         bars,
-        color=DARK,
+        color=colors_of(ax).ink,
         marker="o",
         capsize=3,
         linewidth=1.3,
@@ -94,7 +94,7 @@ def _draw_baseline(ax: Any, sweep: Sweep) -> None:
     label = "no clip" + (f": {lost.sum()}/{lost.size} diverged" if lost.any() else "")
     median = _summarize_seeds(sweep, where[0])[1]
     if np.isfinite(median):
-        ax.axhline(median, color=DARK, linestyle=":", linewidth=1.3, label=label)
+        ax.axhline(median, color=colors_of(ax).ink, linestyle=":", linewidth=1.3, label=label)
     else:
         ax.plot([], [], " ", label=label)
 
@@ -108,7 +108,7 @@ def _mark_diverged(ax: Any, values: np.ndarray, diverged: np.ndarray) -> None:
             values[some],
             np.full(len(some), 0.95),
             "x",
-            color=DARK,
+            color=colors_of(ax).ink,
             markersize=6,
             transform=over,
             label="diverged",
@@ -137,12 +137,12 @@ def _mark_recommended(ax: Any, sweep: Sweep) -> None:
         ax.axvspan(
             choice.low,
             choice.high,
-            facecolor="0.95",
-            edgecolor="0.8",
+            facecolor="none",
+            edgecolor=GREY,
             hatch="///",
             zorder=0,
             linewidth=0,
         )
     median = _summarize_seeds(sweep, int(np.flatnonzero(sweep.values == choice.value)[0]))[1]
-    style = {"markersize": 15, "color": DARK, "zorder": 5, "linestyle": ""}
+    style = {"markersize": 15, "color": colors_of(ax).ink, "zorder": 5, "linestyle": ""}
     ax.plot([choice.value], [median], "*", label=f"recommended: {choice.value:g}", **style)
