@@ -43,7 +43,7 @@ from optaxclip.base import (
 from optaxclip.engine import Description, Rule, build
 from optaxclip.norms import as_norm, l2
 from optaxclip.record import Step
-from optaxclip.scopes import as_scope
+from optaxclip.scopes.leaves import as_scope
 from optaxclip.thresholds.fixed import as_threshold
 from optaxclip.trees import Leaves
 

@@ -51,6 +51,13 @@ def test_the_clip_inside_sees_the_gradient_without_its_scale():
     assert oc.metrics(state)["clip/grad_norm"] == 5
 
 
+def test_check_finds_a_clip_before_it():
+    before = optax.chain(oc.clip_by_global_norm(1.0), dynamic_loss_scale(optax.sgd(0.1)))
+    assert "clip-before-unscale" in str(oc.check(before, jnp.ones(2)))
+    inside = dynamic_loss_scale(optax.chain(oc.clip_by_global_norm(1.0), optax.sgd(0.1)))
+    assert not oc.check(inside, jnp.ones(2))
+
+
 def train(scaled):
     """80 steps of a float16 model whose gradients are below the smallest float16."""
     optimizer = optax.chain(oc.clip_by_global_norm(1e-6), optax.adam(0.1))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import validate
+from optaxclip.monitoring.overview import describe_columns
 from optaxclip.states import kind_of
 
 # Steps that are fetched together: few enough for the device to hold, and enough to share the cost.
@@ -131,6 +132,12 @@ class History:
 
     def __len__(self) -> int:
         return len(self._read())
+
+    def __repr__(self) -> str:
+        return describe_columns(self.steps, self.arrays())
+
+    def _repr_markdown_(self) -> str:
+        return describe_columns(self.steps, self.arrays(), markdown=True)
 
     def rows(self) -> list[dict[str, float]]:
         """One dict a step; NaN where a step lacks a key."""

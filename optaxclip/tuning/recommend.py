@@ -4,55 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from optaxclip.monitoring.history import History, read_run
+from optaxclip.tuning.recommendation import Reason, Recommendation
 from optaxclip.tuning.series import FEWEST, Numbers, log_known, measure_series
 
 SHARES = (0.01, 0.05, 0.10)
-
-
-class Reason(NamedTuple):
-    """A short, stable `name` ("heavy-tail"), `what` was seen, and the `method` that suits."""
-
-    name: str
-    what: str
-    method: str
-
-
-class Recommendation(NamedTuple):
-    """What `recommend` returns; `str` of it is the report.
-
-    Attributes:
-      thresholds: share of steps -> the global norm that clips it; without shares for which there
-        are too few steps.
-      layers: layer -> the same for its norm; empty without layers.
-      reasons: what stands out.
-      numbers: the statistics behind them.
-      code: the line to write, with `optimizer` for yours; empty if there are too few steps.
-    """
-
-    thresholds: dict[float, float]
-    layers: dict[str, dict[float, float]]
-    reasons: tuple[Reason, ...]
-    numbers: Numbers
-    code: str
-
-    def __str__(self) -> str:
-        n = self.numbers
-        head = f"{n.steps} steps" + (
-            f", median norm {n.median:.3g}" if n.median == n.median else ""
-        )
-        if not np.isnan(n.tail_ratio):
-            head += f", 99th percentile {n.tail_ratio:.3g} times that"
-        shares = ", ".join(
-            f"{share:.0%} of steps at {bound:.4g}" for share, bound in self.thresholds.items()
-        )
-        lines = [head + (f"; would clip {shares}" if shares else "") + "."]
-        lines += [f"- {reason.name}: {reason.what} {reason.method}" for reason in self.reasons]
-        return "\n".join([*lines, f"Write: {self.code}"] if self.code else lines)
 
 
 def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendation:
