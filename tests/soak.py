@@ -1,4 +1,4 @@
-"""Random clips, put together from parts, on random gradients: each is held to the laws of all clips.
+"""Random clips, made of parts, on random gradients: each is held to the laws of all clips.
 
     uv run python -m tests.soak [--minutes 30] [--seed 0]
 
