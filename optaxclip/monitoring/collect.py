@@ -91,8 +91,8 @@ class History:
         alike = defaultdict(list)
         for i, packed in enumerate(read):
             alike[tuple(packed)].append(i)
-            for name in (name for group in packed for name in group[0]):
-                self._columns.setdefault(name, len(self._columns) + 1)
+        for name in (name for groups in alike for group in groups for name in group[0]):
+            self._columns.setdefault(name, len(self._columns) + 1)
         table = np.full((len(waiting), len(self._columns) + 1), np.nan)
         table[:, 0] = [step for step, _ in waiting]
         for groups, rows in alike.items():
@@ -148,6 +148,9 @@ def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
     Returns:
       For each group its keys and what they have in common, with the array of their values.
     """
+    # Floats only, as in a long list of recorded steps: to ask each where it lies takes longer.
+    if set(map(type, row.values())) == {float}:
+        return {(tuple(row), _HOST): np.array(list(row.values()))}
     groups: dict[Any, list[str]] = defaultdict(list)
     for key, x in row.items():
         groups[_placement(x)].append(key)

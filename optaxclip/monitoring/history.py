@@ -31,10 +31,12 @@ def to_columns(history: Recorded) -> dict[str, np.ndarray]:
                 " list with a dict for each step, as optaxclip.metrics(opt_state) returns it; got"
                 f" {type(history).__name__}."
             )
-        # All at once: each fetch of its own waits for the device.
-        read = jax.device_get(list(map(dict, rows)))
-        keys = dict.fromkeys(key for row in read for key in row)
-        rows = {key: [float(row.get(key, np.nan)) for row in read] for key in keys}
+        # Through a history, which fetches many steps at once: a fetch of each number by itself
+        # would wait for the device each time.
+        collected = History(max_steps=max(64, len(rows)))
+        for row in rows:
+            collected.append(row)
+        return collected.arrays()
     return {key: np.asarray(jax.device_get(x), np.float64) for key, x in rows.items()}
 
 
