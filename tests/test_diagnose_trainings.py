@@ -122,6 +122,19 @@ def low_rank(params, x):
     return jnp.mean(jnp.square(x @ params["a"] @ params["b"] - x @ TARGET))
 
 
+def through_dying_relus(params, x):
+    """Biases that are pushed down until no input reaches over them."""
+    hidden = jax.nn.relu(x @ params["dense_0"] + params["bias"][None])
+    return jnp.mean(jnp.square(hidden @ params["dense_1"] - x)) + 8 * jnp.mean(params["bias"])
+
+
+def naive_cross_entropy(params, x):
+    """The logarithm of 1 - p, which is 0 once p has rounded to 1."""
+    p = jax.nn.sigmoid(20 * x @ params["dense_0"][:, 0])
+    label = x[:, 0] > 0
+    return -jnp.mean(jnp.where(label, jnp.log(p), jnp.log(1 - p)))
+
+
 TARGET = RNG.normal(size=(WIDTH, 2)) @ RNG.normal(size=(2, WIDTH)) / WIDTH
 TARGET = TARGET.astype(np.float32)
 LORA = {"a": layers(1)["dense_0"][:, :2], "b": np.zeros((2, WIDTH), np.float32)}
@@ -133,6 +146,12 @@ OTHERS = {
         {"kernel": np.eye(WIDTH, dtype=np.float32) * np.float32(1.2), **layers(1)},
     ),
     "LoRA": (SILENT, low_rank, LORA),
+    "dying ReLUs": (
+        "layer-dead",
+        through_dying_relus,
+        {"bias": np.zeros(WIDTH, np.float32), **layers(2)},
+    ),
+    "log(0)": ("loss-not-finite", naive_cross_entropy, layers(1)),
 }
 
 
@@ -142,3 +161,41 @@ def test_other_networks(case):
     tx = optax.chain(oc.watch(candidates=[]), optax.sgd(0.1))
     found = oc.diagnose(jax.jit(lambda: record(loss_of, params, tx, DATA))())
     assert (found[0].name if found else SILENT) == first, f"{found}"
+
+
+def in_float16(params, x, scale):
+    """The loss, and its gradients in float16 as they are without and with a loss scale."""
+
+    def loss_of(params):
+        h = x.astype(jnp.float16) @ params["dense_0"].astype(jnp.float16)
+        errors = jnp.square(h.astype(jnp.float32) - 0.5 * x)
+        # Back through float16: each gradient is rounded to it, and overflows above 65,504.
+        return scale * jnp.mean(errors), jnp.mean(errors)
+
+    (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return loss, jax.tree.map(lambda g: g.astype(jnp.float16).astype(jnp.float32) / scale, grads)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["no loss scale", "loss scale"])
+def test_float16(dynamic):
+    """An overflow that lowers the loss scale is how it is meant to be; any other is a fault."""
+    tx = optax.chain(oc.watch(candidates=[]), oc.skip_nonfinite(optax.sgd(0.05)))
+    params = layers(1)
+    data = DATA if dynamic else jnp.asarray(DATA).at[70].multiply(1e4)
+
+    def step(carry, x):
+        params, state, scale = carry
+        loss, grads = in_float16(params, x, scale if dynamic else jnp.float32(1))
+        updates, state = tx.update(grads, state, params)
+        fine = jnp.isfinite(optax.tree.norm(grads))
+        now = oc.metrics(state) | {"loss": loss}
+        if dynamic:
+            now |= {"loss_scale": scale}
+        scale = jnp.where(fine, scale, scale / 2)
+        return (optax.apply_updates(params, updates), state, scale), now
+
+    start = (params, tx.init(params), jnp.float32(2.0**20))
+    run = jax.jit(lambda: jax.lax.scan(step, start, data)[1])()
+    assert 0 < run["skip/steps"][-1] < 20
+    found = oc.diagnose(run)
+    assert [x.name for x in found][:1] == ([] if dynamic else ["norm-overflow"]), f"{found}"
