@@ -128,9 +128,9 @@ def _draw_surface(
     x, y, points = _make_grid(window, count)
     heights = np.asarray(jax.jit(jax.vmap(loss))(points)).reshape(x.shape)
     low, high = np.nanmin(heights), np.nanmax(heights)
-    levels = (
-        low + (high - low) * np.linspace(0, 1, 16) ** 2
-    )  # close in the valley, which the wall would flatten
+    # Squared: close together in the valley, which the wall would flatten.
+    levels = low + (high - low) * np.linspace(0, 1, 16) ** 2
+    # Not up to black, on which the paths would not be seen.
     filled = ax.contourf(x, y, heights, levels=levels, cmap="Greys", vmax=low + 1.6 * (high - low))
     ax.contour(x, y, heights, levels=levels, colors="0.6", linewidths=0.4)
     ax.figure.colorbar(filled, ax=ax, label="loss", format="%.2f")
@@ -144,7 +144,9 @@ def _draw_arrows(
     slopes = -np.asarray(jax.jit(jax.vmap(jax.grad(loss)))(points))
     length = np.linalg.norm(slopes, axis=1, keepdims=True)
     length = np.where(length > 0, length, 1.0)
+    # On a log scale: gradients on the wall are thousands of times those in the valley.
     arrows = slopes / length * np.clip(np.log10(length) + 3.0, 0.3, 4.0)
+    # Arrows at the edge would stick out of the plot.
     inside = np.zeros(x.shape, bool)
     inside[1:-1, 1:-1] = True
     keep = inside.ravel()

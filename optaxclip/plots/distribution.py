@@ -53,6 +53,7 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     cells = np.maximum.reduceat(norms, cuts[:-1], axis=1)
     edges = np.r_[run.steps[cuts[:-1]] - 0.5, run.steps[-1] + 0.5]
     _draw_heat_map(ax, edges, cells)
+    # Names of some layers: hundreds of them at one axis are a black bar.
     every = -(-len(layers) // _NAMES)
     rows = np.arange(0, len(layers), every)
     names = list(layers)
@@ -139,6 +140,7 @@ def plot_histogram(
     if not known.size:
         raise ValueError("plot_histogram: no norm is finite and over zero.")
     ax, low, high = axes_or_new(ax), known.min(), known.max()
+    # Equal on a log scale, on which norms are about symmetric; a tail would get one bin otherwise.
     edges = np.geomspace(low * 0.99, high * 1.01, bins + 1)
     colors = colors_of(ax)
     ax.hist(known, edges, color=colors.line, alpha=0.45, edgecolor=colors.line, linewidth=0.5)
