@@ -45,7 +45,7 @@ def is_measured(leaf: Any) -> bool:
 
 def _is_variable(x: Any) -> bool:
     """Whether `x` is a variable of Flax's nnx, which wraps an array in an attribute."""
-    return hasattr(type(x), "get_metadata") and hasattr(type(x), "get_value")
+    return hasattr(type(x), "get_metadata") and hasattr(type(x), "raw_value")
 
 
 def flatten_with_paths(

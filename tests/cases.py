@@ -258,6 +258,8 @@ ROWS: dict[str, Callable[[], Any]] = {
     **{case.name: case.make for case in ADAPTIVE},
     **OTHERS,
     **HOLDERS,
+    # All leaves stack layers: the trees of these laws have other names.
+    "clip_by stacked": lambda: oc.clip_by(1.0, scope=oc.scopes.stacked("")),
     "watch": oc.watch,
     "clip that measures": lambda: oc.clip(1.0, measure=True),
     "clip_by_value": lambda: oc.clip_by_value(-1.0, 2.0),

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip
 from optaxclip.base import SizedView
+from optaxclip.compat import to_varying
 from optaxclip.norms import rms
 from tests.conftest import AS_USERS
 
@@ -150,7 +151,7 @@ def test_names_override_a_replicated_value_that_is_typed_as_varying():
     tx = optaxclip.clip_by_global_norm(1.0, axis_names=())
 
     def step(grads):
-        varying = jax.tree.map(lambda g: jax.lax.pcast(g, "x", to="varying"), grads)
+        varying = jax.tree.map(lambda g: to_varying(g, ["x"]), grads)
         updates, seen = steps(tx, varying)
         return jax.tree.map(lambda u: jax.lax.pmean(u, "x"), updates), seen
 
