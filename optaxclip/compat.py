@@ -33,11 +33,17 @@ def manual_axes() -> tuple[Any, ...]:
     """The mesh axes along which each device runs the code on its own part of the arrays."""
     axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
     # In JAX 0.7 `pmap` has no mesh, nor in 0.8 and 0.9 where this option is off: without its axis a
-    # clip would take the norm of one device, and say nothing. The other name knows it. As it knows
-    # those of `vmap`, too, a clip in a `vmap` with a name must be told `axis_names=()` there.
+    # clip would take the norm of one device, and say nothing.
     if axes or getattr(jax.config, "jax_pmap_shmap_merge", True):
         return axes
-    return tuple(jax.core.unsafe_get_axis_names_DO_NOT_USE())
+    return tuple(filter(_is_of_devices, jax.core.unsafe_get_axis_names_DO_NOT_USE()))
+
+
+def _is_of_devices(axis: Any) -> bool:
+    """Whether an axis is one of `pmap`, and not of `vmap`."""
+    # Only `vmap` gives its own index as a batch. Of a `vmap` around a `jit` nothing tells: a clip
+    # in there must be told `axis_names=()`.
+    return type(lax.axis_index(axis)).__name__ != "BatchTracer"
 
 
 def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Any:
