@@ -1,5 +1,7 @@
 """The signs in a recorded run: each planted one is found; healthy runs have none."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +110,9 @@ def test_depth_counts_as_people_do_and_gives_the_numbers():
     (sign,) = oc.diagnose(by_depth(1 / 3))
     assert "from layers/11 back to layers/0" in sign.what and sign.evidence["layers"] == 12
     np.testing.assert_allclose(sign.evidence["per_layer"], 3, rtol=1e-6)
+    stacked = {re.sub(r"/(\d+)/(\w+)", r"/\2[\1]", k): x for k, x in by_depth(1 / 3).items()}
+    (sign,) = oc.diagnose(stacked)
+    assert "from layers[11] back to layers[0]" in sign.what and sign.evidence["layers"] == 12
     (sign,) = oc.diagnose(norms(1.1 ** np.arange(N)))
     np.testing.assert_allclose(sign.evidence["doubling_steps"], np.log(2) / np.log(1.1), rtol=1e-6)
 

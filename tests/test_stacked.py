@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -215,3 +216,30 @@ TREE = {"blocks": jnp.ones((2, 3)), "wide": jnp.ones((3, 3)), "gain": jnp.ones((
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         oc.clip_by(1.0, scope=make()).init(TREE)
+
+
+def test_a_watch_goes_by_layer():
+    """Norms, culprits, histograms and plots of a stacked model are those of its layers."""
+    rng = np.random.default_rng(0)
+    tx = optax.chain(oc.watch(scope=STACKED, histogram=True), oc.clip_by_global_norm(1.0))
+    state, update, history = tx.init(stack(LIST)), jax.jit(tx.update), oc.History()
+    for step in range(20):
+        grads = jax.tree.map(lambda g: g * jnp.asarray(rng.uniform(1, 1.1), g.dtype), LIST)
+        if step == 15:
+            grads["blocks"][2]["kernel"] *= 100
+        if step == 18:
+            grads["blocks"][1]["bias"] = jnp.full(2, jnp.nan)
+        _, state = update(stack(grads), state)
+        history.append(oc.metrics(state))
+    (episode,) = oc.monitoring.bad_steps(state)
+    assert episode.first.step == 16 and episode.first.block == "blocks/kernel[2]"
+    assert episode.worst.step == 19 and episode.worst.block == "blocks/bias[1]"
+    assert oc.diagnose(history)[0].block == "blocks/bias[1]"
+    own = oc.watch(scope=scopes.leaf, histogram=True)
+    want = oc.loggers.histograms(jax.jit(own.update)(grads, own.init(grads))[1]).counts
+    got = renamed(oc.loggers.histograms(state).counts)
+    assert got.keys() == want.keys()
+    for name, counts in want.items():
+        np.testing.assert_array_equal(got[name], counts)
+    ticks = oc.plots.plot_layers(history).get_yticklabels()
+    assert "blocks/kernel[2]" in [tick.get_text() for tick in ticks]

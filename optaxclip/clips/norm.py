@@ -42,7 +42,8 @@ def global_norm(
 
     A scalar in float32 (float64 if any leaf is), right from 1e-36 to 1e36 whatever the dtype of the
     leaves, and with a derivative of 0 at zeros. An empty tree has the norm 0. Sharded arrays are
-    measured where they lie: the norm is that of whole arrays, and none is gathered.
+    measured where they lie: the norm is that of whole arrays, and none is gathered (as long as
+    layers alike, whose paths differ in numbers only, are cut alike).
 
     Args:
       tree: gradients, parameters, or any tree. Leaves of real and complex floating-point numbers

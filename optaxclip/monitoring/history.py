@@ -83,6 +83,8 @@ def read_run(history: Recorded, clip: int | None = None, **columns: Any) -> Reco
     asked = {} if clip is None or clip >= len(clips) else clips[clip]
     # Other clips last: what they measure may be behind another clip.
     sources = [asked, *watches, *skips, *clips] if clip is not None else [*watches, *clips, *skips]
+    # What takes a loss scale off measures behind it; the norms before it grow with the scale.
+    sources = [*skips, *sources] if clip is None and "loss_scale" in table else sources
     return RecordedRun(
         table,
         _number_steps(history, table, parts),

@@ -65,7 +65,8 @@ def watch(
     it by more than one step.
 
     Args:
-      scope: which numbers share one norm: `scopes.leaf`, or `scopes.groups(label)`.
+      scope: which numbers share one norm: `scopes.leaf`, `scopes.groups(label)`, or, layer by layer
+        where leaves stack layers, `scopes.stacked(where)`.
       top: how many blocks to keep of those with the largest share.
       quantiles: which quantiles of the total norm to track.
       candidates: thresholds to try without clipping, by name: numbers, schedules, or thresholds

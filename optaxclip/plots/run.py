@@ -73,10 +73,12 @@ def _mark_signs(figure: Any, axes: Any, signs: tuple[Sign, ...]) -> None:
             ax.axvline(sign.step, color=ink, linestyle=":", linewidth=1.2, zorder=4)
         box = {"boxstyle": "circle,pad=0.2", "facecolor": axes[0].get_facecolor(), "edgecolor": ink}
         style = {"ha": "center", "va": "top", "fontsize": 8, "bbox": box, "zorder": 6}
+        # Left of the line, on which a spike may stand.
+        style |= {"xytext": (-10, 0), "textcoords": "offset points"}
         # Numbers of signs at one step would hide one another.
         at = 0.95 - 0.15 * ((number - 1) % 5)
         over = axes[0].get_xaxis_transform()
-        axes[0].text(sign.step, at, str(number), transform=over, color=ink, **style)
+        axes[0].annotate(str(number), (sign.step, at), xycoords=over, color=ink, **style)
     lines = [f"{number} {sign.name}: {sign.what}" for number, sign in enumerate(signs, start=1)]
     text = "\n".join(textwrap.fill(line, 110, subsequent_indent="   ") for line in lines)
     # Not `figure.text`: room is made only for what the layout knows.

@@ -121,6 +121,7 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
     known = losses[np.isfinite(losses)]
     shown = np.where(np.isfinite(losses), losses, np.nan)
     ax.plot(run.steps, shown, color=colors_of(ax).line, linewidth=1.0, label=key)
+    # A run that learns has losses 2- to 10-fold apart, which people know on a linear axis.
     if known.size and known.min() > 0 and known.max() > 100 * known.min():
         ax.set_yscale("log")
         format_ticks(ax.yaxis)
@@ -170,6 +171,7 @@ def plot_clipped_share(
     ax.plot(run.steps, recent, color=colors.clip, linewidth=1.2, label=label)
     style = {"color": colors.ink, "linestyle": "--", "linewidth": 1.2}
     ax.plot(run.steps, total[1:] / ends, label="of all steps so far", **style)
+    draw_bad(ax, run.steps, ~np.isfinite(run.clip.get("grad_norm", np.zeros(len(clipped)))))
     ax.set(xlabel="step", ylabel="share clipped", ylim=(-0.03, 1.03))
     draw_legend_above(ax)
     return ax
@@ -200,6 +202,7 @@ def plot_bound(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     parts = np.array_split(np.arange(len(norms)), max(len(norms) // window, 1))
     kept = [part[np.isfinite(norms[part]) & (norms[part] > 0)] for part in parts]
     middle = [run.steps[part].mean() for part in kept if part.size]
+    # Not the smallest to the largest: one spike would be all that is seen.
     ranges = [np.quantile(norms[part], (0.05, 0.5, 0.95)) for part in kept if part.size]
     low, usual, high = np.array(ranges).reshape(-1, 3).T
     band = {"color": colors.line, "alpha": 0.3, "linewidth": 0}

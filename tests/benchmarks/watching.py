@@ -2,13 +2,11 @@
 
     python -m tests.benchmarks.watching [--small] [--models cnn transformer] [--seconds 60]
         [--into docs/watching.md]
-    uv run --group accelerators python -m tests.benchmarks.watching --gpu [--into docs/watching.md]
 
-The first prints the time of a whole training step (forward, backward, clip, Adam) relative to one
+Prints the time of a whole training step (forward, backward, clip, Adam) relative to one
 without a watch, as the median and the quartiles of ratios of runs that followed each other, A B ..
 B A. "log every N" reads `optaxclip.metrics`, jitted apart from the step, to the host every N-th
-step and writes a line of CSV. The second prints what XLA's compiler for an H100 makes of GPT-2 with
-AdamW; no GPU has to be there.
+step and writes a line of CSV.
 """
 
 import argparse
@@ -22,8 +20,6 @@ import numpy as np
 import optax
 
 import optaxclip
-from tests.benchmarks.accelerators import compile_case, name_versions
-from tests.benchmarks.accelerators_cases import Case
 from tests.benchmarks.per_example import CNN, Model, Transformer, model_of
 from tests.benchmarks.reporting import device, put_into, quartiles, table
 
@@ -35,14 +31,6 @@ CHAINS = {
     "watch, histogram": optax.chain(optaxclip.watch(histogram=True), CLIP),
 }
 EVERY = (1, 10, 100)
-ON_GPU = {
-    "no clip": "no clip",
-    "clip_by_global_norm": "clip by global norm",
-    "watch": "watch, then clip by global norm",
-    "watch, histogram": "watch with histogram, then clip by global norm",
-    "clip_by_leaf_norm": "clip by leaf norm",
-    "watch, by leaf": "watch, then clip by leaf norm",
-}
 
 
 def models(small: bool) -> dict:
@@ -147,16 +135,6 @@ def race_steps(names: list[str], seconds: float, small: bool) -> str:
     return f"{table(head, lines)}\n{device()}.\n"
 
 
-def compile_steps(model: str) -> str:
-    """The table of what the compiler for an H100 makes of a step."""
-    found = compile_case(Case("gpu", "H100", model), list(ON_GPU))
-    lines = [
-        [text, str(found[name]["kernels"]), f"{found[name]['bytes']:.2f}"]
-        for name, text in ON_GPU.items()
-    ]
-    return f"{table(['', 'kernels', 'bytes per parameter'], lines)}\n{name_versions('gpu')}.\n"
-
-
 def main(argv=None) -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -167,16 +145,12 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="how long to measure each model"
     )
-    parser.add_argument("--gpu", action="store_true", help="kernels and bytes on an H100")
     parser.add_argument("--into", help="a document between whose marks the table is put")
     args = parser.parse_args(argv)
-    if args.gpu:
-        text = compile_steps("gpt2-2" if args.small else "gpt2")
-    else:
-        text = race_steps(args.models, 0 if args.small else args.seconds, args.small)
+    text = race_steps(args.models, 0 if args.small else args.seconds, args.small)
     print(text)
     if args.into:
-        put_into(args.into, "watching gpu" if args.gpu else "watching", text)
+        put_into(args.into, "watching", text)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def clipping(run: RecordedRun) -> Iterator[Sign]:
         usual = {"norm": float(np.median(norms)), "bound": float(np.median(bounds))}
         # Of a clip by block it is the share of blocks: it acts always if it does on all.
         evidence = {"share": float(np.mean(share)), "steps": len(norms)} | usual
+        # A bound of 0 may be meant.
         nearest = float(np.max(norms / np.maximum(bounds, 1e-30)))
         name = head.rstrip("/") or "the clip"
         if evidence["share"] >= ALWAYS:

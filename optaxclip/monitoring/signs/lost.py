@@ -44,7 +44,7 @@ def _is_of_loss_scale(run: RecordedRun, bad: np.ndarray) -> bool:
     here = lowered[bad].mean()
     behind = np.r_[lowered[1:], False][bad].mean()
     # Before the first step and behind the last one nothing is known.
-    return bool(max(here, behind) * bad.sum() >= bad.sum() - 1 - bad[-1])
+    return bool(max(here, behind) * bad.sum() >= bad.sum() - bad[0] - bad[-1])
 
 
 def _say(run: RecordedRun, what: str, bad: np.ndarray) -> tuple[str, dict[str, float], int]:
