@@ -15,6 +15,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("NPROC", "64")
 
 import jax
+import jax.export
 
 # Most of a test's time is XLA's. Programs are compiled without LLVM's optimizations, each as one
 # piece: in parallel pieces it takes twice the CPU time, and CI has two cores. JAX 0.10 has older
@@ -28,6 +29,13 @@ if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
         AS_USERS["xla_cpu_use_fusion_emitters"] = True
         quick = f"{quick} --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
+
+# In JAX 0.7 it lies elsewhere, where later versions have it no more.
+if not hasattr(jax, "enable_x64"):
+    from jax.experimental import enable_x64
+
+    jax.enable_x64 = enable_x64
+
 
 
 def set_promotion(dtypes: str, ranks: str) -> None:

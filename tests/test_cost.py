@@ -17,6 +17,10 @@ from tests import conftest as strict
 from tests.benchmarks.speed import OPTIMIZERS, account, train_step
 from tests.cases import CASES
 
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="the compiler of an older JAX reads the gradients twice"
+)
+
 TREE = {
     "embed": (4000, 512),
     "kernel": (512, 1024),
