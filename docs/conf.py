@@ -49,7 +49,8 @@ intersphinx_mapping = {
 intersphinx_timeout = 5
 
 nb_execution_mode = "cache"
-nb_execution_timeout = 120
+nb_render_markdown_format = "myst"  # with tables
+nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 

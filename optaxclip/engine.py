@@ -105,6 +105,8 @@ def build(
         known = jax.tree.leaves(state.metrics.clip_bound)
         dtype = known[0].dtype if known else xla.accumulator(leaves.arrays)
         norms, param_norms = _measure(about, rule, leaves, layout, params, dtype)
+        # The names for thresholds by name; all that is said to a threshold of its scope.
+        extra_args = {**extra_args, "block_names": layout.blocks.names}
         bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
         arrays, done = rule.act(leaves, layout, norms, bounds)
         # Here, and not in the thresholds: so a NaN moves none of them, the user's and Optax's
@@ -122,8 +124,9 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
     guard = StateGuard(call, tuple, tx.init)
 
     def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, drop_gradientless(params, updates))
-        return tx.update(updates, state, params, **extra_args)
+        like = drop_gradientless(params, updates)
+        guard.check(state, like)
+        return tx.update(updates, state, None if params is None else like, **extra_args)
 
     annotate(update_fn, description=Description(kind="other", name=call, inner=tx))
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
@@ -193,12 +196,12 @@ def _measure(about: Description, rule: Rule, leaves: Leaves, layout, params, dty
 
 def _look(view: View | SizedView, leaves: Leaves, own: list[jax.Array], span: xla.Span):
     """What is measured in place of the updates, given their parameters."""
-    see, beside = view, map(xla.widen, own)
-    if isinstance(view, SizedView):
-        # Not by the view: of a leaf that is spread over devices it would see one part.
-        see, each = view.see, lay_out(leaf, leaves.paths, leaves.shapes, span)
-        beside = xla.measure(view.norm, own, each)
-    return [see(xla.widen(g), x) for g, x in zip(leaves.arrays, beside, strict=True)]
+    wide = [xla.widen(g) for g in leaves.arrays]
+    if not isinstance(view, SizedView):
+        return [view(g, xla.widen(w)) for g, w in zip(wide, own, strict=True)]
+    # Not by the view: of a leaf that is spread over devices it would see one part.
+    sizes = xla.measure(view.norm, own, lay_out(leaf, leaves.paths, leaves.shapes, span))
+    return [view.see(g, size) for g, size in zip(wide, sizes, strict=True)]
 
 
 def _zeros(layout: xla.Layout, dtype) -> Norms:

@@ -195,7 +195,7 @@ ADVICE = {
         lambda: run(oc.skip_spikes(ADAM, loss_threshold=3.0), loss=1.0),
     ),
     "a bare vector": Advice(
-        lambda: oc.clip_by_leaf_norm(jnp.ones(2)).init(GRADS),
+        lambda: run(oc.clip_by_leaf_norm(jnp.ones(2))),
         "a mapping of paths, such as {'b': 1.0, 'w': 1.0}",
         lambda: run(oc.clip_by_leaf_norm({"b": 1.0, "w": 1.0})),
     ),
@@ -289,7 +289,7 @@ ADVICE = {
         lambda: in_shard_map(
             oc.clip_by(1.0, scope=UNITS()), in_specs=P("data"), out_specs=P("data")
         ),
-        "the axes that cut its units, and () where every device holds whole units",
+        "the axes that cut its units or layers, and () where every device holds whole ones",
         lambda: in_shard_map(
             oc.clip_by(1.0, scope=UNITS(), axis_names="data"),
             in_specs=P("data"),

@@ -78,11 +78,8 @@ def blocks(case, grads):
     if case.block in ("unit", "layer"):
         # The units of a kernel are its columns; its layers, stacked along the first axis, its rows.
         cut = {"unit": np.transpose, "layer": list}[case.block]
-        return [
-            [x]
-            for name, leaf in leaves.items()
-            for x in (cut(leaf) if name == "kernel" else [leaf])
-        ]
+        parts = {name: cut(x) if name == "kernel" else [x] for name, x in leaves.items()}
+        return [[x] for part in parts.values() for x in part]
     return [[x] for leaf in leaves.values() for x in leaf.ravel()]
 
 

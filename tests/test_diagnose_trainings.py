@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import optaxclip as oc
+from optaxclip.wrappers import dynamic_loss_scale
 from tests.catalogue import SILENT
 
 STEPS, WIDTH = 150, 8
@@ -142,3 +143,90 @@ def test_other_networks(case):
     tx = optax.chain(oc.watch(candidates=[]), optax.sgd(0.1))
     found = oc.diagnose(jax.jit(lambda: record(loss_of, params, tx, DATA))())
     assert (found[0].name if found else SILENT) == first, f"{found}"
+
+
+def cross_entropy(params, x):
+    """Which number is the largest, by ReLUs, and by the logarithm of probabilities."""
+    h = x
+    for i in range(2):
+        h = jax.nn.relu(h @ params[f"dense_{i}"] + params[f"bias_{i}"])
+    p = jax.nn.softmax(h @ params["dense_2"] + params["bias_2"])
+    right = jnp.argmax(x, axis=1, keepdims=True) == np.arange(WIDTH)[None]
+    return -jnp.mean(jnp.log(jnp.sum(p, axis=1, where=right)))
+
+
+RELU = layers(3) | {f"bias_{i}": np.zeros((1, WIDTH), np.float32) for i in range(3)}
+
+
+@jax.jit
+def classify(rate, broken):
+    tx = optax.chain(oc.watch(candidates=[]), optax.sgd(rate))
+    data = jnp.asarray(DATA).at[70].multiply(broken)
+    return record(cross_entropy, RELU, tx, data)
+
+
+@pytest.mark.parametrize(
+    ("rate", "broken", "first", "step"),
+    [
+        (0.3, 1.0, SILENT, None),
+        # Units of ReLU die one by one, until no batch reaches any.
+        (4.0, 1.0, "layer-dead", 11),
+        (10.0, 1.0, "layer-dead", 21),
+        # Logits of 100 make a probability of 0, whose logarithm is taken.
+        (0.3, 100.0, "loss-not-finite", 71),
+    ],
+    ids=["healthy", "dying ReLU", "dead ReLU", "log(0)"],
+)
+def test_rectifiers_and_logarithms(rate, broken, first, step):
+    seen = classify(np.float32(rate), np.float32(broken))
+    found = oc.diagnose(seen)
+    assert [sign.name for sign in found] == [first] * (first != SILENT), f"{found}"
+    assert not found or found[0].step == step
+    if first == "loss-not-finite":
+        assert np.isinf(seen["loss"][70]) and "log" in found[0].fix
+
+
+def in_half(params, x):
+    """The tanh of the input, by two linear layers in float16."""
+    h = x
+    for w in jax.tree.map(jnp.float16, params).values():
+        h = h @ w
+    return jnp.mean(jnp.square((h - jnp.tanh(x)).astype(jnp.float32)))
+
+
+@jax.jit
+def train_in_half(scale, most, broken):
+    """With a loss scale that starts here, doubles every fifth step, and ends there."""
+    optimizer = optax.chain(oc.clip_by_global_norm(1.0), optax.sgd(0.05))
+    limits = {"min_scale": jnp.minimum(scale, most), "max_scale": most}
+    scaled = dynamic_loss_scale(optimizer, scale, growth_interval=5, **limits)
+    tx = optax.chain(oc.watch(candidates=[]), scaled)
+
+    def step(carry, x):
+        params, state = carry
+        scale = state[1].loss_scale
+        loss, grads = jax.value_and_grad(lambda p: in_half(p, x) * scale)(params)
+        updates, state = tx.update(grads, state, params)
+        now = oc.metrics(state) | {"loss": loss / scale}
+        return (optax.apply_updates(params, updates), state), now
+
+    params, data = layers(2), jnp.asarray(DATA).at[70].multiply(broken)
+    return jax.lax.scan(step, (params, tx.init(params)), data.astype(jnp.float16))[1]
+
+
+@pytest.mark.parametrize(
+    ("scale", "most", "broken", "first"),
+    [
+        (1.0, 1.0, 1e3, "norm-overflow"),
+        (1.0, 2.0**24, 1e3, SILENT),
+        (2.0**24, 2.0**24, 1.0, "every-step-skipped"),
+    ],
+    ids=["no loss scale", "dynamic loss scale", "too large a loss scale"],
+)
+def test_float16(scale, most, broken, first):
+    seen = train_in_half(*map(np.float32, (scale, most, broken)))
+    # It overflows in all of these.
+    assert not np.isfinite(seen["watch/grad_norm"]).all()
+    found = oc.diagnose(seen)
+    assert (found[0].name if found else SILENT) == first, f"{found}"
+    assert first != "norm-overflow" or found[0].step == 71

@@ -51,7 +51,8 @@ def clip_by_median(
 
     Deviations: norms that are zero or not finite are not remembered; a gradient that is not finite
     is treated as `nonfinite` says (ScaledAdam: zeros); scalars are not scaled by a rate of their
-    own.
+    own, and rms(w) is that of the present parameters (ScaledAdam refreshes it every few steps),
+    one per leaf, also where a leaf stacks layers.
 
     References:
       Yao et al., `Zipformer: A faster and better encoder for automatic speech recognition

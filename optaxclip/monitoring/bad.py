@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from optaxclip.monitoring.episodes import AFTER, KEPT
-from optaxclip.monitoring.findings import format_number, format_share
+from optaxclip.monitoring.findings import Findings, format_number, format_share
 from optaxclip.monitoring.reading import check_is_state, find_parts
-from optaxclip.monitoring.state import WatchState
+from optaxclip.monitoring.state import WatchState, read_numbers
 from optaxclip.record import unpack_names
 
 _BROKEN = 5.0  # times its norm before, from where on a block counts as broken
@@ -95,7 +95,8 @@ def bad_steps(opt_state: Any) -> tuple[Episode, ...]:
       opt_state: the state of an optimizer, or any tree that holds one; on the host, between steps.
 
     Returns:
-      Episodes, oldest first. Those that the watch had no room for are lost, oldest first.
+      A tuple of `Episode`, oldest first, which prints one below the other. Those that the watch
+      had no room for are lost, oldest first.
 
     Raises:
       ValueError: for the states of several runs at once (`vmap`), and for what cannot be a state.
@@ -115,14 +116,15 @@ def bad_steps(opt_state: Any) -> tuple[Episode, ...]:
         if isinstance(part, WatchState)
         for bad in read_episodes(part)
     ]
-    return tuple(sorted(found, key=lambda bad: bad.first.step))
+    return Findings(sorted(found, key=lambda bad: bad.first.step))
 
 
 def read_episodes(w: WatchState) -> list[Episode]:
     """The episodes of one watch, oldest first."""
-    check_one_run(w.total_steps)
+    seen = jax.device_get(read_numbers(w))
+    check_one_run(seen.total_steps)
     # Of a tree without blocks the culprit is -1: the last name, which is empty.
-    kept, names = jax.device_get(w.bad), (*unpack_names(w.blocks), "")
+    kept, names = seen.bad, (*unpack_names(w.blocks), "")
 
     def read(place, size):
         (step, block, tag, *_), (norm, ratio, share) = place.tolist(), size.tolist()
@@ -135,7 +137,7 @@ def read_episodes(w: WatchState) -> list[Episode]:
             first, worst, last = map(read, kept.places[row], kept.sizes[row])
             found.append(Episode(first, worst, last, int(kept.places[row, 2, 3]), {}))
     if found:
-        found[-1] = found[-1]._replace(norms=_read_norms(kept, found[-1], w.total_steps, names))
+        found[-1] = found[-1]._replace(norms=_read_norms(kept, found[-1], seen.total_steps, names))
     return found
 
 

@@ -92,8 +92,8 @@ class History:
         alike = defaultdict(list)
         for i, packed in enumerate(read):
             alike[tuple(packed)].append(i)
-            for name in (name for group in packed for name in group[0]):
-                self._columns.setdefault(name, len(self._columns) + 1)
+        for name in (name for groups in alike for group in groups for name in group[0]):
+            self._columns.setdefault(name, len(self._columns) + 1)
         table = np.full((len(waiting), len(self._columns) + 1), np.nan)
         table[:, 0] = [step for step, _ in waiting]
         for groups, rows in alike.items():
@@ -155,6 +155,9 @@ def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
     Returns:
       For each group its keys and what they have in common, with the array of their values.
     """
+    # Floats only, as in a long list of recorded steps: to ask each where it lies takes longer.
+    if set(map(type, row.values())) == {float}:
+        return {(tuple(row), _HOST): np.array(list(row.values()))}
     groups: dict[Any, list[str]] = defaultdict(list)
     for key, x in row.items():
         groups[_placement(x)].append(key)
@@ -162,7 +165,7 @@ def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
     wide = {key: kind[0] for kind, keys in groups.items() if kind[0] for key in keys}
     if wide:
         raise ValueError(
-            "History.append takes one number under each key; not so"
+            "A history takes one number under each key; not so"
             f" {dict(list(wide.items())[:3])}. Of several runs (vmap) append one each to a History"
             " of its own; of a lax.scan the stacked dict is a history already."
         )
@@ -179,7 +182,7 @@ def _placement(x: Any) -> tuple:
         return _HOST if type(x) is float else (np.shape(x),)
     if isinstance(x, jax.core.Tracer):
         raise ValueError(
-            "History.append is for the host, between steps: return the metrics from the compiled"
+            "A history is for the host, between steps: return the metrics from the compiled"
             " step, and append them there. Of a lax.scan the stacked dict is a history already."
         )
     # One program takes arrays of one placement only; strict promotion wants one dtype.

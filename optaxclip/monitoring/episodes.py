@@ -65,8 +65,7 @@ def update_episodes(
     worse = begins | (~broken & ((now.hit > 0) | (ratio > worst_ratio)))
     length = jnp.where(begins, 1, optax.safe_increment(last[3]))
     episode = jnp.where(begins, optax.safe_increment(last[4]), last[4])
-    culprit, share = _blame(now)
-    place = jnp.stack([step, culprit, tag, length, episode, optax.safe_increment(last[5])])
+    place = jnp.stack([step, now.culprit, tag, length, episode, optax.safe_increment(last[5])])
     rows = jnp.arange(len(old.places), dtype=jnp.int32)
     # A select over all rows, not an update at a traced index: that would be a scatter.
     here = bad & ((rows == 0) | (rows == 1 + jnp.mod(episode - 1, len(rows) - 1)))
@@ -75,16 +74,9 @@ def update_episodes(
     freezes = begins | (~broken & (step - first_step <= AFTER))
     return Episodes(
         places=jnp.where(moments, place[None, None], old.places),
-        sizes=jnp.where(moments, jnp.stack([now.total, ratio, share])[None, None], old.sizes),
+        sizes=jnp.where(moments, jnp.stack([now.total, ratio, now.share])[None, None], old.sizes),
         recent=_push(old.recent, step, now.norms, freezes),
     )
-
-
-def _blame(now: Summary) -> tuple[jax.Array, jax.Array]:
-    """The number of the culprit, -1 of a tree without blocks, and its share."""
-    if not now.top_blocks.shape[0]:
-        return jnp.int32(-1), jnp.zeros_like(now.total)
-    return jnp.where(now.hit > 0, now.first, now.top_blocks[0]), now.top_shares[0]
 
 
 def _push(recent: jax.Array, step: jax.Array, norms: jax.Array, freezes: jax.Array) -> jax.Array:

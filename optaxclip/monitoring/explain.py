@@ -11,7 +11,7 @@ from optaxclip.base import Metrics
 from optaxclip.monitoring.bad import check_one_run
 from optaxclip.monitoring.display import Report
 from optaxclip.monitoring.reading import check_is_state, find_parts, total_steps
-from optaxclip.monitoring.state import WatchState
+from optaxclip.monitoring.state import WatchState, read_numbers
 from optaxclip.monitoring.words import (
     describe_clip,
     describe_history,
@@ -86,11 +86,12 @@ def _watch_before(parts: list, i: int) -> WatchState | None:
     if not before or isinstance(part, WatchState) or seen.grad_norm is None:
         return None
     # Inside a skip wrapper a clip may be steps behind a watch outside it.
-    if int(before[-1].total_steps) != int(seen.total_steps):
+    watched = jax.device_get(read_numbers(before[-1]))
+    if int(watched.total_steps) != int(seen.total_steps):
         return None
     norms = [np.ravel(x).astype(np.float64) for x in jax.tree.leaves(seen.grad_norm)]
     norm = float(np.linalg.norm(np.concatenate(norms))) if norms else 0.0
-    total = float(before[-1].total_norm)
+    total = float(watched.total_norm)
     same = np.isclose(norm, total, rtol=1e-3) or not (np.isfinite(norm) or np.isfinite(total))
     return before[-1] if same else None
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from optaxclip import validate
 from optaxclip.base import Metrics
-from optaxclip.monitoring.state import WatchState, watch_scalars
+from optaxclip.monitoring.state import WatchState, read_numbers, watch_scalars
 from optaxclip.record import find_nodes, number_keys, scalars_of, unpack_names
 from optaxclip.states import kind_of
 from optaxclip.wrappers.loss_scale import LossScaleState
@@ -130,6 +130,8 @@ def _scale_scalars(s: LossScaleState, prefix: str) -> dict[str, jax.Array]:
 
 def total_steps(part: Any) -> jax.Array:
     """How many steps a clip, watch or skip wrapper has seen."""
+    if isinstance(part, WatchState):
+        return read_numbers(part).total_steps
     return part.spike.metrics.total_steps if isinstance(part, SkipState) else part.total_steps
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip.monitoring.episodes import Episodes, fresh_episodes
-from optaxclip.monitoring.summary import NotFinite
+from optaxclip.monitoring.packing import Packed, unpack
+from optaxclip.monitoring.summary import NotFinite, rank_blocks
 from optaxclip.record import unpack_names
 
 
@@ -30,105 +33,121 @@ class Trackers(NamedTuple):
     multiples_seen: jax.Array
 
 
-class WatchState(NamedTuple):
-    """State of `watch`. Read it with `optaxclip.metrics`, `explain` and `bad_steps`.
-
-    B is the number of blocks; norms are float32 (float64 for float64 leaves).
+class Numbers(NamedTuple):
+    """The numbers of a watch, as they are before they are packed.
 
     Attributes:
       total_steps: int32, all steps.
       total_norm: the norm of all blocks together, at the last step.
       median_ratio: that norm over the median of the steps before; 1 at the first.
-      block_norms: (B,), in tree order.
-      top_blocks: int32 (k,), the blocks with the largest shares of the squared norm, largest first.
-      top_shares: (k,), their shares. At a step that is not finite, such blocks share it equally.
       nonfinite: see `NotFinite`.
       bad: see `Episodes`.
-      quantiles: (q,), the quantiles of the total norm; 0 before the first norm.
-      would_clip: int32 (c,), the steps that each candidate threshold would have clipped.
       trackers: see `Trackers`.
-      shadows: the states of the candidate thresholds.
-      histogram: int32 (B, 15), the elements of each block between powers of ten; None without
-        `histogram=True`.
-      blocks, quantile_names, candidates: names, as `optaxclip.record.pack_names` packs them.
+      would_clip: int32 (c,), the steps that each candidate threshold would have clipped.
     """
 
     total_steps: jax.Array
     total_norm: jax.Array
     median_ratio: jax.Array
-    block_norms: jax.Array
-    top_blocks: jax.Array
-    top_shares: jax.Array
     nonfinite: NotFinite
     bad: Episodes
-    quantiles: jax.Array
-    would_clip: jax.Array
     trackers: Trackers
-    shadows: Any
+    would_clip: jax.Array
+
+
+class WatchState(NamedTuple):
+    """State of `watch`. Read it with `optaxclip.metrics`, `explain` and `bad_steps`.
+
+    B is the number of blocks; norms are float32 (float64 for float64 leaves). What follows from
+    other fields is not kept: shares of blocks and quantiles are computed where they are read.
+
+    Attributes:
+      packed: `Numbers` and the states of the candidate thresholds, as one vector for each dtype.
+      block_norms: (B,), in tree order.
+      histogram: int32 (B, 15), the elements of each block between powers of ten; None without
+        `histogram=True`.
+      blocks, ranks, episodes, quantiles, candidates: what there is room for, by name, as
+        `optaxclip.record.pack_names` packs names.
+    """
+
+    packed: Packed
+    block_norms: jax.Array
     histogram: Any
     blocks: Any
-    quantile_names: Any
+    ranks: Any
+    episodes: Any
+    quantiles: Any
     candidates: Any
 
 
-def fresh_watch(
-    dtype, *, size: int, top: int, bad_steps: int, levels: int, **rest: Any
-) -> WatchState:
-    """The state before the first step. Each array has its own buffer, for donation.
-
-    Args:
-      dtype: of the norms.
-      size, top, bad_steps, levels: how many blocks, top blocks, episodes of bad steps and quantiles
-        it has room for.
-      rest: the fields that are made elsewhere: names, and the states of the candidates.
-    """
-
-    def zeros(*shape, dtype=dtype):
-        return jnp.zeros(shape, dtype)
-
-    def count(*shape):
-        return jnp.zeros(shape, jnp.int32)
-
-    def none(*shape):
-        return jnp.full(shape, -1, jnp.int32)
-
-    return WatchState(
-        total_steps=count(),
-        total_norm=zeros(),
+def fresh_numbers(dtype, *, blocks: int, episodes: int, quantiles: int, candidates: int) -> Numbers:
+    """The numbers before the first step, given how many there is room for."""
+    zero, count, none = jnp.zeros((), dtype), jnp.int32(0), jnp.int32(-1)
+    return Numbers(
+        total_steps=count,
+        total_norm=zero,
         median_ratio=jnp.ones((), dtype),
-        block_norms=zeros(size),
-        top_blocks=none(top),
-        top_shares=zeros(top),
-        nonfinite=NotFinite(count(), none(), none(), none(), count()),
-        bad=fresh_episodes(dtype, size, bad_steps),
-        quantiles=zeros(levels),
-        would_clip=count(len(rest["shadows"])),
-        trackers=Trackers(zeros(), count(), count(), zeros(levels), count()),
-        **rest,
+        nonfinite=NotFinite(count, none, none, none, count),
+        bad=fresh_episodes(dtype, blocks, episodes),
+        trackers=Trackers(zero, count, count, jnp.zeros(quantiles, dtype), count),
+        would_clip=jnp.zeros(candidates, jnp.int32),
     )
+
+
+def read_numbers(w: WatchState) -> Numbers:
+    """The numbers of a watch; of a batch of runs each has the batch's axes in front."""
+    rooms = ("blocks", "episodes", "quantiles", "candidates")
+    return unpack(w.packed, _shapes(w.block_norms.dtype, *(len(getattr(w, x)) for x in rooms)))
+
+
+# Kept, as tracing for them would take longer than all other reading does.
+@functools.lru_cache(maxsize=64)
+def _shapes(dtype, blocks: int, episodes: int, quantiles: int, candidates: int) -> Numbers:
+    rooms = {"blocks": blocks, "episodes": episodes, "quantiles": quantiles}
+    return jax.eval_shape(lambda: fresh_numbers(dtype, **rooms, candidates=candidates))
+
+
+def read_top(w: WatchState, seen: Numbers) -> tuple[jax.Array, jax.Array]:
+    """The blocks with the largest shares of the squared norm, and their shares.
+
+    Blocks are -1 before the first step. At a step that is not finite, such blocks share it equally.
+    """
+    blocks, shares = rank_blocks(w.block_norms, len(w.ranks))
+    return jnp.where(seen.total_steps[..., None] > 0, blocks, -1), shares
+
+
+def read_quantiles(w: WatchState, seen: Numbers) -> jax.Array:
+    """(..., q), the quantiles of the total norm; zeros before the first norm."""
+    learned, levels = seen.trackers, unpack_names(w.quantiles)
+    multiples = jnp.where(np.array([q == "0.5" for q in levels], bool), 1, learned.multiples)
+    # Before its first norm a multiple is 0, and so is the quantile.
+    return jnp.where(learned.seen[..., None] > 0, learned.median[..., None] * multiples, 0)
 
 
 def watch_scalars(w: WatchState, prefix: str) -> dict[str, jax.Array]:
     """The state of a watch as a flat dict of scalars; each has the shape of the batch of runs."""
+    seen = read_numbers(w)
+    top_blocks, top_shares = read_top(w, seen)
     out = {
-        "steps": w.total_steps,
-        "grad_norm": w.total_norm,
-        "median_ratio": w.median_ratio,
-        "nonfinite_steps": w.nonfinite.bad_total,
-        "nonfinite_step": w.nonfinite.at_step,
-        "nonfinite_block": w.nonfinite.first,
-        "bad_steps": w.bad.places[..., 0, 2, 5],
+        "steps": seen.total_steps,
+        "grad_norm": seen.total_norm,
+        "median_ratio": seen.median_ratio,
+        "nonfinite_steps": seen.nonfinite.bad_total,
+        "nonfinite_step": seen.nonfinite.at_step,
+        "nonfinite_block": seen.nonfinite.first,
+        "bad_steps": seen.bad.places[..., 0, 2, 5],
     }
     # Indices count from the end: in front there may be the axes of a batch of runs.
-    rates = w.would_clip / jnp.maximum(w.total_steps, 1)[..., None]
+    rates = seen.would_clip / jnp.maximum(seen.total_steps, 1)[..., None]
     several = {
-        "grad_norm": (unpack_names(w.blocks), w.block_norms),
-        "top_block": (range(w.top_blocks.shape[-1]), w.top_blocks),
-        "top_share": (range(w.top_shares.shape[-1]), w.top_shares),
-        "quantile": (unpack_names(w.quantile_names), w.quantiles),
-        "would_clip": (unpack_names(w.candidates), rates),
+        "grad_norm": (w.blocks, w.block_norms),
+        "top_block": (w.ranks, top_blocks),
+        "top_share": (w.ranks, top_shares),
+        "quantile": (w.quantiles, read_quantiles(w, seen)),
+        "would_clip": (w.candidates, rates),
     }
-    for key, (names, values) in several.items():
+    for key, (packed, values) in several.items():
+        names = unpack_names(packed)
         # One bare array is a block without a name: the total says all of it.
         out |= {f"{key}/{name}": values[..., i] for i, name in enumerate(names) if names != ("",)}
     return {prefix + key: value for key, value in out.items()}

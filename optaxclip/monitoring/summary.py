@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -10,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+
+from optaxclip import xla
+from optaxclip.norms import l2
 
 
 class NotFinite(NamedTuple):
@@ -38,15 +42,16 @@ class Summary(NamedTuple):
     Attributes:
       norms: (B,), of the blocks.
       total: of all blocks together.
-      top_blocks, top_shares: (k,), the blocks with the largest shares.
+      culprit, share: int32, the block with the largest share of the squared norm, and that share;
+        of a step that is not finite, the first such block, and one over their number.
       first, last, hit: int32, the first and the last block that is not finite, -1 for none, and
         their number.
     """
 
     norms: jax.Array
     total: jax.Array
-    top_blocks: jax.Array
-    top_shares: jax.Array
+    culprit: jax.Array
+    share: jax.Array
     first: jax.Array
     last: jax.Array
     hit: jax.Array
@@ -61,31 +66,40 @@ def natural_key(name: str) -> list:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def summarize(norms: jax.Array, names: tuple[str, ...], top: int) -> Summary:
+def summarize(norms: jax.Array, names: tuple[str, ...]) -> Summary:
     """A step, given the norms of its blocks."""
     bad = ~jnp.isfinite(norms)
-    unit = _unit(norms, bad)
-    squares = jnp.square(norms / unit)
-    finite_total = _bound_finite(unit * jnp.sqrt(jnp.sum(squares)))
+    first, last, hit = _find_ends(bad, names)
+    # Blocks at the edge of what is a float may be beyond it together, and are finite all the same.
+    finite_total = jnp.minimum(xla.join_lengths(l2, norms), jnp.finfo(norms.dtype).max)
     # A sum of norms keeps NaN and infinity apart, as the blocks have them.
-    total = jnp.where(jnp.any(bad), jnp.sum(norms), finite_total)
-    weights = jnp.where(jnp.any(bad), bad.astype(norms.dtype), squares)
-    sums = jnp.sum(weights)
+    total = jnp.where(hit > 0, jnp.sum(norms), finite_total)
+    # The largest only, and no order of all: a sort is a kernel by itself, and is done when read.
+    largest = jnp.argmax(norms).astype(jnp.int32) if names else jnp.int32(-1)
+    part = jnp.max(norms, initial=0) / jnp.where(total > 0, total, 1)
+    even = 1 / jnp.maximum(hit, 1).astype(norms.dtype)
+    share = jnp.where(hit > 0, even, jnp.minimum(jnp.square(part), 1))
+    return Summary(norms, total, jnp.where(hit > 0, first, largest), share, first, last, hit)
+
+
+@functools.partial(jax.jit, static_argnames="top", inline=True)
+def rank_blocks(norms: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
+    """(..., k), the blocks with the largest shares of the squared norm, and these shares."""
+    bad = ~jnp.isfinite(norms)
+    broken = jnp.any(bad, axis=-1, keepdims=True)
+    squares = jnp.square(norms / _unit(norms, broken))
+    weights = jnp.where(broken, bad.astype(norms.dtype), squares)
+    sums = jnp.sum(weights, axis=-1, keepdims=True)
     shares, blocks = lax.top_k(weights / jnp.where(sums > 0, sums, 1), top)
-    return Summary(norms, total, blocks.astype(jnp.int32), shares, *_find_ends(bad, names))
+    return blocks.astype(jnp.int32), shares
 
 
-def _unit(norms: jax.Array, bad: jax.Array) -> jax.Array:
+def _unit(norms: jax.Array, broken: jax.Array) -> jax.Array:
     """What norms are divided by, so that their squares neither overflow nor vanish."""
-    largest = jnp.max(norms, initial=0)
+    largest = jnp.max(norms, axis=-1, keepdims=True, initial=0)
     # XLA may turn `x / unit` into `x * (1 / unit)`, which must not be flushed to zero.
     largest = jnp.minimum(largest, jnp.finfo(norms.dtype).max / 256)
-    return jnp.where((largest > 0) & ~jnp.any(bad), largest, 1)
-
-
-def _bound_finite(norm: jax.Array) -> jax.Array:
-    """The largest float for a norm of finite blocks that is beyond it."""
-    return jnp.minimum(norm, jnp.finfo(norm.dtype).max)
+    return jnp.where((largest > 0) & ~broken, largest, 1)
 
 
 def _find_ends(bad: jax.Array, names: tuple[str, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -75,13 +75,6 @@ def _count_run(norm: jax.Array, old: Trackers) -> jax.Array:
     return jnp.where(jnp.isfinite(norm) & (norm > 0) & (old.seen > 0), run, old.run)
 
 
-def read_quantiles(levels: Levels, now: Trackers) -> jax.Array:
-    """(q,), the quantiles of the norm; zeros before the first."""
-    multiples = jnp.where(np.array([q == 0.5 for q in levels.values()], bool), 1, now.multiples)
-    # Before its first norm a multiple is 0, and so is the quantile.
-    return jnp.where(now.seen > 0, now.median * multiples, 0)
-
-
 def name_candidates(candidates: Candidates) -> Trials:
     """The thresholds to try, by name; a number has itself for a name.
 

@@ -18,13 +18,13 @@ from optaxclip.core import decide
 from optaxclip.engine import Description, Rule, build
 from optaxclip.monitoring.episodes import update_episodes
 from optaxclip.monitoring.histograms import BINS, count_elements
-from optaxclip.monitoring.state import WatchState, fresh_watch
+from optaxclip.monitoring.packing import pack, unpack
+from optaxclip.monitoring.state import Numbers, WatchState, fresh_numbers
 from optaxclip.monitoring.summary import Summary, summarize, update_nonfinite
 from optaxclip.monitoring.trackers import (
     Candidates,
     name_candidates,
     name_levels,
-    read_quantiles,
     start_candidates,
     try_candidates,
     update_trackers,
@@ -65,7 +65,8 @@ def watch(
     it by more than one step.
 
     Args:
-      scope: which numbers share one norm: `scopes.leaf`, or `scopes.groups(label)`.
+      scope: which numbers share one norm: `scopes.leaf`, `scopes.groups(label)`, or, layer by layer
+        where leaves stack layers, `scopes.stacked(where)`.
       top: how many blocks to keep of those with the largest share.
       quantiles: which quantiles of the total norm to track.
       candidates: thresholds to try without clipping, by name: numbers, schedules, or thresholds
@@ -112,18 +113,22 @@ def watch(
     blocks = _meter(as_scope(scope, named=True), exclude, axis_names)
     whole = _meter(tree, exclude, axis_names)
 
+    def start(norms):
+        """The numbers before the first step, and the states of the candidates."""
+        rooms = {"episodes": bad_steps, "quantiles": len(levels), "candidates": len(trials)}
+        numbers = fresh_numbers(norms.dtype, blocks=len(norms), **rooms)
+        return numbers, start_candidates(trials, norms.dtype)
+
     def init_fn(params):
         norms, names = _start(blocks, params)
-        return fresh_watch(
-            norms.dtype,
-            size=len(norms),
-            top=min(top, len(norms)),
-            bad_steps=bad_steps,
-            levels=len(levels),
-            shadows=start_candidates(trials, norms.dtype),
+        return WatchState(
+            packed=pack(start(norms)),
+            block_norms=norms,
             histogram=jnp.zeros((len(norms), BINS), jnp.int32) if histogram else None,
             blocks=names,
-            quantile_names=pack_names(tuple(levels)),
+            ranks=pack_names(list(map(str, range(min(top, len(norms)))))),
+            episodes=pack_names(list(map(str, range(bad_steps)))),
+            quantiles=pack_names(tuple(levels)),
             candidates=pack_names(tuple(trials)),
         )
 
@@ -136,20 +141,22 @@ def watch(
             check_names("watch", names, unpack_names(state.blocks))
         guard.check(state, updates)
         dtype = state.block_norms.dtype
-        now = summarize(norms.astype(dtype), names, state.top_blocks.shape[0])
+        now = summarize(norms.astype(dtype), names)
+        numbers, shadows = unpack(state.packed, jax.eval_shape(lambda: start(now.norms)))
         size = None
         if params is not None and reads_params(*trials.values()):
             # Parameters without a gradient do not count, as in a clip.
             leaves = select(updates, exclude)
             matched = leaves.rebuild(match_params(leaves, params, exclude, "watch"))
             size = _measure(whole, matched)[0].astype(dtype)
-        over, shadows = try_candidates(trials, now.total, state.shadows, size, extra_args)
-        trackers = update_trackers(levels, now.total, state.trackers)
-        return updates, _advance(state, now, spike_factor, as_tag(tag))._replace(
-            quantiles=read_quantiles(levels, trackers),
-            would_clip=jnp.where(over, optax.safe_increment(state.would_clip), state.would_clip),
-            trackers=trackers,
-            shadows=shadows,
+        over, shadows = try_candidates(trials, now.total, shadows, size, extra_args)
+        numbers = _advance(numbers, now, spike_factor, as_tag(tag))._replace(
+            trackers=update_trackers(levels, now.total, numbers.trackers),
+            would_clip=numbers.would_clip + over.astype(jnp.int32),
+        )
+        return updates, state._replace(
+            packed=pack((numbers, shadows)),
+            block_norms=now.norms,
             histogram=count_elements(updates, scope, exclude, axis_names) if histogram else None,
         )
 
@@ -189,23 +196,20 @@ def _measure(
     return metrics.grad_norm, unpack_names(metrics.blocks)
 
 
-def _advance(state: WatchState, now: Summary, limit: ArrayLike, tag: jax.Array) -> WatchState:
-    """The state after one more step, except for what learns."""
+def _advance(old: Numbers, now: Summary, limit: ArrayLike, tag: jax.Array) -> Numbers:
+    """The numbers after one more step, except for what learns."""
     # The median of the steps before: a spike is judged before it is learned.
-    median, known = state.trackers.median, state.trackers.seen
+    median, known = old.trackers.median, old.trackers.seen
     # Divided by 1 at first: `checkify` sees a division by zero whose result is not taken.
     ratio = jnp.where(known > 0, now.total / jnp.where(known > 0, median, 1), 1)
     bad = (now.hit > 0) | ((known >= _KNOWN) & (ratio > jnp.asarray(limit).astype(ratio.dtype)))
-    step = jnp.asarray(optax.safe_increment(state.total_steps))
-    return state._replace(
+    step = jnp.asarray(optax.safe_increment(old.total_steps))
+    return old._replace(
         total_steps=step,
         total_norm=now.total,
         median_ratio=ratio,
-        block_norms=now.norms,
-        top_blocks=now.top_blocks,
-        top_shares=now.top_shares,
-        nonfinite=update_nonfinite(state.nonfinite, now, step),
-        bad=update_episodes(state.bad, bad, step, now, ratio, tag),
+        nonfinite=update_nonfinite(old.nonfinite, now, step),
+        bad=update_episodes(old.bad, bad, step, now, ratio, tag),
     )
 
 

@@ -11,7 +11,7 @@ from optaxclip.base import Metrics
 from optaxclip.monitoring.bad import read_episodes
 from optaxclip.monitoring.findings import format_number, format_share
 from optaxclip.monitoring.reading import total_steps
-from optaxclip.monitoring.state import WatchState
+from optaxclip.monitoring.state import WatchState, read_numbers, read_quantiles, read_top
 from optaxclip.record import scalars_of, unpack_names
 from optaxclip.trees import select
 from optaxclip.wrappers.skip import LOSS, NORM, SkipState
@@ -19,49 +19,53 @@ from optaxclip.wrappers.skip import LOSS, NORM, SkipState
 
 def describe_watched_norm(w: WatchState) -> str:
     """How unusual the norm of the last step is, and where most of it is."""
-    w, names = jax.device_get(w), _display_names(w.blocks)
-    if not w.total_steps:
+    seen = jax.device_get(read_numbers(w))
+    top, share = jax.device_get(read_top(w, seen))
+    names = _display_names(w.blocks)
+    if not seen.total_steps:
         return "nothing seen yet"
-    if w.nonfinite.at_step == w.total_steps:
-        first, last = names[w.nonfinite.first], names[w.nonfinite.last]
+    if seen.nonfinite.at_step == seen.total_steps:
+        first, last = names[seen.nonfinite.first], names[seen.nonfinite.last]
         if len(names) == 1:
             return "not finite"
-        if w.nonfinite.blocks_hit == len(names):
+        if seen.nonfinite.blocks_hit == len(names):
             either = f"either the loss is not finite, or {last}, the last of them"
             return f"not finite in all {len(names)} blocks: {either}"
         more = "" if first == last else f", last in {last}, whose gradient was computed first"
-        count = f"{int(w.nonfinite.blocks_hit)} of {len(names)} blocks"
+        count = f"{int(seen.nonfinite.blocks_hit)} of {len(names)} blocks"
         return f"not finite in {count}, first in {first}{more}"
     # Zero has no share and no ratio that would say more, and looks like any small norm.
-    if len(names) and w.total_norm == 0:
+    if len(names) and seen.total_norm == 0:
         return "all gradients are zero"
-    usual = "" if w.trackers.seen < 2 else f" = {format_number(w.median_ratio)} x the median"
+    usual = "" if seen.trackers.seen < 2 else f" = {format_number(seen.median_ratio)} x the median"
     where = ""
-    if len(names) > 1 and w.total_norm > 0:
-        where = f"; {format_share(w.top_shares[0])} of it in {names[w.top_blocks[0]]}"
-    return f"norm {format_number(w.total_norm)}{usual}{where}"
+    if len(names) > 1 and seen.total_norm > 0:
+        where = f"; {format_share(share[0])} of it in {names[top[0]]}"
+    return f"norm {format_number(seen.total_norm)}{usual}{where}"
 
 
 def describe_history(w: WatchState) -> list[str]:
     """What a watch knows of the steps before: one line each."""
     episodes = read_episodes(w)
-    lines, w = [f"bad: {bad}" for bad in episodes], jax.device_get(w)
+    lines = [f"bad: {bad}" for bad in episodes]
+    seen = jax.device_get(read_numbers(w))
+    quantiles = jax.device_get(read_quantiles(w, seen))
     order = episodes[-1].order() if episodes else {}
     # Blocks that broke at one step have no order.
     if len(set(order.values())) > 1:
         first = ", ".join(f"{block} at step {step}" for block, step in list(order.items())[:3])
         lines.append(f"broke first: {first}")
-    if w.trackers.seen < 10:
+    if seen.trackers.seen < 10:
         return lines
-    levels, candidates = unpack_names(w.quantile_names), unpack_names(w.candidates)
-    known = [(100 * float(q), x) for q, x in zip(levels, w.quantiles, strict=True) if x > 0]
+    levels, candidates = unpack_names(w.quantiles), unpack_names(w.candidates)
+    known = [(100 * float(q), x) for q, x in zip(levels, quantiles, strict=True) if x > 0]
     if known:
         below = ", ".join(f"{q:g} % below {format_number(x)}" for q, x in known)
         lines.append(f"recent norms: {below}")
     if candidates:
-        pairs = zip(candidates, w.would_clip / w.total_steps, strict=True)
+        pairs = zip(candidates, seen.would_clip / seen.total_steps, strict=True)
         tried = ", ".join(f"{format_share(rate)} at {name}" for name, rate in pairs)
-        lines.append(f"would have clipped of {int(w.total_steps)} steps: {tried}")
+        lines.append(f"would have clipped of {int(seen.total_steps)} steps: {tried}")
     return lines
 
 

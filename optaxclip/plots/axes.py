@@ -100,6 +100,7 @@ def draw_clipped(ax: Any, steps: np.ndarray, clipped: np.ndarray) -> None:
 
 def _make_room(ax: Any) -> None:
     """Lowers the lower limit by the height of the band, on whatever scale."""
+    # In the units of the scale: on a log axis a share of its height is a factor.
     scale, (low, high) = ax.yaxis.get_transform(), ax.get_ylim()
     bottom, top = scale.transform([low, high])
     room = (top - bottom) * _BAND / (1 - _BAND)
@@ -119,4 +120,5 @@ def format_ticks(axis: Any) -> None:
             return f"{x:g}" if super().__call__(x, pos) else ""
 
     axis.set_major_formatter(Plain())
+    # Only over less than a decade, where there is one major tick, or none, to read a number from.
     axis.set_minor_formatter(Plain(minor_thresholds=(1.0, 0.5)))

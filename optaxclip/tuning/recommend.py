@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.monitoring.columns import read_columns
-from optaxclip.monitoring.history import History
+from optaxclip.monitoring.history import History, read_run
 from optaxclip.tuning.recommendation import Reason, Recommendation
 from optaxclip.tuning.series import FEWEST, Numbers, log_known, measure_series
 
@@ -66,11 +65,11 @@ def _read(norms: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The norm of the whole at each step, and the norms of layers, if there are any."""
     rows = isinstance(norms, list | tuple) and norms and isinstance(norms[0], Mapping)
     if rows or isinstance(norms, Mapping | History):
-        run = read_columns(norms)
-        total, layers = run.norms(), run.blocks()
+        run = read_run(norms, 0)
+        total, layers = run.norms, run.blocks
         # Of a clip by layer the norm is the largest of its layers, not that of the whole.
-        of_whole = "grad_norm" in run.clip() and not any("grad_norm/" in key for key in run.clip())
-        if total is not None and (of_whole or not layers):
+        of_whole = "grad_norm" in run.clip and not any("grad_norm/" in key for key in run.clip)
+        if len(total) and (of_whole or not layers):
             return total, layers
         layers = layers or _read_layers(run.table, isinstance(norms, Mapping))
         return _pool_layers(np.stack(list(layers.values()), axis=1)), layers

@@ -14,7 +14,7 @@ sharded. docs/performance.md has the numbers; `tests/benchmarks/accelerators.py`
 """
 
 from optaxclip.xla.layout import Layout, lay_out
-from optaxclip.xla.lengths import counts_of, measure
+from optaxclip.xla.lengths import counts_of, join_lengths, measure
 from optaxclip.xla.mesh import NOWHERE, Span, call_in_auto_axes, find_span
 from optaxclip.xla.scaling import as_dtype_of, scale, spread
 from optaxclip.xla.widths import accumulator, poison, times, widen
@@ -28,6 +28,7 @@ __all__ = [
     "call_in_auto_axes",
     "counts_of",
     "find_span",
+    "join_lengths",
     "lay_out",
     "measure",
     "poison",

@@ -76,7 +76,15 @@ def lay_out(blocks: Blocks, paths: Sequence[str], shapes, span: Span = NOWHERE) 
     # array for all biases and scales is 28 kernels fewer on a TPU than one for each row of them.
     whole = [axes[row[0]] == tuple(range(len(shapes[row[0]]))) for row in rows]
     arrays = group(["whole" if all_of_it else r for r, all_of_it in enumerate(whole)])
-    return Layout(blocks, tuple(shapes), rows, arrays, span)
+    return Layout(blocks, tuple(shapes), rows, arrays, _span_units(blocks, span))
+
+
+def _span_units(blocks: Blocks, span: Span) -> Span:
+    """Where the parts of units lie: those of a single number in one place, whoever has the leaf."""
+    if not blocks.units or not span.leaves:
+        return span
+    each = zip(span.leaves, blocks.axes or (), strict=True)
+    return span._replace(leaves=tuple(own if axes else frozenset() for own, axes in each))
 
 
 def same_types(layout: Layout, row: Sequence[int], arrays: Sequence[jax.Array]) -> list[list[int]]:

@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from optaxclip.base import Norm, Norms
 from optaxclip.xla.layout import Layout
 from optaxclip.xla.scaling import spread
-from optaxclip.xla.sums import Pieces, plain, stacking, units, variadic
+from optaxclip.xla.sums import Pieces, lifted, plain, stacking, units, variadic
 from optaxclip.xla.widths import accumulator, widen
 
 
@@ -90,6 +91,13 @@ def _pool(form, norm: Norm, layout: Layout, arrays, scales, dtype) -> list[Piece
     if layout.blocks.units:
         return units(norm, layout, arrays, scales, dtype, stacked=form is variadic)
     return [[list(_gathered(norm, layout, form(norm, layout, arrays, scales, dtype)))]]
+
+
+def join_lengths(norm: Norm, lengths: jax.Array, count: ArrayLike = 1) -> jax.Array:
+    """The length of a block, given those of its parts; infinite where it is no float any more."""
+    scales = scales_of(norm, lengths.dtype, units=False)
+    pools = [jnp.sum(lifted(norm, lengths, scale)) for scale in scales]
+    return _chosen(norm, pools, scales, count)
 
 
 def _join(pieces: list[jax.Array], ndim: int) -> jax.Array:

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 
 from optaxclip import validate
 from optaxclip.base import AxisNames
+from optaxclip.compat import manual_axes, to_varying, varying_axes
 
 
 class Span(NamedTuple):
@@ -52,16 +53,17 @@ class Span(NamedTuple):
         return _across(x, tuple(sorted(self._own(leaf))), how)
 
     def check_units(self) -> None:
-        """Raises where types say over which axes a leaf varies, but units need to know along which
-        of its own.
+        """Raises where types say over which axes a leaf varies, but units and layers need to know
+        along which of its own.
         """
-        if not self.explicit and any(lax.axis_size(axis) > 1 for axis in self.axes):
+        if not self.explicit and any(self.parts(leaf) > 1 for leaf in range(len(self.leaves))):
             raise ValueError(
-                f"{validate.called()}: a clip of units inside shard_map, over the mesh axes"
-                f" {self.axes}, cannot know whether these cut units or lie between them: a type"
-                " says over which axes a leaf varies, not along which of its dimensions. Pass"
+                f"{validate.called()}: a clip of units or layers inside shard_map, over the mesh"
+                f" axes {self.axes}, cannot know whether these cut units or lie between them: a"
+                " type says over which axes a leaf varies, not along which of its dimensions. Pass"
                 " axis_names= to the clip: for each leaf (as a tree, or a function of the path)"
-                " the axes that cut its units, and () where every device holds whole units."
+                " the axes that cut its units or layers, and () where every device holds whole"
+                " ones."
             )
 
     def _own(self, leaf: int) -> frozenset[str]:
@@ -80,25 +82,14 @@ def _across(x: jax.Array, axes: tuple[str, ...], how: str) -> jax.Array:
 def vary(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """`x`, cast to the type that a collective over `axes` takes."""
     # Where types are kept, a `psum` over two axes of what varies over only one is an error.
-    missing = tuple(axis for axis in axes if axis in _manual_axes() and axis not in varying_axes(x))
-    return lax.pcast(x, missing, to="varying") if missing and _types_are_kept() else x
-
-
-def varying_axes(x) -> frozenset[str]:
-    """The mesh axes over which an array varies, read from its type."""
-    # Renamed in jax 0.10, before which it is `vma`.
-    kind = getattr(jax.typeof(x), "manual_axis_type", None)
-    return frozenset(getattr(jax.typeof(x), "vma", ()) if kind is None else kind.varying)
-
-
-def _manual_axes() -> tuple[str, ...]:
-    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    missing = tuple(axis for axis in axes if axis in manual_axes() and axis not in varying_axes(x))
+    return to_varying(x, missing) if missing and _types_are_kept() else x
 
 
 def _types_are_kept() -> bool:
     """Whether `shard_map` keeps track of what varies: its own axis index certainly does."""
     # There is no other way to ask: with `check_vma=False` all types are empty, as those of copies.
-    return all(axis in varying_axes(lax.axis_index(axis)) for axis in _manual_axes())
+    return all(axis in varying_axes(lax.axis_index(axis)) for axis in manual_axes())
 
 
 def is_names(x) -> bool:
@@ -129,7 +120,7 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
     Raises:
       ValueError: inside a `shard_map` or `pmap` whose types are silent, if `axis_names` is None.
     """
-    axes = _manual_axes()
+    axes = manual_axes()
     if axis_names is None and not axes:
         return NOWHERE
     typed = [varying_axes(x) for x in arrays]
@@ -137,7 +128,7 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
         said = [frozenset((n,) if isinstance(n, str) else n) for n in _named(axis_names, paths)]
     elif _types_are_kept():
         said = typed
-    elif all(jax.sharding.get_abstract_mesh().shape[axis] == 1 for axis in axes):
+    elif all(lax.axis_size(axis) == 1 for axis in axes):
         said = [frozenset()] * len(typed)  # one device holds all of it: local and global are one
     else:
         raise ValueError(_silent(axes))

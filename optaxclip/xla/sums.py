@@ -120,11 +120,12 @@ def variadic(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
                     for s in scales
                 ]
                 axes = layout.axes_of(same[0])
-                if len(chunk) == 1:
-                    sums = [[x] for x in _reduce([x for (x,) in at], norm, axes)]
-                else:  # a reduction for each scale: of more operands ptxas refuses the kernel
-                    sums = [_reduce(xs, norm, axes) for xs in at]
-                pools.append([jnp.stack(xs).astype(dtype).ravel() for xs in sums])
+                # All scales in one reduction, unless ptxas would refuse so many operands.
+                fits = len(chunk) * len(scales) <= OPERANDS
+                reductions = [[x for xs in at for x in xs]] if fits else at
+                sums = [x for operands in reductions for x in _reduce(operands, norm, axes)]
+                each = [jnp.stack(xs).astype(dtype).ravel() for xs in chunks(sums, len(chunk))]
+                pools.append(each)
                 first.extend(part[0] for part in chunk)
     return _joined(pools, first, len(scales), dtype)
 

@@ -41,8 +41,9 @@ def _before(name: str, *args: Any) -> Callable:
     return lambda inner: optax.chain(getattr(optaxclip, name)(*args), inner)
 
 
-def _watch(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    return optax.chain(optaxclip.watch(), optaxclip.clip_by_global_norm(1.0), inner)
+def _watch(clip: str = "clip_by_global_norm", **more: Any) -> Callable:
+    """A watch in front of a clip of ours, and the optimizer."""
+    return lambda inner: optax.chain(optaxclip.watch(**more), getattr(optaxclip, clip)(1.0), inner)
 
 
 CLIPS = {
@@ -57,7 +58,9 @@ CLIPS = {
     "clip_by_median": Clip(_before("clip_by_median"), GLOBAL),
     "adagc": Clip(_before("adagc"), GLOBAL),
     "skip_spikes": Clip(lambda inner: optaxclip.skip_spikes(inner), GLOBAL),
-    "watch": Clip(_watch, GLOBAL),
+    "watch": Clip(_watch(), GLOBAL),
+    "watch, by leaf": Clip(_watch("clip_by_leaf_norm"), GLOBAL),
+    "watch, histogram": Clip(_watch(histogram=True), GLOBAL),
     AGC: Clip(lambda inner: optax.chain(optax.adaptive_grad_clip(0.01), inner)),
     "adaptive_grad_clip": Clip(_before("adaptive_grad_clip", 0.01), AGC),
     VALUE: Clip(lambda inner: optax.chain(optax.clip(1.0), inner)),

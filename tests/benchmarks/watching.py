@@ -1,11 +1,12 @@
 """What `optaxclip.watch` costs when it is left on, and what logging it costs.
 
     python -m tests.benchmarks.watching [--small] [--models cnn transformer] [--seconds 60]
+        [--into docs/watching.md]
 
-Prints a markdown table: the time of a whole training step (forward, backward, clip, Adam) relative
-to one without a watch, as the median and the quartiles of ratios of runs that followed each other,
-A B .. B A. "log every N" reads `optaxclip.metrics`, jitted apart from the step, to the host every
-N-th step and writes a line of CSV.
+Prints the time of a whole training step (forward, backward, clip, Adam) relative to one
+without a watch, as the median and the quartiles of ratios of runs that followed each other, A B ..
+B A. "log every N" reads `optaxclip.metrics`, jitted apart from the step, to the host every N-th
+step and writes a line of CSV.
 """
 
 import argparse
@@ -20,13 +21,14 @@ import optax
 
 import optaxclip
 from tests.benchmarks.per_example import CNN, Model, Transformer, model_of
+from tests.benchmarks.reporting import device, put_into, quartiles, table
 
 CLIP = optaxclip.clip_by_global_norm(1.0)
 CHAINS = {
     "no watch": CLIP,
     "no watch, again": CLIP,
     "watch": optax.chain(optaxclip.watch(), CLIP),
-    "watch, groups": optax.chain(optaxclip.watch(scope=optaxclip.scopes.groups()), CLIP),
+    "watch, histogram": optax.chain(optaxclip.watch(histogram=True), CLIP),
 }
 EVERY = (1, 10, 100)
 
@@ -87,8 +89,8 @@ def logged(step, every: int | None):
     return run
 
 
-def measured(runs: dict, states: dict, seconds: float, burst: int) -> dict:
-    """Quartiles of the time of each way relative to the first."""
+def measured(runs: dict, states: dict, seconds: float, burst: int) -> dict[str, list[float]]:
+    """The time of each way relative to the first, in each round."""
     names = list(runs)
     ratios: dict = {name: [] for name in names}
     end = time.perf_counter() + seconds
@@ -103,9 +105,7 @@ def measured(runs: dict, states: dict, seconds: float, burst: int) -> dict:
                 times[name] += time.perf_counter() - start
         for name in names:
             ratios[name].append(times[name] / times[names[0]])
-    return {
-        name: (np.quantile(ratios[name], [0.25, 0.5, 0.75]), len(ratios[name])) for name in names
-    }
+    return ratios
 
 
 def rows(model: Model, seconds: float, small: bool):
@@ -117,39 +117,40 @@ def rows(model: Model, seconds: float, small: bool):
     states = {name: jax.block_until_ready(runs[name](state)) for name, (_, state) in made.items()}
     start = time.perf_counter()
     states["no watch"] = jax.block_until_ready(runs["no watch"](states["no watch"]))
-    milliseconds = 1e3 * (time.perf_counter() - start)
-    burst = 1 if small else max(1, round(100 / milliseconds))  # a tenth of a second
-    for name, (quartiles, rounds) in measured(runs, states, seconds, burst).items():
-        yield name, milliseconds, quartiles, rounds
+    step_seconds = time.perf_counter() - start
+    burst = 1 if small else max(1, round(0.1 / step_seconds))  # a tenth of a second
+    for name, ratios in measured(runs, states, seconds, burst).items():
+        yield [name, quartiles(ratios), str(len(ratios))]
+
+
+def race_steps(names: list[str], seconds: float, small: bool) -> str:
+    """The table of training steps on this machine."""
+    lines = []
+    for name in names:
+        model = models(small)[name]()
+        leaves = jax.tree.leaves(model.params)
+        size = f"{sum(x.size for x in leaves) / 1e6:.2f} M"
+        lines += [[name, size, str(len(leaves)), *row] for row in rows(model, seconds, small)]
+    head = ["model", "parameters", "leaves", "", "time of a step (quartiles)", "rounds"]
+    return f"{table(head, lines)}\n{device()}.\n"
 
 
 def main(argv=None) -> None:
-    """Prints the table."""
+    """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--small", action="store_true", help="tiny models, one round: to see that it runs"
     )
-    parser.add_argument(
-        "--models", nargs="+", default=["cnn", "transformer", "transformer, few tokens"]
-    )
+    parser.add_argument("--models", nargs="+", default=["cnn", "transformer"])
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="how long to measure each model"
     )
+    parser.add_argument("--into", help="a document between whose marks the table is put")
     args = parser.parse_args(argv)
-    print(
-        "| model | parameters | leaves | step, ms | | time of a step (quartiles) | rounds |\n"
-        + "|---" * 7
-        + "|"
-    )
-    for name in args.models:
-        model = models(args.small)[name]()
-        leaves = jax.tree.leaves(model.params)
-        size = f"{sum(x.size for x in leaves) / 1e6:.2f} M | {len(leaves)}"
-        for way, ms, (low, mid, high), rounds in rows(
-            model, 0 if args.small else args.seconds, args.small
-        ):
-            ratio = f"{mid:.3f} ({low:.3f}-{high:.3f})"
-            print(f"| {name} | {size} | {ms:.0f} | {way} | {ratio} | {rounds} |", flush=True)
+    text = race_steps(args.models, 0 if args.small else args.seconds, args.small)
+    print(text)
+    if args.into:
+        put_into(args.into, "watching", text)
 
 
 if __name__ == "__main__":

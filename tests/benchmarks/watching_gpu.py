@@ -1,0 +1,45 @@
+"""What `optaxclip.watch` costs on an H100, by XLA's compiler for it; no GPU has to be there.
+
+    uv run --group accelerators python -m tests.benchmarks.watching_gpu [--small]
+        [--into docs/watching.md]
+
+Prints a markdown table: kernels and bytes of a step of a clip and AdamW on GPT-2, with a watch in
+front of the clip and without. It is a file of its own, as the compilers have an environment of
+their own, in which there is no Flax.
+"""
+
+import argparse
+
+from tests.benchmarks.accelerators import compile_case, name_versions
+from tests.benchmarks.accelerators_cases import Case
+from tests.benchmarks.reporting import put_into, table
+
+ROWS = {
+    "no clip": "no clip",
+    "clip_by_global_norm": "clip by global norm",
+    "watch": "watch, then clip by global norm",
+    "watch, histogram": "watch with histogram, then clip by global norm",
+    "clip_by_leaf_norm": "clip by leaf norm",
+    "watch, by leaf": "watch, then clip by leaf norm",
+}
+
+
+def main(argv=None) -> None:
+    """Compiles each row, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="GPT-2 with 2 layers")
+    parser.add_argument("--into", help="a document between whose marks the table is put")
+    args = parser.parse_args(argv)
+    found = compile_case(Case("gpu", "H100", "gpt2-2" if args.small else "gpt2"), list(ROWS))
+    lines = [
+        [text, str(found[name]["kernels"]), f"{found[name]['bytes']:.2f}"]
+        for name, text in ROWS.items()
+    ]
+    text = f"{table(['', 'kernels', 'bytes per parameter'], lines)}\n{name_versions('gpu')}.\n"
+    print(text)
+    if args.into:
+        put_into(args.into, "watching gpu", text)
+
+
+if __name__ == "__main__":
+    main()
