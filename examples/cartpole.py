@@ -1,6 +1,6 @@
 """A pole kept upright by a policy that learns from its own episodes (REINFORCE), in plain JAX.
 
-    uv run --extra examples examples/cartpole.py
+    uv run examples/cartpole.py
 
 The gradient is a sum over an episode of what each action earned afterwards: it grows with the
 square of the time that the pole stood. So the better the policy, the longer its gradients, and one

@@ -1,6 +1,6 @@
 """A character model of Python source, without a clip, with a fixed clip and with an adaptive one.
 
-    uv run --extra examples examples/char_rnn.py
+    uv run examples/char_rnn.py
 
 The text is the source of Python's own standard library, a megabyte of it, read from this machine.
 The network is a plain tanh recurrent network, the optimizer SGD with momentum: the setting of the

@@ -1,6 +1,6 @@
 """A residual network without normalisers on handwritten digits, with the clip of NFNets, by unit.
 
-    uv run --extra examples examples/cnn_agc.py
+    uv run examples/cnn_agc.py
 
 Without batch normalisation nothing holds the activations, and with a large learning rate the first
 steps throw such a network out of reach. Adaptive gradient clipping (AGC) lets no unit move by more

@@ -1,6 +1,6 @@
 """Speech: a recurrent network that spells synthetic utterances, trained with the CTC loss.
 
-    uv run --extra examples examples/ctc_speech.py
+    uv run examples/ctc_speech.py
 
 The CTC loss is a sum over all frames of an utterance, and as long as the network knows nothing all
 frames pull the same way: towards silence. Those first gradients, some twenty times as long as later

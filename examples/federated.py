@@ -1,6 +1,6 @@
 """Federated learning: clients' updates clipped to their median length, then noise for all.
 
-    uv run --extra examples examples/federated.py
+    uv run examples/federated.py
 
 A hundred clients hold fourteen handwritten digits each, of two kinds or so, and send what a few
 steps on them changed. For privacy the server clips each update to a bound C and adds noise in

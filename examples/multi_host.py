@@ -1,7 +1,7 @@
 """Training on several processes: sharded, an adaptive clip, skipped spikes, checkpoints.
 
-    uv run --extra examples examples/multi_host.py                # one process, four devices
-    uv run --extra examples examples/multi_host.py --simulate 2   # two processes, two devices each
+    uv run examples/multi_host.py                # one process, four devices
+    uv run examples/multi_host.py --simulate 2   # two processes, two devices each
 
 On a cluster start it unchanged, once a host; `jax.distributed` finds the others by itself on Cloud
 TPU and under Slurm, else name them: `--coordinator host0:1234 --processes 16 --process 3`.

@@ -1,6 +1,6 @@
 """Handwritten digits, learned privately: each person's gradient clipped, then noise for all.
 
-    uv run --extra examples examples/private_digits.py
+    uv run examples/private_digits.py
 
 Full-batch DP-SGD. Clipping bounds what one example can do to the sum of the gradients by
 `max_norm`; Gaussian noise of `noise * max_norm` on that sum then hides it. T steps are (ε,

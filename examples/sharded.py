@@ -1,6 +1,6 @@
 """The same training on one device, data parallel on eight, and with all sharded (FSDP).
 
-    uv run --extra examples examples/sharded.py
+    uv run examples/sharded.py
 
 The norm that a clip needs is that of the whole gradient. Under `jit` it is, however the arrays lie.
 Under `shard_map` each device sees its own piece; from the types of the gradients optaxclip finds

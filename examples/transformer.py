@@ -1,6 +1,6 @@
 """A small transformer that meets bad batches: from step 80 on one in 40 is noise, and weighs 1,000.
 
-    uv run --extra examples examples/transformer.py
+    uv run examples/transformer.py
 
 Such batches are real: a corrupt shard, a loss that was summed where all others were averaged. Adam
 divides by the size of past gradients, so one of them does not throw the parameters far; but it

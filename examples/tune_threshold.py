@@ -1,6 +1,6 @@
 """Which threshold? Found by training at all of them side by side, and judged on new starts.
 
-    uv run --extra examples examples/tune_threshold.py
+    uv run examples/tune_threshold.py
 
 The task is the pole of cartpole.py, whose gradients are hundreds long: with the bound of 1 that so
 many take by habit it is learned slowly, with none not for sure. `optaxclip.tune` compiles the train

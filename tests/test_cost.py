@@ -38,10 +38,7 @@ CLIPS = {
     "zero": lambda: optaxclip.clip_by_global_norm(1.0, nonfinite="zero"),
     "zclip": lambda: optaxclip.zclip(),
     "autoclip": lambda: optaxclip.autoclip(),
-    "quantile": lambda: optaxclip.quantile_clip(),
-    "growth": lambda: optaxclip.limit_norm_growth(),
     "adagc, a leaf": lambda: optaxclip.adagc(),
-    "zclip, a leaf": lambda: optaxclip.zclip(scope=optaxclip.scopes.leaf),
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -1,6 +1,6 @@
 """Every method on every task, at its defaults and at its best: the tables of docs/choosing.md.
 
-    uv run --extra test python -m tests.benchmarks.choosing
+    uv run python -m tests.benchmarks.choosing
         [--methods zclip ...] [--tasks char_rnn ...] [--seeds 5]
 
 All settings, learning rates and seeds of a method are one compiled program, vmapped; about ten

@@ -1,6 +1,6 @@
 """The first page: what a clip costs, as docs/performance.md has it, and a run with bad batches.
 
-uv run --extra test python -m tests.benchmarks.frontpage
+uv run python -m tests.benchmarks.frontpage
     [--into README.md] [--picture docs/images/bad_batches.png] [--steps 400]
 """
 

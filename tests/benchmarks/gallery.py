@@ -1,6 +1,6 @@
 """Runs every example as a user would, and puts its tables and its picture into the document.
 
-uv run --extra test python -m tests.benchmarks.gallery
+uv run python -m tests.benchmarks.gallery
     --into docs/examples.md --pictures docs/images
 """
 

@@ -1,6 +1,6 @@
 """How long a poisoned clip takes to be useful again: writes docs/robustness.md.
 
-    uv run --extra test python -m tests.benchmarks.robustness [--peers FOLDER]
+    uv run python -m tests.benchmarks.robustness [--peers FOLDER]
 
 With `--peers` the public implementations run on the same series, from clones in that folder (ZClip,
 autoclip, OLMo-core, maxtext), where PyTorch is installed.

@@ -1,6 +1,6 @@
 """Does the threshold that `optaxclip.tune` recommends beat the default, and no clip, on new seeds?
 
-    uv run --extra test python -m tests.benchmarks.tuning
+    uv run python -m tests.benchmarks.tuning
         [--into docs/tuning.md] [--picture docs/images/tuning.png]
 
 Each task is tuned on three seeds and judged on ten others: other starts and other batches. Twice:
