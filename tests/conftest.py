@@ -37,7 +37,6 @@ if not hasattr(jax, "enable_x64"):
     jax.enable_x64 = enable_x64
 
 
-
 def set_promotion(dtypes: str, ranks: str) -> None:
     jax.config.update("jax_numpy_dtype_promotion", dtypes)
     jax.config.update("jax_numpy_rank_promotion", ranks)
