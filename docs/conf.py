@@ -1,23 +1,68 @@
-"""Sphinx: the pages are MyST Markdown, the API comes from the docstrings; nothing is fetched."""
+"""Sphinx: pages are MyST Markdown, the API comes from docstrings; no network is needed."""
 
-import re
+import os
+import pathlib
+import sys
 
 import optaxclip
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # for links.py
 
 project = "optaxclip"
 author = "the optaxclip authors"
 version = release = optaxclip.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinxext.opengraph",
+    "links",
+]
 exclude_patterns = ["_build"]
+nitpicky = True
+nitpick_ignore = [
+    ("py:class", "optax.ScalarOrSchedule")
+]  # public, but without an entry in Optax's docs
 
 myst_heading_anchors = 3
+autosummary_generate = False
 autodoc_preserve_defaults = True
-autodoc_typehints = "none"
 napoleon_attr_annotations = False  # the text says what a field is; the types are long
 napoleon_use_ivar = True
+maximum_signature_line_length = 80
+
+# The inventory of each project; without a network a list of the names that are used here.
+intersphinx_mapping = {
+    name: (address, (None, f"inventories/{name}.inv"))
+    for name, address in {
+        "flax": "https://flax.readthedocs.io/en/latest/",
+        "jax": "https://docs.jax.dev/en/latest/",
+        "numpy": "https://numpy.org/doc/stable/",
+        "optax": "https://optax.readthedocs.io/en/latest/",
+        "python": "https://docs.python.org/3/",
+    }.items()
+}
+intersphinx_timeout = 5
+
+nb_execution_mode = "cache"
+nb_render_markdown_format = "myst"  # with tables
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+
+copybutton_exclude = ".linenos, .gp, .go"
+# Where the site will be, for links that are shared; a card needs the full address of its picture.
+ogp_site_url = html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
+ogp_image = "_static/card.png"
+ogp_enable_meta_description = True
 
 html_theme = "sphinx_book_theme"
 html_title = "optaxclip"
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
@@ -26,39 +71,3 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
 }
-
-
-PIECES = re.compile(
-    r"^\s*(?:>>>|\.\.\.) .*$"  # an example
-    r"|`[^`]+`_"  # a link
-    r"|`(?P<code>[^`]+)`"
-    r"|(?P<bar>\|)",  # |x| is a modulus; to reStructuredText it is a substitution
-    re.MULTILINE,
-)
-
-
-def _is_public(name):
-    """Whether a name is documented: at the top level, or in one of its namespaces."""
-    room, _, own = name.rpartition(".")
-    if not room:
-        return name in optaxclip.__all__
-    inside = getattr(optaxclip, room, None) if room in optaxclip.__all__ else None
-    return own in getattr(inside, "__all__", ())
-
-
-def as_written(app, what, name, obj, options, lines):
-    """Backticks in docstrings as code, or as a link if they hold a public name; bars as bars."""
-
-    def piece(found):
-        if found["code"]:
-            name = found["code"].removeprefix("optaxclip.")
-            if _is_public(name):
-                return f":py:obj:`{name} <optaxclip.{name}>`"
-            return f"``{found['code']}``"
-        return r"\|" if found["bar"] else found[0]
-
-    lines[:] = PIECES.sub(piece, "\n".join(lines)).split("\n")
-
-
-def setup(app):
-    app.connect("autodoc-process-docstring", as_written)

@@ -18,6 +18,7 @@ from optaxclip import (
     plots,
     scopes,
     thresholds,
+    wrappers,
 )
 from optaxclip.checking.check import check
 from optaxclip.clips.acclip import scale_by_acclip
@@ -80,6 +81,7 @@ _NAMESPACES = (
     plots,
     scopes,
     thresholds,
+    wrappers,
 )
 
 __all__ = [
@@ -142,6 +144,7 @@ __all__ = [
     "unitwise_clip",
     "unitwise_norm",
     "watch",
+    "wrappers",
     "zclip",
 ]
 

@@ -4,7 +4,8 @@ A tree of updates has L measured leaves, which a scope cuts into B blocks. Every
 exchange has the shape of the norms:
 
     tree           ()        one block, a scalar
-    leaf, groups   (B,)      one entry per block, in the order of the tree
+    leaf, groups   (B,)      one entry per block, in the order of the tree; of a leaf that stacks
+                             layers, one per layer
     units          a list    for each set of leaves alike (n leaves, *one entry per unit), and
                              for all leaves that are one unit (n leaves,)
 
@@ -53,6 +54,10 @@ View = Callable[[jax.Array, jax.Array], jax.Array]
 # The group of a leaf: a function of its path, or regular expressions searched in it.
 Label = Callable[[str], str] | Mapping[str, str]
 
+# Which leaves stack layers: a regular expression searched in the path or a predicate of paths, for
+# the first axis; or a mapping of these to the axis, or axes, that number the layers.
+Stacked = str | Callable[[str], bool] | Mapping[Any, int | tuple[int, ...]]
+
 
 def annotate(function: _F, **facts: Any) -> _F:
     """The function, with facts about it as attributes, so that nobody has to read its closure."""
@@ -98,18 +103,37 @@ class Norm(NamedTuple):
         return self.name
 
 
+class SizedView(NamedTuple):
+    """A view that asks of the parameters only how large their leaf is, wherever its parts lie.
+
+    Attributes:
+      norm: how large.
+      see: `(leaf, size) -> array of the leaf's shape`.
+    """
+
+    norm: Norm
+    see: Callable[[jax.Array, jax.Array], jax.Array]
+
+
 class Blocks(NamedTuple):
     """How the L measured leaves of one tree are cut into blocks.
 
     Attributes:
       names: (B,) the names of the blocks; None for `tree` and `units`, whose blocks have none.
-      index: (L,) the block of each leaf; empty for `units`.
-      axes: (L,) the axes of each leaf that a unit spans; None for blocks of whole leaves.
+      index: (L,) the block of each leaf; of a leaf that stacks layers that of the first layer,
+        behind which those of the others follow; empty for `units`.
+      axes: (L,) the axes of each leaf that one unit or layer spans; None for blocks of whole
+        leaves.
     """
 
     names: tuple[str, ...] | None
     index: tuple[int, ...]
     axes: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def units(self) -> bool:
+        """Whether the blocks are units, whose norms are a list of arrays."""
+        return self.axes is not None and self.names is None
 
 
 class Scope(NamedTuple):

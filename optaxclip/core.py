@@ -36,13 +36,14 @@ from optaxclip.base import (
     Norm,
     Norms,
     Scope,
+    SizedView,
     Threshold,
     View,
 )
 from optaxclip.engine import Description, Rule, build
 from optaxclip.norms import as_norm, l2
 from optaxclip.record import Step
-from optaxclip.scopes import as_scope
+from optaxclip.scopes.leaves import as_scope
 from optaxclip.thresholds.fixed import as_threshold
 from optaxclip.trees import Leaves
 
@@ -54,7 +55,7 @@ def clip_by(
     scope: Scope = scopes.tree,
     norm: Norm | float = l2,
     action: Action | None = None,
-    view: View | None = None,
+    view: View | SizedView | None = None,
     exclude: Exclude = None,
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
@@ -72,7 +73,8 @@ def clip_by(
         function `(norms, bounds) -> factors`.
       view: what is measured in place of the updates: a function of a leaf and its parameters, both
         in float32 at least, that returns an array of that shape, such as
-        `lambda g, w: g / (abs(w) + 1e-3)`.
+        `lambda g, w: g / (abs(w) + 1e-3)`. Inside `shard_map` it is given the parts on one device;
+        what needs the size of whole leaves is a `base.SizedView`.
       exclude: leaves to leave alone, neither measured nor changed: a regular expression searched in
         the path, or a predicate of the path.
       nonfinite: what becomes of a block with NaN or inf in it: "propagate" makes all of it NaN,

@@ -23,14 +23,15 @@ from optaxclip.base import (
     Norm,
     Norms,
     Scope,
+    SizedView,
     View,
     annotate,
 )
 from optaxclip.record import Step, fresh_metrics, pack_names, record
-from optaxclip.scopes import tree
-from optaxclip.states import ParamsMemory, StateGuard, missing
+from optaxclip.scopes import leaf, tree
+from optaxclip.states import ParamsMemory, StateGuard
 from optaxclip.thresholds.blocks import hold, reads_params
-from optaxclip.trees import Leaves, match_params, select
+from optaxclip.trees import Leaves, drop_gradientless, match_params, select
 
 
 class Description(NamedTuple):
@@ -50,7 +51,7 @@ class Description(NamedTuple):
     norm: Norm | None = None
     threshold: Any = None
     action: Any = None
-    view: View | None = None
+    view: View | SizedView | None = None
     exclude: Exclude = None
     nonfinite: Nonfinite = "propagate"
     kind: Literal["blocks", "elements", "other"] = "blocks"
@@ -104,6 +105,8 @@ def build(
         known = jax.tree.leaves(state.metrics.clip_bound)
         dtype = known[0].dtype if known else xla.accumulator(leaves.arrays)
         norms, param_norms = _measure(about, rule, leaves, layout, params, dtype)
+        # The names for thresholds by name; all that is said to a threshold of its scope.
+        extra_args = {**extra_args, "block_names": layout.blocks.names}
         bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
         arrays, done = rule.act(leaves, layout, norms, bounds)
         # Here, and not in the thresholds: so a NaN moves none of them, the user's and Optax's
@@ -118,11 +121,12 @@ def build(
 def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """As `optax.chain`, for a public call that returns the whole, and speaks for it."""
     call, tx = validate.called(), optax.chain(*parts)
+    guard = StateGuard(call, tuple, tx.init)
 
     def update_fn(updates, state, params=None, **extra_args):
-        if state is None:
-            raise missing(call)
-        return tx.update(updates, state, params, **extra_args)
+        like = drop_gradientless(params, updates)
+        guard.check(state, like)
+        return tx.update(updates, state, None if params is None else like, **extra_args)
 
     annotate(update_fn, description=Description(kind="other", name=call, inner=tx))
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
@@ -186,9 +190,18 @@ def _measure(about: Description, rule: Rule, leaves: Leaves, layout, params, dty
         return norms_of(leaves.arrays), None
     own, seen = match_params(leaves, params, about.exclude, about.name), leaves.arrays
     if about.view is not None:
-        pairs = zip(seen, own, strict=True)
-        seen = [about.view(xla.widen(g), xla.widen(w)) for g, w in pairs]
+        seen = _look(about.view, leaves, own, layout.span)
     return norms_of(seen), norms_of(own) if read else None
+
+
+def _look(view: View | SizedView, leaves: Leaves, own: list[jax.Array], span: xla.Span):
+    """What is measured in place of the updates, given their parameters."""
+    seen = [xla.widen(g) for g in leaves.arrays]
+    if not isinstance(view, SizedView):
+        return [view(g, xla.widen(w)) for g, w in zip(seen, own, strict=True)]
+    # Not by the view: of a leaf that is spread over devices it would see one part.
+    sizes = xla.measure(view.norm, own, lay_out(leaf, leaves.paths, leaves.shapes, span))
+    return [view.see(g, size) for g, size in zip(seen, sizes, strict=True)]
 
 
 def _zeros(layout: xla.Layout, dtype) -> Norms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ def fresh_metrics(
 
 # Jitted, so that an update that is not dispatches this as one program and not as a dozen; `inline`
 # leaves no trace of that under a `jit` of the user's.
-@jax.jit(inline=True)
+@functools.partial(jax.jit, inline=True)
 def record(old: Metrics, step: Step) -> Metrics:
     """The record after one more update.
 

@@ -32,7 +32,7 @@ class StateGuard:
         """Raises ValueError unless the state is one for these updates."""
         if state is None:
             raise missing(self.what)
-        if not all(hasattr(state, field) for field in self.kind._fields):
+        if not all(hasattr(state, field) for field in getattr(self.kind, "_fields", ())):
             raise ValueError(
                 f"{self.what}: this is not the state of a {self.what} but {kind_of(state)}:"
                 f" {_ADVICE}"

@@ -45,17 +45,19 @@ def is_measured(leaf: Any) -> bool:
 
 def _is_variable(x: Any) -> bool:
     """Whether `x` is a variable of Flax's nnx, which wraps an array in an attribute."""
-    return hasattr(type(x), "get_metadata") and hasattr(type(x), "get_value")
+    return hasattr(type(x), "get_metadata") and hasattr(type(x), "raw_value")
 
 
-def flatten_with_paths(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+def flatten_with_paths(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[tuple[str, Any]], Any]:
     """The leaves of a tree with their paths, and its structure.
 
     Flax's nnx hands `init` its variables and `update` plain arrays: the attribute of a variable in
     which its array lies (`value`) is no part of the path, so that both name one leaf. A leaf that
     is called `value`, such as attention's, keeps its name.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable)
     variables = {path for path, node in nodes if _is_variable(node)}
 

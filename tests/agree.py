@@ -15,6 +15,21 @@ GRADS = {
 }
 PARAMS = jax.tree.map(lambda g: jnp.cos(g) + 0.5, GRADS)
 
+MEAN_SQUARE = thresholds.Statistic(
+    0.0,
+    lambda g, rms, seen: jnp.hypot(0.9**0.5 * rms, 0.1**0.5 * g),
+    # No bound where all was zero, as in ours of SPAM.
+    lambda g, rms, seen: jnp.where(rms == 0, jnp.inf, 2 * rms),
+    signed=True,
+)
+ONE_EACH = jax.tree.map(lambda g: 0.5, GRADS)
+
+
+def rows(path):
+    """How many leading axes of a leaf number its rows."""
+    return 0 if path.endswith("bias") else 1
+
+
 # What: (one way, the other). A transformation is run for a few steps, a function is called.
 TRANSFORMATIONS = {
     "clip_by is the global clip": (lambda: oc.clip_by(1.0), lambda: oc.clip_by_global_norm(1.0)),
@@ -45,6 +60,36 @@ TRANSFORMATIONS = {
     "a value clip is a clip between two limits": (
         lambda: oc.clip(0.5),
         lambda: oc.clip_by_value(-0.5, 0.5),
+    ),
+    "element is units of one element": (
+        lambda: oc.zclip(scope=scopes.element, warmup_steps=2),
+        lambda: oc.zclip(scope=scopes.units(()), warmup_steps=2),
+    ),
+    "a value clip is a clip by element": (
+        lambda: optax.clip(0.5),
+        lambda: oc.clip_by(0.5, scope=scopes.element),
+    ),
+    "a clip of spikes is one by element of its mean square": (
+        lambda: oc.spam_clip(4.0, 0.9, warmup_steps=1, every=None),
+        lambda: oc.clip_by(
+            thresholds.learned(MEAN_SQUARE, feed=oc.feeds.clipped), scope=scopes.element
+        ),
+    ),
+    "rows that are stacked are units of a row": (
+        lambda: oc.clip_by(0.5, scope=scopes.stacked("kernel|table")),
+        lambda: oc.clip_by(0.5, scope=scopes.units(..., batch_axes=rows)),
+    ),
+    "bounds by layer are bounds by leaf": (
+        lambda: oc.clip_by_leaf_norm(ONE_EACH | {"embed": {"table": [0.5] * 4}}, stacked="^embed"),
+        lambda: oc.clip_by_leaf_norm(0.5, stacked="table"),
+    ),
+    "thresholds by name are thresholds": (
+        lambda: oc.clip_by_group_norm(
+            {"embed": thresholds.previous(1.1), "layers": 0.5}, {"^e": "embed", "^l": "layers"}
+        ),
+        lambda: optax.chain(
+            oc.clip_by(thresholds.previous(1.1), exclude="^l"), oc.clip_by(0.5, exclude="^e")
+        ),
     ),
     "block rms is leaf and rms": (
         lambda: oc.clip_by_block_rms(0.5),

@@ -5,6 +5,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -17,7 +18,7 @@ class Case(NamedTuple):
     Attributes:
       name: what the test reports call it.
       make: the clip with a given bound; further keyword arguments go to the clip.
-      block: "tree", "leaf", "unit" or "element": what shares one norm.
+      block: "tree", "leaf", "layer", "unit" or "element": what shares one norm.
       hard: whether blocks within the bound are left alone, and others shortened to it.
       norm: of which p-norm (or "rms") the bound is.
       relative: the bound is a share of the parameters' norm, so parameters are needed.
@@ -79,6 +80,9 @@ CASES = [
     Case("clip", lambda b, nonfinite=None, **k: oc.clip(b, **k), "element"),
     Case("clip_by whole leaves as units", by(scope=oc.scopes.units(...)), "leaf"),
     Case("clip_by units", by(scope=oc.scopes.units()), "unit"),
+    # The path of a bare array is "".
+    Case("clip_by stacked", by(scope=oc.scopes.stacked("^$|kernel")), "layer"),
+    Case("clip_by elements", by(scope=oc.scopes.element), "element"),
     Case("clip_by normalize", by(action=oc.actions.normalize), hard=False),
     Case(
         "clip_by smooth",
@@ -227,16 +231,24 @@ OTHERS = {
     "clip_by_median by params": lambda: oc.clip_by_median(scale_by_params=True),
     "spectral_clip": lambda: oc.spectral_clip(1.0),
     "spectral_clip adaptive": lambda: oc.spectral_clip(oc.thresholds.running(2.0), method="soft"),
-    "u_clip by element": lambda: oc.u_clip(1.0, scope=oc.scopes.units(())),
+    "u_clip by element": lambda: oc.u_clip(1.0, scope=oc.scopes.element),
 }
+
+
+def _are_matrices(params):
+    return jax.tree.map(lambda p: getattr(p, "ndim", 0) > 1, params)
+
+
 # These hold a part of Optax's, and take the trees that it takes.
 HOLDERS = {
     "larc": lambda: oc.larc(0.1, weight_decay=0.01),
+    "larc by mask": lambda: oc.larc(0.1, weight_decay=0.01, mask=_are_matrices),
     "reset_moments": lambda: oc.skip_nonfinite(
         oc.reset_moments(optax.trace(0.9), every=2, warmup_steps=1)
     ),
     "skip_spikes": lambda: oc.skip_spikes(optax.trace(0.9)),
     "skip_nonfinite": lambda: oc.skip_nonfinite(optax.trace(0.9)),
+    "dynamic_loss_scale": lambda: oc.wrappers.dynamic_loss_scale(optax.trace(0.9), 1.0),
 }
 
 
@@ -246,6 +258,8 @@ ROWS: dict[str, Callable[[], Any]] = {
     **{case.name: case.make for case in ADAPTIVE},
     **OTHERS,
     **HOLDERS,
+    # All leaves stack layers: the trees of these laws have other names.
+    "clip_by stacked": lambda: oc.clip_by(1.0, scope=oc.scopes.stacked("")),
     "watch": oc.watch,
     "clip that measures": lambda: oc.clip(1.0, measure=True),
     "clip_by_value": lambda: oc.clip_by_value(-1.0, 2.0),

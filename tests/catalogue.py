@@ -139,10 +139,29 @@ def loss_scale(rng):
     return run | {"loss_scale": 2.0 ** (15 - np.cumsum(bad) + np.arange(len(bad)) / 100)}
 
 
+def scale_grows(rng):
+    """A watch in front of a loss scale, which doubles now and then."""
+    run = healthy(rng, int(rng.integers(300, 600)))
+    steps = len(run["loss"])
+    scale = 2.0 ** (np.arange(steps) // rng.integers(10, 40))
+    clip = {key: x for key, x in run.items() if key.startswith("clip/")}
+    skip = {"grad_norm": run["clip/grad_norm"], "consecutive": np.zeros(steps)}
+    skip |= {"last_reason": np.zeros(steps), "steps": np.zeros(steps)}
+    skips = {f"skip/{key}": x for key, x in skip.items()}
+    return change(run, scale) | clip | skips | {"loss_scale": scale}
+
+
 def converged(rng):
     steps = int(rng.integers(200, 600))
     loss = 0.5 + 2 * np.exp(-np.arange(steps) / (0.05 * steps))
     return healthy(rng, steps, loss=loss)
+
+
+def rare_expert(rng):
+    """A layer that many batches do not reach, from the start."""
+    run = healthy(rng)
+    reached = rng.random(len(run["loss"])) > rng.uniform(0.3, 0.9)
+    return change(run, reached, layers=[3])
 
 
 # Explosions.
@@ -269,6 +288,13 @@ def dead(rng):
     return change(healthy(rng, steps), np.where(np.arange(steps) >= start, 0, 1), layers=[3])
 
 
+def dying(rng):
+    """The same, but a batch now and then still reaches a unit that is not dead."""
+    steps, start, _ = late_and_lasting(rng, 1, 2)
+    zero = (np.arange(steps) >= start) & (rng.random(steps) < rng.uniform(0.65, 0.95))
+    return change(healthy(rng, steps), np.where(zero, 0, 1), layers=[3])
+
+
 def frozen(rng):
     return change(healthy(rng), 0.0, layers=[3])
 
@@ -366,7 +392,9 @@ HEALTHY = {
     "restarts": restart,
     "LoRA": lora,
     "float16, loss scale": loss_scale,
+    "float16, growing scale": scale_grows,
     "converged": converged,
+    "rare expert": rare_expert,
 }
 
 _EXPLOSIONS = {
@@ -400,6 +428,7 @@ CASES = {
     "sigmoids in depth": Case(deep, "norms-fall-with-depth", EXPLODING | BROKEN),
     "plain RNN fades": Case(recurrent, "norms-vanishing", EXPLODING | BROKEN),
     "dead layer": Case(dead, "layer-dead", EXPLODING | BROKEN | {"zero-gradients"}, True),
+    "dying layer": Case(dying, "layer-dead", EXPLODING | BROKEN | {"zero-gradients"}, True),
     "frozen layer": Case(frozen, "layer-frozen", EXPLODING | BROKEN | {"zero-gradients"}, True),
     "zero gradients": Case(all_zero, "zero-gradients", EXPLODING | BROKEN | {"spike"}),
     "learning rate too high": Case(rate_too_high, "learning-rate-too-high", VANISHING | BROKEN),

@@ -16,14 +16,17 @@ os.environ.setdefault("NPROC", "64")
 
 import jax
 
-# Most of a test's time is XLA's: JAX 0.10 compiles four times as fast by its older emitters and
-# without LLVM's optimizations. A later JAX has no other emitters (and dies of a flag that it does
-# not know): there, all is as users have it. Tests of costs, and of numbers that must be exact, are
-# compiled as users have it everywhere, by `AS_USERS`.
+# Most of a test's time is XLA's. Programs are compiled without LLVM's optimizations, each as one
+# piece: in parallel pieces it takes twice the CPU time, and CI has two cores. JAX 0.10 has older
+# emitters, too, which are four times as fast; a later one dies of their flag. Tests of costs, and
+# of numbers that must be exact, are compiled as users have it, by `AS_USERS`.
 AS_USERS: dict = {}
-if jax.__version_info__ < (0, 11) and os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
-    AS_USERS = {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3}
-    quick = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
+    AS_USERS["xla_backend_optimization_level"] = 3
+    quick = "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_optimization_level=0"
+    if jax.__version_info__ < (0, 11):
+        AS_USERS["xla_cpu_use_fusion_emitters"] = True
+        quick = f"{quick} --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
 
 

@@ -181,8 +181,13 @@ ADVICE = {
     ),
     "an optimizer for a threshold": Advice(
         lambda: oc.clip_by(ADAM),
-        "an optimizer comes after the clip, optax.chain(clip, optimizer)",
+        "those of gradients come beside this clip, optax.chain(clip, optimizer)",
         lambda: run(optax.chain(oc.clip_by(1.0), ADAM)),
+    ),
+    "a clip of Optax's for a threshold": Advice(
+        lambda: oc.clip_by(optax.clip_by_global_norm(1.0)),
+        "a number, a schedule or a threshold of norms, no clip",
+        lambda: run(oc.clip_by(1.0)),
     ),
     "an optimizer for a threshold of losses": Advice(
         lambda: oc.skip_spikes(ADAM, loss_threshold=optax.rmsprop(0.1)),
@@ -190,7 +195,7 @@ ADVICE = {
         lambda: run(oc.skip_spikes(ADAM, loss_threshold=3.0), loss=1.0),
     ),
     "a bare vector": Advice(
-        lambda: oc.clip_by_leaf_norm(jnp.ones(2)).init(GRADS),
+        lambda: run(oc.clip_by_leaf_norm(jnp.ones(2))),
         "a mapping of paths, such as {'b': 1.0, 'w': 1.0}",
         lambda: run(oc.clip_by_leaf_norm({"b": 1.0, "w": 1.0})),
     ),
@@ -284,7 +289,7 @@ ADVICE = {
         lambda: in_shard_map(
             oc.clip_by(1.0, scope=UNITS()), in_specs=P("data"), out_specs=P("data")
         ),
-        "the axes that cut its units, and () where every device holds whole units",
+        "the axes that cut its units or layers, and () where every device holds whole ones",
         lambda: in_shard_map(
             oc.clip_by(1.0, scope=UNITS(), axis_names="data"),
             in_specs=P("data"),
@@ -318,3 +323,36 @@ def test_what_an_error_advises_works(advice):
         advice.wrong()
     assert advice.says in str(error.value)
     advice.right()
+
+
+# Whatever takes a threshold, and whatever of gradients is given in its place.
+TAKERS = {
+    "clip_by": oc.clip_by,
+    "at_most": lambda tx: oc.thresholds.at_most(1.0, tx),
+    "lag": oc.thresholds.lag,
+    "warmup": lambda tx: oc.thresholds.percentile(50.0, warmup=tx),
+    "clip": oc.clip,
+    "spectral_clip": oc.spectral_clip,
+    "larc": oc.larc,
+    "skip_spikes": lambda tx: oc.skip_spikes(ADAM, tx),
+    "skip_spikes of losses": lambda tx: oc.skip_spikes(ADAM, loss_threshold=tx),
+}
+OF_GRADIENTS = [
+    *(make(1.0) for make in (optax.clip, optax.clip_by_global_norm, optax.clip_by_block_rms)),
+    *(make(0.1) for make in (optax.sgd, optax.adamw, optax.lion, optax.adafactor, optax.adagrad)),
+    *(optax.sgd(lambda step: 0.1), optax.sgd(0.1, momentum=0.9), optax.contrib.muon(0.1)),
+    *(optax.chain(optax.identity(), optax.adaptive_grad_clip(1.0)), oc.zclip(), oc.watch()),
+    optax.chain(oc.zclip()),
+    *(oc.skip_nonfinite(ADAM), optax.chain(oc.zclip(), ADAM), optax.scale_by_adam()),
+]
+
+
+@pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS.keys())
+def test_what_is_of_gradients_is_no_threshold(take):
+    for tx in OF_GRADIENTS:
+        with pytest.raises(ValueError, match="threshold"):
+            take(tx)
+    # Of norms: a running mean, and what the user wrote.
+    mine = optax.stateless(lambda norms, params: jax.tree.map(lambda n: 0.9 * n, norms))
+    for tx in (optax.chain(optax.ema(0.9), optax.scale(2.0)), optax.trace(0.9), mine):
+        take(tx)

@@ -3,7 +3,10 @@
 import jax
 import pytest
 
-from tests.benchmarks import choosing, robustness, speed, tuning, watching
+from tests.benchmarks import choosing, frontpage, robustness, speed, tuning, watching
+
+PAGES = "docs/performance.md", "README.md"
+QUOTES = ("a", 0, True), ("a", 1), ("b", 0), ("b", 0, True), ("c", 0)
 
 
 @pytest.mark.slow
@@ -33,6 +36,28 @@ def test_speed_is_measured_and_put_into_the_document(name, tmp_path):
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
     assert f"jax {jax.__version__}" in text and text.count("|---") >= 2
+
+
+def test_the_first_page_quotes_the_page_of_performance():
+    page, readme = ((frontpage.ROOT / name).read_text() for name in PAGES)
+    told = readme.split("<!-- cost -->")[1].split("<!-- end cost -->")[0].split("\n")
+    rows = [line for line in told if line.startswith("| ")]
+    # Of what is not written there yet nothing is quoted.
+    assert len(rows) > 3 and set(rows) <= set(frontpage.cost(page).split("\n"))
+
+
+def test_a_quote_is_read_from_any_table():
+    """With numbers beside the first row, or as they are; with rows that nobody asked for."""
+    added = "|---|\n| no clip | 1.00 (1-1) | 40.0 |\n| clip | 1.0 (1-1) | +0.0 |\n"
+    added += "| Optax's global norm | 2.47 (2-3) | +20.0 |\n| global norm | 1.12 (1-1) | +4.0 |\n"
+    plain = "| | k |\n|---|---|\n| no clip | 1,150 |\n| optax.clip_by_global_norm | 2,300 |\n"
+    plain += "| clip_by_global_norm | 1,173 (0.51) |\n"
+    heads = [f"### {name}, float32 gradients\n\n" for name in ("a", "b")]
+    page = f"{heads[0]}{added}\n{heads[1]}{plain}\n<!-- end -->\n| no clip | 7 |\n"
+    read = [frontpage.read(page, frontpage.Quote("", *quote)) for quote in QUOTES]
+    assert read[0] == ["1.00", "2.47", "1.12"] and read[1] == ["40", "60", "44"]
+    assert read[2] == ["1,150", "2,300", "1,173"] and read[3] == ["1.00", "2.00", "1.02"]
+    assert read[4] == []
 
 
 def test_a_poisoned_peer_is_seen():

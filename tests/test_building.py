@@ -195,7 +195,7 @@ def test_the_state_of_something_else_is_refused(make):
     other = optaxclip.clip_by_leaf_norm(1.0).init({"x": jnp.ones(3)})
     adam = optax.adam(0.1).init(PARAMS)
     for state in (optax.EmptyState(), {}, other, adam, (other, other, other), tx):
-        with pytest.raises(ValueError, match=r"init"):
+        with pytest.raises(ValueError, match=r"^[\w.]+: [^\n]*init"):
             tx.update(grads_at(0), state, PARAMS)
 
 

@@ -75,10 +75,11 @@ def blocks(case, grads):
         return [list(leaves.values())]
     if case.block == "leaf":
         return [[x] for x in leaves.values()]
-    if case.block == "unit":
-        return [
-            [x] for name, leaf in leaves.items() for x in (leaf.T if name == "kernel" else [leaf])
-        ]
+    if case.block in ("unit", "layer"):
+        # The units of a kernel are its columns; its layers, stacked along the first axis, its rows.
+        cut = {"unit": np.transpose, "layer": list}[case.block]
+        parts = {name: cut(x) if name == "kernel" else [x] for name, x in leaves.items()}
+        return [[x] for part in parts.values() for x in part]
     return [[x] for leaf in leaves.values() for x in leaf.ravel()]
 
 
@@ -222,6 +223,21 @@ def test_the_smallest_beside_the_largest():
     assert mixed["big"] == 1.0 and mixed["small"] == 0.0
 
 
+@pytest.mark.parametrize("scope", ["tree", "leaf", "units"])
+def test_float32_beside_float64_is_as_right_as_alone(scope):
+    """The scales at which float64 is summed are no float32, and nor are its factors."""
+    scopes = optaxclip.scopes
+    scope = {"tree": scopes.tree, "leaf": scopes.leaf, "units": scopes.units()}[scope]
+    with jax.enable_x64(True):
+        step = updater(optaxclip.clip_by(1e-20, scope=scope))
+        for scale in (1e-30, 1e-10, 1e10, 1e30):
+            grads = {"single": jnp.full((4, 1), scale, jnp.float32), "double": jnp.zeros(3)}
+            updates, state = step(grads)
+            norm = jnp.max(jnp.hstack(jax.tree.leaves(state.metrics.grad_norm)))
+            np.testing.assert_allclose(norm, 2 * scale, rtol=1e-6)
+            np.testing.assert_allclose(updates["single"], min(0.5e-20, scale), rtol=1e-6)
+
+
 def test_narrow_dtypes_where_optax_is_wrong():
     half = {"w": jnp.full(4, 300, jnp.float16)}
     np.testing.assert_allclose(
@@ -268,7 +284,7 @@ def test_what_is_not_a_gradient_passes_through(case):
 
 def test_weak_types_are_kept():
     for case in CASES:
-        x = {"kernel": jnp.asarray(3.0)}
+        x = {"kernel": jnp.broadcast_to(jnp.asarray(3.0), (1, 1))}
         tx = case.make(1.0)
         updates, _ = tx.update(x, tx.init(x), x)
         assert updates["kernel"].weak_type, case.name
@@ -418,8 +434,8 @@ def test_a_state_may_have_another_type_with_the_same_fields():
         ({"norm": "l2"}, r"norm must be norms\.l2, .*got 'l2'"),
         (
             {"scope": "layer"},
-            r"scope must be scopes\.tree, scopes\.leaf, scopes\.groups\(...\) or"
-            r" scopes\.units\(...\), got 'layer'",
+            r"scope must be scopes\.tree, scopes\.leaf, scopes\.groups\(...\),"
+            r" scopes\.stacked\(...\), scopes\.units\(...\) or scopes\.element, got 'layer'",
         ),
         ({"scope": optaxclip.scopes.groups}, r"scope must be .*: write groups\("),
         ({"scope": optaxclip.scopes.units}, r"scope must be .*: write units\("),

@@ -1,12 +1,13 @@
 """The signs in a recorded run: each planted one is found; healthy runs have none."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import optaxclip as oc
-from optaxclip.monitoring.columns import read_columns
 from optaxclip.monitoring.history import read_run
 from tests.catalogue import CASES, SILENT
 
@@ -96,7 +97,6 @@ HEALTHY = {
     "log-normal": (norms(np.exp(0.7 * np.random.default_rng(1).normal(size=2000))), {}),
     "short": (norms(NOISE[:5]), {"losses": FALLING[:5]}),
     "zeros now and then": (norms(NOISE * (np.arange(N) % 4 == 3)), {}),
-    "empty": (norms([]), {"losses": []}),
 }
 
 
@@ -110,6 +110,9 @@ def test_depth_counts_as_people_do_and_gives_the_numbers():
     (sign,) = oc.diagnose(by_depth(1 / 3))
     assert "from layers/11 back to layers/0" in sign.what and sign.evidence["layers"] == 12
     np.testing.assert_allclose(sign.evidence["per_layer"], 3, rtol=1e-6)
+    stacked = {re.sub(r"/(\d+)/(\w+)", r"/\2[\1]", k): x for k, x in by_depth(1 / 3).items()}
+    (sign,) = oc.diagnose(stacked)
+    assert "from layers[11] back to layers[0]" in sign.what and sign.evidence["layers"] == 12
     (sign,) = oc.diagnose(norms(1.1 ** np.arange(N)))
     np.testing.assert_allclose(sign.evidence["doubling_steps"], np.log(2) / np.log(1.1), rtol=1e-6)
 
@@ -125,7 +128,7 @@ def test_forms_of_a_history():
     assert len(history) == 150 and history.rows()[0]["loss"] == FALLING[50]
     assert names(history) == ["norms-exploding"] == names(history.rows()) == names(history.arrays())
     late = [{"grad_norm": 1.0}, {"grad_norm": 1.0, "loss": 2.0}]
-    assert np.isnan(read_run(late).losses[0])
+    assert np.isnan(read_run(late).losses[0]) and not len(read_run(late).param_norms)
     with pytest.raises(ValueError, match="no key 'grad_norm'"):
         oc.diagnose({"loss": FALLING})
 
@@ -148,7 +151,7 @@ def test_a_history_takes_scalars_only():
 
 def test_a_clip_that_does_not_measure_is_not_judged():
     run = norms(NOISE) | {"clip/bound": np.ones(N), "clip/steps": np.arange(N)}
-    assert names(run) == [] and read_run(run).clips == {}
+    assert names(run) == [] and read_run(run).measuring_clips() == {}
 
 
 SEEDS = 8
@@ -196,13 +199,26 @@ def test_any_prefix(prefix):
 def test_the_history_of_one_clip_or_watch_under_any_prefix():
     watch = {"mine/grad_norm": [1.0], "mine/median_ratio": [1.0], "mine/grad_norm/a": [1.0]}
     first, second = {"x/0/grad_norm": [2.0], "x/0/bound": [5.0]}, {"x/1/grad_norm": [3.0]}
-    seen = read_columns(watch | first | second | {"loss": [0.5]})
-    assert seen.norms(1) == [3.0] and seen.norms(0) == [2.0] and seen.clip(0)["bound"] == [5.0]
-    assert seen.blocks(1) == {"a": [1.0]}
-    alone = read_columns(watch | {"loss": [0.5]})
-    assert alone.norms() == [1.0] and alone.clips == [] and alone.table["loss"] == [0.5]
-    beside = read_columns({"watch/grad_norm": [1.0], "clip/grad_norm": [2.0]})
-    assert beside.norms() == [2.0] and beside.watches == [{"grad_norm": [1.0]}]
+    history = watch | first | second | {"loss": [0.5]}
+    assert read_run(history, 1).norms == [3.0] and read_run(history, 0).norms == [2.0]
+    assert read_run(history).norms == [1.0] and read_run(history, 7).clip == {}
+    assert read_run(history, 0).clip["bound"] == [5.0]
+    assert read_run(history, 1).blocks == {"a": [1.0]}
+    alone = read_run(watch | {"loss": [0.5]}, 0)
+    assert alone.norms == [1.0] and alone.clips == {} and alone.losses == [0.5]
+    beside = read_run({"watch/grad_norm": [1.0], "clip/grad_norm": [2.0]}, 0)
+    assert beside.norms == [2.0] and beside.watches == {"watch/": {"grad_norm": [1.0]}}
+
+
+def test_rows_on_the_device_are_fetched_as_one_array_a_step(monkeypatch):
+    """Each array that is fetched has its price, and a run has 100 scalars a step."""
+    step = jax.jit(lambda x: {"clip/grad_norm": x} | {f"layers/{i}": x for i in range(50)})
+    rows, fetched = [step(jnp.float32(i)) for i in range(5)], []
+    get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: fetched.extend(jax.tree.leaves(x)) or get(x))
+    run = read_run(rows)
+    np.testing.assert_array_equal(run.table["layers/49"], np.arange(5.0))
+    assert len(fetched) == len(rows)
 
 
 def test_a_history_is_bounded_and_keeps_what_stands_out():

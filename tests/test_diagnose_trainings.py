@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import optaxclip as oc
+from optaxclip.wrappers import dynamic_loss_scale
 from tests.catalogue import SILENT
 
 STEPS, WIDTH = 150, 8
@@ -122,19 +123,6 @@ def low_rank(params, x):
     return jnp.mean(jnp.square(x @ params["a"] @ params["b"] - x @ TARGET))
 
 
-def through_dying_relus(params, x):
-    """Biases that are pushed down until no input reaches over them."""
-    hidden = jax.nn.relu(x @ params["dense_0"] + params["bias"][None])
-    return jnp.mean(jnp.square(hidden @ params["dense_1"] - x)) + 8 * jnp.mean(params["bias"])
-
-
-def naive_cross_entropy(params, x):
-    """The logarithm of 1 - p, which is 0 once p has rounded to 1."""
-    p = jax.nn.sigmoid(20 * x @ params["dense_0"][:, 0])
-    label = x[:, 0] > 0
-    return -jnp.mean(jnp.where(label, jnp.log(p), jnp.log(1 - p)))
-
-
 TARGET = RNG.normal(size=(WIDTH, 2)) @ RNG.normal(size=(2, WIDTH)) / WIDTH
 TARGET = TARGET.astype(np.float32)
 LORA = {"a": layers(1)["dense_0"][:, :2], "b": np.zeros((2, WIDTH), np.float32)}
@@ -146,12 +134,6 @@ OTHERS = {
         {"kernel": np.eye(WIDTH, dtype=np.float32) * np.float32(1.2), **layers(1)},
     ),
     "LoRA": (SILENT, low_rank, LORA),
-    "dying ReLUs": (
-        "layer-dead",
-        through_dying_relus,
-        {"bias": np.zeros(WIDTH, np.float32), **layers(2)},
-    ),
-    "log(0)": ("loss-not-finite", naive_cross_entropy, layers(1)),
 }
 
 
@@ -163,39 +145,88 @@ def test_other_networks(case):
     assert (found[0].name if found else SILENT) == first, f"{found}"
 
 
-def in_float16(params, x, scale):
-    """The loss, and its gradients in float16 as they are without and with a loss scale."""
-
-    def loss_of(params):
-        h = x.astype(jnp.float16) @ params["dense_0"].astype(jnp.float16)
-        errors = jnp.square(h.astype(jnp.float32) - 0.5 * x)
-        # Back through float16: each gradient is rounded to it, and overflows above 65,504.
-        return scale * jnp.mean(errors), jnp.mean(errors)
-
-    (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-    return loss, jax.tree.map(lambda g: g.astype(jnp.float16).astype(jnp.float32) / scale, grads)
+def cross_entropy(params, x):
+    """Which number is the largest, by ReLUs, and by the logarithm of probabilities."""
+    h = x
+    for i in range(2):
+        h = jax.nn.relu(h @ params[f"dense_{i}"] + params[f"bias_{i}"])
+    p = jax.nn.softmax(h @ params["dense_2"] + params["bias_2"])
+    right = jnp.argmax(x, axis=1, keepdims=True) == np.arange(WIDTH)[None]
+    return -jnp.mean(jnp.log(jnp.sum(p, axis=1, where=right)))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["no loss scale", "loss scale"])
-def test_float16(dynamic):
-    """An overflow that lowers the loss scale is how it is meant to be; any other is a fault."""
-    tx = optax.chain(oc.watch(candidates=[]), oc.skip_nonfinite(optax.sgd(0.05)))
-    params = layers(1)
-    data = DATA if dynamic else jnp.asarray(DATA).at[70].multiply(1e4)
+RELU = layers(3) | {f"bias_{i}": np.zeros((1, WIDTH), np.float32) for i in range(3)}
+
+
+@jax.jit
+def classify(rate, broken):
+    tx = optax.chain(oc.watch(candidates=[]), optax.sgd(rate))
+    data = jnp.asarray(DATA).at[70].multiply(broken)
+    return record(cross_entropy, RELU, tx, data)
+
+
+@pytest.mark.parametrize(
+    ("rate", "broken", "first", "step"),
+    [
+        (0.3, 1.0, SILENT, None),
+        # Units of ReLU die one by one, until no batch reaches any.
+        (4.0, 1.0, "layer-dead", 11),
+        (10.0, 1.0, "layer-dead", 21),
+        # Logits of 100 make a probability of 0, whose logarithm is taken.
+        (0.3, 100.0, "loss-not-finite", 71),
+    ],
+    ids=["healthy", "dying ReLU", "dead ReLU", "log(0)"],
+)
+def test_rectifiers_and_logarithms(rate, broken, first, step):
+    seen = classify(np.float32(rate), np.float32(broken))
+    found = oc.diagnose(seen)
+    assert [sign.name for sign in found] == [first] * (first != SILENT), f"{found}"
+    assert not found or found[0].step == step
+    if first == "loss-not-finite":
+        assert np.isinf(seen["loss"][70]) and "log" in found[0].fix
+
+
+def in_half(params, x):
+    """The tanh of the input, by two linear layers in float16."""
+    h = x
+    for w in jax.tree.map(jnp.float16, params).values():
+        h = h @ w
+    return jnp.mean(jnp.square((h - jnp.tanh(x)).astype(jnp.float32)))
+
+
+@jax.jit
+def train_in_half(scale, most, broken):
+    """With a loss scale that starts here, doubles every fifth step, and ends there."""
+    optimizer = optax.chain(oc.clip_by_global_norm(1.0), optax.sgd(0.05))
+    limits = {"min_scale": jnp.minimum(scale, most), "max_scale": most}
+    scaled = dynamic_loss_scale(optimizer, scale, growth_interval=5, **limits)
+    tx = optax.chain(oc.watch(candidates=[]), scaled)
 
     def step(carry, x):
-        params, state, scale = carry
-        loss, grads = in_float16(params, x, scale if dynamic else jnp.float32(1))
+        params, state = carry
+        scale = state[1].loss_scale
+        loss, grads = jax.value_and_grad(lambda p: in_half(p, x) * scale)(params)
         updates, state = tx.update(grads, state, params)
-        fine = jnp.isfinite(optax.tree.norm(grads))
-        now = oc.metrics(state) | {"loss": loss}
-        if dynamic:
-            now |= {"loss_scale": scale}
-        scale = jnp.where(fine, scale, scale / 2)
-        return (optax.apply_updates(params, updates), state, scale), now
+        now = oc.metrics(state) | {"loss": loss / scale}
+        return (optax.apply_updates(params, updates), state), now
 
-    start = (params, tx.init(params), jnp.float32(2.0**20))
-    run = jax.jit(lambda: jax.lax.scan(step, start, data)[1])()
-    assert 0 < run["skip/steps"][-1] < 20
-    found = oc.diagnose(run)
-    assert [x.name for x in found][:1] == ([] if dynamic else ["norm-overflow"]), f"{found}"
+    params, data = layers(2), jnp.asarray(DATA).at[70].multiply(broken)
+    return jax.lax.scan(step, (params, tx.init(params)), data.astype(jnp.float16))[1]
+
+
+@pytest.mark.parametrize(
+    ("scale", "most", "broken", "first"),
+    [
+        (1.0, 1.0, 1e3, "norm-overflow"),
+        (1.0, 2.0**24, 1e3, SILENT),
+        (2.0**24, 2.0**24, 1.0, "every-step-skipped"),
+    ],
+    ids=["no loss scale", "dynamic loss scale", "too large a loss scale"],
+)
+def test_float16(scale, most, broken, first):
+    seen = train_in_half(*map(np.float32, (scale, most, broken)))
+    # It overflows in all of these.
+    assert not np.isfinite(seen["watch/grad_norm"]).all()
+    found = oc.diagnose(seen)
+    assert (found[0].name if found else SILENT) == first, f"{found}"
+    assert first != "norm-overflow" or found[0].step == 71

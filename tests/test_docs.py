@@ -4,6 +4,7 @@ without a warning.
 
 import html.parser
 import inspect
+import os
 import pathlib
 import pydoc
 import re
@@ -15,7 +16,8 @@ import pytest
 import optaxclip
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-PAGES = sorted(page.stem for page in DOCS.glob("*.md"))
+PAGES = sorted(page.relative_to(DOCS).with_suffix("").as_posix() for page in DOCS.rglob("*.md"))
+API = sorted(page for page in PAGES if page.startswith("api/") and page != "api/index")
 NAMESPACES = {
     name: value
     for name, value in vars(optaxclip).items()
@@ -32,15 +34,25 @@ ALGORITHMS = [
 ]
 
 
-def documented():
-    """The full names of all entries of the API, with the members that Sphinx lists by itself."""
+def text_of(page):
+    return (DOCS / f"{page}.md").read_text()
+
+
+def documented(page):
+    """The full names of all entries on a page, without the members that Sphinx lists by itself."""
     names, module = [], ""
-    for directive, name in ENTRY.findall((DOCS / "api.md").read_text()):
+    for directive, name in ENTRY.findall(text_of(page)):
         if directive == "currentmodule":
             module = name
         else:
             names.append(name if name.startswith("optaxclip.") else f"{module}.{name}")
-    return names + [f"optaxclip.plots.{name}" for name in optaxclip.plots.__all__]
+    if page == "api/plots":
+        names += [f"optaxclip.plots.{name}" for name in optaxclip.plots.__all__]
+    return names
+
+
+def everything_documented():
+    return [name for page in API for name in documented(page)]
 
 
 def public():
@@ -52,7 +64,7 @@ def public():
 
 
 def test_the_api_names_everything_public_once():
-    entries = [id(pydoc.locate(name)) for name in documented()]
+    entries = [id(pydoc.locate(name)) for name in everything_documented()]
     assert id(None) not in entries
     assert len(set(entries)) == len(entries)
     assert [name for name in public() if id(pydoc.locate(name)) not in entries] == []
@@ -68,11 +80,25 @@ def test_every_algorithm_has_its_row(name):
     assert any(re.search(rf"`{name}\b", cell) for row in rows for cell in row)
 
 
+def contents(page):
+    lists = re.findall(r"```\{toctree\}\n(?::.*\n)*\n((?:.+\n)+)```", text_of(page))
+    return "".join(lists).split()
+
+
 def test_every_page_is_in_the_contents_once():
-    contents = re.findall(
-        r"```\{toctree\}\n(?::.*\n)*\n((?:.+\n)+)```", (DOCS / "index.md").read_text()
-    )
-    assert sorted([*"".join(contents).split(), "index"]) == PAGES
+    inside = [f"api/{name}" for name in contents("api/index")]
+    assert sorted([*contents("index"), *inside, "index"]) == PAGES
+
+
+def test_the_overview_of_the_api_lists_every_function_under_the_page_that_has_it():
+    for section in text_of("api/index").split("\n## ")[1:]:
+        page = re.search(r"\((\S+)\.md\)", section)[1]
+        listed = {
+            f"optaxclip.{name}" for name in re.findall(r"^   (\w\S*)$", section, re.MULTILINE)
+        }
+        entries = {name: pydoc.locate(name) for name in documented(f"api/{page}")}
+        functions = {name for name, value in entries.items() if inspect.isroutine(value)}
+        assert functions <= listed <= entries.keys(), page
 
 
 class Page(html.parser.HTMLParser):
@@ -89,39 +115,34 @@ class Page(html.parser.HTMLParser):
         self.links |= {found[key] for key in ("href", "src") if found.get(key)}
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning_and_every_link_leads_somewhere(tmp_path):
-    pytest.importorskip("sphinx")
-    build = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-W",
-        "--keep-going",
-        "-q",
-        "-b",
-        "html",
-        "-d",
-        str(tmp_path / "doctrees"),
-    ]
-    done = subprocess.run(
-        [*build, str(DOCS), str(tmp_path / "html")], capture_output=True, text=True, cwd=DOCS.parent
-    )
-    assert done.returncode == 0, done.stderr
-    pages = {
-        path.relative_to(tmp_path / "html").as_posix(): Page(path)
-        for path in (tmp_path / "html").glob("*.html")
-    }
-    assert {f"{page}.html" for page in PAGES} <= pages.keys()
+def assert_links_lead_somewhere(root, pages):
+    """Every link within the site, and every part of a page that one names."""
     for page, content in pages.items():
         for link in content.links:
+            path, _, anchor = link.partition("#")
             if re.match(r"[a-z]+:", link):
                 continue
-            path, _, anchor = link.partition("#")
-            path = path.partition("?")[0] or page
-            assert (tmp_path / "html" / path).exists(), f"{page} links to {link}"
-            assert not anchor or path not in pages or anchor in pages[path].ids, (
-                f"{page} links to {link}"
-            )
-    api = pages["api.html"].ids
-    assert set(documented()) - api == set()
+            path = path.partition("?")[0]
+            target = (root / page).parent / path if path else root / page
+            assert target.exists(), f"{page} links to {link}"
+            known = pages.get(pathlib.Path(os.path.relpath(target, root)).as_posix())
+            assert not anchor or not known or anchor in known.ids, f"{page} links to {link}"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_every_link_leads_somewhere(tmp_path):
+    for extension in ("sphinx", "myst_nb", "sphinx_copybutton", "sphinxext.opengraph"):
+        pytest.importorskip(extension)
+    # The notebooks are run by a test of their own, one process each.
+    options = ["-W", "--keep-going", "-q", "-D", "nb_execution_mode=off", "-b", "html"]
+    places = ["-d", tmp_path / "doctrees", DOCS, tmp_path / "html"]
+    command = [sys.executable, "-m", "sphinx", *options, *map(str, places)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=DOCS.parent)
+    assert done.returncode == 0, done.stderr
+    root = tmp_path / "html"
+    names = [path.relative_to(root).as_posix() for path in root.rglob("*.html")]
+    pages = {name: Page(root / name) for name in names if not name.startswith("_")}
+    assert {f"{page}.html" for page in PAGES} <= pages.keys()
+    assert_links_lead_somewhere(root, pages)
+    for page in API:
+        assert set(documented(page)) <= pages[f"{page}.html"].ids

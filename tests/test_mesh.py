@@ -15,6 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
+from optaxclip.base import SizedView
+from optaxclip.compat import to_varying
+from optaxclip.norms import rms
 from tests.conftest import AS_USERS
 
 GRADS = {
@@ -107,6 +110,31 @@ def test_shard_map_without_types_takes_names(names):
     chex.assert_trees_all_close(jax.jit(run)(GRADS), steps(CLIPS["tree"], GRADS), rtol=1e-6)
 
 
+def by_root_mean_square(**names):
+    """Its norm asks for the size of whole leaves of parameters."""
+    threshold = optaxclip.thresholds.previous(1.1)
+    return optaxclip.clip_by(threshold, view=SizedView(rms, lambda g, size: g * size), **names)
+
+
+def by_element(**names):
+    return optaxclip.u_clip(1.0, scope=optaxclip.scopes.units(()), **names)
+
+
+@pytest.mark.parametrize("make", [by_root_mean_square, by_element])
+@pytest.mark.parametrize("typed", [True, False], ids=["typed", "named"])
+def test_sizes_of_parameters_are_of_all_parts_and_single_numbers_have_none(make, typed):
+    def updates(tx, grad):
+        return steps(tx, grad)[0]
+
+    # A leaf of which each device has another part: a decision by element is one of each device.
+    grad, spec = GRADS["dense"], P("x", "y")
+    tx = make() if typed else make(axis_names=("x", "y"))
+    run = jax.shard_map(
+        partial(updates, tx), mesh=mesh_of(4, 2), in_specs=spec, out_specs=spec, check_vma=typed
+    )
+    chex.assert_trees_all_close(jax.jit(run)(grad), updates(make(), grad), rtol=1e-6)
+
+
 def test_shard_map_without_types_or_names_is_an_error():
     run = jax.shard_map(
         partial(steps, CLIPS["tree"]),
@@ -123,7 +151,7 @@ def test_names_override_a_replicated_value_that_is_typed_as_varying():
     tx = optaxclip.clip_by_global_norm(1.0, axis_names=())
 
     def step(grads):
-        varying = jax.tree.map(lambda g: jax.lax.pcast(g, "x", to="varying"), grads)
+        varying = jax.tree.map(lambda g: to_varying(g, ["x"]), grads)
         updates, seen = steps(tx, varying)
         return jax.tree.map(lambda u: jax.lax.pmean(u, "x"), updates), seen
 
@@ -161,6 +189,17 @@ def test_units_in_shard_map_need_names_and_then_are_right():
     chex.assert_trees_all_close(
         run(lambda g: own.update(g, None)[0])(params), rows.update(params, None)[0], rtol=1e-6
     )
+
+
+def test_numbers_are_clipped_and_judged_where_they_lie():
+    tx = optaxclip.zclip(scope=optaxclip.scopes.element)
+    spec = NamedSharding(mesh_of(4, 2), P("x", "y"))
+    grads = jax.device_put(GRADS["dense"], spec)
+    compiled = jax.jit(tx.update).lower(grads, tx.init(grads)).compile(AS_USERS)
+    assert not re.search(r" (all|reduce|collective)-\w+(-start)?\(", compiled.as_text())
+    (norms,) = compiled(grads, tx.init(grads))[1].metrics.grad_norm
+    np.testing.assert_array_equal(norms[0], np.abs(GRADS["dense"]))
+    assert norms.sharding.is_equivalent_to(NamedSharding(spec.mesh, P(None, "x", "y")), 3)
 
 
 def test_pmap_and_vmap_take_the_name_of_their_axis():

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
 from tests.benchmarks.running import count_all_reduces
-from tests.cases import ADAPTIVE, CASES, OTHERS
+from tests.cases import ADAPTIVE, CASES, HOLDERS, OTHERS
 from tests.conftest import AS_USERS
 
 GRADS = {
@@ -36,8 +36,11 @@ CLIPS |= {
     if " " not in case.name and case.name.startswith(("clip", "ada"))
 }
 CLIPS |= {
-    name: OTHERS[name]()
-    for name in ("adamw_clip", "clippy", "smooth_clip", "clip_by_running_max", "spectral_clip")
+    name: (OTHERS | HOLDERS)[name]()
+    for name in (
+        *("adamw_clip", "clippy", "smooth_clip", "clip_by_running_max", "spectral_clip"),
+        *("clip_by_median by params", "larc", "skip_spikes"),
+    )
 }
 CLIPS |= {
     "zclip tree": oc.zclip(),
@@ -105,7 +108,7 @@ IN_PARTS = {
 }
 # Their states are as large as the parameters: zeros that have yet to vary over devices, which no
 # scan carries.
-LARGE = ("clip_by_momentum_norm", "u_clip", "clip21", "adamw_clip")
+LARGE = ("clip_by_momentum_norm", "u_clip", "clip21", "adamw_clip", "skip_spikes")
 
 
 @pytest.mark.slow

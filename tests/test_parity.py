@@ -60,6 +60,8 @@ def test_optax_per_example(name, bound):
 )
 def test_optax_units(shape):
     x = jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    if len(shape) > 4 and optax.__version__ == "0.2.6":
+        pytest.skip("Optax 0.2.6 refuses kernels of 3-D convolutions")
     norm = optax.transforms.unitwise_norm(x)
     np.testing.assert_allclose(optaxclip.unitwise_norm(x), norm, rtol=1e-6)
     limit = jnp.full_like(norm, 0.5)

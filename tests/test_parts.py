@@ -9,6 +9,7 @@ import pytest
 
 import optaxclip as oc
 from optaxclip.thresholds.blocks import learns
+from tests import reference
 
 N = jnp.array([0.0, 0.5, 1.0, 2.0, 1e10, 1e-20])
 ONE = jnp.ones_like(N)
@@ -114,7 +115,34 @@ def test_groups_match_each_leaf_once():
         ValueError,
         match=r"max_norm must have one entry for each of the blocks .*'x'\] are not among them",
     ):
-        oc.clip_by_group_norm({"x": 1.0}, lambda path: path).init(grads)
+        oc.clip_by_group_norm({"x": 1.0}, lambda path: path).update(grads, None)
+
+
+def test_each_number_has_a_threshold_of_its_own():
+    """Against the paper's rule in NumPy, for each of six series."""
+    rng = np.random.default_rng(0)
+    series = np.exp(rng.normal(size=(2, 3, 1))) * np.exp(0.2 * rng.normal(size=(2, 3, 80)))
+    series[:, 1, 40:] *= np.where(rng.random(40) < 0.1, 20, 1)
+    signs = np.where(rng.random(series.shape) < 0.5, -1, 1)
+    tx = oc.zclip(warmup_steps=10, scope=oc.scopes.element)
+
+    def step(state, grads):
+        updates, state = tx.update(grads, state)
+        return state, updates
+
+    grads = jnp.asarray(np.moveaxis(signs * series, -1, 0), jnp.float32)
+    got = jax.lax.scan(step, tx.init(grads[0]), grads)[1]
+    want = [[reference.zclip(one, warmup_steps=10) for one in row] for row in series]
+    np.testing.assert_allclose(got, np.moveaxis(signs * want, -1, 0), rtol=2e-4)
+    assert np.mean(np.array(want) < 0.99 * series) > 0.02
+
+
+@pytest.mark.parametrize(("threshold", "size"), [(1.0, 24), (oc.thresholds.zscore(), 40)])
+def test_what_is_kept_of_each_number(threshold, size):
+    """The figures of docs/parts.md, in bytes."""
+    tx = oc.clip_by(threshold, scope=oc.scopes.element)
+    state = jax.eval_shape(tx.init, jax.ShapeDtypeStruct((1000,), jnp.float32))
+    assert round(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 1000) == size
 
 
 def test_units_by_layout_and_layer():

@@ -100,7 +100,8 @@ def test_loss_bound_and_clipped_share():
     wide = {"linear": [9.0, 8.0], "log": [9.0, 1e-3], "symlog": [-1.0, 1.0, 2.0, 1e9]}
     for scale, losses in wide.items():
         assert plots.plot_loss({"loss": losses}).get_yscale() == scale
-    recent, total = plots.plot_clipped_share(HISTORY, window=2).lines
+    recent, total, bad = plots.plot_clipped_share(HISTORY, window=2).lines
+    assert bad.get_xdata().tolist() == [3]
     np.testing.assert_allclose(recent.get_ydata(), [0, 0.5, 0.5, 0, 0.5])
     np.testing.assert_allclose(total.get_ydata(), [0, 1 / 2, 1 / 3, 1 / 4, 2 / 5])
     usual, bound, _ = plots.plot_bound(HISTORY).lines
@@ -152,9 +153,27 @@ def test_a_whole_run_with_its_signs():
 def test_colors_differ_from_the_background_and_from_one_another_in_grey(style):
     with plt.style.context(style):
         ax = plots.plot_norms(HISTORY)
-        used = [to_rgb(c) for c in (*plots.axes.colors_of(ax), ax.get_facecolor())]
-    light = sorted(np.dot(rgb, (0.3, 0.59, 0.11)) for rgb in used)
+        used = (*plots.axes.colors_of(ax), ax.get_facecolor())
+    light = sorted(map(grey, used))
     assert np.diff(light).min() > 0.08 and abs(light[0] - light[-1]) > 0.9
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_nothing_is_drawn_in_the_color_of_a_dark_background(name):
+    """Lines beside their legend, and words beside their box."""
+    with plt.style.context("dark_background"):
+        ax = DRAWN[name](None)
+    legend = ax.get_legend()
+    behind = legend.get_frame().get_facecolor() if legend else (0, 0, 0, 1)
+    pairs = [(x.get_color(), behind) for x in (legend.get_lines() if legend else ())]
+    for text in ax.texts:
+        box = text.get_bbox_patch()
+        pairs.append((text.get_color(), box.get_facecolor() if box else ax.get_facecolor()))
+    assert all(abs(grey(a) - grey(b)) > 0.15 for a, b in pairs), pairs
+
+
+def grey(color):
+    return np.dot(to_rgb(color), (0.3, 0.59, 0.11))
 
 
 def test_the_histogram_says_what_would_be_clipped():
@@ -211,8 +230,9 @@ def test_descent_is_thrown_out_without_a_clip_and_not_with_it():
 
 def test_an_empty_history_is_refused():
     for empty in ([], {}, {"clip/grad_norm": []}):
-        with pytest.raises(ValueError, match="at least one step"):
-            plots.plot_norms(empty)
+        for read in (plots.plot_norms, optaxclip.diagnose):
+            with pytest.raises(ValueError, match="at least one step"):
+                read(empty)
 
 
 @pytest.mark.parametrize("prefix", ["watch/", "mine/", "run/0/"])

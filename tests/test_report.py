@@ -82,7 +82,8 @@ def test_of_runs_at_different_steps_those_that_are_due_report():
     update = jax.jit(jax.vmap(lambda s: tx.update(GRADS, s)[1]))
     update(update(many))
     jax.effects_barrier()
-    assert [(step, row["run"]) for step, row in seen] == [(1, 0), (3, 2), (3, 1)]
+    # In any order: callbacks of one program are not ordered.
+    assert sorted((step, row["run"]) for step, row in seen) == [(1, 0), (3, 1), (3, 2)]
 
 
 def test_between_reports_the_host_is_not_called(monkeypatch):

@@ -2,6 +2,9 @@
 several of them.
 """
 
+import functools
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,8 @@ import optax
 import pytest
 from flax import nnx
 from jax.experimental import checkify
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import optaxclip
 from tests import conftest as strict
@@ -92,6 +97,72 @@ def test_op_by_op_healthy_gradients_alarm_no_search_for_nan(make):
         _, state = tx.update(params, tx.init(params), params)
         # A spike and zeros.
         jax.vmap(lambda factor: tx.update(factor * params, state, params))(jnp.array([1e3, 0.0]))
+
+
+each_row = pytest.mark.parametrize("name", ROWS)
+
+
+@each_row
+def test_every_row_keeps_its_types_in_all_of_them(name):
+    """Traced only; the numbers are below, for one row of each kind."""
+    inner = optax.conditionally_transform(ROWS[name](), lambda step: step >= 0)
+    tx = optax.apply_if_finite(optax.MultiSteps(inner, 1).gradient_transformation(), 2)
+
+    @jax.checkpoint
+    def step(state, grads):
+        take, leave = step_of(tx), lambda state, grads: (state, grads)
+        return jax.lax.cond(grads["bias"][0] > 0, take, leave, state, grads)
+
+    def train(grads):
+        state, updates = jax.lax.scan(step, tx.init(PARAMS), grads)
+        return updates, optaxclip.metrics(state) if jax.tree.leaves(
+            ROWS[name]().init(PARAMS)
+        ) else {}
+
+    grads = draw_grads(2)
+    updates, seen = jax.eval_shape(jax.vmap(train, in_axes=1, axis_name="runs"), grads)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(lambda g: g.swapaxes(0, 1).shape, grads)
+    # Of a batch of runs, one number for each run.
+    assert {x.shape for x in seen.values()} <= {(2,)}
+
+
+def mesh_of(count):
+    return Mesh(np.array(jax.devices()[:count]), ("data",))
+
+
+def update(tx, params):
+    return tx.update(params, tx.init(params), params)[0]
+
+
+@each_row
+def test_over_axes_of_one_device_nothing_need_be_said(name):
+    step, params = functools.partial(update, ROWS[name]()), {"w": jnp.ones((4, 2))}
+    for typed in (True, False):
+        spec = {"in_specs": P("data"), "out_specs": P("data")}
+        jax.eval_shape(jax.shard_map(step, mesh=mesh_of(1), check_vma=typed, **spec), params)
+    # brax trains so.
+    each = jax.tree.map(lambda p: p[None], params)
+    jax.eval_shape(jax.pmap(step, axis_name="data", devices=jax.devices()[:1]), each)
+
+
+@each_row
+def test_where_types_are_silent_it_is_local_or_says_what_to_pass(name):
+    step = functools.partial(update, ROWS[name]())
+    spec = {"in_specs": P("data"), "out_specs": P("data"), "check_vma": False}
+    run = jax.shard_map(step, mesh=mesh_of(2), **spec)
+    params = {"w": jnp.arange(8.0).reshape(4, 2)}
+    try:
+        program = jax.make_jaxpr(run)(params)
+    except ValueError as error:
+        call, message = str(error).split(": ", 1)
+        rooms = (optaxclip, optaxclip.thresholds, optaxclip.wrappers)
+        public = next(getattr(room, call) for room in rooms if hasattr(room, call))
+        assert "axis_names" in inspect.signature(public).parameters
+        assert "axis_names=()" in message
+    else:
+        # By element: what one device would do with its part it may do.
+        jaxpr = str(program)
+        assert not any(word in jaxpr for word in ("reduce_sum", "reduce_max", "dot_general"))
 
 
 @each_kind

@@ -14,6 +14,7 @@ import optax
 from optaxclip.checking import misuse, placement
 from optaxclip.checking.chains import Node, read_chain
 from optaxclip.checking.kinds import Found
+from optaxclip.monitoring.display import code, escape
 from optaxclip.monitoring.findings import Findings
 from optaxclip.validate import is_transformation
 
@@ -53,6 +54,12 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name}, at {self.where}: {self.what}\n    Instead: {self.fix}"
+
+    __repr__ = __str__
+
+    def _repr_markdown_(self) -> str:
+        where = f"**{self.name}**, at {code(self.where)}"
+        return f"{where}: {escape(self.what)}<br>*Instead:* {escape(self.fix)}"
 
 
 def check(tx: optax.GradientTransformation, params: Any) -> tuple[Finding, ...]:

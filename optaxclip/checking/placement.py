@@ -159,9 +159,16 @@ def clip_before_accumulation(nodes: list[Node]) -> Found:
 
 def clip_before_unscale(nodes: list[Node]) -> Found:
     """A fixed bound on gradients whose loss scale is removed only after the clip."""
+    for a, b in find_pairs(nodes, has_bound, is_named("dynamic_loss_scale")):
+        yield (
+            a.where,
+            f"it clips gradients that are still scaled: {b.where} behind it takes the loss scale"
+            " off, so its bound is that many times too small.",
+            "the clip inside: dynamic_loss_scale(optax.chain(clip, optimizer)).",
+        )
     # Only before an optimizer that ignores the size of gradients, where a constant factor has no
     # other use: before any other optimizer it may be part of the learning rate. And only powers of
-    # two, as loss scales are; a dynamic one, which is kept in a state, cannot be read.
+    # two, as loss scales are.
     for a, b in find_pairs(nodes, has_bound, _unscales):
         normalised = any(feeds(b, n) for n in nodes if n.name in NORMALISERS and n.leaves)
         if normalised and only_scales(nodes, a, b):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -81,7 +83,7 @@ def _size(limits: Limits) -> jax.Array:
     return jnp.maximum(jnp.abs(limits[0]), jnp.abs(limits[1]))
 
 
-@jax.jit(inline=True)
+@functools.partial(jax.jit, inline=True)
 def clip_all(arrays: list[jax.Array], limits: list[Limits]) -> list[jax.Array]:
     """Clips real numbers to limits, the modulus of complex ones to the upper. NaN stays NaN."""
     return [_clip(x, *pair) for x, pair in zip(arrays, limits, strict=True)]

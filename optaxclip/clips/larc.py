@@ -42,10 +42,10 @@ def larc(
       trust_coefficient: t, the longest step as a share of the layer's norm.
       weight_decay: λ, added to the gradient here: do not let the optimizer decay, too.
       eps: ε.
-      mask: of weight decay, as in `optax.add_decayed_weights`. The rate is that of the formula for
-        all leaves, whether they decay or not: those without are measured as g - λw. For rates as of
-        apex's groups with a decay of 0, take `optax.partition` and a `larc` without decay for them.
-      scope: which numbers share one norm; the paper's is `scopes.leaf`.
+      mask: which leaves decay, as in `optax.add_decayed_weights`; None: all. The others are clipped
+        with a λ of 0, as apex's groups without decay are, by a clip of their own.
+      scope: which numbers share one norm; the paper's is `scopes.leaf`. With a mask, those that
+        decay share none with those that do not.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
@@ -68,29 +68,51 @@ def larc(
     validate.nonnegative(trust_coefficient=trust_coefficient, weight_decay=weight_decay, eps=eps)
     rate = as_threshold(learning_rate=learning_rate)
 
+    def decayed(decay):
+        clip = clip_by(
+            _share_of_params(rate, trust_coefficient, decay, eps),
+            scope=scope,
+            # What is measured is the gradient alone, as it was before the decay.
+            view=lambda update, param: update - like(decay, param.real) * param,
+            exclude=exclude,
+            nonfinite=nonfinite,
+            axis_names=axis_names,
+        )
+        # Decay first, as in apex: the factor shortens gradient and decay together.
+        return chain(optax.add_decayed_weights(decay), clip)
+
+    if mask is None:
+        return decayed(weight_decay)
+    return chain(
+        optax.masked(decayed(weight_decay), mask), optax.masked(decayed(0.0), _invert(mask))
+    )
+
+
+def _share_of_params(
+    rate: optax.GradientTransformationExtraArgs,
+    trust_coefficient: ArrayLike,
+    weight_decay: ArrayLike,
+    eps: ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
+    """The bound that makes `rescale` multiply by t·‖w‖ / ((‖g‖ + λ‖w‖ + ε) · η)."""
+
     def bound(norm, size, rate):
         trust, decay, least = (like(x, norm) for x in (trust_coefficient, weight_decay, eps))
         whole = (norm + decay * size + least) * rate
         # As in apex. But there such a layer misses its weight decay, too; here it is added before.
         free = (size == 0) | (norm == 0) | (whole == 0)
-        # The bound that makes `rescale` multiply by t·‖w‖ / whole.
         return jnp.where(free, math.inf, norm * (trust * size / jnp.where(free, 1, whole)))
 
     def update_fn(norms, state, params=None, **extra_args):
         rates, state = rate.update(norms, state, params, **extra_args)
         return jax.tree.map(bound, norms, params, rates), state
 
-    def gradient(update, param):
-        return update - like(weight_decay, param.real) * param
+    # Not `NormsOnly`, which would keep the norms of the parameters from it.
+    return new_threshold(rate.init, update_fn, kind=optax.GradientTransformationExtraArgs)
 
-    clip = clip_by(
-        # Not `NormsOnly`, which would keep the norms of the parameters from it.
-        new_threshold(rate.init, update_fn, kind=optax.GradientTransformationExtraArgs),
-        scope=scope,
-        view=gradient,
-        exclude=exclude,
-        nonfinite=nonfinite,
-        axis_names=axis_names,
-    )
-    # Decay first, as in apex: the factor shortens gradient and decay together.
-    return chain(optax.add_decayed_weights(weight_decay, mask), clip)
+
+def _invert(mask: Any) -> Any:
+    """The mask of all that another leaves out."""
+    if callable(mask):
+        return lambda params: _invert(mask(params))
+    return jax.tree.map(lambda shown: not shown, mask)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
 from optaxclip import scopes, validate
-from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, SizedView, Threshold
 from optaxclip.core import clip_by
+from optaxclip.norms import rms
 from optaxclip.thresholds.combine import at_most
 from optaxclip.thresholds.fixed import as_threshold
 from optaxclip.thresholds.window import median
@@ -51,7 +51,8 @@ def clip_by_median(
 
     Deviations: norms that are zero or not finite are not remembered; a gradient that is not finite
     is treated as `nonfinite` says (ScaledAdam: zeros); scalars are not scaled by a rate of their
-    own.
+    own, and rms(w) is that of the present parameters (ScaledAdam refreshes it every few steps),
+    one per leaf, also where a leaf stacks layers.
 
     References:
       Yao et al., `Zipformer: A faster and better encoder for automatic speech recognition
@@ -71,7 +72,7 @@ def clip_by_median(
         # The rule has no bound before its tenth norm; a cap is all that holds the first steps.
         at_most(median(scale, window, every), as_threshold(max_norm=max_norm)),
         # Only the norm is that of g · rms(w); the factor is applied to g, as in ScaledAdam.
-        view=_scale_by_rms if scale_by_params else None,
+        view=_BY_RMS if scale_by_params else None,
         scope=scope,
         exclude=exclude,
         nonfinite=nonfinite,
@@ -79,7 +80,9 @@ def clip_by_median(
     )
 
 
-def _scale_by_rms(g: jax.Array, w: jax.Array) -> jax.Array:
-    """A gradient times the root mean square of its parameters."""
-    # Over the leaf, whatever the scope: ScaledAdam keeps one root mean square per tensor.
-    return g * jnp.sqrt(jnp.mean(jnp.square(jnp.abs(w)))).astype(g.real.dtype)
+def _scale(g: jax.Array, size: jax.Array) -> jax.Array:
+    return g * size.astype(g.real.dtype)
+
+
+# Of the leaf, whatever the scope: ScaledAdam keeps one root mean square per tensor.
+_BY_RMS = SizedView(rms, _scale)

@@ -12,10 +12,21 @@ from jax.typing import ArrayLike
 
 from optaxclip import scopes, trees, validate, xla
 from optaxclip.actions import band, rescale
-from optaxclip.base import Action, AxisNames, Exclude, Label, Nonfinite, Norm, Part, Threshold
-from optaxclip.clips.bounds import bound_each, bound_leaves
+from optaxclip.base import (
+    Action,
+    AxisNames,
+    Exclude,
+    Label,
+    Nonfinite,
+    Norm,
+    Part,
+    Stacked,
+    Threshold,
+)
+from optaxclip.clips.bounds import bound_leaves
 from optaxclip.core import clip_by
 from optaxclip.norms import as_norm, l2
+from optaxclip.thresholds.by_name import each_by_name
 from optaxclip.thresholds.fixed import as_threshold
 
 
@@ -30,10 +41,13 @@ def global_norm(
     """The norm of all leaves of a tree together, as `clip_by_global_norm` measures it: ‖g‖.
 
     A scalar in float32 (float64 if any leaf is), right from 1e-36 to 1e36 whatever the dtype of the
-    leaves, and with a derivative of 0 at zeros. An empty tree has the norm 0.
+    leaves, and with a derivative of 0 at zeros. An empty tree has the norm 0. Sharded arrays are
+    measured where they lie: the norm is that of whole arrays, and none is gathered (as long as
+    layers alike, whose paths differ in numbers only, are cut alike).
 
     Args:
-      tree: gradients, parameters, or any tree. Only leaves of floating-point numbers count.
+      tree: gradients, parameters, or any tree. Leaves of real and complex floating-point numbers
+        count; integers, `None` and functions do not.
       norm: `norms.l2`, `l1`, `linf`, `rms`, or a number p for the p-norm.
       exclude, axis_names: as in `optaxclip.clip_by`.
 
@@ -134,6 +148,7 @@ def clip_by_leaf_norm(
     exclude: Exclude = None,
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
+    stacked: Stacked | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each leaf by its own norm: gᵢ ← gᵢ · min(1, max_norm / ‖gᵢ‖).
 
@@ -142,14 +157,16 @@ def clip_by_leaf_norm(
 
     Args:
       max_norm: the bound of every leaf: a number, tracer, schedule or threshold. Or one for each
-        leaf, a number or schedule: a tree of them with the structure of the updates, or a mapping
-        of paths (`blocks/0/kernel`). inf is no bound.
+        leaf: a tree of them with the structure of the updates, or a mapping of paths
+        (`blocks/0/kernel`). inf is no bound. See `thresholds.by_name`.
       norm, eps, min_norm, exclude, nonfinite, axis_names: as in `clip_by_global_norm`.
+      stacked: which leaves stack layers (as by `nn.scan`): each layer has a norm of its own, and in
+        a tree of bounds such a leaf may have a list or vector of them. See `scopes.stacked`.
 
     Raises:
-      ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string; where a
-        tree is first seen, if `max_norm` is a bare vector, or if its paths are not those of the
-        leaves.
+      ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string; at the
+        update, if `max_norm` is a bare vector, or if its paths are not those of the leaves; for
+        `stacked` as `scopes.stacked`.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.clip_by_leaf_norm({"b": 0.1, "w": 1.0})
@@ -157,11 +174,9 @@ def clip_by_leaf_norm(
     >>> tx.update(grads, tx.init(grads))[0]
     {'b': Array([0.1], dtype=float32), 'w': Array([0.6, 0.8], dtype=float32)}
     """
-    # The scope with the bounds: it alone sees the paths, by which bounds find their leaves.
-    threshold, scope = bound_leaves(exclude, max_norm=max_norm)
     return clip_by(
-        threshold,
-        scope=scope,
+        bound_leaves(exclude, max_norm=max_norm),
+        scope=scopes.leaf if stacked is None else scopes.stacked(stacked),
         norm=norm,
         action=_action(eps, min_norm),
         exclude=exclude,
@@ -172,7 +187,7 @@ def clip_by_leaf_norm(
 
 @validate.named
 def clip_by_group_norm(
-    max_norm: Threshold | Mapping[str, ArrayLike | optax.Schedule],
+    max_norm: Threshold | Mapping[str, Any],
     label: Label | None = None,
     *,
     norm: Norm | float = l2,
@@ -181,20 +196,26 @@ def clip_by_group_norm(
     exclude: Exclude = None,
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
+    stacked: Stacked | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each group of leaves by the norm of the group, by default a module's kernel and bias.
 
     Args:
-      max_norm: the bound of every group, or a mapping of the name of each group to a number or
-        schedule.
+      max_norm: the bound of every group: a number, tracer, schedule or threshold. Or a mapping of
+        the name of each group to one: `{"embed": optax.linear_schedule(10.0, 1.0, 1000),
+        "attn": thresholds.zscore(), "rest": 1.0}`. See `thresholds.by_name`.
       label: the group of a leaf, as a function of its path (`blocks/0/attn/kernel`), or a mapping
         of regular expressions to names; None: the module. See `scopes.groups`.
       norm, eps, min_norm, exclude, nonfinite, axis_names: as in `clip_by_global_norm`.
+      stacked: which leaves stack layers: a group of these has a norm for each layer, and in a
+        mapping of bounds one for all, or a list of them (`{"blocks/attn": [1.0, 0.5], "head":
+        1.0}`). See `scopes.stacked`.
 
     Raises:
       ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string; for a
         scope in place of a label; where a tree is first seen, if a leaf matches no pattern, or
-        patterns of several groups, or if the names of `max_norm` are not those of the groups.
+        patterns of several groups; for `stacked` as `scopes.stacked`; at the update, if the names
+        of `max_norm` are not those of the groups.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> by_part = {"^out": "head", "^hidden": "body"}
@@ -209,12 +230,12 @@ def clip_by_group_norm(
     scope = scopes.groups(scopes.module_of if label is None else label)
     # A mapping is bounds by name. Any other tree would be bounds by leaf, which a group has not.
     if isinstance(max_norm, Mapping):
-        threshold, scope = bound_each(scope, max_norm=max_norm)
+        threshold = each_by_name(max_norm=max_norm)
     else:
         threshold = as_threshold(max_norm=max_norm)
     return clip_by(
         threshold,
-        scope=scope,
+        scope=scope if stacked is None else scopes.stacked(stacked, scope),
         norm=norm,
         action=_action(eps, min_norm),
         exclude=exclude,

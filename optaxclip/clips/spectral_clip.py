@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import validate, xla
+from optaxclip import scopes, validate, xla
 from optaxclip.actions import rescale
 from optaxclip.base import Exclude, Nonfinite, Norms, Threshold
 from optaxclip.clips import singular
@@ -81,7 +81,7 @@ def spectral_clip(
     >>> [round(float(u), 3) for u in jnp.diag(updates)]
     [1.0, 0.5]
     """
-    threshold, scope = bound_leaves(exclude, max_singular_value=max_singular_value)
+    threshold = bound_leaves(exclude, max_singular_value=max_singular_value)
     validate.choice(get_args(Method), method=method)
     validate.choice(get_args(Solver), solver=solver)
     validate.choice(get_args(Nonfinite), nonfinite=nonfinite)
@@ -113,7 +113,7 @@ def spectral_clip(
         out = jnp.where(fine, out, 0) if bad == 0 else xla.poison(fine, out)
         return xla.as_dtype_of(x, out.reshape(x.shape))
 
-    description = Description(scope, None, threshold, exclude=exclude, kind="other")
+    description = Description(scopes.leaf, None, threshold, exclude=exclude, kind="other")
     return build(description, Rule(measure, act), axis_names)
 
 
@@ -134,9 +134,9 @@ def _norms_of(matrices: list[jax.Array], layout: xla.Layout, dtype) -> Norms:
 
 def _check_whole(leaves: Leaves, span: xla.Span) -> None:
     """Raises if a matrix may be spread over devices, each of which would clip its own part."""
-    # Under plain `jit` arrays are whole whatever their sharding; only inside `shard_map` are they
-    # parts.
-    spread = [p for i, p in enumerate(leaves.paths) if span.leaves and span.leaves[i]]
+    # Under plain `jit` arrays are whole whatever their sharding; only inside `shard_map`, over more
+    # than one device, are they parts.
+    spread = [path for i, path in enumerate(leaves.paths) if span.parts(i) > 1]
     if spread and not span.explicit:
         call = validate.called()
         raise ValueError(

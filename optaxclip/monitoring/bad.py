@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from optaxclip.monitoring.episodes import AFTER, KEPT
-from optaxclip.monitoring.findings import format_number, format_share
+from optaxclip.monitoring.findings import Findings, format_number, format_share
 from optaxclip.monitoring.reading import check_is_state, find_parts
 from optaxclip.monitoring.state import WatchState, read_numbers
 from optaxclip.record import unpack_names
@@ -95,7 +95,8 @@ def bad_steps(opt_state: Any) -> tuple[Episode, ...]:
       opt_state: the state of an optimizer, or any tree that holds one; on the host, between steps.
 
     Returns:
-      Episodes, oldest first. Those that the watch had no room for are lost, oldest first.
+      A tuple of `Episode`, oldest first, which prints one below the other. Those that the watch
+      had no room for are lost, oldest first.
 
     Raises:
       ValueError: for the states of several runs at once (`vmap`), and for what cannot be a state.
@@ -115,7 +116,7 @@ def bad_steps(opt_state: Any) -> tuple[Episode, ...]:
         if isinstance(part, WatchState)
         for bad in read_episodes(part)
     ]
-    return tuple(sorted(found, key=lambda bad: bad.first.step))
+    return Findings(sorted(found, key=lambda bad: bad.first.step))
 
 
 def read_episodes(w: WatchState) -> list[Episode]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import validate
+from optaxclip.monitoring.overview import describe_columns
 from optaxclip.states import kind_of
 
 # Steps that are fetched together: few enough for the device to hold, and enough to share the cost.
@@ -132,6 +133,12 @@ class History:
     def __len__(self) -> int:
         return len(self._read())
 
+    def __repr__(self) -> str:
+        return describe_columns(self.steps, self.arrays())
+
+    def _repr_markdown_(self) -> str:
+        return describe_columns(self.steps, self.arrays(), markdown=True)
+
     def rows(self) -> list[dict[str, float]]:
         """One dict a step; NaN where a step lacks a key."""
         return [dict(zip(self._columns, row, strict=True)) for row in self._read()[:, 1:].tolist()]
@@ -158,7 +165,7 @@ def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
     wide = {key: kind[0] for kind, keys in groups.items() if kind[0] for key in keys}
     if wide:
         raise ValueError(
-            "History.append takes one number under each key; not so"
+            "A history takes one number under each key; not so"
             f" {dict(list(wide.items())[:3])}. Of several runs (vmap) append one each to a History"
             " of its own; of a lax.scan the stacked dict is a history already."
         )
@@ -175,7 +182,7 @@ def _placement(x: Any) -> tuple:
         return _HOST if type(x) is float else (np.shape(x),)
     if isinstance(x, jax.core.Tracer):
         raise ValueError(
-            "History.append is for the host, between steps: return the metrics from the compiled"
+            "A history is for the host, between steps: return the metrics from the compiled"
             " step, and append them there. Of a lax.scan the stacked dict is a history already."
         )
     # One program takes arrays of one placement only; strict promotion wants one dtype.

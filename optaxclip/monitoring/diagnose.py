@@ -34,7 +34,14 @@ def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) 
     ...     print(sign.name, sorted(sign.evidence))
     norms-exploding ['doubling_steps', 'first', 'growth', 'steps', 'usual']
     """
-    return Findings(find_signs(read_run(history, losses, param_norms)))
+    run = read_run(history, loss=losses, param_norm=param_norms)
+    if not len(run.norms):
+        raise ValueError(
+            f"diagnose: there is no key 'grad_norm' among {sorted(run.table)[:20]}: record"
+            " optaxclip.metrics(opt_state), of a chain with optaxclip.watch() or a clip that"
+            " measures in it."
+        )
+    return Findings(find_signs(run))
 
 
 __all__ = ["Sign", "diagnose"]

@@ -9,6 +9,7 @@ import numpy as np
 
 from optaxclip.base import Metrics
 from optaxclip.monitoring.bad import check_one_run
+from optaxclip.monitoring.display import Report
 from optaxclip.monitoring.reading import check_is_state, find_parts, total_steps
 from optaxclip.monitoring.state import WatchState, read_numbers
 from optaxclip.monitoring.words import (
@@ -35,8 +36,8 @@ def explain(opt_state: Any, params: Any = None) -> str:
       params: the parameters; if given, their norm is said, and which of them are not finite.
 
     Returns:
-      Text, one line a fact. Steps are counted from 1, shares are of the squared norm, clips are
-      numbered as in `optaxclip.metrics`.
+      Text, one line a fact; in a notebook a list. Steps are counted from 1, shares are of the
+      squared norm, clips are numbered as in `optaxclip.metrics`.
 
     Raises:
       ValueError: for the states of several runs at once (`vmap`), and for what cannot be a state.
@@ -55,7 +56,7 @@ def explain(opt_state: Any, params: Any = None) -> str:
         check_one_run(total_steps(part))
     if not parts:
         searched = f"no clip, watch or skip wrapper of optaxclip in {kind_of(opt_state)}"
-        return "\n".join([f"nothing to explain: {searched}", *describe_params(params)])
+        return Report("\n".join([f"nothing to explain: {searched}", *describe_params(params)]))
     # A watch in front of a clip and the clip are one line, if both saw the same norm.
     partners = [_watch_before(parts, i) for i in range(len(parts))]
     watches = [part for part in parts if isinstance(part, WatchState)]
@@ -63,9 +64,8 @@ def explain(opt_state: Any, params: Any = None) -> str:
     for label, part, partner in zip(_labels(parts), parts, partners, strict=True):
         if not any(part is other for other in partners):  # else its line is that of the clip
             lines.append(label + _describe_part(part, partner))
-    return "\n".join(
-        [*lines, *(line for w in watches for line in describe_history(w)), *describe_params(params)]
-    )
+    history = [line for w in watches for line in describe_history(w)]
+    return Report("\n".join([*lines, *history, *describe_params(params)]))
 
 
 def _labels(parts: list) -> list[str]:

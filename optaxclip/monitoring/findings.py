@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from optaxclip.monitoring.display import bullets, escape
+
 
 class Sign(NamedTuple):
     """One sign that something is wrong.
@@ -27,6 +29,13 @@ class Sign(NamedTuple):
     def __str__(self) -> str:
         return f"{self.name}: {self.what}\n    Try: {self.fix}"
 
+    __repr__ = __str__
+
+    def _repr_markdown_(self) -> str:
+        numbers = ", ".join(f"{k} {format_number(x)}" for k, x in self.evidence.items())
+        shown = f" ({escape(numbers)})" if numbers else ""
+        return f"**{self.name}**: {escape(self.what)}{shown}<br>*Try:* {escape(self.fix)}"
+
 
 class Findings(tuple):
     """A tuple that prints as its entries, one below the other; "nothing found" if it is empty.
@@ -40,6 +49,16 @@ class Findings(tuple):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or "nothing found"
+
+    # The tuple of an empty one, `()`, says nothing to who has it on the screen.
+    __repr__ = __str__
+
+    def _repr_markdown_(self) -> str:
+        return bullets(map(_to_markdown, self)) or "nothing found"
+
+
+def _to_markdown(entry: Any) -> str:
+    return entry._repr_markdown_() if hasattr(entry, "_repr_markdown_") else escape(str(entry))
 
 
 def format_number(x: Any) -> str:

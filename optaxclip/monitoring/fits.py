@@ -37,6 +37,7 @@ class Fit(NamedTuple):
 def fit_growth(x: np.ndarray) -> Fit:
     """Fits an exponential to a positive series."""
     y, t = np.log(x), np.arange(len(x)) - (len(x) - 1) / 2
+    # By hand: `polyfit` solves a system for each of the pieces that are tried.
     slope = np.dot(t, y) / np.dot(t, t)
     rest = y - y.mean() - slope * t
     whole = np.sum(np.square(y - y.mean()))
@@ -115,6 +116,8 @@ def find_shift(y: np.ndarray) -> int:
 
 def compare_parts(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """The medians of two parts of a series, and the standard error of their difference."""
+    # Medians throughout: one spike moves a mean more than what is sought. Of normal noise 1.4826
+    # times this is the standard deviation, and a median has 1.25 times the error of a mean.
     spread = 1.4826 * np.mean([np.median(np.abs(part - np.median(part))) for part in (a, b)])
     error = 1.25 * spread * np.sqrt(1 / max(len(a), 1) + 1 / max(len(b), 1))
     return float(np.median(a)), float(np.median(b)), float(error)

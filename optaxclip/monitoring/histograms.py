@@ -10,6 +10,7 @@ import numpy as np
 
 from optaxclip import xla
 from optaxclip.base import AxisNames, Exclude, Scope
+from optaxclip.engine import lay_out
 from optaxclip.trees import select
 
 # Below the first lies what float16 flushes to zero, and its overflow above the last.
@@ -34,20 +35,24 @@ def count_elements(
 ) -> jax.Array:
     """int32 (B, bins), the elements of each block by size, in one read of the updates."""
     leaves = select(updates, exclude)
-    cut = scope.cut(leaves.paths, leaves.shapes)
     span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
-    out = [jnp.zeros(BINS, jnp.int32) for _ in cut.names or ()]
-    for leaf, (block, x) in enumerate(zip(cut.index, leaves.arrays, strict=True)):
-        out[block] += span.pool_leaf(_count(x), leaf, "sum")
-    return jnp.stack(out) if out else jnp.zeros((0, BINS), jnp.int32)
+    layout = lay_out(scope, leaves.paths, leaves.shapes, span)
+    rows, blocks = [jnp.zeros((0, BINS), jnp.int32)], []
+    for leaf, x in enumerate(leaves.arrays):
+        rows.append(span.pool_leaf(_count(x, layout.axes_of(leaf)), leaf, "sum"))
+        blocks.extend(layout.blocks_of(leaf))
+    size = len(layout.blocks.names or ())
+    return jax.ops.segment_sum(jnp.concatenate(rows), np.array(blocks, int), size)
 
 
-def _count(x: jax.Array) -> jax.Array:
-    size = jnp.abs(xla.widen(x)).ravel()
+def _count(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """(layers, bins), the elements of each layer of a leaf; of most leaves the one that it is."""
+    size = jnp.abs(xla.widen(x))[..., None]
     edges = jnp.asarray(np.append(0.0, 10.0**_POWERS), size.dtype)
     # How many reach each edge, in one fused sum; a scatter into bins is serial on a GPU.
-    reached = jnp.sum(size[:, None] >= edges[None], axis=0, dtype=jnp.int32)
-    return reached - jnp.append(reached[1:], jnp.int32(0))
+    above = size >= edges.reshape((1,) * x.ndim + (BINS,))
+    reached = jnp.sum(above, axis=axes, dtype=jnp.int32).reshape(-1, BINS)
+    return reached - jnp.pad(reached[:, 1:], ((0, 0), (0, 1)))
 
 
 def edges() -> np.ndarray:

@@ -12,123 +12,141 @@ import numpy as np
 from optaxclip.monitoring.collect import History
 
 Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+Columns = dict[str, np.ndarray]
 
-
-def to_columns(history: Recorded) -> dict[str, np.ndarray]:
-    """One array a key, on the host; NaN where a step lacks the key.
-
-    Raises:
-      ValueError: for what is no history.
-    """
-    if isinstance(history, History):
-        return history.arrays()
-    rows: Any = history
-    if not isinstance(rows, Mapping):
-        rows = list(rows) if isinstance(rows, Iterable) else [rows]
-        if not all(isinstance(row, Mapping) for row in rows):
-            raise ValueError(
-                "A history must be an optaxclip.History, a dict with an array under each key, or a"
-                " list with a dict for each step, as optaxclip.metrics(opt_state) returns it; got"
-                f" {type(history).__name__}."
-            )
-        # Through a history, which fetches many steps at once: a fetch of each number by itself
-        # would wait for the device each time.
-        collected = History(max_steps=max(64, len(rows)))
-        for row in rows:
-            collected.append(row)
-        return collected.arrays()
-    return {key: np.asarray(jax.device_get(x), np.float64) for key, x in rows.items()}
-
-
-def block_norms(seen: Mapping[str, np.ndarray], start: str = "") -> dict[str, np.ndarray]:
-    """The norms by block, if the clip was by block."""
-    head = f"{start}grad_norm/"
-    return {key.removeprefix(head): x for key, x in seen.items() if key.startswith(head)}
+_NOTHING = np.zeros(0)
 
 
 class RecordedRun(NamedTuple):
-    """A recorded run, sorted by what its keys mean, under whatever prefix.
+    """A recorded run, sorted by what wrote its keys, under whatever prefix.
+
+    What the history has not got is an array without entries.
 
     Attributes:
-      norms: (steps,), the total norm.
-      blocks: for each block (steps,), its norm.
-      clips: for each clip that measures its `clipped`, `grad_norm` and `bound`, each (steps,).
-      skips: for each skip wrapper its `consecutive` and `last_reason`, each (steps,).
-      losses, param_norms, loss_scales: (steps,); None where they are unknown.
-      own: the norm that the user recorded himself, without a prefix; None without one.
+      table: all columns, each (steps,).
       steps: (steps,), the number of each step, counted from 1.
+      norms: (steps,), the norm of the whole gradient.
+      blocks: for each block (steps,), its norm.
+      clip: the columns of the clip that was asked for.
+      clips, watches, skips: for each such part its prefix, and its columns without it.
     """
 
-    norms: np.ndarray
-    blocks: dict[str, np.ndarray]
-    clips: dict[str, dict[str, np.ndarray]]
-    skips: dict[str, dict[str, np.ndarray]]
-    losses: np.ndarray | None
-    param_norms: np.ndarray | None
-    loss_scales: np.ndarray | None
-    own: np.ndarray | None
+    table: Columns
     steps: np.ndarray
+    norms: np.ndarray
+    blocks: Columns
+    clip: Columns
+    clips: dict[str, Columns]
+    watches: dict[str, Columns]
+    skips: dict[str, Columns]
+
+    @property
+    def losses(self) -> np.ndarray:
+        """(steps,), the losses."""
+        return self.table.get("loss", _NOTHING)
+
+    @property
+    def param_norms(self) -> np.ndarray:
+        """(steps,), the norms of all parameters."""
+        return self.table.get("param_norm", _NOTHING)
+
+    def measuring_clips(self) -> dict[str, Columns]:
+        """The clips that measure: others have a bound, but no norm that it is one of."""
+        fields = {"grad_norm", "bound", "clipped"}
+        return {head: clip for head, clip in self.clips.items() if fields <= clip.keys()}
 
 
-def read_run(history: Recorded, losses: Any = None, param_norms: Any = None) -> RecordedRun:
-    """A run out of a `History`, of dicts of scalars, one a step, or of a dict of arrays.
+def read_run(history: Recorded, clip: int | None = None, **columns: Any) -> RecordedRun:
+    """A `History`, a dict of scalars for each step, or a dict of arrays, sorted by what wrote it.
+
+    Args:
+      history: the recorded steps.
+      clip: the number of the clip whose norms are asked for; None: the norms before all clips.
+      columns: more of them, or others in their place; None is none.
 
     Raises:
-      ValueError: if no norm is found in it.
+      ValueError: for what is no history, or one without a step, or with several runs in it.
+
+    >>> seen = read_run([{"w/grad_norm": 2.0, "w/median_ratio": 1.0, "w/grad_norm/a": 2.0}])
+    >>> seen.norms, seen.blocks, seen.clips
+    (array([2.]), {'a': array([2.])}, {})
     """
-    table = to_columns(history)
-    heads = [key.removesuffix("grad_norm") for key in table if re.search(r"(^|/)grad_norm$", key)]
-    # A watch first: it sees all blocks, and in front of a clip what that clip sees.
-    heads.sort(key=lambda head: kind_of_head(head, table) != "watch")
-    if not heads:
+    more = {key: x for key, x in columns.items() if x is not None}
+    table = _read_table(history) | _read_table(more)
+    if not table or any(x.ndim != 1 or not x.size for x in table.values()):
+        shapes = {key: x.shape for key, x in table.items()}
         raise ValueError(
-            f"diagnose: there is no key 'grad_norm' among {sorted(table)[:20]}: record"
-            " optaxclip.metrics(opt_state), of a chain with optaxclip.watch() or a clip that"
-            " measures in it."
+            f"A history has one number a step under each key, and at least one step; got {shapes}."
         )
+    parts = _find_parts(table)
+    clips, watches, skips = (list(parts[kind].values()) for kind in ("clip", "watch", "skip"))
+    asked = {} if clip is None or clip >= len(clips) else clips[clip]
+    # Other clips last: what they measure may be behind another clip.
+    sources = [asked, *watches, *skips, *clips] if clip is not None else [*watches, *clips, *skips]
+    # What takes a loss scale off measures behind it; the norms before it grow with the scale.
+    sources = [*skips, *sources] if clip is None and "loss_scale" in table else sources
     return RecordedRun(
-        table[heads[0] + "grad_norm"],
-        next(filter(None, (block_norms(table, head) for head in heads)), {}),
-        # A clip that does not measure has a bound only, and is left out.
-        _collect(table, ("clipped", "grad_norm", "bound")),
-        _collect(table, ("consecutive", "last_reason")),
-        table.get("loss") if losses is None else _to_floats(losses),
-        table.get("param_norm") if param_norms is None else _to_floats(param_norms),
-        table.get("loss_scale"),
-        # With a bound beside it, it is that of a clip whose prefix is empty.
-        table.get("grad_norm") if "bound" not in table else None,
-        number_steps(history, table, heads),
+        table,
+        _number_steps(history, table, parts),
+        next((x["grad_norm"] for x in sources if "grad_norm" in x), _NOTHING),
+        next(filter(None, map(_block_norms, sources)), {}),
+        asked,
+        parts["clip"],
+        parts["watch"],
+        parts["skip"],
     )
 
 
-def _to_floats(x: Any) -> np.ndarray:
-    return np.asarray(jax.device_get(x), np.float64)
+def _read_table(history: Recorded) -> Columns:
+    """One array a key, on the host; NaN where a step lacks the key."""
+    if isinstance(history, History):
+        return history.arrays()
+    if isinstance(history, Mapping):
+        # A tree comes back sorted by key; the order of layers is that of the history.
+        read = jax.device_get(dict(history))
+        return {key: np.asarray(read[key], np.float64) for key in history}
+    rows = list(history) if isinstance(history, Iterable) else [history]
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise ValueError(
+            "A history must be an optaxclip.History, a dict with an array under each key, or a"
+            " list with a dict for each step, as optaxclip.metrics(opt_state) returns it; got"
+            f" {type(history).__name__}."
+        )
+    # Not `device_get` of all: it takes 30 us for each scalar, and a run has 100,000 of them.
+    collected = History(window=max(len(rows), 1))
+    for row in rows:
+        collected.append(row)
+    return collected.arrays()
 
 
-def _collect(table: dict[str, np.ndarray], fields: tuple[str, ...]) -> dict[str, dict]:
-    """For each prefix under which all these fields are, their arrays."""
-    ends = [key.removesuffix(fields[0]) for key in table if re.search(rf"(^|/){fields[0]}$", key)]
-    return {
-        head: {field: table[head + field] for field in fields}
-        for head in ends
-        if all(head + field in table for field in fields)
-    }
+def _find_parts(table: Mapping[str, np.ndarray]) -> dict[str, dict[str, Columns]]:
+    """The columns of each clip, watch and skip wrapper, by kind and prefix."""
+    found = (re.match(r"(|.*?/)(grad_norm|bound|clipped)(/|$)", key) for key in table)
+    parts: dict[str, dict[str, Columns]] = {"clip": {}, "watch": {}, "skip": {}}
+    for head in dict.fromkeys(match[1] for match in found if match):
+        columns = {k.removeprefix(head): x for k, x in table.items() if k.startswith(head)}
+        parts[_kind_of(head, columns)][head] = columns
+    return parts
 
 
-def kind_of_head(head: str, table: Mapping[str, Any]) -> str:
-    """What wrote the keys of a prefix, which may be any: each kind has one that only it has."""
-    if head + "median_ratio" in table or re.search(r"(^|/)watch/", head):
+def _kind_of(head: str, columns: Columns) -> str:
+    """What wrote the columns of a prefix, which may be any: each kind has one that only it has."""
+    if "median_ratio" in columns or re.search(r"(^|/)watch/", head):
         return "watch"
-    return "skip" if head + "consecutive" in table or re.search(r"(^|/)skip/", head) else "clip"
+    return "skip" if "consecutive" in columns or re.search(r"(^|/)skip/", head) else "clip"
 
 
-def number_steps(
-    history: Recorded, table: Mapping[str, np.ndarray], heads: Iterable[str]
-) -> np.ndarray:
+def _block_norms(columns: Columns) -> Columns:
+    """The norms by block, if a part has them."""
+    head = "grad_norm/"
+    return {key.removeprefix(head): x for key, x in columns.items() if key.startswith(head)}
+
+
+def _number_steps(history: Recorded, table: Columns, parts: dict) -> np.ndarray:
     """(steps,), the number of each step, by what counted them: a history may leave steps out."""
-    # The `steps` of a skip wrapper are those that it skipped.
-    counters = [head + "steps" for head in heads if kind_of_head(head, table) != "skip"]
-    for steps in map(table.get, ("step", *counters)):
+    # Not those of a skip wrapper, which count the steps that it skipped.
+    counters = [x.get("steps") for kind in ("watch", "clip") for x in parts[kind].values()]
+    for steps in (table.get("step"), *counters):
         if steps is not None and np.isfinite(steps).all() and (np.diff(steps) > 0).all():
             return steps.astype(np.int64)
     if isinstance(history, History):

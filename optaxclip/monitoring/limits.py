@@ -58,6 +58,10 @@ STILL = 1e-4
 # where growth slows down: late growth under early growth to this power.
 GROWN, GROWN_R2, GROWN_LATE = 3.0, 0.8, 0.75
 
+# Steps without a gradient that make a layer dead though it gets one now and then: units die one
+# by one, and some batch still reaches the last of them.
+DYING = 0.5
+
 # Of a fall: to a hundredth while the loss does not fall, to 1e-4 if the loss is not known.
 FADED, FADED_UNKNOWN = 1e-2, 1e-4
 # Norms of the first and the last of at least four layers; 30-fold is common in healthy models.

@@ -130,6 +130,7 @@ def to_csv(file: TextIO) -> Log:
         row = {"step": step} | {key: x for key, x in to_numbers(row).items() if not np.ndim(x)}
         # Columns are known with the first row, not when the file is opened.
         if writer is None:
+            # Keys that come later have no place under a head that is written already.
             writer = csv.DictWriter(file, list(row), extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
         writer.writerow(row)
@@ -152,6 +153,7 @@ def to_tensorboard(writer: Any) -> Log:
 
 
 def _add_histogram(writer: Any, key: str, counts: Any, step: int) -> None:
+    # As counts: `add_histogram` counts values itself, and those never leave the device.
     limits = log_edges(edges())
     middles = np.convolve(limits, [0.5, 0.5], "valid")
     writer.add_histogram_raw(

@@ -14,6 +14,7 @@ from optaxclip.base import Metrics
 from optaxclip.monitoring.state import WatchState, read_numbers, watch_scalars
 from optaxclip.record import find_nodes, number_keys, scalars_of, unpack_names
 from optaxclip.states import kind_of
+from optaxclip.wrappers.loss_scale import LossScaleState
 from optaxclip.wrappers.skip import SkipState
 
 
@@ -61,6 +62,8 @@ def metrics(
         for none), and what its own test saw, `grad_norm` and `bound`. That test is not numbered as
         a clip: wrapping a chain changes no key of its clips.
 
+      Of `dynamic_loss_scale`: `loss_scale`.
+
     Raises:
       ValueError: for an optimizer in place of its state, and for what cannot be a state, such as
         parameters.
@@ -77,7 +80,7 @@ def metrics(
     parts = find_parts(opt_state)
     # One search for all kinds: what a skip wrapper measures with must be passed over for each.
     kinds = ((Metrics, scalars_of, prefix), (WatchState, watch_scalars, watch_prefix))
-    kinds = (*kinds, (SkipState, _skip_scalars, skip_prefix))
+    kinds = (*kinds, (SkipState, _skip_scalars, skip_prefix), (LossScaleState, _scale_scalars, ""))
     found = [
         number_keys([x for x in parts if isinstance(x, kind)], read, start)
         for kind, read, start in kinds
@@ -86,14 +89,14 @@ def metrics(
 
 
 def find_parts(opt_state: Any) -> list[Any]:
-    """The `Metrics` of clips, `WatchState`s and `SkipState`s in a state, in its order.
+    """What `metrics` reads of a state, in its order: of clips the `Metrics`, of others the state.
 
-    A skip wrapper comes before what is inside it. What it measures with is a clip as well, but it
-      clips nothing: only the inside is searched.
+    A wrapper comes before what is inside it. What a skip wrapper measures with is a clip as well,
+      but it clips nothing: only the inside is searched.
     """
-    parts = []
-    for part in find_nodes(opt_state, Metrics, WatchState, SkipState):
-        parts += [part, *find_parts(part.inner)] if isinstance(part, SkipState) else [part]
+    parts, wrappers = [], (SkipState, LossScaleState)
+    for part in find_nodes(opt_state, Metrics, WatchState, *wrappers):
+        parts += [part, *find_parts(part.inner)] if isinstance(part, wrappers) else [part]
     return parts
 
 
@@ -119,6 +122,10 @@ def _skip_scalars(s: SkipState, prefix: str) -> dict[str, jax.Array]:
         "bound": test.clip_bound,
     }
     return {prefix + key: x for key, x in out.items()}
+
+
+def _scale_scalars(s: LossScaleState, prefix: str) -> dict[str, jax.Array]:
+    return {prefix + "loss_scale": s.loss_scale}
 
 
 def total_steps(part: Any) -> jax.Array:

@@ -13,6 +13,7 @@ from jax import lax
 
 from optaxclip import validate
 from optaxclip.base import annotate
+from optaxclip.compat import manual_axes
 from optaxclip.engine import Description
 from optaxclip.monitoring.history import History
 from optaxclip.monitoring.loggers import to_print
@@ -185,5 +186,5 @@ def _is_first_device():
 
     Under plain `jit` one of them calls back anyhow; in `shard_map` and `pmap` each would.
     """
-    axes = jax.sharding.get_abstract_mesh().manual_axes
-    return jnp.all(jnp.stack([jnp.bool_(True), *(lax.axis_index(axis) == 0 for axis in axes)]))
+    first = [lax.axis_index(axis) == 0 for axis in manual_axes()]
+    return jnp.all(jnp.stack([jnp.bool_(True), *first]))

@@ -31,7 +31,7 @@ from optaxclip.monitoring.trackers import (
 )
 from optaxclip.norms import l2
 from optaxclip.record import metrics_of, pack_names, unpack_names
-from optaxclip.scopes import as_scope, leaf, tree
+from optaxclip.scopes.leaves import as_scope, leaf, tree
 from optaxclip.states import StateGuard, check_names
 from optaxclip.thresholds.blocks import reads_params
 from optaxclip.thresholds.fixed import unchecked
@@ -65,7 +65,8 @@ def watch(
     it by more than one step.
 
     Args:
-      scope: which numbers share one norm: `scopes.leaf`, or `scopes.groups(label)`.
+      scope: which numbers share one norm: `scopes.leaf`, `scopes.groups(label)`, or, layer by layer
+        where leaves stack layers, `scopes.stacked(where)`.
       top: how many blocks to keep of those with the largest share.
       quantiles: which quantiles of the total norm to track.
       candidates: thresholds to try without clipping, by name: numbers, schedules, or thresholds

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import validate
+from optaxclip.compat import varying_axes
 from optaxclip.trees import flatten_with_paths, is_measured
 from optaxclip.xla import accumulator
-from optaxclip.xla.mesh import vary, varying_axes
+from optaxclip.xla.mesh import vary
 
 Loss = Callable[..., tuple[jax.Array, Any]]
 

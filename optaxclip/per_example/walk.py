@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend import core
 
+from optaxclip.compat import bind
+
 # Linear, and their transpose keeps the length: the gradient of the input is as long as that of the
 # output.
 _KEEP_LENGTH = {
@@ -48,9 +50,7 @@ class Op(NamedTuple):
         # The mesh and the compute type of the place where it was traced, as JAX's own interpreter
         # does.
         with self.eqn.ctx.manager:
-            out = self.eqn.primitive.bind(
-                *values, **self.eqn.primitive.get_bind_params(self.eqn.params)
-            )
+            out = bind(self.eqn, values)
         return out if self.eqn.primitive.multiple_results else [out]
 
     @property

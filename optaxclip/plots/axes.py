@@ -27,8 +27,6 @@ def colors_of(ax: Any) -> Colors:
     """Colours for the background of the axes, which a style may have made dark."""
     from matplotlib.colors import to_rgb
 
-    # Asked of the axes, not of the style: a user may have given axes of his own. Weights as in the
-    # luma of television, as the eye takes green for lighter than blue.
     dark = np.dot(to_rgb(ax.get_facecolor()), (0.3, 0.6, 0.1)) < 0.5
     return Colors("white", "#56B4E9", "#B87A00", "#FFB090") if dark else _ON_WHITE
 
@@ -80,7 +78,6 @@ def draw_bad(ax: Any, steps: np.ndarray, bad: np.ndarray, what: str = "NaN or in
 
 def draw_clipped(ax: Any, steps: np.ndarray, clipped: np.ndarray) -> None:
     """A band below the lines, as high as the share of steps that were clipped around each."""
-    # A step that is not finite was not clipped, whatever its bound.
     share = np.nan_to_num(clipped)
     if not share.any():
         return
@@ -103,7 +100,7 @@ def draw_clipped(ax: Any, steps: np.ndarray, clipped: np.ndarray) -> None:
 
 def _make_room(ax: Any) -> None:
     """Lowers the lower limit by the height of the band, on whatever scale."""
-    # In the units of the scale: on a log axis a share of the range in numbers would be nothing.
+    # In the units of the scale: on a log axis a share of its height is a factor.
     scale, (low, high) = ax.yaxis.get_transform(), ax.get_ylim()
     bottom, top = scale.transform([low, high])
     room = (top - bottom) * _BAND / (1 - _BAND)
@@ -123,4 +120,5 @@ def format_ticks(axis: Any) -> None:
             return f"{x:g}" if super().__call__(x, pos) else ""
 
     axis.set_major_formatter(Plain())
+    # Only over less than a decade, where there is one major tick, or none, to read a number from.
     axis.set_minor_formatter(Plain(minor_thresholds=(1.0, 0.5)))

@@ -25,6 +25,7 @@ def unit_loss(point: jax.Array, steps: int = 50) -> jax.Array:
       steps: of the net, from x₀ = 0.5.
     """
     w, b = point
+    # A loop, not fifty copies: this is compiled four times, for the surface, slopes and two paths.
     last = lax.fori_loop(
         0, steps, lambda _, x: w * jax.nn.sigmoid(x) + b, jnp.asarray(0.5, point.dtype)
     )
@@ -110,7 +111,8 @@ def plot_cliff(
     ax.plot(*start, "*", color=DARK, markersize=14, label="start", linestyle="", zorder=4)
     _mark_exit(ax, paths[0], window)
     ax.set(xlim=window[:2], ylim=window[2:], xlabel="w", ylabel="b")
-    draw_legend_above(ax)
+    # The surface is light in every style, so its marks are dark, and need a light legend.
+    draw_legend_above(ax, facecolor="white", labelcolor=DARK)
     return ax
 
 
@@ -128,9 +130,8 @@ def _draw_surface(
     x, y, points = _make_grid(window, count)
     heights = np.asarray(jax.jit(jax.vmap(loss))(points)).reshape(x.shape)
     low, high = np.nanmin(heights), np.nanmax(heights)
-    # Squared: close together in the valley, which the wall would flatten.
+    # Close to one another in the valley, which the wall would flatten.
     levels = low + (high - low) * np.linspace(0, 1, 16) ** 2
-    # Not up to black, on which the paths would not be seen.
     filled = ax.contourf(x, y, heights, levels=levels, cmap="Greys", vmax=low + 1.6 * (high - low))
     ax.contour(x, y, heights, levels=levels, colors="0.6", linewidths=0.4)
     ax.figure.colorbar(filled, ax=ax, label="loss", format="%.2f")
@@ -144,9 +145,9 @@ def _draw_arrows(
     slopes = -np.asarray(jax.jit(jax.vmap(jax.grad(loss)))(points))
     length = np.linalg.norm(slopes, axis=1, keepdims=True)
     length = np.where(length > 0, length, 1.0)
-    # On a log scale: gradients on the wall are thousands of times those in the valley.
+    # Slopes at the wall are thousands of times those in the valley: of true lengths only one shows.
     arrows = slopes / length * np.clip(np.log10(length) + 3.0, 0.3, 4.0)
-    # Arrows at the edge would stick out of the plot.
+    # Arrows at the edge would reach beyond it.
     inside = np.zeros(x.shape, bool)
     inside[1:-1, 1:-1] = True
     keep = inside.ravel()
@@ -179,6 +180,7 @@ def _mark_exit(ax: Any, path: np.ndarray, window: tuple[float, float, float, flo
             ha="right",
             va="top",
             fontsize=8,
+            color=DARK,
             bbox=box,
             zorder=5,
         )

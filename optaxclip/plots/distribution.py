@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.monitoring.columns import Recording, read_columns
 from optaxclip.monitoring.fits import find_runs
 from optaxclip.monitoring.histograms import Histograms, log_edges
-from optaxclip.monitoring.history import History, Recorded
+from optaxclip.monitoring.history import History, Recorded, RecordedRun, read_run
 from optaxclip.plots.axes import axes_or_new, colors_of, draw_legend_above, format_ticks
 from optaxclip.plots.steps import require_norms
 
@@ -39,8 +38,8 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['head', 'body']
     """
-    run = read_columns(history)
-    layers = run.blocks(clip) or _plain_layers(run)
+    run = read_run(history, clip)
+    layers = run.blocks or _plain_layers(run)
     if not layers:
         raise ValueError(
             "plot_layers: no norms by layer in the history: put optaxclip.watch() before the clip,"
@@ -53,7 +52,6 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     cells = np.maximum.reduceat(norms, cuts[:-1], axis=1)
     edges = np.r_[run.steps[cuts[:-1]] - 0.5, run.steps[-1] + 0.5]
     _draw_heat_map(ax, edges, cells)
-    # Names of some layers: hundreds of them at one axis are a black bar.
     every = -(-len(layers) // _NAMES)
     rows = np.arange(0, len(layers), every)
     names = list(layers)
@@ -62,7 +60,7 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     return ax
 
 
-def _plain_layers(run: Recording) -> dict[str, np.ndarray]:
+def _plain_layers(run: RecordedRun) -> dict[str, np.ndarray]:
     """A dict of layer -> norms, which no part of a state has written."""
     return {} if run.clips or run.watches or run.skips else run.table
 
@@ -79,6 +77,7 @@ def _draw_heat_map(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
 
     known, rows = np.isfinite(cells) & (cells > 0), np.arange(len(cells) + 1)
     low, high = (cells[known].min(), cells[known].max()) if known.any() else (1.0, 1.0)
+    # If all norms are equal, colours still need a range.
     scale, shown = LogNorm(low, max(high, low * 1.01)), np.where(known, cells, np.nan)
     # Its lightness rises evenly, so it survives grey print, and colour-blind people see all of it.
     mesh = ax.pcolormesh(edges, rows, np.ma.masked_invalid(shown), norm=scale, cmap="cividis")
@@ -89,7 +88,8 @@ def _draw_heat_map(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
             handles.append(_hatch(ax, edges, cell, hatch, colors.bad, name))
     if handles:
         draw_legend_above(ax, handles=handles)
-    ax.figure.colorbar(mesh, ax=ax, label="gradient norm")
+    bar = ax.figure.colorbar(mesh, ax=ax, label="gradient norm")
+    format_ticks(bar.ax.yaxis)
 
 
 def _hatch(ax: Any, edges: np.ndarray, cells: np.ndarray, hatch: str, color: str, name: str) -> Any:
@@ -134,13 +134,13 @@ def plot_histogram(
     if isinstance(norms, Histograms):
         return _draw_counts(norms, axes_or_new(ax))
     if _is_history(norms):
-        norms = require_norms(read_columns(norms), "plot_histogram")
+        norms = require_norms(read_run(norms, 0), "plot_histogram")
     array = np.asarray(norms, float)
     known = array[np.isfinite(array) & (array > 0)]
     if not known.size:
         raise ValueError("plot_histogram: no norm is finite and over zero.")
     ax, low, high = axes_or_new(ax), known.min(), known.max()
-    # Equal on a log scale, on which norms are about symmetric; a tail would get one bin otherwise.
+    # Rounded limits could leave the smallest or the largest norm out.
     edges = np.geomspace(low * 0.99, high * 1.01, bins + 1)
     colors = colors_of(ax)
     ax.hist(known, edges, color=colors.line, alpha=0.45, edgecolor=colors.line, linewidth=0.5)
@@ -154,6 +154,7 @@ def plot_histogram(
             label=f"{100 * q:.3g}% are below {at:.3g}",
         )
     for marker, bound in zip(itertools.cycle("os^Dv"), thresholds, strict=False):
+        # Of all finite norms: zeros are steps, too, and none of those that are clipped.
         share = np.mean(array[np.isfinite(array)] > bound)
         label = f"{bound:.3g} would clip {share:.0%}"
         style = {"linewidth": 2.0, "marker": marker, "markevery": [1], "markersize": 7}
@@ -167,6 +168,7 @@ def plot_histogram(
 def _draw_counts(found: Histograms, ax: Any) -> Any:
     """The share of the elements of each block in each bin, dark for many."""
     names, counts = list(found.counts), np.stack(list(found.counts.values()))
+    # Not the counts: an embedding has thousands of times the elements of a bias.
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     edges = log_edges(found.edges)
     mesh = ax.pcolormesh(edges, np.arange(len(names) + 1), share, cmap="cividis", vmin=0)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from optaxclip.monitoring.columns import Recording, read_columns
 from optaxclip.monitoring.diagnose import Sign, diagnose
-from optaxclip.monitoring.history import Recorded
+from optaxclip.monitoring.history import Recorded, RecordedRun, read_run
 from optaxclip.plots.axes import colors_of, import_pyplot
 from optaxclip.plots.distribution import plot_layers
 from optaxclip.plots.steps import plot_clipped_share, plot_loss, plot_norms
@@ -38,12 +37,12 @@ def plot_run(history: Recorded, figure: Any = None, *, clip: int = 0) -> Any:
     >>> [ax.get_ylabel() for ax in optaxclip.plots.plot_run(history).axes]
     ['loss', 'gradient norm']
     """
-    run = read_columns(history)
+    run = read_run(history, clip)
     # Read once for all: off the device, and out of a dict for each step.
     history = run.table | {"step": run.steps}
-    rows = _choose(run, clip)
+    rows = _choose(run)
     # A heat map needs room for the names of its rows.
-    ratios = [min(1 + 0.09 * len(run.blocks(clip)), 3) if r is plot_layers else 1 for r in rows]
+    ratios = [min(1 + 0.09 * len(run.blocks), 3) if r is plot_layers else 1 for r in rows]
     if figure is None:
         size = (9.0, 0.8 + 2.2 * sum(ratios))
         figure = import_pyplot().figure(figsize=size, layout="constrained")
@@ -55,12 +54,12 @@ def plot_run(history: Recorded, figure: Any = None, *, clip: int = 0) -> Any:
     return figure
 
 
-def _choose(run: Recording, clip: int) -> list[Any]:
+def _choose(run: RecordedRun) -> list[Any]:
     """What there is to draw."""
     rows = [plot_loss] if "loss" in run.table else []
     rows += [plot_norms]
-    rows += [plot_clipped_share] if "clipped" in run.clip(clip) else []
-    return rows + ([plot_layers] if len(run.blocks(clip)) > 1 else [])
+    rows += [plot_clipped_share] if "clipped" in run.clip else []
+    return rows + ([plot_layers] if len(run.blocks) > 1 else [])
 
 
 def _mark_signs(figure: Any, axes: Any, signs: tuple[Sign, ...]) -> None:
@@ -74,10 +73,12 @@ def _mark_signs(figure: Any, axes: Any, signs: tuple[Sign, ...]) -> None:
             ax.axvline(sign.step, color=ink, linestyle=":", linewidth=1.2, zorder=4)
         box = {"boxstyle": "circle,pad=0.2", "facecolor": axes[0].get_facecolor(), "edgecolor": ink}
         style = {"ha": "center", "va": "top", "fontsize": 8, "bbox": box, "zorder": 6}
+        # Left of the line, on which a spike may stand.
+        style |= {"xytext": (-10, 0), "textcoords": "offset points"}
         # Numbers of signs at one step would hide one another.
         at = 0.95 - 0.15 * ((number - 1) % 5)
         over = axes[0].get_xaxis_transform()
-        axes[0].text(sign.step, at, str(number), transform=over, color=ink, **style)
+        axes[0].annotate(str(number), (sign.step, at), xycoords=over, color=ink, **style)
     lines = [f"{number} {sign.name}: {sign.what}" for number, sign in enumerate(signs, start=1)]
     text = "\n".join(textwrap.fill(line, 110, subsequent_indent="   ") for line in lines)
     # Not `figure.text`: room is made only for what the layout knows.

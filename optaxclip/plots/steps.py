@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.monitoring.columns import Recording, read_columns
-from optaxclip.monitoring.history import Recorded
+from optaxclip.monitoring.history import Recorded, RecordedRun, read_run
 from optaxclip.plots.axes import (
     axes_or_new,
     colors_of,
@@ -46,8 +45,8 @@ def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     >>> ax.get_legend_handles_labels()[1]
     ['norm before the clip', 'bound', 'clipped: 67 % of steps']
     """
-    run = read_columns(history)
-    norms, part = require_norms(run, "plot_norms", clip), run.clip(clip)
+    run = read_run(history, clip)
+    norms, part = require_norms(run, "plot_norms"), run.clip
     ax = axes_or_new(ax)
     colors, shown = colors_of(ax), np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)
     label = "norm before the clip" if part else "norm"
@@ -70,20 +69,19 @@ def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     return ax
 
 
-def require_norms(run: Recording, call: str, clip: int = 0) -> np.ndarray:
+def require_norms(run: RecordedRun, call: str) -> np.ndarray:
     """The norms of a run.
 
     Raises:
       ValueError: naming the call, if it has none.
     """
-    norms = run.norms(clip)
-    if norms is None:
+    if not len(run.norms):
         raise ValueError(
             f"{call}: no 'grad_norm' in the history, only {sorted(run.table)[:20]}: append"
             " optaxclip.metrics(opt_state) at each step. If that has none, the clip does not"
             " measure: pass it measure=True, or put optaxclip.watch() before it."
         )
-    return norms
+    return run.norms
 
 
 def _draw_zeros(ax: Any, steps: np.ndarray, zero: np.ndarray) -> None:
@@ -113,7 +111,7 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
     >>> optaxclip.plots.plot_loss(history).get_legend_handles_labels()[1]
     ['loss', 'clipped: 50 % of steps', 'NaN or infinite: 1 step']
     """
-    run = read_columns(history)
+    run = read_run(history, clip)
     if key not in run.table:
         raise ValueError(
             f"plot_loss: no {key!r} in the history: append optaxclip.metrics(state) |"
@@ -123,13 +121,14 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
     known = losses[np.isfinite(losses)]
     shown = np.where(np.isfinite(losses), losses, np.nan)
     ax.plot(run.steps, shown, color=colors_of(ax).line, linewidth=1.0, label=key)
+    # A run that learns has losses 2- to 10-fold apart, which people know on a linear axis.
     if known.size and known.min() > 0 and known.max() > 100 * known.min():
         ax.set_yscale("log")
         format_ticks(ax.yaxis)
     elif known.size and np.ptp(known) > 1e4 * max(np.median(np.abs(known)), 1e-30):
         # Losses that may be negative, and run away.
         ax.set_yscale("symlog", linthresh=max(float(np.median(np.abs(known))), 1e-30))
-    draw_clipped(ax, run.steps, run.clip(clip).get("clipped", np.zeros(1)))
+    draw_clipped(ax, run.steps, run.clip.get("clipped", np.zeros(1)))
     draw_bad(ax, run.steps, ~np.isfinite(losses))
     ax.set(xlabel="step", ylabel=key)
     draw_legend_above(ax)
@@ -153,13 +152,13 @@ def plot_clipped_share(
     >>> float(ax.lines[0].get_ydata()[-1]), float(ax.lines[1].get_ydata()[-1])
     (0.5, 0.5)
     """
-    run = read_columns(history)
-    if "clipped" not in run.clip(clip):
+    run = read_run(history, clip)
+    if "clipped" not in run.clip:
         raise ValueError(
             f"plot_clipped_share: no 'clipped' in the history, only {sorted(run.table)[:20]}:"
             " append optaxclip.metrics(opt_state) of a chain with a clip that measures."
         )
-    clipped, ax = np.nan_to_num(run.clip(clip)["clipped"]), axes_or_new(ax)
+    clipped, ax = np.nan_to_num(run.clip["clipped"]), axes_or_new(ax)
     window = window or max(len(clipped) // 20, 10)
     # Running sums, so that a window costs the same whatever its width.
     total = np.concatenate([[0.0], np.cumsum(clipped)])
@@ -172,6 +171,7 @@ def plot_clipped_share(
     ax.plot(run.steps, recent, color=colors.clip, linewidth=1.2, label=label)
     style = {"color": colors.ink, "linestyle": "--", "linewidth": 1.2}
     ax.plot(run.steps, total[1:] / ends, label="of all steps so far", **style)
+    draw_bad(ax, run.steps, ~np.isfinite(run.clip.get("grad_norm", np.zeros(len(clipped)))))
     ax.set(xlabel="step", ylabel="share clipped", ylim=(-0.03, 1.03))
     draw_legend_above(ax)
     return ax
@@ -192,8 +192,8 @@ def plot_bound(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     >>> ax.get_legend_handles_labels()[1]
     ['5 % to 95 % of norms', 'median norm', 'bound']
     """
-    run = read_columns(history)
-    norms, bounds = require_norms(run, "plot_bound", clip), run.clip(clip).get("bound")
+    run = read_run(history, clip)
+    norms, bounds = require_norms(run, "plot_bound"), run.clip.get("bound")
     if bounds is None:
         raise ValueError("plot_bound: no 'bound' in the history: append optaxclip.metrics(state).")
     ax = axes_or_new(ax)
@@ -202,6 +202,7 @@ def plot_bound(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     parts = np.array_split(np.arange(len(norms)), max(len(norms) // window, 1))
     kept = [part[np.isfinite(norms[part]) & (norms[part] > 0)] for part in parts]
     middle = [run.steps[part].mean() for part in kept if part.size]
+    # Not the smallest to the largest: one spike would be all that is seen.
     ranges = [np.quantile(norms[part], (0.05, 0.5, 0.95)) for part in kept if part.size]
     low, usual, high = np.array(ranges).reshape(-1, 3).T
     band = {"color": colors.line, "alpha": 0.3, "linewidth": 0}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.plots.axes import DARK, GREY, axes_or_new, format_ticks
+from optaxclip.plots.axes import GREY, axes_or_new, colors_of, format_ticks
 from optaxclip.tuning.sweep import Sweep
 
 
@@ -45,7 +45,7 @@ def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
         values,
         median,
         bars,
-        color=DARK,
+        color=colors_of(ax).ink,
         marker="o",
         capsize=3,
         linewidth=1.3,
@@ -53,6 +53,7 @@ def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
     )
     _draw_baseline(ax, sweep)
     _mark_recommended(ax, sweep)
+    # Room for the crosses, which would hide the highest losses.
     bottom, top = ax.get_ylim()
     ax.margins(x=0.08)
     ax.set(xlabel="value", ylabel="final loss", ylim=(bottom, top + 0.2 * (top - bottom)))
@@ -67,6 +68,7 @@ def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
 def _summarize_seeds(sweep: Sweep, i: int) -> tuple[float, float, float]:
     """Best, median and worst of those that did not diverge; NaN if the median of all did."""
     diverged, final = sweep.diverged[i], sweep.final[i]
+    # Half way between a number and infinity there is none: interpolation would give NaN.
     median = np.quantile(
         np.where(diverged, np.inf, final), 0.5, method="higher" if diverged.any() else "linear"
     )
@@ -80,6 +82,7 @@ def _draw_clip_rate(ax: Any, values: np.ndarray, rates: np.ndarray) -> None:
     beside, (handles, labels) = ax.twinx(), ax.get_legend_handles_labels()
     (line,) = beside.plot(values, rates, "s--", color=GREY, markersize=4, linewidth=1.0)
     beside.set(ylabel="clip rate", ylim=(-0.03, 1.22), yticks=np.linspace(0, 1, 6))
+    # A second axis is drawn over the first, whose marks matter more.
     ax.set_zorder(beside.get_zorder() + 1)
     ax.patch.set_visible(False)
     where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 3, "borderaxespad": 0.2}
@@ -94,8 +97,9 @@ def _draw_baseline(ax: Any, sweep: Sweep) -> None:
     label = "no clip" + (f": {lost.sum()}/{lost.size} diverged" if lost.any() else "")
     median = _summarize_seeds(sweep, where[0])[1]
     if np.isfinite(median):
-        ax.axhline(median, color=DARK, linestyle=":", linewidth=1.3, label=label)
+        ax.axhline(median, color=colors_of(ax).ink, linestyle=":", linewidth=1.3, label=label)
     else:
+        # No height to draw a line at, but the legend says so.
         ax.plot([], [], " ", label=label)
 
 
@@ -108,7 +112,7 @@ def _mark_diverged(ax: Any, values: np.ndarray, diverged: np.ndarray) -> None:
             values[some],
             np.full(len(some), 0.95),
             "x",
-            color=DARK,
+            color=colors_of(ax).ink,
             markersize=6,
             transform=over,
             label="diverged",
@@ -137,12 +141,12 @@ def _mark_recommended(ax: Any, sweep: Sweep) -> None:
         ax.axvspan(
             choice.low,
             choice.high,
-            facecolor="0.95",
-            edgecolor="0.8",
+            facecolor="none",
+            edgecolor=GREY,
             hatch="///",
             zorder=0,
             linewidth=0,
         )
     median = _summarize_seeds(sweep, int(np.flatnonzero(sweep.values == choice.value)[0]))[1]
-    style = {"markersize": 15, "color": DARK, "zorder": 5, "linestyle": ""}
+    style = {"markersize": 15, "color": colors_of(ax).ink, "zorder": 5, "linestyle": ""}
     ax.plot([choice.value], [median], "*", label=f"recommended: {choice.value:g}", **style)

@@ -5,6 +5,7 @@ A plain number means `constant`, a function of the step `scheduled`, wherever a 
 """
 
 from optaxclip.thresholds.blocks import per_block
+from optaxclip.thresholds.by_name import by_name
 from optaxclip.thresholds.combine import at_least, at_most, lag, param_relative, until
 from optaxclip.thresholds.fixed import constant, scheduled
 from optaxclip.thresholds.learned import Statistic, learned
@@ -17,6 +18,7 @@ __all__ = [
     "Statistic",
     "at_least",
     "at_most",
+    "by_name",
     "constant",
     "lag",
     "learned",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -104,13 +107,44 @@ def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs
     return new_threshold(start_schedule, update_fn, kind=Fixed)
 
 
-def _has_moments(threshold: optax.GradientTransformation) -> bool:
-    """Whether this is an optimizer, which is a transformation as thresholds are."""
-    if hasattr(threshold.update, "learns"):  # one of ours
+def is_of_gradients(tx: optax.GradientTransformation) -> bool:
+    """Whether this is a clip or an optimizer, which is a transformation as thresholds are."""
+    if hasattr(tx.update, "learns"):  # a threshold of ours
         return False
+    return any(map(_is_of_gradients, _functions_in(tx.update))) or _has_moments(tx)
+
+
+def _is_of_gradients(function: Callable[..., Any]) -> bool:
+    """Whether this function is in a clip, or in a step downhill."""
+    if not _is_of_optax(function):
+        return hasattr(function, "description")  # ours
+    maker = function.__code__.co_qualname.split(".")[0]
+    if maker == "scale":
+        # A bound is never negative, a learning rate is until it is added.
+        step = inspect.getclosurevars(function).nonlocals.get("step_size")
+        return validate.is_static(step) and step < 0
+    return maker.startswith(("clip", "adaptive_grad_clip", "scale_by_learning_rate"))
+
+
+def _functions_in(function: Any) -> Iterator[Callable[..., Any]]:
+    """A function and, if it is Optax's, all those that it closes over: the parts of a chain."""
+    if isinstance(function, types.FunctionType):
+        yield function
+    # A closure of the user's is none of our affair, and may hold anything.
+    if _is_of_optax(function):
+        for inside in jax.tree.leaves(inspect.getclosurevars(function).nonlocals):
+            yield from _functions_in(inside)
+
+
+def _is_of_optax(function: Any) -> bool:
+    return isinstance(function, types.FunctionType) and function.__module__.startswith("optax.")
+
+
+def _has_moments(tx: optax.GradientTransformation) -> bool:
+    """Whether its state is that of an optimizer."""
     try:
         # Shapes only: to construct must start no backend.
-        state = jax.eval_shape(threshold.init, jax.ShapeDtypeStruct((), jnp.float32))
+        state = jax.eval_shape(tx.init, jax.ShapeDtypeStruct((), jnp.float32))
     except Exception:  # a threshold may take no scalar norms
         return False
     # Not by `count` or `trace`: `optax.ema` and `optax.trace` make good thresholds.
@@ -124,15 +158,14 @@ def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs
       ValueError: naming the call and the argument, if it is none of these.
     """
     ((name, value),) = argument.items()
+    must = f"{name} must be a number, a schedule or a threshold"
     # A clip is a transformation, too. It would take norms for gradients, and never complain.
-    description = getattr(getattr(value, "update", None), "description", None)
-    if description is not None or isinstance(value, type):
-        must = "a number, a schedule or a threshold: a clip is none, pass its threshold"
-        raise validate.fail(f"{name} must be {must}", value)
+    if hasattr(getattr(value, "update", None), "description") or isinstance(value, type):
+        raise validate.fail(f"{must}: a clip is none, pass its threshold", value)
     if isinstance(value, optax.GradientTransformation):
-        if _has_moments(value):
-            must = "a number, a schedule or a threshold: an optimizer comes after the clip,"
-            raise validate.fail(f"{name} must be {must} optax.chain(clip, optimizer)", value)
+        if is_of_gradients(value):
+            beside = "those of gradients come beside this clip, optax.chain(clip, optimizer)"
+            raise validate.fail(f"{must} of norms, no clip and no optimizer: {beside}", value)
         return optax.with_extra_args_support(value)
     if callable(value) and not getattr(value, "makes_part", False):
         return scheduled(value)

@@ -1,6 +1,7 @@
 """Choosing a threshold: from the norms of a short run, or by a sweep over values and seeds."""
 
-from optaxclip.tuning.recommend import Reason, Recommendation, recommend
+from optaxclip.tuning.recommend import recommend
+from optaxclip.tuning.recommendation import Reason, Recommendation
 from optaxclip.tuning.sweep import Choice, Sweep
 from optaxclip.tuning.training import objective, tune
 

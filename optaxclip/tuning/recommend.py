@@ -4,56 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from optaxclip.monitoring.columns import read_columns
-from optaxclip.monitoring.history import History
+from optaxclip.monitoring.history import History, read_run
+from optaxclip.tuning.recommendation import Reason, Recommendation
 from optaxclip.tuning.series import FEWEST, Numbers, log_known, measure_series
 
 SHARES = (0.01, 0.05, 0.10)
-
-
-class Reason(NamedTuple):
-    """A short, stable `name` ("heavy-tail"), `what` was seen, and the `method` that suits."""
-
-    name: str
-    what: str
-    method: str
-
-
-class Recommendation(NamedTuple):
-    """What `recommend` returns; `str` of it is the report.
-
-    Attributes:
-      thresholds: share of steps -> the global norm that clips it; without shares for which there
-        are too few steps.
-      layers: layer -> the same for its norm; empty without layers.
-      reasons: what stands out.
-      numbers: the statistics behind them.
-      code: the line to write, with `optimizer` for yours; empty if there are too few steps.
-    """
-
-    thresholds: dict[float, float]
-    layers: dict[str, dict[float, float]]
-    reasons: tuple[Reason, ...]
-    numbers: Numbers
-    code: str
-
-    def __str__(self) -> str:
-        n = self.numbers
-        head = f"{n.steps} steps" + (
-            f", median norm {n.median:.3g}" if n.median == n.median else ""
-        )
-        if not np.isnan(n.tail_ratio):
-            head += f", 99th percentile {n.tail_ratio:.3g} times that"
-        shares = ", ".join(
-            f"{share:.0%} of steps at {bound:.4g}" for share, bound in self.thresholds.items()
-        )
-        lines = [head + (f"; would clip {shares}" if shares else "") + "."]
-        lines += [f"- {reason.name}: {reason.what} {reason.method}" for reason in self.reasons]
-        return "\n".join([*lines, f"Write: {self.code}"] if self.code else lines)
 
 
 def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendation:
@@ -106,11 +65,11 @@ def _read(norms: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The norm of the whole at each step, and the norms of layers, if there are any."""
     rows = isinstance(norms, list | tuple) and norms and isinstance(norms[0], Mapping)
     if rows or isinstance(norms, Mapping | History):
-        run = read_columns(norms)
-        total, layers = run.norms(), run.blocks()
+        run = read_run(norms, 0)
+        total, layers = run.norms, run.blocks
         # Of a clip by layer the norm is the largest of its layers, not that of the whole.
-        of_whole = "grad_norm" in run.clip() and not any("grad_norm/" in key for key in run.clip())
-        if total is not None and (of_whole or not layers):
+        of_whole = "grad_norm" in run.clip and not any("grad_norm/" in key for key in run.clip)
+        if len(total) and (of_whole or not layers):
             return total, layers
         layers = layers or _read_layers(run.table, isinstance(norms, Mapping))
         return _pool_layers(np.stack(list(layers.values()), axis=1)), layers

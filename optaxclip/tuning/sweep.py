@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from optaxclip.monitoring.display import escape, markdown_table
+
 
 class Choice(NamedTuple):
     """The value to take.
@@ -80,9 +82,13 @@ class Sweep(NamedTuple):
         return "no clip" if value == self.baseline else f"{value:g}"
 
     def __str__(self) -> str:
-        head = "| value | final loss: median | best to worst | clipped | diverged |"
-        rows = [_format_row(self, i) for i in range(len(self.values))]
-        return "\n".join([head, "|---|---|---|---|---|", *rows, "", self.recommended.why])
+        return f"{_tabulate(self)}\n\n{self.recommended.why}"
+
+    # The arrays of all runs, which a tuple would show, are no answer.
+    __repr__ = __str__
+
+    def _repr_markdown_(self) -> str:
+        return f"{_tabulate(self, mark=self.recommended.value)}\n\n{escape(self.recommended.why)}"
 
 
 def final_loss(losses: np.ndarray) -> np.ndarray:
@@ -98,19 +104,26 @@ def cap_diverged(final: np.ndarray, failed: float) -> np.ndarray:
     return np.where(final <= failed, final, failed)
 
 
-def _format_row(sweep: Sweep, i: int) -> str:
+def _tabulate(sweep: Sweep, mark: float | None = None) -> str:
+    """A row for each value; that of the value to mark is bold."""
+    head = ("value", "final loss: median", "best to worst", "clipped", "diverged")
+    rows = [_format_row(sweep, i) for i in range(len(sweep.values))]
+    bold = [[f"**{x}**" if x else x for x in row] for row in rows]
+    marked = zip(sweep.values, rows, bold, strict=True)
+    return markdown_table(head, [loud if value == mark else row for value, row, loud in marked])
+
+
+def _format_row(sweep: Sweep, i: int) -> list[str]:
     final = np.where(np.isnan(sweep.final[i]), np.inf, sweep.final[i])
     # Without a clip that measures there is no rate, which is not a rate of 0.
     rate = "" if np.isnan(sweep.clip_rate[i]) else f"{sweep.clip_rate[i]:.0%}"
-    spread = f"{final.min():.4g} to {final.max():.4g}"
-    cells = [
+    return [
         sweep.name_of(sweep.values[i]),
         f"{_median(final):.4g}",
-        spread,
+        f"{final.min():.4g} to {final.max():.4g}",
         rate,
         f"{sweep.diverged[i].mean():.0%}",
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def _median(final: np.ndarray) -> float:

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import trees, validate, xla
+from optaxclip import validate
 from optaxclip.base import annotate
 from optaxclip.engine import Description
 from optaxclip.states import StateGuard, init_inside
+from optaxclip.trees import drop_gradientless
+from optaxclip.wrappers.steps import multiply
 
 
 class ResetState(NamedTuple):
@@ -74,7 +76,7 @@ def reset_moments(
     guard = StateGuard(call, ResetState, init_fn)
 
     def update_fn(updates, state, params=None, **extra_args):
-        like = trees.drop_gradientless(params, updates)
+        like = drop_gradientless(params, updates)
         guard.check(state, like)
         # Asked before the optimizer moves: the gradient at which it is due is the first that the
         # fresh moments see.
@@ -85,8 +87,7 @@ def reset_moments(
         start = jax.tree.map(lambda a, b: _select(due, a, b), fresh, state.inner)
         updates, new = inner.update(updates, start, params, **extra_args)
         warm = _warmup(step, jnp.asarray(warmup_steps).astype(jnp.float32))
-        updates = jax.tree.map(lambda u: _times(u, warm) if trees.is_measured(u) else u, updates)
-        return updates, ResetState(jnp.asarray(optax.safe_increment(step)), new)
+        return multiply(updates, warm), ResetState(jnp.asarray(optax.safe_increment(step)), new)
 
     about = Description(kind="other", name=call, inner=inner)
     annotate(update_fn, description=about)
@@ -104,8 +105,3 @@ def _warmup(step, steps):
     # No warm-up is 0 steps: 0 / 0, though it is dropped below, would be NaN to `jax.debug_nans`.
     done = jnp.clip(step / jnp.maximum(steps, 1), 0, 1)
     return jnp.where(step < steps, 1 - 0.99 * 0.5 * (1 + jnp.cos(jnp.pi * done)), 1)
-
-
-def _times(update, factor):
-    # Rounded once, to the dtype of the update: a factor in bfloat16 would be rounded before.
-    return xla.as_dtype_of(update, xla.times(xla.widen(update), factor))

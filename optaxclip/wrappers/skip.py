@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
@@ -20,7 +18,7 @@ from optaxclip.actions import keep
 from optaxclip.base import AxisNames, Exclude, Norm, Threshold
 from optaxclip.core import clip_by
 from optaxclip.norms import l2
-from optaxclip.thresholds.fixed import as_threshold, unchecked
+from optaxclip.thresholds.fixed import as_threshold, is_of_gradients, unchecked
 from optaxclip.thresholds.window import window_zscore
 from optaxclip.wrappers.steps import LOSS, NONFINITE, NORM, SkipState, skip_by
 
@@ -146,24 +144,11 @@ def skip_nonfinite(
 
 
 def _refuse_chain(inner: Any, threshold: Any) -> None:
-    """Raises for `skip_spikes(clip, optimizer)`, by somebody who takes it for a chain.
-
-    An optimizer is a transformation, as thresholds are; it is known by the moments in its state.
-    """
+    """Raises for `skip_spikes(clip, optimizer)`, by somebody who takes it for a chain."""
     # A bad `inner` alone is an error of its own, later.
-    if not (validate.is_transformation(inner) and validate.is_transformation(threshold)):
-        return
-    call = validate.called()
-    # Optax's clips have no state to be known by, but their functions have names.
-    maker = getattr(inner.update, "__qualname__", "")
-    is_clip = hasattr(inner.update, "description") or maker.startswith(
-        ("clip", "adaptive_grad_clip")
-    )
-    # Shapes only: to construct must start no backend.
-    state = jax.eval_shape(threshold.init, jax.ShapeDtypeStruct((), jnp.float32))
-    # Not by `count`, which `optax.ema` has, a good threshold.
-    has_moments = any(optax.tree.get_all_with_path(state, name) for name in ("mu", "nu", "trace"))
-    if is_clip or has_moments:
+    both = validate.is_transformation(inner) and validate.is_transformation(threshold)
+    if both and is_of_gradients(threshold):
+        call = validate.called()
         raise ValueError(
             f"{call}: the second argument is a threshold of norms, no transformation of gradients."
             f" {call} holds one optimizer: put a clip into a chain with it,"

@@ -20,7 +20,7 @@ from optaxclip.engine import description_of, lay_out
 from optaxclip.scopes import tree
 from optaxclip.states import StateGuard, init_inside
 from optaxclip.thresholds.blocks import hold
-from optaxclip.trees import drop_gradientless, path_string
+from optaxclip.trees import drop_gradientless, is_measured, path_string
 
 # Why a step was skipped, in `SkipState.last_reason`.
 NORM, LOSS, NONFINITE = 1, 2, 3
@@ -144,6 +144,16 @@ def find_loss(passed: Mapping[str, Any]) -> Any:
     """The loss that an update was passed, if any; `value` is what Optax's line searches call it."""
     loss = passed.get("loss")
     return passed.get("value") if loss is None else loss
+
+
+def multiply(updates: Any, factor: jax.Array) -> Any:
+    """The updates times one factor, each in its own dtype; integers as they are."""
+
+    def times(update):
+        # Rounded once, to the dtype of the update: a factor in bfloat16 would be rounded before.
+        return xla.as_dtype_of(update, xla.times(xla.widen(update), factor))
+
+    return jax.tree.map(lambda u: times(u) if is_measured(u) else u, updates)
 
 
 def _select(condition: jax.Array, yes: Any, no: Any) -> Any:

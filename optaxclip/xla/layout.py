@@ -9,6 +9,7 @@ is one cannot be asked: under `jit(in_shardings=...)` the types of unannotated a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,9 +38,19 @@ class Layout(NamedTuple):
     span: Span
 
     def axes_of(self, leaf: int) -> tuple[int, ...]:
-        """The axes of a leaf that are pooled: those of a unit, or all."""
+        """The axes of a leaf that are pooled: those of a unit or layer, or all."""
         axes = self.blocks.axes
         return tuple(range(len(self.shapes[leaf]))) if axes is None else axes[leaf]
+
+    def kept(self, leaf: int) -> tuple[int, ...]:
+        """The shape of the norms of a leaf: the axes that are not pooled."""
+        pooled = self.axes_of(leaf)
+        return tuple(n for axis, n in enumerate(self.shapes[leaf]) if axis not in pooled)
+
+    def blocks_of(self, leaf: int) -> range:
+        """The block of a leaf, or those of the layers that it stacks."""
+        first = self.blocks.index[leaf]
+        return range(first, first + math.prod(self.kept(leaf)))
 
 
 def group(keys: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
@@ -65,7 +76,15 @@ def lay_out(blocks: Blocks, paths: Sequence[str], shapes, span: Span = NOWHERE) 
     # array for all biases and scales is 28 kernels fewer on a TPU than one for each row of them.
     whole = [axes[row[0]] == tuple(range(len(shapes[row[0]]))) for row in rows]
     arrays = group(["whole" if all_of_it else r for r, all_of_it in enumerate(whole)])
-    return Layout(blocks, tuple(shapes), rows, arrays, span)
+    return Layout(blocks, tuple(shapes), rows, arrays, _span_units(blocks, span))
+
+
+def _span_units(blocks: Blocks, span: Span) -> Span:
+    """Where the parts of units lie: those of a single number in one place, whoever has the leaf."""
+    if not blocks.units or not span.leaves:
+        return span
+    each = zip(span.leaves, blocks.axes or (), strict=True)
+    return span._replace(leaves=tuple(own if axes else frozenset() for own, axes in each))
 
 
 def same_types(layout: Layout, row: Sequence[int], arrays: Sequence[jax.Array]) -> list[list[int]]:

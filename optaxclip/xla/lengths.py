@@ -34,18 +34,26 @@ def measure(norm: Norm, arrays: list[jax.Array], layout: Layout) -> Norms:
 
     NaN where a block holds NaN, infinite where it holds infinity or its norm is no float any more.
     """
-    return _measure(norm, layout, arrays)
+    # Of one number every norm is its modulus, whose square need not be a float.
+    alone = layout.blocks.units and not any(map(layout.axes_of, range(len(arrays))))
+    return _measure(_MODULUS if alone else norm, layout, arrays)
+
+
+_MODULUS = Norm("modulus", jnp.abs, "max", lambda x, n: x, lambda u, n: jnp.sign(u), 1.0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
     """As `measure`."""
-    dtype, units_ = accumulator(arrays), layout.blocks.axes is not None
+    dtype, units_ = accumulator(arrays), layout.blocks.units
     scales, counts = scales_of(norm, dtype, units_), jax.tree.leaves(counts_of(layout, dtype))
-    if units_:
+    if layout.blocks.axes is not None:
         layout.span.check_units()
 
     def pool(form, arrays, scales):
+        # 2^640, a scale of float64, is no float32: beside such a leaf narrower ones would vanish.
+        if dtype == np.float64:
+            arrays = [widen(x, dtype) for x in arrays]
         return _pool(form, norm, layout, arrays, scales, dtype)
 
     def finish(pools):
@@ -80,7 +88,7 @@ def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
 
 def _pool(form, norm: Norm, layout: Layout, arrays, scales, dtype) -> list[Pieces]:
     """The pools of each array of norms, in pieces; of blocks there is one array in one piece."""
-    if layout.blocks.axes is not None:
+    if layout.blocks.units:
         return units(norm, layout, arrays, scales, dtype, stacked=form is variadic)
     return [[list(_gathered(norm, layout, form(norm, layout, arrays, scales, dtype)))]]
 
@@ -161,7 +169,8 @@ def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
     pools, first = parts
     span = layout.span
     if span.axes and norm.pool == "sum":
-        pools = pools / np.array([[span.copies(i) for i in first]], pools.dtype)
+        copies = [span.copies(leaf) for leaf in first for _ in layout.blocks_of(leaf)]
+        pools = pools / np.array([copies], pools.dtype)
     if layout.blocks.names is None:
         pools = pools.sum(axis=1) if norm.pool == "sum" else pools.max(axis=1, initial=0)
     else:
@@ -172,7 +181,7 @@ def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
 def _segments(norm: Norm, layout: Layout, pools: jax.Array, first: list[int]) -> jax.Array:
     """(S, P) to (S, B): the pools of each block met."""
     count = len(layout.blocks.names or ())
-    blocks = np.array([layout.blocks.index[i] for i in first], int)
+    blocks = np.array([block for leaf in first for block in layout.blocks_of(leaf)], int)
     order = np.argsort(blocks, kind="stable")
     if np.array_equal(blocks[order], np.arange(count)):
         return pools if np.array_equal(blocks, blocks[order]) else pools[:, order]
@@ -185,17 +194,19 @@ def counts_of(layout: Layout, dtype) -> Any:
     """The number of elements of each block, on all devices, in the shape of the norms."""
     sizes = [math.prod(shape) * layout.span.parts(i) for i, shape in enumerate(layout.shapes)]
     blocks = layout.blocks
-    if blocks.axes is not None:
+    if blocks.units:
         rows = [_unit_counts(layout, row, sizes).astype(dtype) for row in layout.rows]
         return [np.concatenate([rows[r] for r in array]) for array in layout.arrays]
     if blocks.names is None:
         return np.asarray(sum(sizes), dtype)
-    return np.bincount(np.array(blocks.index, int), sizes, len(blocks.names)).astype(dtype)
+    own = [layout.blocks_of(leaf) for leaf in range(len(sizes))]
+    index = np.array([block for places in own for block in places], int)
+    parts = [n / len(places) for n, places in zip(sizes, own, strict=True) for _ in places]
+    return np.bincount(index, parts, len(blocks.names)).astype(dtype)
 
 
 def _unit_counts(layout: Layout, row, sizes) -> np.ndarray:
-    shape, axes = layout.shapes[row[0]], layout.axes_of(row[0])
-    kept = [n for axis, n in enumerate(shape) if axis not in axes]
+    kept = layout.kept(row[0])
     return np.stack([np.full(kept, sizes[i] / max(math.prod(kept), 1)) for i in row])
 
 
@@ -210,7 +221,7 @@ def _measure_jvp(norm: Norm, layout: Layout, primals, tangents):
     pools = _pool(plain, _IDENTITY, layout, parts, (1.0,), dtype)
     each = zip(jax.tree.leaves(lengths), pools, strict=True)
     along = [_join([x for (x,) in pieces], n.ndim) for n, pieces in each]
-    return lengths, along if layout.blocks.axes is not None else along[0]
+    return lengths, along if layout.blocks.units else along[0]
 
 
 # Sums as they are: linear, so that the derivative can be transposed.

@@ -17,7 +17,9 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from optaxclip import validate
 from optaxclip.base import AxisNames
+from optaxclip.compat import manual_axes, to_varying, varying_axes
 
 
 class Span(NamedTuple):
@@ -51,16 +53,17 @@ class Span(NamedTuple):
         return _across(x, tuple(sorted(self._own(leaf))), how)
 
     def check_units(self) -> None:
-        """Raises where types say over which axes a leaf varies, but units need to know along which
-        of its own.
+        """Raises where types say over which axes a leaf varies, but units and layers need to know
+        along which of its own.
         """
-        if not self.explicit and any(lax.axis_size(axis) > 1 for axis in self.axes):
+        if not self.explicit and any(self.parts(leaf) > 1 for leaf in range(len(self.leaves))):
             raise ValueError(
-                f"A clip of units inside shard_map, over the mesh axes {self.axes}, cannot know"
-                " whether these cut units or lie between them: a type says over which axes a leaf"
-                " varies, not along which of its dimensions. Pass axis_names= to the clip: for"
-                " each leaf (as a tree, or a function of the path) the axes that cut its units,"
-                " and () where every device holds whole units."
+                f"{validate.called()}: a clip of units or layers inside shard_map, over the mesh"
+                f" axes {self.axes}, cannot know whether these cut units or lie between them: a"
+                " type says over which axes a leaf varies, not along which of its dimensions. Pass"
+                " axis_names= to the clip: for each leaf (as a tree, or a function of the path)"
+                " the axes that cut its units or layers, and () where every device holds whole"
+                " ones."
             )
 
     def _own(self, leaf: int) -> frozenset[str]:
@@ -79,25 +82,14 @@ def _across(x: jax.Array, axes: tuple[str, ...], how: str) -> jax.Array:
 def vary(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """`x`, cast to the type that a collective over `axes` takes."""
     # Where types are kept, a `psum` over two axes of what varies over only one is an error.
-    missing = tuple(axis for axis in axes if axis in _manual_axes() and axis not in varying_axes(x))
-    return lax.pcast(x, missing, to="varying") if missing and _types_are_kept() else x
-
-
-def varying_axes(x) -> frozenset[str]:
-    """The mesh axes over which an array varies, read from its type."""
-    # Renamed in jax 0.10, before which it is `vma`.
-    kind = getattr(jax.typeof(x), "manual_axis_type", None)
-    return frozenset(getattr(jax.typeof(x), "vma", ()) if kind is None else kind.varying)
-
-
-def _manual_axes() -> tuple[str, ...]:
-    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    missing = tuple(axis for axis in axes if axis in manual_axes() and axis not in varying_axes(x))
+    return to_varying(x, missing) if missing and _types_are_kept() else x
 
 
 def _types_are_kept() -> bool:
     """Whether `shard_map` keeps track of what varies: its own axis index certainly does."""
     # There is no other way to ask: with `check_vma=False` all types are empty, as those of copies.
-    return all(axis in varying_axes(lax.axis_index(axis)) for axis in _manual_axes())
+    return all(axis in varying_axes(lax.axis_index(axis)) for axis in manual_axes())
 
 
 def is_names(x) -> bool:
@@ -128,7 +120,7 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
     Raises:
       ValueError: inside a `shard_map` or `pmap` whose types are silent, if `axis_names` is None.
     """
-    axes = _manual_axes()
+    axes = manual_axes()
     if axis_names is None and not axes:
         return NOWHERE
     typed = [varying_axes(x) for x in arrays]
@@ -136,7 +128,7 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
         said = [frozenset((n,) if isinstance(n, str) else n) for n in _named(axis_names, paths)]
     elif _types_are_kept():
         said = typed
-    elif all(jax.sharding.get_abstract_mesh().shape[axis] == 1 for axis in axes):
+    elif all(lax.axis_size(axis) == 1 for axis in axes):
         said = [frozenset()] * len(typed)  # one device holds all of it: local and global are one
     else:
         raise ValueError(_silent(axes))
@@ -177,18 +169,19 @@ def call_in_auto_axes(
 
 def _silent(axes: tuple[Any, ...]) -> str:
     """Why the span cannot be known, and what to write; first for averaged gradients."""
+    call = validate.called()
     if any(not isinstance(axis, str) or axis.startswith("_") for axis in axes):  # JAX's own name
         return (
-            "A clip inside pmap without axis_name cannot communicate: only the norm of each"
-            " device's own gradients can be taken. Pass axis_names=() to the clip if that is"
-            " meant, for example because the gradients are"
-            ' the same on every device; else name the axis, jax.pmap(step, axis_name="batch").'
+            f"{call}: a clip inside pmap without axis_name cannot communicate: only the norm of"
+            " each device's own gradients can be taken. Pass axis_names=() to the clip if that is"
+            " meant, for example because the gradients are the same on every device; else name the"
+            ' axis, jax.pmap(step, axis_name="batch").'
         )
     return (
-        f"A clip inside shard_map(check_vma=False) or pmap, over the mesh axes {axes}, cannot know"
-        " over which of them the gradients are spread. Pass axis_names= to the clip: axis_names=()"
-        " if they are already the same on every device, which they are after pmean or psum (to"
-        f" tell, print them on each device with jax.debug.print); axis_names={axes!r} if each"
-        " device holds a different part of one gradient, as with sharded parameters. Or keep"
-        " check_vma=True, where nothing need be said."
+        f"{call}: a clip inside shard_map(check_vma=False) or pmap, over the mesh axes {axes},"
+        " cannot know over which of them the gradients are spread. Pass axis_names= to the clip:"
+        " axis_names=() if they are already the same on every device, which they are after pmean"
+        " or psum (to tell, print them on each device with jax.debug.print);"
+        f" axis_names={axes!r} if each device holds a different part of one gradient, as with"
+        " sharded parameters. Or keep check_vma=True, where nothing need be said."
     )

@@ -37,7 +37,7 @@ def scale(arrays: list[jax.Array], factors: Any, *, layout: Layout, zeros: bool)
 
 
 def _scaled(x: jax.Array, factor: jax.Array, zeros: bool) -> jax.Array:
-    out = times(widen(x), factor)
+    out = times(widen(x, factor.dtype), factor)
     if zeros:
         out = jnp.where(factor == 0, jnp.zeros_like(out), out)
     return as_dtype_of(x, out)
@@ -46,8 +46,10 @@ def _scaled(x: jax.Array, factor: jax.Array, zeros: bool) -> jax.Array:
 def spread(values: Any, layout: Layout) -> list[jax.Array]:
     """One value a block, in a shape that broadcasts against each leaf of the block."""
     blocks = layout.blocks
-    if blocks.axes is not None:
+    if blocks.units:
         direct, held = _unit_entries, _held_unit_entries
+    elif blocks.axes is not None:
+        direct, held = _layer_entries, _held_layer_entries
     elif blocks.names is not None:
         direct, held = _direct_entries, _held_entries
     else:
@@ -121,6 +123,21 @@ def _held_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:
         return held[start][i % SIBLINGS]
 
     return per_leaf(layout.rows, entry)
+
+
+def _layer_entries(vector: jax.Array, layout: Layout, hold=lambda x: x) -> list[jax.Array]:
+    """For each leaf the entries of the layers that it stacks, or its one entry."""
+
+    def entries(leaf):
+        places = layout.blocks_of(leaf)
+        own = hold(vector[places.start : places.stop]).reshape(layout.kept(leaf))
+        return jnp.expand_dims(own, layout.axes_of(leaf))
+
+    return [entries(leaf) for leaf in range(len(layout.shapes))]
+
+
+# One barrier a leaf and not one for eight: models that stack their layers have few leaves alike.
+_held_layer_entries = functools.partial(_layer_entries, hold=lax.optimization_barrier)
 
 
 def as_dtype_of(x: jax.Array, out: jax.Array) -> jax.Array:

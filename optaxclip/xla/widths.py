@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 
 def accumulator(arrays) -> np.dtype:
@@ -14,9 +15,11 @@ def accumulator(arrays) -> np.dtype:
     return np.dtype(np.float64 if wide else np.float32)
 
 
-def widen(x: jax.Array) -> jax.Array:
-    """A leaf in at least float32 (or complex64), where it is measured and scaled."""
-    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+def widen(x: jax.Array, dtype: DTypeLike = np.float32) -> jax.Array:
+    """A leaf in at least `dtype`, or the complex one of that width, to be measured and scaled."""
+    if jnp.finfo(x.dtype).bits >= jnp.finfo(dtype).bits:
+        return x
+    return x.astype(jnp.complex128 if jnp.iscomplexobj(x) else dtype)
 
 
 def poison(fine: jax.Array, x: jax.Array) -> jax.Array:

@@ -44,6 +44,7 @@ _EXPLAINS = {
     "norm-not-finite": _SLOW | {"spike"},
     "loss-not-finite": _SLOW | {"spike"},
     "norm-overflow": _SLOW | {"spike"},
+    "layer-dead": {"loss-not-moving"},
     "norms-fall-with-depth": {"loss-not-moving"},
     "norms-vanishing": {"loss-not-moving"},
 }

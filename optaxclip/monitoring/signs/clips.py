@@ -13,7 +13,7 @@ from optaxclip.monitoring.limits import ALWAYS, BEFORE_MEAN, ENOUGH, ENOUGH_FOR_
 
 def clipping(run: RecordedRun) -> Iterator[Sign]:
     """For each clip with a bound, whether it acts on every step, or on none."""
-    for head, clip in run.clips.items():
+    for head, clip in run.measuring_clips().items():
         known = np.isfinite(clip["grad_norm"]) & np.isfinite(clip["bound"])
         norms, bounds, share = (clip[field][known] for field in ("grad_norm", "bound", "clipped"))
         if len(norms) < ENOUGH:
@@ -22,6 +22,7 @@ def clipping(run: RecordedRun) -> Iterator[Sign]:
         usual = {"norm": float(np.median(norms)), "bound": float(np.median(bounds))}
         # Of a clip by block it is the share of blocks: it acts always if it does on all.
         evidence = {"share": float(np.mean(share)), "steps": len(norms)} | usual
+        # A bound of 0 may be meant.
         nearest = float(np.max(norms / np.maximum(bounds, 1e-30)))
         name = head.rstrip("/") or "the clip"
         if evidence["share"] >= ALWAYS:
@@ -57,11 +58,13 @@ def _never(name: str, evidence: dict[str, float]) -> Sign:
 
 def averaging(run: RecordedRun) -> Iterator[Sign]:
     """A clip that saw the norm of one device, or microbatch, where the user recorded the mean's."""
-    if run.own is None:
+    # With a bound beside it, it is that of a clip whose prefix is empty.
+    own = run.table.get("grad_norm") if "bound" not in run.table else None
+    if own is None:
         return
-    for head, clip in run.clips.items():
-        known = np.isfinite(clip["grad_norm"]) & np.isfinite(run.own) & (run.own > 0)
-        ratios = clip["grad_norm"][known] / run.own[known]
+    for head, clip in run.measuring_clips().items():
+        known = np.isfinite(clip["grad_norm"]) & np.isfinite(own) & (own > 0)
+        ratios = clip["grad_norm"][known] / own[known]
         if len(ratios) >= ENOUGH and np.quantile(ratios, 1 - ALWAYS) >= BEFORE_MEAN:
             usual = float(np.median(ratios))
             yield Sign(

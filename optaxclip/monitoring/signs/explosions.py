@@ -85,7 +85,8 @@ def _exploding(run: RecordedRun, rise: Rise) -> Sign:
 def _stop_explosion(run: RecordedRun, rise: Rise) -> str:
     """What to do: by when it began, and whether a clip was there."""
     # A scaled gradient of the wrong direction still goes there: another bound would only delay it.
-    clipped = any(clip["clipped"][rise.start : rise.end].any() for clip in run.clips.values())
+    clips = run.measuring_clips().values()
+    clipped = any(clip["clipped"][rise.start : rise.end].any() for clip in clips)
     if rise.start <= ENOUGH:
         return (
             "a lower learning rate, or a longer warm-up: it began with the run. In a recurrent"

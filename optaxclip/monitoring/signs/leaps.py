@@ -15,7 +15,7 @@ from optaxclip.monitoring.signs.rises import Rise
 def find_leap(run: RecordedRun, rise: Rise | None) -> tuple[int, float] | None:
     """The step at which the weights leapt, and how far, before norms were large; None if not."""
     w = run.param_norms
-    if w is None or len(w) < 3:
+    if len(w) < 3:
         return None
     # A leap behind a rise is its consequence: updates are as large as the gradients then.
     end = len(w) if rise is None else rise.start + 1
@@ -43,7 +43,7 @@ def _find_lead(norms: np.ndarray, w: np.ndarray, rise: Rise) -> tuple[int, float
 
 def _loss_is_worse(run: RecordedRun, at: int) -> bool:
     """Whether the loss ends above where it was: weights that start at zero grow with it falling."""
-    if run.losses is None:
+    if not len(run.losses):
         return False
     before, after = run.losses[: max(at, 3)], run.losses[-max(len(run.losses) // 4, 3) :]
     known = before[np.isfinite(before)]

@@ -19,7 +19,7 @@ _WRAP = "Meanwhile optaxclip.skip_nonfinite(optimizer): then such a step changes
 def losing(run: RecordedRun) -> Iterator[Sign]:
     """The first loss or norm that is not finite, by what it was."""
     norms, losses = ~np.isfinite(run.norms), np.zeros(len(run.norms), bool)
-    if run.losses is not None:
+    if len(run.losses):
         losses = ~np.isfinite(run.losses)
     if _is_of_loss_scale(run, norms | losses):
         return
@@ -34,16 +34,17 @@ def losing(run: RecordedRun) -> Iterator[Sign]:
 
 def _is_of_loss_scale(run: RecordedRun, bad: np.ndarray) -> bool:
     """Whether a recorded loss scale was lowered at each such step, and all went on."""
-    if run.loss_scales is None or not bad.any():
+    scales = run.table.get("loss_scale")
+    if scales is None or not bad.any():
         return False
     if max(end - start for start, end in find_runs(bad)) > HALVINGS:
         return False
     # Lowered at that step, or at the next: it may be recorded before or after its update.
-    lowered = np.diff(run.loss_scales, prepend=run.loss_scales[0]) < 0
+    lowered = np.diff(scales, prepend=scales[0]) < 0
     here = lowered[bad].mean()
     behind = np.r_[lowered[1:], False][bad].mean()
     # Before the first step and behind the last one nothing is known.
-    return bool(max(here, behind) * bad.sum() >= bad.sum() - 1 - bad[-1])
+    return bool(max(here, behind) * bad.sum() >= bad.sum() - bad[0] - bad[-1])
 
 
 def _say(run: RecordedRun, what: str, bad: np.ndarray) -> tuple[str, dict[str, float], int]:
@@ -56,7 +57,7 @@ def _say(run: RecordedRun, what: str, bad: np.ndarray) -> tuple[str, dict[str, f
 
 
 def _loss(run: RecordedRun, bad: np.ndarray) -> Sign:
-    infinite = run.losses is not None and np.isinf(run.losses[np.argmax(bad)])
+    infinite = np.isinf(run.losses[np.argmax(bad)])
     kind = "infinite" if infinite else "NaN"
     what, evidence, first = _say(run, f"loss is {kind}", bad)
     cause = (

@@ -24,7 +24,7 @@ from optaxclip.monitoring.limits import (
 
 def moving(run: RecordedRun) -> Iterator[Sign]:
     """A loss that does not move, or rises; and if it does not, whether the weights do."""
-    x = run.losses[np.isfinite(run.losses)] if run.losses is not None else np.zeros(0)
+    x = run.losses[np.isfinite(run.losses)]
     if len(x) < 2 * ENOUGH:
         return
     before, after, error = compare_parts(*np.array_split(x, 2))
@@ -44,13 +44,12 @@ def moving(run: RecordedRun) -> Iterator[Sign]:
 
 
 def _weights_are_still(run: RecordedRun) -> bool:
-    w = run.param_norms if run.param_norms is not None else np.zeros(0)
-    known = w[is_known(w)]
+    known = run.param_norms[is_known(run.param_norms)]
     return len(known) >= ENOUGH and bool(np.ptp(known) < STILL * np.median(known))
 
 
 def _too_low(run: RecordedRun, evidence: dict[str, float]) -> Sign:
-    w = np.asarray(run.param_norms)
+    w = run.param_norms
     moved = float(np.ptp(w[is_known(w)]) / np.median(w[is_known(w)]))
     return Sign(
         "learning-rate-too-low",
@@ -85,7 +84,7 @@ def _loss_rising(evidence: dict[str, float]) -> Sign:
 
 def growing(run: RecordedRun) -> Iterator[Sign]:
     """Weights that grow exponentially; those that start at zero grow ever more slowly."""
-    x = run.param_norms[is_known(run.param_norms)] if run.param_norms is not None else np.zeros(0)
+    x = run.param_norms[is_known(run.param_norms)]
     if len(x) < ENOUGH:
         return
     # Of growth like t or sqrt(t) the second half is a small factor, of an exponential the same.

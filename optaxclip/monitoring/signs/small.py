@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from optaxclip.monitoring.findings import Sign, format_number
+from optaxclip.monitoring.findings import Sign, format_number, format_share
 from optaxclip.monitoring.fits import (
     compare_parts,
     find_runs,
@@ -17,8 +17,10 @@ from optaxclip.monitoring.fits import (
 )
 from optaxclip.monitoring.history import RecordedRun
 from optaxclip.monitoring.limits import (
+    CHANCE,
     DEPTH,
     DEPTH_LAYERS,
+    DYING,
     ENOUGH,
     FADED,
     FADED_UNKNOWN,
@@ -33,12 +35,12 @@ from optaxclip.monitoring.summary import natural_key
 def zero(run: RecordedRun) -> Iterator[Sign]:
     """No gradient for anything, or for some blocks, never or from some step on."""
     count = len(run.norms)
-    if (zeros := zeros_at_end(run.norms)) >= ENOUGH:
-        step = step_at(run, count - zeros)
+    if (death := _find_death(run.norms)) is not None:
+        step, share = step_at(run, death), float(np.mean(run.norms[death:] == 0))
         yield Sign(
             "zero-gradients",
-            f"all gradients are zero from step {step} on.",
-            {"steps": zeros, "first": count - zeros},
+            f"all gradients are zero {_say_from(step, share)}.",
+            {"steps": count - death, "first": death, "share": share},
             "look for what cuts the loss off from the parameters: stop_gradient, argmax or"
             " rounding, parameters that the loss does not take, a loss scale or a mask of 0, or"
             " saturated units.",
@@ -48,20 +50,33 @@ def zero(run: RecordedRun) -> Iterator[Sign]:
     if not np.isfinite(run.norms[-ENOUGH:]).all():
         # Where NaN goes forward, ReLU and masks stop it going back: such zeros mean nothing.
         return
-    ended = {name: zeros_at_end(x) for name, x in run.blocks.items()}
-    frozen = [name for name, zeros in ended.items() if zeros == count >= ENOUGH]
-    dead = [name for name, zeros in ended.items() if _has_died(run.blocks[name], zeros)]
+    blocks = run.blocks.items()
+    deaths = {name: _find_death(x, len(run.blocks)) for name, x in blocks}
+    dead = {name: death for name, death in deaths.items() if death}
+    frozen = [name for name, death in deaths.items() if death == 0]
     if dead:
-        yield _dead(run, dead, ended)
+        yield _dead(run, dead)
     if frozen:
         yield _frozen(frozen, count)
 
 
-def _has_died(x: np.ndarray, zeros: int) -> bool:
-    """Whether the zeros at the end are more than the pauses of a rare expert or embedding."""
-    alive = x[: len(x) - zeros]
-    pause = max((end - start for start, end in find_runs(alive == 0)), default=0)
-    return len(alive) > 0 and zeros >= max(ENOUGH, 3 * pause)
+def _find_death(x: np.ndarray, blocks: int = 1) -> int | None:
+    """The index from which on there is no gradient, or none at most steps; None for the living."""
+    zero, last = x == 0, len(x) - zeros_at_end(x)
+    # Rare experts and embeddings pause as well: a pause at the end must be longer than theirs.
+    pause = max((end - start for start, end in find_runs(zero[:last])), default=0)
+    if len(x) - last >= max(ENOUGH, 3 * pause):
+        return last
+    first = int(np.argmax(zero))
+    share = np.mean(zero[first:])
+    # What has always paused so often would hardly begin with so many steps without a pause.
+    new = blocks * (1 - share) ** first < CHANCE
+    return first if share >= DYING and new and len(x) - first >= ENOUGH else None
+
+
+def _say_from(step: int, share: float) -> str:
+    often = "" if share == 1 else f"at {format_share(share)} of steps "
+    return f"{often}from step {step} on"
 
 
 def _list(names: list[str]) -> str:
@@ -70,18 +85,18 @@ def _list(names: list[str]) -> str:
     return f"{names[0]}{more}"
 
 
-def _dead(run: RecordedRun, names: list[str], ended: dict[str, int]) -> Sign:
-    zeros = max(ended[name] for name in names)
+def _dead(run: RecordedRun, deaths: dict[str, int]) -> Sign:
+    first = min(deaths.values())
     # Of those that died first the nearest to the loss: no gradient comes past it.
-    block = max((name for name in names if ended[name] == zeros), key=natural_key)
-    first = len(run.norms) - zeros
-    step = step_at(run, first)
+    block = max((name for name, death in deaths.items() if death == first), key=natural_key)
+    step, share = step_at(run, first), float(np.mean(run.blocks[block][first:] == 0))
     return Sign(
         "layer-dead",
-        f"{_list(names)} got gradients, and gets none from step {step} on, first {block}.",
-        {"blocks": len(names), "steps": zeros, "first": first},
-        f"a lower learning rate, and a unit in {block} that passes gradients below zero (leaky"
-        " ReLU, GELU): dead ReLUs do not come back by themselves.",
+        f"{_list(list(deaths))} got gradients, and gets none {_say_from(step, share)}, first"
+        f" {block}.",
+        {"blocks": len(deaths), "steps": len(run.norms) - first, "first": first, "share": share},
+        f"a lower learning rate, and units in or before {block} that pass gradients below zero"
+        " (leaky ReLU, GELU): dead ReLUs do not come back by themselves.",
         step,
         block,
     )
@@ -106,7 +121,7 @@ def vanishing(run: RecordedRun) -> Iterator[Sign]:
     if len(x) < ENOUGH:
         return
     fit, least = fit_growth(x), FADED_UNKNOWN
-    if run.losses is not None and np.isfinite(run.losses).any():
+    if np.isfinite(run.losses).any():
         halves = np.array_split(run.losses[np.isfinite(run.losses)], 2)
         before, after, error = compare_parts(*halves)
         # Where the loss falls, so may the norms.
@@ -130,12 +145,19 @@ def _by_depth(blocks: dict[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]
     for name, x in blocks.items():
         # Every number in a path may be the one that counts layers: each is tried.
         for match in re.finditer(r"\d+", name):
-            layers = squares.setdefault(name[: match.start()], {})
+            layers = squares.setdefault(_head(name, match.start()), {})
             with np.errstate(over="ignore"):
                 layers[int(match[0])] = layers.get(int(match[0]), 0.0) + np.square(x)
     return {
         head: {n: np.sqrt(x) for n, x in sorted(layers.items())} for head, layers in squares.items()
     }
+
+
+def _head(name: str, start: int) -> str:
+    """What stands before the number of a layer."""
+    # `blocks/attn/kernel[3]`: the leaves of a model that stacks its layers are one layer together.
+    stack, bracket, numbers = name[:start].rpartition("[")
+    return stack.split("/")[0] + bracket + numbers if bracket else name[:start]
 
 
 def depth(run: RecordedRun) -> Iterator[Sign]:
@@ -151,7 +173,7 @@ def depth(run: RecordedRun) -> Iterator[Sign]:
         if ratio < DEPTH or fit.r2 < RISE_R2:
             continue
         falls, per_layer = fit.growth > 1, ratio ** (1 / (len(norms) - 1))
-        first, last = f"{head}{min(usual)}", f"{head}{max(usual)}"
+        first, last = (f"{head}{n}{']' * ('[' in head)}" for n in (min(usual), max(usual)))
         yield Sign(
             "norms-fall-with-depth" if falls else "norms-grow-with-depth",
             f"from {last} back to {first} the norm {'falls' if falls else 'grows'}"

@@ -1,11 +1,10 @@
-"""Which numbers share one norm: the whole tree, a leaf, a group of leaves, or a unit of a leaf."""
+"""Blocks of whole leaves: the tree, each leaf, or groups of leaves."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from optaxclip.base import Blocks, Label, Scope
 from optaxclip.validate import called, fail, makes_part, named
@@ -102,84 +101,6 @@ def groups(label: Label = module_of) -> Scope:
     )
 
 
-# Optax's rule by rank: the input axes of a dense layer (IO), or of a convolution (HWIO, DHWIO). Of
-# rank 3 it is that of Optax's code, axis 0; its documentation says otherwise.
-_INPUTS = {2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3)}
-
-
-def _follow_convention(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    # As in Optax, (1, n) and (n, 1) count as vectors, which are one unit.
-    if sum(n != 1 for n in shape) <= 1:
-        return tuple(range(len(shape)))
-    if len(shape) not in _INPUTS:
-        raise ValueError(
-            f"{called()}: there is no convention for the axes of a leaf of rank {len(shape)}:"
-            f" {path!r} has shape {shape}. Pass the axes that a unit spans, for example as a"
-            " function of the path."
-        )
-    return _INPUTS[len(shape)]
-
-
-def unit_axes(
-    path: str, shape: tuple[int, ...], axes: Any = None, batch_axes: int = 0
-) -> tuple[int, ...]:
-    """The axes of a leaf that one unit spans, counted from 0. See `units`."""
-    rank = len(shape) - batch_axes
-    if rank < 0:
-        raise ValueError(
-            f"{called()}: batch_axes={batch_axes}, but the leaf {path!r} has only {len(shape)}"
-            f" axes, {shape}."
-        )
-    if axes is Ellipsis or (rank <= 1 and axes != ()):
-        chosen = tuple(range(rank))
-    elif axes is None:
-        chosen = _follow_convention(path, shape[batch_axes:])
-    else:
-        chosen = (axes,) if isinstance(axes, int) else tuple(axes)
-    if any(not -rank <= axis < rank for axis in chosen):
-        raise ValueError(
-            f"{called()}: the axes {axes!r} do not fit the leaf {path!r} of shape {shape},"
-            f" batch_axes={batch_axes}."
-        )
-    return tuple(sorted({axis % rank + batch_axes for axis in chosen}))
-
-
-@makes_part
-@named
-def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = None) -> Scope:
-    """One block per unit, a slice of a leaf along `axes`. Norms, bounds, factors: small arrays.
-
-    Norms are right from 1e-36 to 1e36. On a CPU a unit below 1e-19 counts as zeros if another of
-    its leaf is not.
-
-    Args:
-      axes: the axes that a unit spans. None: by rank as in Optax, the input axes of a dense layer
-        (IO) or convolution (HWIO); an axis or a tuple of axes; `...`: all of them; `()`: none, each
-        element is a unit; or a function of the path that returns one of these. Vectors and scalars
-        are one unit, but for `()`.
-      batch_axes: how many leading axes number layers (as `nn.scan` and `nnx.vmap` stack them), or a
-        function of the path that returns it; None for 0. `axes` do not count them, and no unit
-        spans them: `units(..., batch_axes=1)` gives one norm per layer.
-
-    Raises:
-      ValueError: where a tree is cut, naming the leaf, if the axes do not fit or the rank has no
-        convention.
-    """
-
-    def at(rule: Any, path: str) -> Any:
-        return rule(path) if callable(rule) else rule
-
-    def cut(paths, shapes):
-        pairs = zip(paths, shapes, strict=True)
-        spans = tuple(unit_axes(p, s, at(axes, p), at(batch_axes, p) or 0) for p, s in pairs)
-        # No names: a model has thousands of units, and the state would carry a key for each.
-        return Blocks(None, (), spans)
-
-    given = "" if axes is None else "..." if axes is Ellipsis else repr(axes)
-    more = "" if batch_axes is None else f"batch_axes={batch_axes!r}"
-    return Scope(f"scopes.units({', '.join(filter(None, (given, more)))})", cut)
-
-
 def as_scope(scope: Scope, *, named: bool = False) -> Scope:
     """The scope, if it is one; with `named`, one whose blocks have names.
 
@@ -188,10 +109,7 @@ def as_scope(scope: Scope, *, named: bool = False) -> Scope:
     """
     if isinstance(scope, Scope) and (scope.named or not named):
         return scope
-    choices = "scopes.leaf or scopes.groups(...)"
+    choices = "scopes.leaf, scopes.groups(...) or scopes.stacked(...)"
     if not named:
-        choices = f"scopes.tree, {choices.replace(' or', ',')} or scopes.units(...)"
+        choices = f"scopes.tree, {choices.replace(' or', ',')}, scopes.units(...) or scopes.element"
     raise fail(f"scope must be {choices}", scope)
-
-
-__all__ = ["groups", "leaf", "module_of", "tree", "units"]

@@ -1,0 +1,129 @@
+"""Blocks of single layers, where one leaf stacks those of all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from optaxclip.base import Blocks, Scope, Stacked
+from optaxclip.scopes.leaves import as_scope, leaf
+from optaxclip.trees import matcher
+from optaxclip.validate import called, fail, makes_part, named
+
+
+@makes_part
+@named
+def stacked(where: Stacked, scope: Scope = leaf) -> Scope:
+    """One block per layer of each leaf that stacks layers; other leaves are cut as by `scope`.
+
+    `nn.scan`, `nnx.scan`, `jax.vmap` and `lax.scan` over layers give parameters an axis that
+    numbers the layers. The leaf `blocks/attn/kernel` of shape (12, 64, 64) is cut into the blocks
+    `blocks/attn/kernel[0]` to `[11]`, each with its own norm, bound and statistics: a clip does
+    what it does to the same model with its layers in a list. Norms, bounds and factors are vectors,
+    one entry per block. Nothing is unstacked. Under `jit` leaves may be sharded over any axis, also
+    that of the layers: only norms travel between devices.
+
+    Args:
+      where: which leaves stack layers. A regular expression, searched in the path, or a predicate
+        of the path: their first axis numbers the layers. Or a mapping of these to that axis, or to
+        several: `{"^blocks": 1}`, or `{"^blocks": (0, 1)}` for blocks such as `blocks/kernel[2,3]`.
+      scope: which leaves of one layer share a norm: `scopes.leaf`, or `scopes.groups(label)` for
+        blocks such as `blocks/attn[3]`.
+
+    Raises:
+      ValueError: for a bad `where`, or a scope without names; where a tree is cut, if no leaf
+        matches, a leaf has no such axis, or one group stacks leaves of several lengths; inside
+        `shard_map`, without `axis_names` for what is cut there (across layers nothing may be).
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> from optaxclip import scopes
+    >>> grads = {"blocks": jnp.array([[3.0, 4.0], [0.3, 0.4]]), "head": jnp.array([1.0])}
+    >>> tx = optaxclip.clip_by(1.0, scope=scopes.stacked("^blocks"))
+    >>> updates, state = tx.update(grads, tx.init(grads))
+    >>> updates["blocks"]
+    Array([[0.6, 0.8],
+           [0.3, 0.4]], dtype=float32)
+    >>> float(optaxclip.metrics(state)["clip/grad_norm/blocks[0]"])
+    5.0
+    """
+    axes_of, scope = _stack_axes(where), as_scope(scope, named=True)
+
+    def cut(paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Blocks:
+        blocks = scope.cut(paths, shapes)
+        if blocks.axes is not None:
+            raise fail("scope must be one of whole leaves", scope)
+        leaves = zip(paths, shapes, strict=True)
+        stacks = [_axes(path, shape, axes_of(path)) for path, shape in leaves]
+        # A misspelt rule would give one norm to all layers of a leaf, in silence.
+        if paths and not any(stacks):
+            raise ValueError(
+                f"{called()}: of the leaves {list(paths)} none stacks layers by the rule {where!r}."
+            )
+        labels = [(blocks.names or ())[i] for i in blocks.index]
+        each = list(zip(shapes, stacks, strict=True))
+        lengths = [tuple(shape[axis] for axis in stack) for shape, stack in each]
+        spans = [
+            tuple(axis for axis in range(len(shape)) if axis not in stack) for shape, stack in each
+        ]
+        return _by_layer(labels, lengths)._replace(axes=tuple(spans))
+
+    given = repr(where) if scope is leaf else f"{where!r}, {scope!r}"
+    return Scope(f"scopes.stacked({given})", cut, named=True)
+
+
+def _stack_axes(where: Stacked) -> Callable[[str], tuple[int, ...]]:
+    """The axes of a leaf that number layers, as a function of its path; () if none does."""
+    rules = list(where.items()) if isinstance(where, Mapping) else [(where, 0)]
+    rules = [(rule, (axes,) if isinstance(axes, int) else axes) for rule, axes in rules]
+    if not all(_is_rule(*rule) for rule in rules):
+        must = "a regular expression or predicate of the path, or a mapping of these to axes"
+        raise fail(f"where must be {must}", where)
+    each = [(matcher(rule), axes) for rule, axes in rules]
+
+    def axes_of(path: str) -> tuple[int, ...]:
+        found = {axes for matches, axes in each if matches(path)}
+        # The first rule does not win: then the order of a mapping would decide, in silence.
+        if len(found) > 1:
+            raise ValueError(f"{called()}: {path!r} matches several rules of {where!r}.")
+        return next(iter(found), ())
+
+    return axes_of
+
+
+def _is_rule(rule: Any, axes: Any) -> bool:
+    # A function that makes a part, such as `scopes.groups` without parentheses, is no predicate.
+    says = isinstance(rule, str) or (callable(rule) and not getattr(rule, "makes_part", False))
+    return says and isinstance(axes, tuple) and all(isinstance(axis, int) for axis in axes)
+
+
+def _axes(path: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes of a leaf that number layers, counted from 0."""
+    rank = len(shape)
+    if any(not -rank <= axis < rank for axis in axes):
+        raise ValueError(
+            f"{called()}: the leaf {path!r} of shape {shape} has no axes {axes}, which would number"
+            " layers."
+        )
+    return tuple(sorted({axis % rank for axis in axes}))
+
+
+def _by_layer(labels: Sequence[str], lengths: Sequence[tuple[int, ...]]) -> Blocks:
+    """One block for each label and layer, in the order of their first leaves."""
+    keys, first, names = list(zip(labels, lengths, strict=True)), {}, []
+    for label, length in dict.fromkeys(keys):
+        other = {n for name, n in first if name == label and n} - {length}
+        # Layer 3 of an encoder and layer 3 of a longer decoder have nothing to share.
+        if length and other:
+            raise ValueError(
+                f"{called()}: the leaves of {label!r} stack {min(other)} and {length} layers: give"
+                " them labels of their own."
+            )
+        first[label, length] = len(names)
+        names += [label + _suffix(layer) for layer in np.ndindex(*length)]
+    return Blocks(tuple(names), tuple(first[key] for key in keys))
+
+
+def _suffix(layer: tuple[int, ...]) -> str:
+    return f"[{','.join(map(str, layer))}]" if layer else ""

@@ -1,0 +1,160 @@
+"""Bounds and thresholds of single blocks, by their names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip import validate
+from optaxclip.base import Norms, annotate
+from optaxclip.thresholds.blocks import Fixed, new_threshold
+from optaxclip.thresholds.fixed import ScheduleState, advance, as_threshold, start_schedule
+
+
+@validate.makes_part
+@validate.named
+def by_name(bounds: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+    """Another threshold for each block: `by_name({"attn": thresholds.zscore(), "rest": 1.0})`.
+
+    For scopes whose blocks have names. `clip_by_leaf_norm` and `clip_by_group_norm` take the
+    mapping itself.
+
+    Args:
+      bounds: for the name of each block a number, a schedule or a threshold. For a leaf or group
+        that stacks layers one for all of them, or a list or array of one for each
+        (`{"blocks": [1.0, 0.5]}`); a single layer may be named by itself (`blocks[3]`), which goes
+        before. Each threshold keeps its statistics for all blocks, whether or not they are its own:
+        the state has (thresholds) x (blocks) of them.
+
+    Raises:
+      ValueError: for a bound that is none; at the update, if these are not the names of the blocks,
+        or the blocks have none.
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> from optaxclip import scopes, thresholds
+    >>> threshold = thresholds.by_name({"a": thresholds.previous(1.5), "b": 0.1})
+    >>> tx = optaxclip.clip_by(threshold, scope=scopes.leaf)
+    >>> grads = {"a": jnp.array([1.0]), "b": jnp.array([1.0])}
+    >>> _, state = tx.update(grads, tx.init(grads))
+    >>> tx.update({"a": jnp.array([9.0]), "b": jnp.array([9.0])}, state)[0]
+    {'a': Array([1.5], dtype=float32), 'b': Array([0.1], dtype=float32)}
+    """
+    return each_by_name(bounds=bounds)
+
+
+def each_by_name(**argument: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+    """As `by_name`, for an argument of any name."""
+    ((argument_name, given),) = argument.items()
+    bounds = {path: x for name, bound in given.items() for path, x in _by_layer(name, bound)}
+    for name, bound in bounds.items():
+        what = f"{argument_name}[{name!r}]"
+        if validate.is_transformation(bound) or callable(bound):
+            bounds[name] = bound if _is_schedule(bound) else as_threshold(**{what: bound})
+        else:
+            validate.nonnegative(**{what: bound})
+    fixed = _fixed(argument_name, bounds)
+    learners = {name: x for name, x in bounds.items() if validate.is_transformation(x)}
+    return _beside(argument_name, bounds, fixed, learners) if learners else fixed
+
+
+def _by_layer(name: str, bound: Any) -> Iterator[tuple[str, Any]]:
+    """An entry, or those of its layers, where it is a list or an array."""
+    several = isinstance(bound, list | tuple) and not validate.is_transformation(bound)
+    if not several and not getattr(bound, "ndim", 0):
+        yield name, bound
+        return
+    for layer, of_layer in enumerate(bound):
+        yield from _by_layer(f"{name}/{layer}", of_layer)
+
+
+def _is_schedule(bound: Any) -> bool:
+    return callable(bound) and not getattr(bound, "makes_part", False)
+
+
+def _fixed(argument: str, bounds: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+    """The threshold of the numbers and schedules; others have no bound by it.
+
+    One vector, and not a threshold for each: a tree may have a hundred leaves.
+    """
+
+    def stack(step: Any, norms: Norms, blocks: Sequence[str] | None):
+        entries = _entries(argument, bounds, blocks)
+        # Here and not where the clip is built: an array that is made inside `jit` would outlive it.
+        now = {name: bound(step) if callable(bound) else bound for name, bound in bounds.items()}
+        own = [math.inf if validate.is_transformation(now[name]) else now[name] for name in entries]
+        return jnp.asarray(own, jnp.result_type(float)).astype(norms.dtype)
+
+    def fixed_fn(norms, state, params=None, *, block_names=None, **extra_args):
+        return stack(0, norms, block_names), state
+
+    def scheduled_fn(norms, state, params=None, *, block_names=None, **extra_args):
+        bounds = stack(state.clip_step, norms, block_names)
+        return bounds, ScheduleState(advance(state.clip_step))
+
+    init, update = (lambda norms: optax.EmptyState()), fixed_fn
+    if any(map(_is_schedule, bounds.values())):
+        init, update = start_schedule, scheduled_fn
+    # For `check`, which compares bounds without running the clip.
+    return new_threshold(init, annotate(update, bound=tuple(bounds.values())), kind=Fixed)
+
+
+def _beside(
+    argument: str,
+    bounds: Mapping[str, Any],
+    fixed: optax.GradientTransformationExtraArgs,
+    learners: Mapping[str, optax.GradientTransformationExtraArgs],
+) -> optax.GradientTransformationExtraArgs:
+    """Fixed bounds, and learned ones for the blocks of these names."""
+    inside = (fixed, *learners.values())
+
+    # Each sees all norms, of which it bounds its own: so its state is laid out like the norms, and
+    # that of one block can be held where it is not finite.
+    def init_fn(norms):
+        return tuple(threshold.init(norms) for threshold in inside)
+
+    def update_fn(norms, state, params=None, *, block_names=None, **extra_args):
+        extra_args |= {"block_names": block_names}
+        done: list[Any] = [
+            t.update(norms, s, params, **extra_args) for t, s in zip(inside, state, strict=True)
+        ]
+        entries = _entries(argument, bounds, block_names)
+        (out, _), *learned = done
+        for name, (own, _) in zip(learners, learned, strict=True):
+            out = jnp.where(np.array([entry == name for entry in entries], bool), own, out)
+        return out, tuple(new for _, new in done)
+
+    return new_threshold(init_fn, update_fn, *inside)
+
+
+def _entries(argument: str, bounds: Mapping[str, Any], blocks: Sequence[str] | None) -> list[str]:
+    """For each block the name of its entry: its own, or that of the leaf whose layer it is."""
+    if blocks is None:
+        raise ValueError(
+            f"{validate.called()}: {argument} is by the names of blocks, which have none here: that"
+            " takes scopes.leaf, scopes.groups(...) or scopes.stacked(...)."
+        )
+    found = [next((x for x in _spellings(block) if x in bounds), None) for block in blocks]
+    missing = [block for block, name in zip(blocks, found, strict=True) if name is None]
+    # Both ways: a bound for a leaf that is not there is a misspelt path, whose leaf has none.
+    unknown = [name for name in bounds if name not in found]
+    if missing or unknown:
+        raise ValueError(
+            f"{validate.called()}: {argument} must have one entry for each of the blocks"
+            f" {list(blocks)}: {missing} are missing, {unknown} are not among them."
+        )
+    return [name for name in found if name is not None]
+
+
+def _spellings(block: str) -> tuple[str, ...]:
+    """The names by which a block may be called, first the closest: of `a[3]` also `a/3` and `a`."""
+    layer = re.fullmatch(r"(.*)\[([\d,]+)\]", block)
+    if layer is None:
+        return (block,)
+    leaf, number = layer.groups()
+    return block, f"{leaf}/{number.replace(',', '/')}", leaf
