@@ -196,12 +196,12 @@ def _measure(about: Description, rule: Rule, leaves: Leaves, layout, params, dty
 
 def _look(view: View | SizedView, leaves: Leaves, own: list[jax.Array], span: xla.Span):
     """What is measured in place of the updates, given their parameters."""
-    seen = [xla.widen(g) for g in leaves.arrays]
+    wide = [xla.widen(g) for g in leaves.arrays]
     if not isinstance(view, SizedView):
-        return [view(g, xla.widen(w)) for g, w in zip(seen, own, strict=True)]
+        return [view(g, xla.widen(w)) for g, w in zip(wide, own, strict=True)]
     # Not by the view: of a leaf that is spread over devices it would see one part.
     sizes = xla.measure(view.norm, own, lay_out(leaf, leaves.paths, leaves.shapes, span))
-    return [view.see(g, size) for g, size in zip(seen, sizes, strict=True)]
+    return [view.see(g, size) for g, size in zip(wide, sizes, strict=True)]
 
 
 def _zeros(layout: xla.Layout, dtype) -> Norms:

@@ -101,6 +101,15 @@ def test_the_overview_of_the_api_lists_every_function_under_the_page_that_has_it
         assert functions <= listed <= entries.keys(), page
 
 
+def test_what_is_said_of_versions_is_so():
+    text = {name: (DOCS.parent / name).read_text() for name in ("README.md", "CHANGELOG.md")}
+    needed = re.findall(r'"(jax|optax)>=([\d.]+)"', (DOCS.parent / "pyproject.toml").read_text())
+    for name, version in needed:
+        for said in text.values():
+            assert re.search(rf"\b{name} {re.escape(version)}\b", said, re.IGNORECASE)
+    assert f"\nversion: {optaxclip.__version__}\n" in (DOCS.parent / "CITATION.cff").read_text()
+
+
 class Page(html.parser.HTMLParser):
     """The targets and the links of a page."""
 

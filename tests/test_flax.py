@@ -184,6 +184,25 @@ def test_layers_stacked_by_nnx_vmap_have_a_norm_each():
     np.testing.assert_allclose(moved, 0.5 * np.linalg.norm(before, axis=(1, 2)), rtol=1e-5)
 
 
+def test_layers_stacked_by_nnx_vmap_are_named_and_clipped_one_by_one():
+    @nnx.vmap(in_axes=0)
+    def stacked(key):
+        return nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(key))
+
+    model = stacked(jax.random.split(jax.random.key(0), 4))
+    optimizer = nnx.Optimizer(
+        model, optaxclip.clip_by_leaf_norm(0.5, stacked="kernel"), wrt=nnx.Param
+    )
+    before = np.asarray(model.kernel[...])
+    optimizer.update(model, jax.tree.map(lambda w: w * 100, nnx.state(model, nnx.Param)))
+    moved = np.linalg.norm(np.asarray(model.kernel[...]) - before, axis=(1, 2))
+    np.testing.assert_allclose(moved, 0.5, rtol=1e-5)
+    seen = optaxclip.metrics(optimizer.opt_state)
+    np.testing.assert_allclose(
+        seen["clip/grad_norm/kernel[3]"], 100 * np.linalg.norm(before[3]), rtol=1e-5
+    )
+
+
 def test_masks_and_partitions_that_are_functions_of_the_tree_in_nnx():
     def kernels(tree):
         return jax.tree_util.tree_map_with_path(

@@ -104,6 +104,20 @@ class Pair(nnx.Module):
         return self.out(self.norm(jnp.tanh(self.table(ids))))
 
 
+def in_dicts():
+    """A batch of dicts and tuples, and several losses, of which parameters share one."""
+
+    def loss(p, example):
+        (x, label), weight = example["in"], example["weight"]["of regression"]
+        h = jnp.tanh(x @ p["body"])
+        one = optax.softmax_cross_entropy_with_integer_labels(h @ p["head"], label)
+        return one + weight * jnp.sum(jnp.square(h @ p["other"]))
+
+    params = {"body": normal(3, 4), "head": normal(4, 2), "other": normal(4, 3, seed=1)}
+    batch = {"in": (normal(B, 3), words(2, B)), "weight": {"of regression": jnp.arange(1.0, B + 1)}}
+    return loss, params, {**batch, "none": None}, set(params)
+
+
 def in_nnx():
     graph, params = nnx.split(Pair(nnx.Rngs(0)))
     found = {"table/embedding", "out/kernel"}
@@ -193,10 +207,21 @@ def convolutions():
     return loss, params, normal(B, 3, 6, 5), {"a", "wide"}
 
 
-LOSSES = [plain, sequences, in_linen, in_nnx, in_equinox, tied, scanned, tables, convolutions]
+LOSSES = [
+    plain,
+    sequences,
+    in_dicts,
+    in_linen,
+    in_nnx,
+    in_equinox,
+    tied,
+    scanned,
+    tables,
+    convolutions,
+]
 # Microbatches do not look into the loss: one that is not plain is enough for them.
 RUNS = [(plain, way) for way in WAYS] + [(make, "ghost") for make in LOSSES[1:]]
-RUNS.append((in_nnx, "microbatch of 2"))
+RUNS += [(in_nnx, "microbatch of 2"), (in_dicts, "microbatch of 2")]
 
 
 @pytest.mark.slow

@@ -63,7 +63,6 @@ def update_episodes(
     # Once a step was not finite, none is worse.
     broken = ~begins & ~jnp.isfinite(worst_norm)
     worse = begins | (~broken & ((now.hit > 0) | (ratio > worst_ratio)))
-    # Saturating: a run that is broken for good would count itself back to negative numbers.
     length = jnp.where(begins, 1, optax.safe_increment(last[3]))
     episode = jnp.where(begins, optax.safe_increment(last[4]), last[4])
     place = jnp.stack([step, now.culprit, tag, length, episode, optax.safe_increment(last[5])])

@@ -119,7 +119,6 @@ def read_top(w: WatchState, seen: Numbers) -> tuple[jax.Array, jax.Array]:
 def read_quantiles(w: WatchState, seen: Numbers) -> jax.Array:
     """(..., q), the quantiles of the total norm; zeros before the first norm."""
     learned, levels = seen.trackers, unpack_names(w.quantiles)
-    # The median itself, and not the multiple that was tracked beside it: that one lags behind.
     multiples = jnp.where(np.array([q == "0.5" for q in levels], bool), 1, learned.multiples)
     # Before its first norm a multiple is 0, and so is the quantile.
     return jnp.where(learned.seen[..., None] > 0, learned.median[..., None] * multiples, 0)

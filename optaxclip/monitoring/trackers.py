@@ -46,8 +46,6 @@ def update_trackers(levels: Levels, norm: jax.Array, old: Trackers) -> Trackers:
     of the median it has moved when the median has. While the median is on its way, the multiples
     wait.
     """
-    # The rate grows with the run, and not at once to its most: eight on one side happen by chance
-    # every few hundred steps.
     excess = jnp.maximum(jnp.abs(old.run) - _RUN, 0).astype(norm.dtype)
     rate = jnp.clip(_RATE * (1 + excess / 4), 1 / (1 + old.seen.astype(norm.dtype)), 1)
     median, seen = _track(old.median, old.seen, norm, np.asarray(0.5, norm.dtype), rate)
@@ -109,5 +107,4 @@ def try_candidates(
         # As in a clip: an infinite norm counts as not finite, not as clipped.
         over.append((norm > bound) & jnp.isfinite(norm))
         new.append(hold(threshold.init, norm, state, old))
-    # `stack` refuses an empty list.
     return (jnp.stack(over) if over else jnp.zeros(0, bool)), tuple(new)

@@ -110,7 +110,6 @@ def watch(
     validate.flag(histogram=histogram)
     levels = name_levels(quantiles)
     trials = name_candidates(_TYPICAL if candidates is None else candidates)
-    # Two meters of the same engine as a clip: norms that are written alike are computed once.
     blocks = _meter(as_scope(scope, named=True), exclude, axis_names)
     whole = _meter(tree, exclude, axis_names)
 
