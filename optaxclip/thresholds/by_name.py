@@ -20,10 +20,11 @@ from optaxclip.thresholds.fixed import ScheduleState, advance, as_threshold, sta
 @validate.makes_part
 @validate.named
 def by_name(bounds: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-    """Another threshold for each block: `by_name({"attn": thresholds.zscore(), "rest": 1.0})`.
+    """A different threshold for each block, such as `by_name({"encoder": zscore(), "head": 1.0})`.
 
-    For scopes whose blocks have names. `clip_by_leaf_norm` and `clip_by_group_norm` take the
-    mapping itself.
+    Every block needs an entry; there is no default. The names are those in `optaxclip.metrics`:
+    `clip/grad_norm/<name>`. So it is for scopes whose blocks have names. `clip_by_leaf_norm` and
+    `clip_by_group_norm` take the mapping itself.
 
     Args:
       bounds: for the name of each block a number, a schedule or a threshold. For a leaf or group
