@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
@@ -161,6 +162,18 @@ def exclude(value: Any) -> None:
     if not (value is None or isinstance(value, str) or callable(value)):
         choices = "a regular expression (str), a predicate of the path, or None"
         raise fail(f"exclude must be {choices}", value)
+    if isinstance(value, str):
+        pattern(exclude=value)
+
+
+def pattern(**arguments: str) -> None:
+    """Each is a regular expression."""
+    for name, value in arguments.items():
+        try:
+            re.compile(value)
+        except re.error as error:
+            must = f"{name} must be a regular expression, such as 'bias$' ({error})"
+            raise fail(must, value) from None
 
 
 def is_transformation(value: Any) -> bool:

@@ -58,9 +58,24 @@ def fail(must: str, got: Any, *, call: str | None = None) -> ValueError:
 
 def _show(value: Any) -> str:
     """A value in an error. Of a function that makes what is asked for, that it has to be called."""
-    if callable(value) and getattr(value, "makes_part", False):
+    if is_maker(value):
         return f"the function {value.__name__}: write {value.__name__}(...), with parentheses"
+    # The `repr` of a transformation is two addresses.
+    update = getattr(value, "update", None)
+    if callable(update) and hasattr(update, "__qualname__"):
+        described = getattr(getattr(update, "description", None), "name", "")
+        return f"a transformation of {described or update.__qualname__.split('.')[0]}"
     return repr(value)
+
+
+def is_maker(value: Any) -> bool:
+    """Whether a value is a function that has to be called first: it makes a part, clip, optimizer.
+
+    So `clip_by(zclip)` is no clip with a schedule, which any function might be.
+    """
+    made = getattr(value, "__annotations__", {}).get("return", "")
+    makes = getattr(value, "makes_part", False) or "GradientTransformation" in str(made)
+    return callable(value) and makes
 
 
 def makes_part(maker: _F) -> _F:
