@@ -99,5 +99,6 @@ def _stop_explosion(run: RecordedRun, rise: Rise) -> str:
         )
     return (
         f"a clip at the usual norm, optaxclip.clip_by_global_norm({format_number(rise.usual)}), or"
-        " optaxclip.zclip(), which finds it; from a checkpoint before this step."
+        " optaxclip.zclip(max_norm=...), which finds it under a cap; from a checkpoint before this"
+        " step."
     )
