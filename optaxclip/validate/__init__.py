@@ -30,7 +30,7 @@ from optaxclip.validate.arguments import (
     threshold,
     to_concrete,
 )
-from optaxclip.validate.calls import called, fail, makes_part, named, speak_for
+from optaxclip.validate.calls import called, fail, makes_part, named, show_maker, speak_for
 
 __all__ = [
     "above",
@@ -51,6 +51,7 @@ __all__ = [
     "nonnegative",
     "positive",
     "share",
+    "show_maker",
     "size",
     "speak_for",
     "steps",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip.validate.calls import called, fail
+from optaxclip.validate.calls import called, fail, show_maker
 
 
 def to_concrete(value: Any) -> Any:
@@ -175,6 +176,9 @@ def as_optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
     Raises:
       ValueError: naming the call, if `inner` is not an optimizer.
     """
+    words = "inner must be an optimizer, such as optax.adam(1e-3)"
+    if inspect.isfunction(inner):
+        raise ValueError(f"{called()}: {words}, got {show_maker(inner)}.")
     if not is_transformation(inner):
-        raise fail("inner must be an optimizer, such as optax.adam(1e-3)", inner)
+        raise fail(words, inner)
     return optax.with_extra_args_support(inner)

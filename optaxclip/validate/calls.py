@@ -59,8 +59,13 @@ def fail(must: str, got: Any, *, call: str | None = None) -> ValueError:
 def _show(value: Any) -> str:
     """A value in an error. Of a function that makes what is asked for, that it has to be called."""
     if callable(value) and getattr(value, "makes_part", False):
-        return f"the function {value.__name__}: write {value.__name__}(...), with parentheses"
+        return show_maker(value)
     return repr(value)
+
+
+def show_maker(maker: Callable[..., Any]) -> str:
+    """A function in an error where what it makes was asked for: that it has to be called."""
+    return f"the function {maker.__name__}: write {maker.__name__}(...), with parentheses"
 
 
 def makes_part(maker: _F) -> _F:
