@@ -23,6 +23,7 @@ HEAD = {"encoder": False, "head": True}
 LABELS = {"encoder": "encoder", "head": "head"}
 GLOBAL = {"optax": optax.clip_by_global_norm, "ours": oc.clip_by_global_norm}
 clip, inject, chain = oc.clip_by_global_norm, optax.inject_hyperparams, optax.chain
+ADAM = optax.adam(1e-3)
 
 
 def by_module(params):
@@ -177,6 +178,20 @@ MISTAKES = {
         (
             chain(inject(clip)(1.0), chain(oc.skip_spikes(optax.adam(1e-3), 10.0))),
             chain(oc.skip_spikes(chain(inject(clip)(1.0), optax.adam(1e-3)), 10.0)),
+        ),
+    ],
+    "watch-after-clip": [
+        *[
+            (chain(c(1.0), oc.watch(), optax.sgd(1.0)), chain(oc.watch(), c(1.0), optax.sgd(1.0)))
+            for c in GLOBAL.values()
+        ],
+        (
+            chain(inject(clip)(1.0), oc.skip_nonfinite(chain(oc.watch(top=1), ADAM))),
+            chain(oc.watch(), inject(clip)(1.0), oc.watch(), oc.skip_nonfinite(ADAM)),
+        ),
+        (
+            chain(clip(1.0), chain(oc.zclip(max_norm=0.5, scope=scopes.leaf), oc.watch()), ADAM),
+            chain(clip(1.0), ADAM, oc.watch()),
         ),
     ],
     "clip-before-accumulation": [
@@ -386,7 +401,6 @@ def foreign(tx):
 
 
 MUON = optax.contrib.muon(1e-3)
-ADAM = optax.adam(1e-3)
 SOUND = {
     "adamw": chain(clip(1.0), optax.adamw(1e-3)),
     "masked decay": chain(
@@ -535,6 +549,10 @@ SOUND = {
     "dp": optax.contrib.differentially_private_aggregate(1.0, 0.1, 0),
     "lbfgs": optax.lbfgs(),
     "lamb": chain(clip(1.0), optax.lamb(1e-3)),
+    "steps are watched": chain(clip(1.0), optax.sgd(0.1), oc.watch()),
+    "a watch of what is not clipped": chain(clip(1.0, exclude="head"), oc.watch(), ADAM),
+    "a watch of a clip by leaf": chain(oc.clip_by_leaf_norm(1.0), oc.watch(), ADAM),
+    "a watch of an infinite bound": chain(clip(jnp.inf), oc.watch(), ADAM),
     "two optimizers": branches(MUON, ADAM),
     "muon and Adam, clipped": chain(clip(1.0), branches(MUON, ADAM)),
 }
@@ -645,6 +663,9 @@ def test_bounds_may_be_tracers():
 def test_only_transformations():
     with pytest.raises(TypeError, match="check: tx must be an optax transformation, got float"):
         oc.check(1.0, PARAMS)
+    for maker in (oc.zclip, optax.adam):
+        with pytest.raises(TypeError, match=rf"write {maker.__name__}\(\.\.\.\), with parentheses"):
+            oc.check(maker, PARAMS)
 
 
 def _made(make):

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optaxclip as oc
@@ -82,6 +83,62 @@ def test_the_planted_sign_is_found(case):
     for sign in found:
         assert sign.evidence and all(np.isfinite(x) for x in sign.evidence.values())
         assert sign.name in str(sign) and sign.fix in str(sign)
+
+
+def run_clip(steps, *, keep=True, old=False, wrap=lambda tx: tx, every=1):
+    """What a user records who keeps the state, or drops it, or reads one that is out of date."""
+    tx = wrap(oc.clip_by_global_norm(100.0))
+    state, update = tx.init(jnp.ones(2)), jax.jit(tx.update)
+    history = oc.History(every=every)
+    for norm in NOISE[:steps]:
+        with jax.numpy_dtype_promotion("standard"):  # of Optax's own
+            _, new = update(jnp.float32([norm, 0.0]), state)
+        history.append(oc.metrics(state if old else new))
+        state = new if keep else state
+    return history
+
+
+def accumulate(tx, every=8):
+    return optax.MultiSteps(tx, every).gradient_transformation()
+
+
+DROPPED = {
+    "the new one recorded": ({"keep": False}, 1),
+    "the old one recorded": ({"keep": False, "old": True}, 0),
+    "inside a wrapper": ({"keep": False, "wrap": oc.skip_spikes}, 1),
+    "accumulated": ({"keep": False, "wrap": accumulate}, 0),
+    "reported now and then": ({"keep": False, "every": 4}, 1),
+}
+
+
+@pytest.mark.parametrize("case", DROPPED)
+def test_a_state_that_is_not_kept_is_all_that_is_said(case):
+    how, count = DROPPED[case]
+    (sign,) = oc.diagnose(run_clip(120, **how))
+    assert sign.name == "state-not-kept" and sign.evidence["count"] == count
+    assert f"clip/steps is {count} at each of" in sign.what
+
+
+KEPT = {
+    "kept": {"steps": 60},
+    "too few to tell": {"steps": 15, "keep": False},
+    "accumulated": {"steps": 60, "wrap": accumulate},
+    "each tenth": {"steps": 200, "every": 10},
+    "all skipped": {"steps": 60, "wrap": lambda tx: oc.skip_spikes(tx, 1e-3)},
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_a_state_that_is_kept_is_no_sign(case):
+    assert "state-not-kept" not in names(run_clip(**KEPT[case]))
+
+
+def test_counters_may_stand_still_for_a_reason():
+    still = norms(NOISE[:60]) | {"watch/steps": np.full(60, 3.0)}
+    assert names(still) == ["state-not-kept"]
+    assert names(still | {"run": np.arange(60)}) == []  # runs side by side, in one report each
+    assert names(still | norms(np.ones(60))) == []  # within one accumulation
+    assert "state-not-kept" not in names(still, losses=np.full(60, np.nan))  # all rejected
 
 
 HEALTHY = {

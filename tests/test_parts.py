@@ -234,6 +234,10 @@ REFUSED = {
         "spectral_clip: exclude must be",
     ),
     "spikes": (lambda: oc.skip_spikes(1.0), "skip_spikes: inner must be an optimizer"),
+    "not called": (
+        lambda: oc.skip_spikes(oc.zclip),
+        r"skip_spikes: inner must be .*, got the function zclip: write zclip\(...\), with parenth",
+    ),
     "not finite": (lambda: oc.skip_nonfinite(1.0), "skip_nonfinite: inner must be an optimizer"),
     "reset": (lambda: oc.reset_moments(1.0), "reset_moments: inner must be an optimizer"),
     "stable": (

@@ -44,7 +44,7 @@ WANTED = {
     "ordinary": ["ordinary"],
     "steady": ["steady"],
     "heavy-tail": ["heavy-tail"],
-    "spikes": ["heavy-tail"],
+    "spikes": ["spikes"],
     "falls": ["drift"],
     "rises": ["drift"],
     "a transient at the start": ["heavy-tail"],
@@ -72,7 +72,7 @@ def test_what_is_planted_is_found_and_the_code_runs(case):
 def test_silent_on_series_without_anything():
     rng = np.random.default_rng(1)
     said = [name for _ in range(100) for name in names(rng.lognormal(0.0, 0.4, 300))]
-    assert not {"drift", "heavy-tail"} & set(said)
+    assert not {"drift", "heavy-tail", "spikes"} & set(said)
 
 
 def test_the_numbers():
@@ -104,6 +104,20 @@ def test_too_few_steps_say_so(norms):
         0.05,
         0.10,
     ]  # fifty steps cannot show 1 %
+
+
+def test_too_few_steps_are_counted_or_explained():
+    found = [optaxclip.recommend(x).reasons[0].what for x in (np.ones(3), [1.0, np.nan, 0.0])]
+    assert found[0] == "3 steps are too few." and found[1].startswith("only 1 of 3 steps have")
+
+
+def test_one_step_and_a_state_say_what_to_record():
+    state = optaxclip.clip_by_global_norm(1.0).init(jnp.ones(2))
+    with pytest.raises(ValueError, match=r"recommend: this is one step.*a History"):
+        optaxclip.recommend(optaxclip.metrics(state))
+    for wrong in (state, (state, optax.EmptyState())):
+        with pytest.raises(ValueError, match=r"history\.append\(optaxclip\.metrics\(opt_state"):
+            optaxclip.recommend(wrong)
 
 
 def test_every_form_of_input_says_the_same():

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from optaxclip.checking.chains import Node, read_chain
 from optaxclip.checking.kinds import Found
 from optaxclip.monitoring.display import code, escape
 from optaxclip.monitoring.findings import Findings
-from optaxclip.validate import is_transformation
+from optaxclip.validate import is_transformation, show_maker
 
 # In the order of the report. A rule needs no access to the others: one mistake, one function.
 _RULES: dict[str, Callable[[list[Node]], Found]] = {
@@ -24,6 +25,7 @@ _RULES: dict[str, Callable[[list[Node]], Found]] = {
     "frozen-in-norm": placement.frozen_in_norm,
     "clip-after-normaliser": placement.clip_after_normaliser,
     "spike-test-after-clip": placement.spike_test_after_clip,
+    "watch-after-clip": placement.watch_after_clip,
     "clip-before-accumulation": placement.clip_before_accumulation,
     "clip-before-unscale": placement.clip_before_unscale,
     "guard-after-clip": misuse.guard_after_clip,
@@ -87,7 +89,8 @@ def check(tx: optax.GradientTransformation, params: Any) -> tuple[Finding, ...]:
     """
     # A state or a trainer has no closures to read, and would be reported as sound.
     if not is_transformation(tx):
-        raise TypeError(f"check: tx must be an optax transformation, got {type(tx).__name__}.")
+        got = show_maker(tx) if inspect.isfunction(tx) else type(tx).__name__
+        raise TypeError(f"check: tx must be an optax transformation, got {got}.")
     nodes = read_chain(tx, params)
     # Not guarded: a rule that fails must not pass for a chain that is sound.
     found = [Finding(name, *finding) for name, rule in _RULES.items() for finding in rule(nodes)]

@@ -145,6 +145,25 @@ def spike_test_after_clip(nodes: list[Node]) -> Found:
             )
 
 
+def watch_after_clip(nodes: list[Node]) -> Found:
+    """A watch of gradients that sees no norm above the bound of the clip before it."""
+    for a, b in find_pairs(nodes, is_global, is_named("watch")):
+        clip = as_clip(a)
+        fed = clip and clip.l2 and b.about and b.paths(b.about.exclude) <= clip.paths
+        # Beside one before the clip, a second watch is meant to see what the clip leaves.
+        both = any(feeds(n, a) for n in nodes if n.name == "watch")
+        # Behind a scale, which may be the learning rate, it is steps that are watched.
+        if fed and not both and all(as_clip(n) for n in list_between(nodes, a, b)):
+            yield (
+                b.where,
+                f"no norm that it sees is over the bound of {a.where} before it: it misses spikes"
+                " and explosions, and its median, quantiles and candidates are those of clipped"
+                " norms.",
+                "the watch first: optax.chain(watch(), clip, optimizer); or behind the optimizer,"
+                " where it sees steps.",
+            )
+
+
 def clip_before_accumulation(nodes: list[Node]) -> Found:
     """A clip of each micro-batch instead of the accumulated gradient."""
     for a, b in find_pairs(nodes, as_clip, is_named("MultiSteps")):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from optaxclip import validate
 from optaxclip.monitoring.findings import Findings, Sign
 from optaxclip.monitoring.history import Recorded, read_run
 from optaxclip.monitoring.signs import find_signs
 
 
+@validate.named
 def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) -> tuple[Sign, ...]:
     """Looks for signs of exploding and vanishing gradients in a recorded run of steps.
 
@@ -27,7 +29,7 @@ def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) 
       A tuple of `Sign`, empty if there are none; print it, or one of them, for a report.
 
     Raises:
-      ValueError: if the history has no norms.
+      ValueError: if the history is empty, or has no norms.
 
     >>> import numpy as np, optaxclip
     >>> for sign in optaxclip.diagnose({"clip/grad_norm": 1.2 ** np.arange(40)}):

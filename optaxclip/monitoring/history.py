@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from optaxclip import validate
 from optaxclip.monitoring.collect import History
+from optaxclip.states import kind_of
 
 Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 Columns = dict[str, np.ndarray]
@@ -73,11 +75,7 @@ def read_run(history: Recorded, clip: int | None = None, **columns: Any) -> Reco
     """
     more = {key: x for key, x in columns.items() if x is not None}
     table = _read_table(history) | _read_table(more)
-    if not table or any(x.ndim != 1 or not x.size for x in table.values()):
-        shapes = {key: x.shape for key, x in table.items()}
-        raise ValueError(
-            f"A history has one number a step under each key, and at least one step; got {shapes}."
-        )
+    _require_steps(table)
     parts = _find_parts(table)
     clips, watches, skips = (list(parts[kind].values()) for kind in ("clip", "watch", "skip"))
     asked = {} if clip is None or clip >= len(clips) else clips[clip]
@@ -97,6 +95,23 @@ def read_run(history: Recorded, clip: int | None = None, **columns: Any) -> Reco
     )
 
 
+def _require_steps(table: Columns) -> None:
+    """Raises ValueError, naming the call, unless there are steps, with one number a key each."""
+    call, shapes = validate.called(), {key: x.shape for key, x in table.items()}
+    if not any(x.size for x in table.values()):
+        raise ValueError(f"{call}: the history is empty: it must have at least one step.")
+    if not any(shapes.values()):
+        raise ValueError(
+            f"{call}: this is one step. Pass all of them: a History, to which"
+            " history.append(optaxclip.metrics(opt_state)) adds each, or a list of such dicts."
+        )
+    if any(len(shape) != 1 or not shape[0] for shape in shapes.values()):
+        raise ValueError(
+            f"{call}: a history has one number a step under each key, and at least one step; got"
+            f" {shapes}."
+        )
+
+
 def _read_table(history: Recorded) -> Columns:
     """One array a key, on the host; NaN where a step lacks the key."""
     if isinstance(history, History):
@@ -108,9 +123,9 @@ def _read_table(history: Recorded) -> Columns:
     rows = list(history) if isinstance(history, Iterable) else [history]
     if not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(
-            "A history must be an optaxclip.History, a dict with an array under each key, or a"
-            " list with a dict for each step, as optaxclip.metrics(opt_state) returns it; got"
-            f" {type(history).__name__}."
+            f"{validate.called()}: a history must be an optaxclip.History, a dict with an array"
+            " under each key, or a list with a dict for each step, as optaxclip.metrics(opt_state)"
+            f" returns it; got {kind_of(history)}."
         )
     # Not `device_get` of all: it takes 30 us for each scalar, and a run has 100,000 of them.
     collected = History(window=max(len(rows), 1))

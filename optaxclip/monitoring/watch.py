@@ -58,7 +58,8 @@ def watch(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the updates as they are, and keeps statistics of their norms: g ← g.
 
-    First in a chain it sees gradients, behind the optimizer steps. It reads the gradients once, and
+    First in a chain it sees gradients, behind the optimizer steps. Behind a clip it would see no
+    norm over the bound: put it before. It reads the gradients once, and
     nothing goes to the host. Norms are Euclidean; the share of block i is ‖gᵢ‖² / Σ‖gⱼ‖². Each
     quantile is tracked in one number, which is within about a tenth of the true one, and follows a
     lasting 100-fold change within 100 steps. No NaN, infinity or zero enters it, and no spike moves

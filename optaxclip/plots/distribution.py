@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from optaxclip import validate
 from optaxclip.monitoring.fits import find_runs
 from optaxclip.monitoring.histograms import Histograms, log_edges
 from optaxclip.monitoring.history import History, Recorded, RecordedRun, read_run
@@ -18,6 +19,7 @@ LINES = ("-", "--", "-.", ":")
 _NAMES, _LETTERS = 40, 36  # names at the axis, and letters of each, that can be read
 
 
+@validate.named
 def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: int = 0) -> Any:
     """Draws the norms of all layers over the steps as a heat map, on a log scale.
 
@@ -104,6 +106,7 @@ def _hatch(ax: Any, edges: np.ndarray, cells: np.ndarray, hatch: str, color: str
     return Patch(label=name, **style)
 
 
+@validate.named
 def plot_histogram(
     norms: Any,
     ax: Any = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+from optaxclip import validate
 from optaxclip.monitoring.diagnose import Sign, diagnose
 from optaxclip.monitoring.history import Recorded, RecordedRun, read_run
 from optaxclip.plots.axes import colors_of, import_pyplot
@@ -14,6 +15,7 @@ from optaxclip.plots.steps import plot_clipped_share, plot_loss, plot_norms
 _SHOWN = 6  # signs
 
 
+@validate.named
 def plot_run(history: Recorded, figure: Any = None, *, clip: int = 0) -> Any:
     """Draws what there is of loss, norms with bound, clip share and layers under one another.
 

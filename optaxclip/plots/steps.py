@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from optaxclip import validate
 from optaxclip.monitoring.history import Recorded, RecordedRun, read_run
 from optaxclip.plots.axes import (
     axes_or_new,
@@ -17,6 +18,7 @@ from optaxclip.plots.axes import (
 )
 
 
+@validate.named
 def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     """Draws the norm before the clip, the bound, and how often it clipped, on a log scale.
 
@@ -92,6 +94,7 @@ def _draw_zeros(ax: Any, steps: np.ndarray, zero: np.ndarray) -> None:
         ax.plot(steps[zero], np.zeros(zero.sum()), "|", markersize=14, label=label, **style)
 
 
+@validate.named
 def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int = 0) -> Any:
     """Draws the loss, with the share of steps that were clipped, and steps where it is NaN.
 
@@ -135,6 +138,7 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
     return ax
 
 
+@validate.named
 def plot_clipped_share(
     history: Recorded, ax: Any = None, *, window: int | None = None, clip: int = 0
 ) -> Any:
@@ -177,6 +181,7 @@ def plot_clipped_share(
     return ax
 
 
+@validate.named
 def plot_bound(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     """Draws the bound over the range in which the norms are around each step.
 

@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from optaxclip import validate
 from optaxclip.monitoring.history import History, read_run
+from optaxclip.states import kind_of
 from optaxclip.tuning.recommendation import Reason, Recommendation
 from optaxclip.tuning.series import FEWEST, Numbers, log_known, measure_series
 
 SHARES = (0.01, 0.05, 0.10)
 
 
+@validate.named
 def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendation:
     """Recommends thresholds and a method from the norms of a run without a clip.
 
@@ -30,9 +33,9 @@ def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendati
 
     Returns:
       A `Recommendation`. Rules of thumb decide what stands out, and each gives its numbers: a tail
-      is heavy if the 99th percentile is over 4 medians or one step over 10; norms drift if they
-      change twofold and more than 4 standard errors; layers differ if their medians do 30-fold;
-      norms are steady if the 99th percentile is within 2 medians.
+      is heavy if the 99th percentile is over 4 medians, and has spikes if not, but one step is over
+      10; norms drift if they change twofold and more than 4 standard errors; layers differ if their
+      medians do 30-fold; norms are steady if the 99th percentile is within 2 medians.
 
     Raises:
       ValueError: for norms of another shape, a recorded run without norms, or shares outside (0,
@@ -79,8 +82,9 @@ def _read(norms: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         array = np.zeros(())
     if array.ndim not in (1, 2) or not array.size:
         raise ValueError(
-            "recommend: norms must have the shape (steps,) or (steps, layers), got"
-            f" {array.shape or type(norms).__name__}."
+            "recommend: norms must have the shape (steps,) or (steps, layers), or be a History; got"
+            f" {array.shape or kind_of(norms)}. Of a state record the metrics at each step,"
+            " history.append(optaxclip.metrics(opt_state)), and pass the history."
         )
     if array.ndim == 1:
         return array, {}
@@ -122,6 +126,7 @@ def _find_thresholds(norms: np.ndarray, shares: tuple[float, ...]) -> dict[float
 def _report_too_few(n: Numbers) -> tuple[Reason, ...]:
     usable = n.steps - n.nonfinite - n.zeros
     what = f"only {usable} of {n.steps} steps have a norm that is finite and not zero: too few."
+    what = f"{n.steps} steps are too few." if usable == n.steps else what
     return (Reason("too-few-steps", what, "Record at least 100."), *_report_nonfinite(n))
 
 
@@ -141,20 +146,30 @@ def _find_reasons(n: Numbers) -> tuple[Reason, ...]:
     drift, noise = np.log(n.drift), np.log(n.drift_noise)
     # Both: a long run makes any drift significant, a short one makes any twofold change noise.
     drifts = abs(drift) > max(np.log(2), 4 * noise)
-    heavy = n.tail_ratio > 4 or n.spike_ratio > 10
     if drifts:
         way = f"rise {n.drift:.3g}-fold" if drift > 0 else f"fall {1 / n.drift:.3g}-fold"
         what = f"the norms {way} over the run, {_format_errors(drift, noise)} standard errors."
         method = "A fixed bound fits one end only: a multiple of the running median (capped)."
         found.append(Reason("drift", what, method))
-    if heavy:
+    found += (tail := _report_tail(n))
+    if not drifts and not tail and not n.scale_ratio > 30:
+        found.append(_report_calm(n))
+    return tuple(found)
+
+
+def _report_tail(n: Numbers) -> list[Reason]:
+    """A tail that is heavy, or a few steps that stand out of one that is not."""
+    if n.tail_ratio > 4:
         what = f"the 99th percentile is {n.tail_ratio:.3g} medians, the largest"
         what = f"{what} {n.spike_ratio:.3g}; tail index {n.tail_index:.2g}."
         method = "A percentile of past norms, or zclip; with a cap until they have learned."
-        found.append(Reason("heavy-tail", what, method))
-    if not drifts and not heavy and not n.scale_ratio > 30:
-        found.append(_report_calm(n))
-    return tuple(found)
+        return [Reason("heavy-tail", what, method)]
+    if n.spike_ratio > 10:
+        what = f"the largest norm is {n.spike_ratio:.3g} medians, the 99th percentile only"
+        what = f"{what} {n.tail_ratio:.3g}."
+        method = "A fixed global norm cuts them; skip_spikes(optimizer) leaves such steps out."
+        return [Reason("spikes", what, method)]
+    return []
 
 
 def _format_errors(drift: float, noise: float) -> str:

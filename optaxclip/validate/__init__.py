@@ -31,7 +31,15 @@ from optaxclip.validate.arguments import (
     threshold,
     to_concrete,
 )
-from optaxclip.validate.calls import called, fail, is_maker, makes_part, named, speak_for
+from optaxclip.validate.calls import (
+    called,
+    fail,
+    is_maker,
+    makes_part,
+    named,
+    show_maker,
+    speak_for,
+)
 
 __all__ = [
     "above",
@@ -54,6 +62,7 @@ __all__ = [
     "pattern",
     "positive",
     "share",
+    "show_maker",
     "size",
     "speak_for",
     "steps",

@@ -59,13 +59,18 @@ def fail(must: str, got: Any, *, call: str | None = None) -> ValueError:
 def _show(value: Any) -> str:
     """A value in an error. Of a function that makes what is asked for, that it has to be called."""
     if is_maker(value):
-        return f"the function {value.__name__}: write {value.__name__}(...), with parentheses"
+        return show_maker(value)
     # The `repr` of a transformation is two addresses.
     update = getattr(value, "update", None)
     if callable(update) and hasattr(update, "__qualname__"):
         described = getattr(getattr(update, "description", None), "name", "")
         return f"a transformation of {described or update.__qualname__.split('.')[0]}"
     return repr(value)
+
+
+def show_maker(maker: Callable[..., Any]) -> str:
+    """A function in an error where what it makes was asked for: that it has to be called."""
+    return f"the function {maker.__name__}: write {maker.__name__}(...), with parentheses"
 
 
 def is_maker(value: Any) -> bool:

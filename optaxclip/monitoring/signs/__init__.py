@@ -10,6 +10,7 @@ from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.history import RecordedRun
 from optaxclip.monitoring.signs.clips import averaging, clipping
 from optaxclip.monitoring.signs.explosions import rising
+from optaxclip.monitoring.signs.kept import forgetting
 from optaxclip.monitoring.signs.lost import losing, skipping
 from optaxclip.monitoring.signs.progress import growing, moving
 from optaxclip.monitoring.signs.small import depth, vanishing, zero
@@ -52,6 +53,9 @@ _EXPLAINS = {
 
 def find_signs(run: RecordedRun) -> list[Sign]:
     """The signs in a run, causes first, without those that another one explains."""
+    # Of a state that never advances the other rules would judge numbers that mean nothing.
+    if forgotten := list(forgetting(run)):
+        return forgotten
     found: list[Sign] = [sign for rule in _RULES for sign in rule(run)]
     explained = {name for sign in found for name in _EXPLAINS.get(sign.name, ())}
     return [sign for sign in found if sign.name not in explained]
