@@ -149,12 +149,22 @@ __all__ = [
 ]
 
 
+# What other libraries call it, where the spelling leads elsewhere.
+_CALLED_ELSEWHERE = {
+    "clip_grad_norm_": "clip_by_global_norm",
+    "clip_grad_norm": "clip_by_global_norm",
+    "clip_grad_value_": "clip_by_value",
+    "clip_by_norm": "clip_by_leaf_norm",
+    "apply_if_finite": "skip_nonfinite",
+}
+
+
 def __getattr__(name: str):
     """An error that names the nearest name, here or in a namespace."""
     for room in _NAMESPACES:
         if not name.startswith("_") and hasattr(room, name):
             raise AttributeError(f"optaxclip has no {name!r}: write {room.__name__}.{name}")
-    near = difflib.get_close_matches(name, __all__, n=1)
+    near = difflib.get_close_matches(_CALLED_ELSEWHERE.get(name, name), __all__, n=1)
     raise AttributeError(
         f"optaxclip has no {name!r}" + (f": did you mean optaxclip.{near[0]}?" if near else "")
     )

@@ -2,7 +2,8 @@
 
 Every clip in this library answers four questions, and each answer is a part of its own:
 
-    scope      which numbers share one norm?          scopes.tree, leaf, groups, units
+    scope      which numbers share one norm?          scopes.tree, leaf, groups, stacked,
+                                                      units, element
     norm       how long is a block?                   norms.l2, l1, linf, rms, lp(p)
     threshold  how long may it be?                    a number, a schedule, or an optax
                                                       transformation of norms into bounds
@@ -66,7 +67,7 @@ def clip_by(
       threshold: the bound: a number from 0 to inf, an array or tracer, a schedule (a function of
         the step), or a threshold, which is an optax transformation of norms into bounds.
       scope: which numbers share one norm: `scopes.tree`, `scopes.leaf`, `scopes.groups(label)`,
-        `scopes.units(axes)`.
+        `scopes.stacked(where)`, `scopes.units(axes)`, or `scopes.element`, each by itself.
       norm: how long a block is: `norms.l2`, `l1`, `linf`, `rms`, or a number p for the p-norm.
       action: what is done: `actions.rescale` (None: `optax.inject_hyperparams` takes a function for
         a schedule, so none is the default), `normalize`, `zero`, `smooth(p)`, `band(low)`, or a

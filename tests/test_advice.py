@@ -156,6 +156,26 @@ ADVICE = {
         "write zscore(...), with parentheses",
         lambda: run(oc.clip_by(oc.thresholds.zscore())),
     ),
+    "a clip that was not called": Advice(
+        lambda: oc.clip_by(oc.zclip),
+        "write zclip(...), with parentheses",
+        lambda: run(oc.zclip()),
+    ),
+    "an optimizer that was not called": Advice(
+        lambda: oc.skip_nonfinite(optax.adam),
+        "write adam(...), with parentheses",
+        lambda: run(oc.skip_nonfinite(optax.adam(1e-3))),
+    ),
+    "a pattern that is none": Advice(
+        lambda: oc.clip_by_global_norm(1.0, exclude="*b"),
+        "a regular expression, such as 'bias$'",
+        lambda: run(oc.clip_by_global_norm(1.0, exclude="b$")),
+    ),
+    "names of blocks in a list": Advice(
+        lambda: oc.thresholds.by_name([1.0, 2.0]),
+        "a mapping, from the name of each block to its",
+        lambda: run(oc.clip_by(oc.thresholds.by_name({"b": 1.0, "w": 2.0}), scope=oc.scopes.leaf)),
+    ),
     "an action that was not called": Advice(
         lambda: oc.clip_by(1.0, action=oc.actions.smooth),
         "write smooth(...), with parentheses",
@@ -176,17 +196,17 @@ ADVICE = {
     ),
     "a clip for a threshold": Advice(
         lambda: oc.clip_by(oc.zclip()),
-        "a clip is none, pass its threshold",
-        lambda: run(oc.clip_by(oc.zclip().update.description.threshold)),
+        "use it as it is, or pass one of optaxclip.thresholds, got a transformation of zclip",
+        lambda: [run(oc.zclip()), run(oc.clip_by(oc.thresholds.zscore()))],
     ),
     "an optimizer for a threshold": Advice(
         lambda: oc.clip_by(ADAM),
-        "those of gradients come beside this clip, optax.chain(clip, optimizer)",
+        "put it beside the clip, optax.chain(clip, optimizer)",
         lambda: run(optax.chain(oc.clip_by(1.0), ADAM)),
     ),
     "a clip of Optax's for a threshold": Advice(
         lambda: oc.clip_by(optax.clip_by_global_norm(1.0)),
-        "a number, a schedule or a threshold of norms, no clip",
+        "a number, a schedule or a threshold of norms; this one takes gradients",
         lambda: run(oc.clip_by(1.0)),
     ),
     "an optimizer for a threshold of losses": Advice(

@@ -69,13 +69,13 @@ ERRORS = [
     ({"attn": -1.0, "rest": 1.0}, r"max_norm\['attn'\] must be a number from 0 to inf, got -1.0"),
     ({"attn": [1.0, -1.0]}, r"max_norm\['attn/1'\] must be a number from 0"),
     ({"attn": thresholds.zscore}, r"max_norm\['attn'\] must be .*: write zscore\(...\)"),
-    ({"attn": oc.zclip()}, r"max_norm\['attn'\] must be .*: a clip is none"),
+    ({"attn": oc.zclip()}, r"max_norm\['attn'\] must be .*; this is a clip already"),
     (
         {"attn": optax.adam(0.1)},
-        r"max_norm\['attn'\] must be .* of norms, no clip and no optimizer",
+        r"max_norm\['attn'\] must be .* of norms; this one takes",
     ),
-    ({"attn": 1.0, "rest": 1.0}, r"\['mlp'\] are missing, \[\] are not among them"),
-    ({**MIXED, "mpl": 1.0}, r"\[\] are missing, \['mpl'\] are not among them"),
+    ({"attn": 1.0, "rest": 1.0}, r"\['mlp'\] are missing\."),
+    ({**MIXED, "mpl": 1.0}, r"\]: \['mpl'\] are none of them"),
 ]
 
 

@@ -101,6 +101,7 @@ def test_a_signature_can_be_read(name):
     [
         ("leaf", "write optaxclip.scopes.leaf"),
         ("zscore", "write optaxclip.thresholds.zscore"),
+        ("clip_grad_norm_", "did you mean optaxclip.clip_by_global_norm"),
         ("clip_by_globalnorm", "did you mean optaxclip.clip_by_global_norm"),
     ],
 )

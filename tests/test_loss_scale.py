@@ -49,6 +49,7 @@ def test_the_clip_inside_sees_the_gradient_without_its_scale():
     updates, state = tx.update(grads, tx.init(grads))
     np.testing.assert_allclose(updates["w"], [0.6, 0.8], rtol=1e-6)
     assert oc.metrics(state)["clip/grad_norm"] == 5
+    assert str(oc.explain(state)).endswith("loss scale 1024")
 
 
 def test_check_finds_a_clip_before_it():

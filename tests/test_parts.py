@@ -113,7 +113,7 @@ def test_groups_match_each_leaf_once():
         oc.clip_by_group_norm(1.0, {"attn": "a", "a|m": "b"}).init(grads)
     with pytest.raises(
         ValueError,
-        match=r"max_norm must have one entry for each of the blocks .*'x'\] are not among them",
+        match=r"max_norm must have one entry for each of the blocks .*\['x'\] are none of them",
     ):
         oc.clip_by_group_norm({"x": 1.0}, lambda path: path).update(grads, None)
 

@@ -21,6 +21,7 @@ from optaxclip.monitoring.words import (
     describe_watched_norm,
 )
 from optaxclip.states import kind_of
+from optaxclip.wrappers.loss_scale import LossScaleState
 from optaxclip.wrappers.skip import SkipState
 
 
@@ -52,6 +53,8 @@ def explain(opt_state: Any, params: Any = None) -> str:
     """
     check_is_state(opt_state, "explain")
     parts = find_parts(opt_state)
+    scales = [part for part in parts if isinstance(part, LossScaleState)]
+    parts = [part for part in parts if not isinstance(part, LossScaleState)]
     for part in parts:
         check_one_run(total_steps(part))
     if not parts:
@@ -65,6 +68,7 @@ def explain(opt_state: Any, params: Any = None) -> str:
         if not any(part is other for other in partners):  # else its line is that of the clip
             lines.append(label + _describe_part(part, partner))
     history = [line for w in watches for line in describe_history(w)]
+    lines += [f"loss scale {float(s.loss_scale):g}" for s in scales]
     return Report("\n".join([*lines, *history, *describe_params(params)]))
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from optaxclip.base import Blocks, Label, Scope
-from optaxclip.validate import called, fail, makes_part, named
+from optaxclip.validate import called, fail, makes_part, named, pattern
 
 #: One block: all leaves share one norm. Norms, bounds and factors are scalars.
 tree = Scope("scopes.tree", lambda paths, shapes: Blocks(None, (0,) * len(paths)))
@@ -93,6 +93,8 @@ def groups(label: Label = module_of) -> Scope:
     if getattr(label, "makes_part", False) or not (callable(label) or hasattr(label, "items")):
         must = "a function of a leaf's path, or a mapping of regular expressions to names"
         raise fail(f"label must be {must}", label)
+    if isinstance(label, Mapping):
+        pattern(**{f"label {rule!r}": rule for rule in label})
     given = "" if label is module_of else getattr(label, "__name__", label)
     return Scope(
         f"scopes.groups({given})",

@@ -20,10 +20,11 @@ from optaxclip.thresholds.fixed import ScheduleState, advance, as_threshold, sta
 @validate.makes_part
 @validate.named
 def by_name(bounds: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-    """Another threshold for each block: `by_name({"attn": thresholds.zscore(), "rest": 1.0})`.
+    """A different threshold for each block, such as `by_name({"encoder": zscore(), "head": 1.0})`.
 
-    For scopes whose blocks have names. `clip_by_leaf_norm` and `clip_by_group_norm` take the
-    mapping itself.
+    Every block needs an entry; there is no default. The names are those in `optaxclip.metrics`:
+    `clip/grad_norm/<name>`. So it is for scopes whose blocks have names. `clip_by_leaf_norm` and
+    `clip_by_group_norm` take the mapping itself.
 
     Args:
       bounds: for the name of each block a number, a schedule or a threshold. For a leaf or group
@@ -45,6 +46,8 @@ def by_name(bounds: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
     >>> tx.update({"a": jnp.array([9.0]), "b": jnp.array([9.0])}, state)[0]
     {'a': Array([1.5], dtype=float32), 'b': Array([0.1], dtype=float32)}
     """
+    if not isinstance(bounds, Mapping):
+        raise validate.fail("bounds must be a mapping, from the name of each block to its", bounds)
     return each_by_name(bounds=bounds)
 
 
@@ -74,7 +77,7 @@ def _by_layer(name: str, bound: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_schedule(bound: Any) -> bool:
-    return callable(bound) and not getattr(bound, "makes_part", False)
+    return callable(bound) and not validate.is_maker(bound)
 
 
 def _fixed(argument: str, bounds: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
@@ -144,9 +147,11 @@ def _entries(argument: str, bounds: Mapping[str, Any], blocks: Sequence[str] | N
     # Both ways: a bound for a leaf that is not there is a misspelt path, whose leaf has none.
     unknown = [name for name in bounds if name not in found]
     if missing or unknown:
+        wrong = [f"{missing} are missing"] * bool(missing)
+        wrong += [f"{unknown} are none of them"] * bool(unknown)
         raise ValueError(
             f"{validate.called()}: {argument} must have one entry for each of the blocks"
-            f" {list(blocks)}: {missing} are missing, {unknown} are not among them."
+            f" {list(blocks)}: {' and '.join(wrong)}."
         )
     return [name for name in found if name is not None]
 

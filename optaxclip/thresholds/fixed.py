@@ -160,14 +160,19 @@ def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs
     ((name, value),) = argument.items()
     must = f"{name} must be a number, a schedule or a threshold"
     # A clip is a transformation, too. It would take norms for gradients, and never complain.
-    if hasattr(getattr(value, "update", None), "description") or isinstance(value, type):
-        raise validate.fail(f"{must}: a clip is none, pass its threshold", value)
+    if isinstance(value, type):
+        raise validate.fail(must, value)
+    if hasattr(getattr(value, "update", None), "description"):
+        own = "this is a clip already: use it as it is, or pass one of optaxclip.thresholds"
+        raise validate.fail(f"{must}; {own}", value)
     if isinstance(value, optax.GradientTransformation):
         if is_of_gradients(value):
-            beside = "those of gradients come beside this clip, optax.chain(clip, optimizer)"
-            raise validate.fail(f"{must} of norms, no clip and no optimizer: {beside}", value)
+            beside = (
+                "this one takes gradients: put it beside the clip, optax.chain(clip, optimizer)"
+            )
+            raise validate.fail(f"{must} of norms; {beside}", value)
         return optax.with_extra_args_support(value)
-    if callable(value) and not getattr(value, "makes_part", False):
+    if callable(value) and not validate.is_maker(value):
         return scheduled(value)
     validate.threshold(**argument)
     return unchecked(value)

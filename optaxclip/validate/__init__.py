@@ -23,6 +23,7 @@ from optaxclip.validate.arguments import (
     is_static,
     is_transformation,
     nonnegative,
+    pattern,
     positive,
     share,
     size,
@@ -30,7 +31,15 @@ from optaxclip.validate.arguments import (
     threshold,
     to_concrete,
 )
-from optaxclip.validate.calls import called, fail, makes_part, named, show_maker, speak_for
+from optaxclip.validate.calls import (
+    called,
+    fail,
+    is_maker,
+    makes_part,
+    named,
+    show_maker,
+    speak_for,
+)
 
 __all__ = [
     "above",
@@ -44,11 +53,13 @@ __all__ = [
     "fail",
     "feed",
     "flag",
+    "is_maker",
     "is_static",
     "is_transformation",
     "makes_part",
     "named",
     "nonnegative",
+    "pattern",
     "positive",
     "share",
     "show_maker",

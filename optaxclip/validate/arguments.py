@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import numbers
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip.validate.calls import called, fail, show_maker
+from optaxclip.validate.calls import called, fail
 
 
 def to_concrete(value: Any) -> Any:
@@ -162,6 +162,18 @@ def exclude(value: Any) -> None:
     if not (value is None or isinstance(value, str) or callable(value)):
         choices = "a regular expression (str), a predicate of the path, or None"
         raise fail(f"exclude must be {choices}", value)
+    if isinstance(value, str):
+        pattern(exclude=value)
+
+
+def pattern(**arguments: str) -> None:
+    """Each is a regular expression."""
+    for name, value in arguments.items():
+        try:
+            re.compile(value)
+        except re.error as error:
+            must = f"{name} must be a regular expression, such as 'bias$' ({error})"
+            raise fail(must, value) from None
 
 
 def is_transformation(value: Any) -> bool:
@@ -176,9 +188,6 @@ def as_optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
     Raises:
       ValueError: naming the call, if `inner` is not an optimizer.
     """
-    words = "inner must be an optimizer, such as optax.adam(1e-3)"
-    if inspect.isfunction(inner):
-        raise ValueError(f"{called()}: {words}, got {show_maker(inner)}.")
     if not is_transformation(inner):
-        raise fail(words, inner)
+        raise fail("inner must be an optimizer, such as optax.adam(1e-3)", inner)
     return optax.with_extra_args_support(inner)

@@ -58,14 +58,29 @@ def fail(must: str, got: Any, *, call: str | None = None) -> ValueError:
 
 def _show(value: Any) -> str:
     """A value in an error. Of a function that makes what is asked for, that it has to be called."""
-    if callable(value) and getattr(value, "makes_part", False):
+    if is_maker(value):
         return show_maker(value)
+    # The `repr` of a transformation is two addresses.
+    update = getattr(value, "update", None)
+    if callable(update) and hasattr(update, "__qualname__"):
+        described = getattr(getattr(update, "description", None), "name", "")
+        return f"a transformation of {described or update.__qualname__.split('.')[0]}"
     return repr(value)
 
 
-def show_maker(maker: Callable[..., Any]) -> str:
-    """A function in an error where what it makes was asked for: that it has to be called."""
+def show_maker(maker: Any) -> str:
+    """A function in an error, where what it makes was asked for: that it has to be called."""
     return f"the function {maker.__name__}: write {maker.__name__}(...), with parentheses"
+
+
+def is_maker(value: Any) -> bool:
+    """Whether a value is a function that has to be called first: it makes a part, clip, optimizer.
+
+    So `clip_by(zclip)` is no clip with a schedule, which any function might be.
+    """
+    made = getattr(value, "__annotations__", {}).get("return", "")
+    makes = getattr(value, "makes_part", False) or "GradientTransformation" in str(made)
+    return callable(value) and makes
 
 
 def makes_part(maker: _F) -> _F:

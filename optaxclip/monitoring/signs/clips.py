@@ -38,8 +38,9 @@ def _always(name: str, evidence: dict[str, float]) -> Sign:
         f" {format_number(evidence['norm'])}, the bound {format_number(evidence['bound'])}. The"
         " norm after the clip is always the bound.",
         evidence,
-        "a bound near the usual norm, or one that follows it under a cap:"
-        " optaxclip.zclip(max_norm=...), quantile_clip(0.9). Under Adam it changes little else.",
+        "a bound near the usual norm, or one that follows it: optaxclip.quantile_clip(0.9),"
+        f" zclip(max_norm={format_number(10 * evidence['norm'])}). Under Adam it changes little"
+        " else.",
     )
 
 
@@ -51,8 +52,8 @@ def _never(name: str, evidence: dict[str, float]) -> Sign:
         f" {format_share(nearest)} of the bound. A spike {format_number(1 / nearest)} times as"
         " large would pass unclipped.",
         evidence,
-        "a bound of a few times the usual norm, or one that follows it under a cap:"
-        " optaxclip.zclip(max_norm=...), quantile_clip().",
+        "a bound of a few times the usual norm, or one that follows it: optaxclip.quantile_clip(),"
+        f" zclip(max_norm={format_number(evidence['bound'])}).",
     )
 
 

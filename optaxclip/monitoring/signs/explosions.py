@@ -97,8 +97,9 @@ def _stop_explosion(run: RecordedRun, rise: Rise) -> str:
             "go back to a checkpoint before this step, with a lower learning rate: the clip was"
             " active, and direction, not length, led there."
         )
+    # zclip has no bound in its warm-up, which may meet the explosion: so it is given a cap.
+    cap = format_number(10 * rise.usual)
     return (
         f"a clip at the usual norm, optaxclip.clip_by_global_norm({format_number(rise.usual)}), or"
-        " optaxclip.zclip(max_norm=...), which finds it under a cap; from a checkpoint before this"
-        " step."
+        f" optaxclip.zclip(max_norm={cap}), which finds it; from a checkpoint before this step."
     )

@@ -59,8 +59,8 @@ def _heavy_tail(ratios: np.ndarray) -> Sign:
         f" {format_number(ratios.max())} times; with a tail index of {format_number(index)} their"
         " variance is not finite.",
         {"tail_index": index, "quantile_99": high, "largest": float(ratios.max())},
-        "a clip: without one a few steps decide where the run goes: quantile_clip(0.9),"
-        " or zclip(max_norm=...); a larger batch.",
+        "a clip: without one a few steps decide where the run goes: quantile_clip(0.9), or zclip"
+        " with a cap (max_norm=); a larger batch.",
     )
 
 
