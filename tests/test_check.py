@@ -777,6 +777,14 @@ def test_what_is_said_of_each_mistake_is_true():
     assert norms(run(signs, big, grads(-1.0, 2.0))) == norms(run(bare, big, grads(-1.0, 2.0)))
 
 
+def test_a_watch_behind_a_clip_sees_no_more_than_the_bound():
+    seen = []
+    for tx in (clipped(oc.watch()), chain(oc.watch(), clip(1.0))):
+        state = tx.update(grads(9.0, 9.0), tx.init(PARAMS), PARAMS)[1]
+        seen.append(round(float(oc.metrics(state)["watch/grad_norm"]), 3))
+    assert seen == [1.0, 28.46]
+
+
 @pytest.mark.parametrize("make", [optax.lion, optax.contrib.muon, optax.signum, optax.adam])
 def test_a_clip_before_a_momentum_is_sound(make):
     """After a spike, a clip brings the updates back to those of the run without one."""

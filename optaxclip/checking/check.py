@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from optaxclip.checking.chains import Node, read_chain
 from optaxclip.checking.kinds import Found
 from optaxclip.monitoring.display import code, escape
 from optaxclip.monitoring.findings import Findings
-from optaxclip.validate import is_transformation, show_maker
+from optaxclip.validate import is_maker, is_transformation, show_maker
 
 # In the order of the report. A rule needs no access to the others: one mistake, one function.
 _RULES: dict[str, Callable[[list[Node]], Found]] = {
@@ -89,7 +88,7 @@ def check(tx: optax.GradientTransformation, params: Any) -> tuple[Finding, ...]:
     """
     # A state or a trainer has no closures to read, and would be reported as sound.
     if not is_transformation(tx):
-        got = show_maker(tx) if inspect.isfunction(tx) else type(tx).__name__
+        got = show_maker(tx) if is_maker(tx) else type(tx).__name__
         raise TypeError(f"check: tx must be an optax transformation, got {got}.")
     nodes = read_chain(tx, params)
     # Not guarded: a rule that fails must not pass for a chain that is sound.

@@ -68,8 +68,8 @@ def _show(value: Any) -> str:
     return repr(value)
 
 
-def show_maker(maker: Callable[..., Any]) -> str:
-    """A function in an error where what it makes was asked for: that it has to be called."""
+def show_maker(maker: Any) -> str:
+    """A function in an error, where what it makes was asked for: that it has to be called."""
     return f"the function {maker.__name__}: write {maker.__name__}(...), with parentheses"
 
 

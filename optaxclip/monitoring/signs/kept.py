@@ -19,7 +19,7 @@ def forgetting(run: RecordedRun) -> Iterator[Sign]:
     steps = max(map(len, counters.values()), default=0)
     if steps < ENOUGH or moving or _is_explained(run, counters):
         return
-    name, count = next((name, int(x[0])) for name, x in counters.items() if len(x))
+    name, count = next((name, int(x[0])) for name, x in counters.items())
     yield Sign(
         "state-not-kept",
         f"{name} is {count} at each of {steps} steps: the recorded state never advances, so nothing"
@@ -41,7 +41,7 @@ def _is_explained(run: RecordedRun, counters: dict[str, np.ndarray]) -> bool:
     """Whether counters may stand still though the state is kept."""
     # Rows of several runs side by side are at the same step.
     together = len(np.unique(run.table.get("run", np.zeros(1)))) > 1
-    # Between two steps of an accumulation nothing moves; a dropped state has another norm each.
+    # Within one accumulation the norms stand still, too; where a state is dropped they vary.
     paused = any(x[0] > 0 for x in counters.values()) and len(np.unique(run.norms)) == 1
     # Steps that `optax.apply_if_finite` rejects leave no trace but their losses.
     rejected = len(run.losses) > 0 and not np.isfinite(run.losses).any()
