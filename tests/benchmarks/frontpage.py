@@ -13,7 +13,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tests.benchmarks.reporting import put_into, table
+from tests.benchmarks.reporting import publish, table
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 RATE = 4e-3  # in docs/examples.md the best with a clip
@@ -121,9 +121,7 @@ def main(argv=None) -> None:
     parser.add_argument("--steps", type=int, default=400, help="of the run that is drawn")
     args = parser.parse_args(argv)
     text = cost((ROOT / "docs/performance.md").read_text())
-    print(text)
-    if args.into:
-        put_into(args.into, "cost", text)
+    publish(text, args.into, "cost")
     if args.picture:
         draw(args.picture, args.steps)
 

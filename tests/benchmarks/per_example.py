@@ -17,7 +17,7 @@ import optax
 from flax import linen
 
 import optaxclip
-from tests.benchmarks.reporting import device, put_into, quartiles, race, table
+from tests.benchmarks.reporting import device, publish, quartiles, race, table
 
 
 class Model(NamedTuple):
@@ -191,9 +191,7 @@ def main(argv=None) -> None:
         rows += [[name, count, *row] for row in measured(model, 2 if args.small else args.rounds)]
     head = ["model", "parameters", "step", "speed", "time / no clip", "temporaries, MB"]
     text = f"Measured with {device()}.\n\n{table(head, rows)}"
-    print(text)
-    if args.into:
-        put_into(args.into, "per_example", text)
+    publish(text, args.into, "per_example")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ def device() -> str:
     return f"jax {jax.__version__}, {jax.device_count()} x {jax.default_backend()} ({kind})"
 
 
+def publish(text: str, document: str | None, name: str) -> None:
+    """Prints a text, and puts it into the document, if there is one."""
+    print(text)
+    if document:
+        put_into(document, name, text)
+
+
 def put_into(document: str, name: str, text: str) -> None:
     """Writes a text between the marks of that name in a document."""
     start, end = (mark.format(name) for mark in MARKS)

@@ -71,7 +71,7 @@ def train_step(
 
 
 def account(compiled: jax.stages.Compiled, tree: dict, dtype=jnp.float32) -> tuple[float, float]:
-    """Of a step the bytes moved a parameter, and temporaries relative to the gradients' size."""
+    """Of a step the bytes moved per parameter, and temporaries relative to the gradients' size."""
     count = sum(map(math.prod, tree.values()))
     size = count * jnp.dtype(dtype).itemsize
     return count_bytes(compiled) / count, compiled.memory_analysis().temp_size_in_bytes / size
@@ -135,7 +135,7 @@ def _beside(account: tuple[float, float], bare: tuple[float, float]) -> list[str
 
 
 def _chain_table(rows: list[list[str]]) -> str:
-    return table(["clip", "time", "bytes a parameter", "temporaries / gradients"], rows)
+    return table(["clip", "time", "bytes per parameter", "temporaries / gradients"], rows)
 
 
 def alone(small: bool) -> str:

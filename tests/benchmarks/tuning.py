@@ -16,7 +16,7 @@ import optax
 
 import optaxclip
 from optaxclip.tuning.sweep import cap_diverged
-from tests.benchmarks.reporting import put_into
+from tests.benchmarks.reporting import publish
 from tests.benchmarks.trainings import TRAININGS, Training
 
 VALUES = tuple(float(f"{value:.2g}") for value in np.geomspace(0.01, 1000, 11))
@@ -129,9 +129,7 @@ def main(argv=None):
     text = "\n".join(
         ["All at the largest rate:\n", HEAD, *same, "\nEach at its best rate:\n", HEAD, *own]
     )
-    print(text)
-    if args.into:
-        put_into(args.into, "results", text)
+    publish(text, args.into, "results")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import optax
 
 import optaxclip
 from tests.benchmarks.per_example import CNN, Model, Transformer, model_of
-from tests.benchmarks.reporting import device, put_into, quartiles, table
+from tests.benchmarks.reporting import device, publish, quartiles, table
 
 CLIP = optaxclip.clip_by_global_norm(1.0)
 CHAINS = {
@@ -148,9 +148,7 @@ def main(argv=None) -> None:
     parser.add_argument("--into", help="a document between whose marks the table is put")
     args = parser.parse_args(argv)
     text = race_steps(args.models, 0 if args.small else args.seconds, args.small)
-    print(text)
-    if args.into:
-        put_into(args.into, "watching", text)
+    publish(text, args.into, "watching")
 
 
 if __name__ == "__main__":

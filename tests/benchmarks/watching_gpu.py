@@ -12,7 +12,7 @@ import argparse
 
 from tests.benchmarks.accelerators import compile_case, name_versions
 from tests.benchmarks.accelerators_cases import Case
-from tests.benchmarks.reporting import put_into, table
+from tests.benchmarks.reporting import publish, table
 
 ROWS = {
     "no clip": "no clip",
@@ -36,9 +36,7 @@ def main(argv=None) -> None:
         for name, text in ROWS.items()
     ]
     text = f"{table(['', 'kernels', 'bytes per parameter'], lines)}\n{name_versions('gpu')}.\n"
-    print(text)
-    if args.into:
-        put_into(args.into, "watching gpu", text)
+    publish(text, args.into, "watching gpu")
 
 
 if __name__ == "__main__":
