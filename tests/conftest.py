@@ -16,6 +16,7 @@ os.environ.setdefault("NPROC", "64")
 
 import jax
 import jax.export
+import pytest
 
 # Most of a test's time is XLA's. Programs are compiled without LLVM's optimizations, each as one
 # piece: in parallel pieces it takes twice the CPU time, and CI has two cores. JAX 0.10 has older
@@ -40,6 +41,14 @@ if not hasattr(jax, "enable_x64"):
 def set_promotion(dtypes: str, ranks: str) -> None:
     jax.config.update("jax_numpy_dtype_promotion", dtypes)
     jax.config.update("jax_numpy_rank_promotion", ranks)
+
+
+@pytest.fixture
+def as_users():
+    """JAX's own promotion, as users have it: Optax's transformations promote dtypes and ranks."""
+    set_promotion("standard", "allow")
+    yield
+    set_promotion("strict", "raise")
 
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))

@@ -13,17 +13,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
-from tests import conftest as strict
 
 GRADS = {"b": jnp.ones(2), "w": jnp.ones((3, 2))}
 ADAM = optax.adam(1e-3)
 
 
-@pytest.fixture(autouse=True)
-def _as_users():
-    strict.set_promotion("standard", "allow")
-    yield
-    strict.set_promotion("strict", "raise")
+pytestmark = pytest.mark.usefixtures("as_users")  # transformations of Optax's promote dtypes
 
 
 class Advice(NamedTuple):

@@ -9,16 +9,9 @@ import pytest
 
 import optaxclip as oc
 from optaxclip import norms, scopes, thresholds
-from tests import conftest as strict
 from tests.agree import GRADS, PARAMS, TRANSFORMATIONS
 
-
-@pytest.fixture(autouse=True)
-def _as_users():
-    """Transformations of Optax's promote dtypes."""
-    strict.set_promotion("standard", "allow")
-    yield
-    strict.set_promotion("strict", "raise")
+pytestmark = pytest.mark.usefixtures("as_users")  # transformations of Optax's promote dtypes
 
 
 def run(tx, steps=4):

@@ -19,7 +19,6 @@ import pytest
 from flax import nnx
 
 import optaxclip
-from tests import conftest as strict
 from tests.cases import ADAPTIVE, ROWS
 
 each_row = pytest.mark.parametrize("make", ROWS.values(), ids=ROWS.keys())
@@ -34,12 +33,7 @@ def grads_at(step):
     return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
 
 
-@pytest.fixture(autouse=True)
-def _as_users():
-    """Transformations of Optax's that some rows hold promote dtypes."""
-    strict.set_promotion("standard", "allow")
-    yield
-    strict.set_promotion("strict", "raise")
+pytestmark = pytest.mark.usefixtures("as_users")  # transformations of Optax's promote dtypes
 
 
 def shapes(tree):

@@ -17,9 +17,13 @@ from tests import conftest as strict
 from tests.benchmarks.speed import OPTIMIZERS, account, train_step
 from tests.cases import CASES
 
-pytestmark = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="the compiler of an older JAX reads the gradients twice"
-)
+pytestmark = [
+    pytest.mark.usefixtures("as_users"),  # optimizers promote dtypes
+    pytest.mark.skipif(
+        jax.__version_info__ < (0, 10),
+        reason="the compiler of an older JAX reads the gradients twice",
+    ),
+]
 
 TREE = {
     "embed": (4000, 512),
@@ -41,14 +45,6 @@ CLIPS = {
     "adagc, a leaf": lambda: optaxclip.adagc(),
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-@pytest.fixture(autouse=True)
-def _as_users():
-    """Optimizers promote dtypes."""
-    strict.set_promotion("standard", "allow")
-    yield
-    strict.set_promotion("strict", "raise")
 
 
 def compile_chain(clip, optimizer, dtype):

@@ -18,7 +18,6 @@ import optax
 import pytest
 
 import optaxclip
-from tests import conftest as strict
 
 SOURCE = pathlib.Path(optax.__file__).parent / "transforms" / "_clipping_test.py"
 SHARED = (
@@ -31,14 +30,6 @@ SHARED = (
     "unitwise_clip",
     "unitwise_norm",
 )
-
-
-@pytest.fixture
-def _as_optax():
-    """Optax tests itself under JAX's defaults."""
-    strict.set_promotion("standard", "allow")
-    yield
-    strict.set_promotion("strict", "raise")
 
 
 def counted(calls):
@@ -78,7 +69,7 @@ def test_every_clip_that_optax_has_is_here():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_as_optax")
+@pytest.mark.usefixtures("as_users")
 def test_optax_tests_pass_on_our_clips():
     calls, result = collections.Counter(), unittest.TestResult()
     suite(counted(calls)).run(result)

@@ -12,7 +12,6 @@ import optax
 import pytest
 
 import optaxclip
-from tests import conftest as strict
 
 MODULES = {"optax": optax, "contrib": optax.contrib}
 RATES = {
@@ -86,6 +85,9 @@ PARTS = {
     "split_real_and_imaginary",
     "monitor",
 }
+
+# Optax's optimizers promote dtypes and ranks; our clips, which do not, are tested elsewhere.
+pytestmark = pytest.mark.usefixtures("as_users")
 
 
 def functions():
@@ -217,16 +219,6 @@ def run(tx, clip=None):
         params, state = step(params, state, clip(grads, params, norms) if clip else grads)
         seen.append(params)
     return seen
-
-
-@pytest.fixture(autouse=True)
-def _as_users():
-    """Optax's optimizers promote dtypes and ranks; our clips, which do not, are tested strictly
-    elsewhere.
-    """
-    strict.set_promotion("standard", "allow")
-    yield
-    strict.set_promotion("strict", "raise")
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
-from tests import conftest as strict
 from tests.cases import CASES, ROWS
 
 # One row of each kind: each costs a second of compilation.
@@ -27,12 +26,7 @@ PARAMS = {"kernel": jnp.ones((3, 2)), "bias": jnp.full(2, 0.5)}
 STEPS = 3
 
 
-@pytest.fixture(autouse=True)
-def _as_users():
-    """Transformations of Optax's that some rows hold promote dtypes."""
-    strict.set_promotion("standard", "allow")
-    yield
-    strict.set_promotion("strict", "raise")
+pytestmark = pytest.mark.usefixtures("as_users")  # transformations of Optax's promote dtypes
 
 
 def draw_grads(*batch):

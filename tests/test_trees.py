@@ -13,18 +13,12 @@ from flax import nnx
 
 import optaxclip as oc
 from optaxclip.record import find_nodes, unpack_names
-from tests import conftest as strict
 from tests.cases import ADAPTIVE, CASES, ROWS
 
 each_row = pytest.mark.parametrize("name", ROWS)
 
 
-@pytest.fixture(autouse=True)
-def _as_users():
-    """Transformations of Optax's that some rows hold promote dtypes."""
-    strict.set_promotion("standard", "allow")
-    yield
-    strict.set_promotion("strict", "raise")
+pytestmark = pytest.mark.usefixtures("as_users")  # transformations of Optax's promote dtypes
 
 
 # Their groups are by name, which is the user's to give.
