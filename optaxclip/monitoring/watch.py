@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -120,6 +121,11 @@ def watch(
         numbers = fresh_numbers(norms.dtype, blocks=len(norms), **rooms)
         return numbers, start_candidates(trials, norms.dtype)
 
+    # An update that is not jitted would trace `start` at every step.
+    @functools.lru_cache(maxsize=8)
+    def shapes_of(dtype, size):
+        return jax.eval_shape(start, jax.ShapeDtypeStruct((size,), dtype))
+
     def init_fn(params):
         norms, names = _start(blocks, params)
         return WatchState(
@@ -143,7 +149,7 @@ def watch(
         guard.check(state, updates)
         dtype = state.block_norms.dtype
         now = summarize(norms.astype(dtype), names)
-        numbers, shadows = unpack(state.packed, jax.eval_shape(lambda: start(now.norms)))
+        numbers, shadows = unpack(state.packed, shapes_of(dtype, len(norms)))
         size = None
         if params is not None and reads_params(*trials.values()):
             # Parameters without a gradient do not count, as in a clip.
@@ -153,7 +159,9 @@ def watch(
         over, shadows = try_candidates(trials, now.total, shadows, size, extra_args)
         numbers = _advance(numbers, now, spike_factor, as_tag(tag))._replace(
             trackers=update_trackers(levels, now.total, numbers.trackers),
-            would_clip=numbers.would_clip + over.astype(jnp.int32),
+            would_clip=jnp.where(
+                over, optax.safe_increment(numbers.would_clip), numbers.would_clip
+            ),
         )
         return updates, state._replace(
             packed=pack((numbers, shadows)),
