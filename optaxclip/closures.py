@@ -14,21 +14,12 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from optaxclip.engine import Description
-
 
 def unwrap(fn: Any) -> Any:
     """The Python function inside a compiled one."""
     while hasattr(fn, "__wrapped__") and not isinstance(fn, types.FunctionType):
         fn = fn.__wrapped__
     return fn
-
-
-def find_description(update: Callable) -> Description | None:
-    """How a transformation describes itself, by its update function; None if it is not ours."""
-    update = unwrap(update)
-    # `functools.wraps` copies a description to a foreign wrapper, of which it may not be true.
-    return None if hasattr(update, "__wrapped__") else getattr(update, "description", None)
 
 
 def read_closure(fn: Callable) -> dict[str, Any]:
@@ -50,6 +41,7 @@ def read_closure(fn: Callable) -> dict[str, Any]:
 
 def find_module(fn: Callable) -> str:
     """The module that defines a function."""
+    # Not `__module__`, which `functools.wraps` copies from what is wrapped.
     return getattr(unwrap(fn), "__globals__", {}).get("__name__", "")
 
 

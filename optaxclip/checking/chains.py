@@ -8,7 +8,7 @@ what goes in and comes out cannot be read, so no node inside it feeds one outsid
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip.base import Exclude
-from optaxclip.checking.closures import find_description, find_maker, find_module, read_closure
+from optaxclip.closures import find_maker, find_module, read_closure, unwrap
 from optaxclip.engine import Description
 from optaxclip.trees import flatten_with_paths, is_measured, matcher
 from optaxclip.validate import is_transformation
@@ -103,6 +103,13 @@ def find_shared(a: Node, b: Node) -> tuple[Node, ...]:
     """The holders that two nodes share, outermost first; a node counts as a holder of itself."""
     pairs = zip((*a.holders, a), (*b.holders, b), strict=False)
     return tuple(x for x, _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
+
+
+def find_description(update: Callable) -> Description | None:
+    """How a transformation describes itself, by its update function; None if it is not ours."""
+    update = unwrap(update)
+    # `functools.wraps` copies a description to a foreign wrapper, of which it may not be true.
+    return None if hasattr(update, "__wrapped__") else getattr(update, "description", None)
 
 
 def feeds(a: Node, b: Node) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from optaxclip.checking.chains import Node, read_chain
-from optaxclip.checking.closures import find_maker, read_closure
 from optaxclip.checking.kinds import (
     NORMALISERS,
     STATEFUL,
@@ -15,6 +14,7 @@ from optaxclip.checking.kinds import (
     to_constant,
     to_number,
 )
+from optaxclip.closures import find_maker, read_closure
 
 
 def guard_after_clip(nodes: list[Node]) -> Found:

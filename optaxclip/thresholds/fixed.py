@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import validate
 from optaxclip.base import Norms, Threshold, annotate
+from optaxclip.closures import find_maker, find_module, read_closure
 from optaxclip.thresholds.blocks import Fixed, new_threshold
 
 
@@ -118,10 +118,10 @@ def _is_of_gradients(function: Callable[..., Any]) -> bool:
     """Whether this function is in a clip, or in a step downhill."""
     if not _is_of_optax(function):
         return hasattr(function, "description")  # ours
-    maker = function.__code__.co_qualname.split(".")[0]
+    maker = find_maker(function)
     if maker == "scale":
         # A bound is never negative, a learning rate is until it is added.
-        step = inspect.getclosurevars(function).nonlocals.get("step_size")
+        step = read_closure(function).get("step_size")
         return validate.is_static(step) and step < 0
     return maker.startswith(("clip", "adaptive_grad_clip", "scale_by_learning_rate"))
 
@@ -132,12 +132,12 @@ def _functions_in(function: Any) -> Iterator[Callable[..., Any]]:
         yield function
     # A closure of the user's is none of our affair, and may hold anything.
     if _is_of_optax(function):
-        for inside in jax.tree.leaves(inspect.getclosurevars(function).nonlocals):
+        for inside in jax.tree.leaves(read_closure(function)):
             yield from _functions_in(inside)
 
 
 def _is_of_optax(function: Any) -> bool:
-    return isinstance(function, types.FunctionType) and function.__module__.startswith("optax.")
+    return isinstance(function, types.FunctionType) and find_module(function).startswith("optax.")
 
 
 def _has_moments(tx: optax.GradientTransformation) -> bool:
