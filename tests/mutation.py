@@ -68,7 +68,11 @@ TESTS = {
         EXAMPLES + "an_example_of_weight_two_counts_twice",
         EXAMPLES + "a_loss_may_want_a_batch_of_one",
         EXAMPLES + "gradients_of_any_size",
+        EXAMPLES + "ids_that_are_not_in_the_table",
+        EXAMPLES + "gradients_that_are_integers_are_summed_as_floats",
+        EXAMPLES + "auto_counts_parameters",
         EXAMPLES + "what_cannot_be_is_refused",
+        EXAMPLES + "batch_norm_is_refused",
     ],
 }
 SECONDS = 900

@@ -701,11 +701,29 @@ AUTO = {"ghost": plain, "microbatch": tied}
 def test_auto_counts_parameters(method):
     """A table that is used twice outweighs the layer between: its gradients are formed."""
     loss, params, batch, _ = AUTO[method]()
-    auto, other = (
+    auto, ghost, microbatch = (
         jax.jit(oc.clipped_value_and_grad(loss, 1.0, method=m)).lower(params, batch).as_text()
-        for m in ("auto", method)
+        for m in ("auto", "ghost", "microbatch")
     )
-    assert auto == other
+    assert ghost != microbatch and auto == {"ghost": ghost, "microbatch": microbatch}[method]
+
+
+@pytest.mark.parametrize("where", [{"mode": "clip"}, {"mode": "fill", "fill_value": 0}], ids=str)
+def test_ids_that_are_not_in_the_table(where):
+    def loss(table, ids):
+        return jnp.sum(jnp.sin(table.at[ids].get(**where)))
+
+    table, ids = normal(30, 4), jnp.array([[1, 1, 40], [2, 30, 0]])
+    ghost, microbatch = (
+        oc.clipped_value_and_grad(loss, 0.1, method=method)(table, ids)[1]
+        for method in ("ghost", "microbatch")
+    )
+    np.testing.assert_allclose(ghost, microbatch, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_that_are_integers_are_summed_as_floats():
+    (total,), count = oc.per_example_global_norm_clip([jnp.array([[1], [2]])], 1.0)
+    assert total.dtype == jnp.float32 and total[0] == 2 and count == 1
 
 
 def test_the_benchmark_runs(capsys):
