@@ -81,6 +81,12 @@ def test_thresholds_by_hand():
     assert bounds(oc.thresholds.at_least(optax.scale(2.0), 3.0), n).tolist() == [3, 4]
 
 
+@pytest.mark.parametrize(("floor", "least"), [(0.5, 0.05), (None, np.inf)])
+def test_a_share_of_the_parameters(floor, least):
+    tx, sizes = oc.thresholds.param_relative(0.1, floor), jnp.array([0.0, 2.0])
+    np.testing.assert_allclose(tx.update(sizes, tx.init(sizes), sizes)[0], [least, 0.2])
+
+
 def test_lag_and_its_feeds():
     norms = [1.0, 2.0, 1e6, 1.0, jnp.nan, 1.0]
 
@@ -160,6 +166,7 @@ def test_units_by_layout_and_layer():
     assert norms(oc.scopes.units(...)) == (0, 1, 2)
     assert norms(oc.scopes.units(..., batch_axes=1)) == (1, 2)
     assert norms(oc.scopes.units(axes=-1)) == (2,)
+    assert norms(oc.scopes.units(axes=-3)) == (0,)
     assert norms(oc.scopes.units(axes=(0, 1)), jnp.ones(3)) == (0,)
     assert norms(oc.scopes.units(axes=lambda path: (0, 2))) == (0, 2)
     clipped, _ = oc.clip_by(1.0, scope=oc.scopes.units(batch_axes=1)).update(kernel, None)
@@ -299,6 +306,10 @@ REFUSED = {
         lambda: oc.clip_by(1.0, scope=oc.scopes.units(3)).update(jnp.ones((2, 2)), None),
         "clip_by: the axes 3 do not fit",
     ),
+    "unit from behind": (
+        lambda: oc.clip_by(1.0, scope=oc.scopes.units(-3)).update(jnp.ones((2, 2)), None),
+        "clip_by: the axes -3 do not fit",
+    ),
     "schedule": (
         lambda: oc.clip_by(lambda step: "1").update(ONE, oc.clip_by(lambda step: 1.0).init(ONE)),
         "clip_by: the value of the schedule must be a number from 0",
@@ -323,6 +334,7 @@ def test_what_cannot_be_is_refused_where_it_is_written(call, message):
         *("thresholds.running(-1.0)", "thresholds.previous(0.5)", "thresholds.quantile(2.0)"),
         *("thresholds.zscore(-1.0)", "thresholds.log_zscore(-1.0)", "thresholds.norm_ratio(-1.0)"),
         *("thresholds.window_zscore(-1.0)", "thresholds.percentile(-1.0)", "thresholds.median(-1)"),
+        "thresholds.window_zscore(warmup_steps=0)",
         *("norms.lp(0.5)", "scopes.groups(1)", "scopes.stacked(1)", "actions.band(-1.0)"),
     ],
 )
