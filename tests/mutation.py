@@ -87,6 +87,8 @@ EQUIVALENT = {
     "largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial= -1)": "of |x|",
     'if reduce <= "mean":': "the other choice sorts after it",
     'cut = spike & (target < "threshold")': "the other targets sort before it",
+    "outputs = [get_aval(site.op.eqn.outvars[ -1]) for site in traced.sites]": "there is one",
+    '"conv_general_dilated": (_convolution, 1),': "both operands have one dtype",
     "return jnp.where(seen <= 0, norm, moved)": "a count is not below 0",
 }
 

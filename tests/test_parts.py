@@ -80,6 +80,16 @@ def test_thresholds_by_hand():
     assert bounds(oc.thresholds.at_least(optax.scale(2.0), 3.0), n).tolist() == [3, 4]
 
 
+def test_a_state_made_by_computing_with_norms_moves_as_a_whole():
+    """Which of it is kept per block cannot be known."""
+    last = optax.GradientTransformation(lambda n: n + 1.0, lambda n, state, params=None: (state, n))
+    tx, grads = oc.clip_by(last, scope=oc.scopes.leaf), {"a": jnp.ones(1), "b": 3 * jnp.ones(1)}
+    state = tx.init(grads)
+    for bad, want in ((jnp.nan, [1, 1]), (2.0, [2, 3])):
+        _, state = tx.update({**grads, "a": jnp.array([bad])}, state)
+        np.testing.assert_array_equal(state.threshold, want)
+
+
 def test_a_window_takes_the_largest_floats():
     tx, norm = oc.thresholds.window_zscore(window=3), jnp.full(1, 3e38)
     _, state = tx.update(norm, tx.init(norm))
