@@ -71,9 +71,11 @@ TESTS = {
         EXAMPLES + "the_norm_of_one_ghost_is_that_of_its_gradient",
         EXAMPLES + "gradients_that_are_integers_are_summed_as_floats",
         EXAMPLES + "a_negative_bound_of_examples_counts_as_zero",
+        EXAMPLES + "bounds_of_layers_by_their_sizes",
         EXAMPLES + "auto_counts_parameters",
         EXAMPLES + "what_cannot_be_is_refused",
         EXAMPLES + "batch_norm_is_refused",
+        EXAMPLES + "in_shard_map_each_device_clips_its_own_examples",
     ],
 }
 SECONDS = 900
@@ -89,6 +91,7 @@ EQUIVALENT = {
     'cut = spike & (target < "threshold")': "the other targets sort before it",
     "outputs = [get_aval(site.op.eqn.outvars[ -1]) for site in traced.sites]": "there is one",
     '"conv_general_dilated": (_convolution, 1),': "both operands have one dtype",
+    "return skip_by(inner, watch, unchecked(math.inf), 0, needs_loss=False)": "none is over inf",
     "return jnp.where(seen <= 0, norm, moved)": "a count is not below 0",
 }
 
