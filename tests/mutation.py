@@ -72,6 +72,7 @@ TESTS = {
         EXAMPLES + "gradients_that_are_integers_are_summed_as_floats",
         EXAMPLES + "a_negative_bound_of_examples_counts_as_zero",
         EXAMPLES + "bounds_of_layers_by_their_sizes",
+        EXAMPLES + "keys_shared_arguments_and_what_the_loss_returns_beside",
         EXAMPLES + "auto_counts_parameters",
         EXAMPLES + "what_cannot_be_is_refused",
         EXAMPLES + "batch_norm_is_refused",
@@ -91,6 +92,12 @@ EQUIVALENT = {
     'cut = spike & (target < "threshold")': "the other targets sort before it",
     "outputs = [get_aval(site.op.eqn.outvars[ -1]) for site in traced.sites]": "there is one",
     '"conv_general_dilated": (_convolution, 1),': "both operands have one dtype",
+    "locked_out = (verdict.reason != NONFINITE) * (state.consecutive_skips >= most)": "of booleans",
+    "rest = sorted(used ^ {site.origin.parameter for site in sites})": "sites are of what is used",
+    "dtype = known[ -1].dtype if known else xla.accumulator(leaves.arrays)": "all have one dtype",
+    "return jax.tree.map(lambda a, b: jnp.where(state.over == relearn_after, a, b), fresh, state)": (
+        "a count that grows by 1 and starts again there"
+    ),
     "return skip_by(inner, watch, unchecked(math.inf), 0, needs_loss=False)": "none is over inf",
     "return jnp.where(seen <= 0, norm, moved)": "a count is not below 0",
 }
