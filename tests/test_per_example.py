@@ -639,9 +639,7 @@ BATCH_NORMS = {
 def test_batch_norm_is_refused(method, make):
     loss, params = make()
     step = oc.clipped_value_and_grad(loss, 1.0, has_aux=True, keep_batch_dim=True, method=method)
-    with pytest.raises(
-        ValueError, match=r"^clipped_value_and_grad: the loss failed: \S.*Use GroupNorm"
-    ):
+    with pytest.raises(ValueError, match=r"clipped_value_and_grad: .*Use GroupNorm"):
         step(params, normal(B, 3))
 
 
