@@ -43,6 +43,8 @@ TESTS = {
         EXAMPLES + "gradients_that_are_integers_are_summed_as_floats",
         EXAMPLES + "a_negative_bound_of_examples_counts_as_zero",
         EXAMPLES + "bounds_of_layers_by_their_sizes",
+        EXAMPLES + "a_bad_gamma_is_refused_by_name",
+        EXAMPLES + "the_first_line_of_what_the_loss_says_is_told",
         EXAMPLES + "keys_shared_arguments_and_what_the_loss_returns_beside",
         EXAMPLES + "auto_counts_parameters",
         EXAMPLES + "what_cannot_be_is_refused",
@@ -64,9 +66,8 @@ EQUIVALENT = {
     "locked_out = (verdict.reason != NONFINITE) * (state.consecutive_skips >= most)": "of booleans",
     "rest = sorted(used ^ {site.origin.parameter for site in sites})": "sites are of what is used",
     "dtype = known[ -1].dtype if known else xla.accumulator(leaves.arrays)": "all have one dtype",
-    "return jax.tree.map(lambda a, b: jnp.where(state.over == relearn_after, a, b), fresh, state)": (
-        "counted one by one"
-    ),
+    "return jax.tree.map(lambda a, b: jnp.where(state.over == relearn_after, a, b),"
+    " fresh, state)": "counted one by one",
     "return skip_by(inner, watch, unchecked(math.inf), 0, needs_loss=False)": "none is over inf",
     "return jnp.where(seen <= 0, norm, moved)": "a count is not below 0",
 }

@@ -643,6 +643,14 @@ def test_batch_norm_is_refused(method, make):
         step(params, normal(B, 3))
 
 
+def test_the_first_line_of_what_the_loss_says_is_told():
+    def loss(params, example):
+        raise NameError("unbound axis name: batch\nand more")
+
+    with pytest.raises(ValueError, match=r"the loss failed: unbound axis name: batch \S"):
+        oc.clipped_value_and_grad(loss, 1.0)(jnp.ones(1), jnp.ones((2, 1)))
+
+
 def test_batch_norm_with_fixed_statistics_is_fine():
     net = WithBatchNorm()
     variables = net.init(key(0), normal(1, 3))
@@ -727,15 +735,18 @@ def convolve(image, kernel):
         look_up(4, mode="clip"),
         look_up(1, mode="fill", fill_value=0),
         (lambda table, at: table[at[0], at[1]], normal(9, 8, 2), jnp.array([[[1, 2], [3, 0]]] * 2)),
+        (lambda table, at: table[at], normal(30, 4), jnp.array([[1], [2]])),
         (lambda kernel, x: convolve(x, kernel), normal(3, 2, 2, 5), normal(2, 5, 4, 2, seed=1)),
     ],
-    ids=["ids that the table has not, clipped", "filled", "pairs of ids", "convolution"],
+    ids=["ids that the table has not, clipped", "filled", "pairs of ids", "one id", "convolution"],
 )
 def test_the_norm_of_one_ghost_is_that_of_its_gradient(layer, weights, batch):
+    def loss(weights, example):
+        out = layer(weights, example)
+        return jnp.sum(jnp.sin(out) * jnp.arange(1.0, out.size + 1).reshape(out.shape))
+
     ghost, microbatch = (
-        oc.clipped_value_and_grad(lambda p, x: jnp.sum(jnp.sin(layer(p, x))), 0.1, method=method)(
-            weights, batch
-        )[1]
+        oc.clipped_value_and_grad(loss, 0.1, method=method)(weights, batch)[1]
         for method in ("ghost", "microbatch")
     )
     np.testing.assert_allclose(ghost, microbatch, rtol=1e-4, atol=1e-7)
@@ -745,6 +756,11 @@ def test_a_negative_bound_of_examples_counts_as_zero():
     lengths = jnp.array([0.5, 2.0])
     assert not clip_weights(lengths, -1.0).any()
     assert not normalizing_weights(lengths, -1.0, 0.1).any()
+
+
+def test_a_bad_gamma_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"^per_example_normalize: gamma must"):
+        per_example.per_example_normalize(jnp.ones((1, 1)), gamma=-1.0)
 
 
 def test_bounds_of_layers_by_their_sizes():
