@@ -14,6 +14,7 @@ TESTS = {
         CONTRACT + "a_negative_tracer_acts_as_zero",
     ],
     "engine.py": [
+        FIDELITY + "clippy_and_larc_follow_the_paper",
         "optaxclip/core.py",
         PARTS,
         CONTRACT + "update_without_a_state",
@@ -43,7 +44,7 @@ TESTS = {
         EXAMPLES + "gradients_that_are_integers_are_summed_as_floats",
         EXAMPLES + "a_negative_bound_of_examples_counts_as_zero",
         EXAMPLES + "bounds_of_layers_by_their_sizes",
-        EXAMPLES + "a_bad_gamma_is_refused_by_name",
+        EXAMPLES + "bad_numbers_are_refused_by_name",
         EXAMPLES + "the_first_line_of_what_the_loss_says_is_told",
         EXAMPLES + "keys_shared_arguments_and_what_the_loss_returns_beside",
         EXAMPLES + "auto_counts_parameters",
@@ -69,5 +70,11 @@ EQUIVALENT = {
     "return jax.tree.map(lambda a, b: jnp.where(state.over == relearn_after, a, b),"
     " fresh, state)": "counted one by one",
     "return skip_by(inner, watch, unchecked(math.inf), 0, needs_loss=False)": "none is over inf",
+    "if count <= 1:": "no count is 0 there",
+    "@functools.lru_cache(maxsize= 255)": "only slower",
+    "finite = finite * jnp.isfinite(loss)": "of booleans",
+    "threshold = learned(Statistic( -1.0, lambda norm, value, seen: norm, bound),"
+    " feed=feeds.clipped)": "not read before the first norm",
+    "statistic = Statistic(( -1.0, 0.0), learn, bound)": "the first norm has the weight 1",
     "return jnp.where(seen <= 0, norm, moved)": "a count is not below 0",
 }

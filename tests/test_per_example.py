@@ -758,9 +758,11 @@ def test_a_negative_bound_of_examples_counts_as_zero():
     assert not normalizing_weights(lengths, -1.0, 0.1).any()
 
 
-def test_a_bad_gamma_is_refused_by_name():
+def test_bad_numbers_are_refused_by_name():
     with pytest.raises(ValueError, match=r"^per_example_normalize: gamma must"):
         per_example.per_example_normalize(jnp.ones((1, 1)), gamma=-1.0)
+    with pytest.raises(ValueError, match=r"^per_example_layer_norm_clip: global_l2_norm_clip must"):
+        per_example.per_example_layer_norm_clip(jnp.ones((1, 1)), -1.0)
 
 
 def test_bounds_of_layers_by_their_sizes():
