@@ -44,6 +44,7 @@ TESTS = {
         EXAMPLES + "gradients_that_are_integers_are_summed_as_floats",
         EXAMPLES + "a_negative_bound_of_examples_counts_as_zero",
         EXAMPLES + "bounds_of_layers_by_their_sizes",
+        EXAMPLES + "an_example_of_zeros_weighs_nothing_without_gamma",
         EXAMPLES + "bad_numbers_are_refused_by_name",
         EXAMPLES + "the_first_line_of_what_the_loss_says_is_told",
         EXAMPLES + "keys_shared_arguments_and_what_the_loss_returns_beside",
@@ -70,6 +71,9 @@ EQUIVALENT = {
     "return jax.tree.map(lambda a, b: jnp.where(state.over == relearn_after, a, b),"
     " fresh, state)": "counted one by one",
     "return skip_by(inner, watch, unchecked(math.inf), 0, needs_loss=False)": "none is over inf",
+    "fine = jnp.isfinite(norm) * (statistic.signed | (norm > 0))": "of booleans",
+    '"gather": (_table, 0),': "what is looked up has the dtype of the table",
+    "reason, loss_state = jnp.where(over, NORM, -1), state.loss": "any but those of a skip",
     "if count <= 1:": "no count is 0 there",
     "@functools.lru_cache(maxsize= 255)": "only slower",
     "finite = finite * jnp.isfinite(loss)": "of booleans",

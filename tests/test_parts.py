@@ -98,6 +98,12 @@ def test_a_counter_moves_where_any_block_is_finite(bad):
     assert int(state.threshold.clip_step) == (len(bad) < 2)
 
 
+def test_a_quantile_starts_at_the_first_norm():
+    tx, norm = oc.thresholds.quantile(0.5, 0.2), jnp.array(7.0)
+    _, state = tx.update(norm, tx.init(norm))
+    np.testing.assert_allclose(tx.update(norm, state)[0], 7.0, rtol=1e-6)
+
+
 def test_a_window_takes_the_largest_floats():
     tx, norm = oc.thresholds.window_zscore(window=3), jnp.full(1, 3e38)
     _, state = tx.update(norm, tx.init(norm))
@@ -400,7 +406,8 @@ def test_a_threshold_that_was_not_called_is_refused(name):
 )
 def test_what_is_made_of_a_threshold_that_learns_learns(make):
     assert learns(make(oc.thresholds.zscore()).update)
-    assert not learns(make(2.0).update)
+    # It bounds growth, and looks for no spikes.
+    assert not learns(make(2.0).update) and not learns(make(oc.thresholds.previous()).update)
 
 
 def test_an_example_that_is_not_finite_weighs_nothing():

@@ -721,7 +721,7 @@ def look_up(width, **where):
     def rows(table, ids):
         return table.at[ids].get(**where)
 
-    return rows, normal(30, width), jnp.array([[1, 1, 40], [2, 30, 0]])
+    return rows, normal(30, width), jnp.array([[1, 1, 40, 50], [2, 30, 0, 0]])
 
 
 def convolve(image, kernel):
@@ -736,7 +736,7 @@ def convolve(image, kernel):
         look_up(1, mode="fill", fill_value=0),
         (lambda table, at: table[at[0], at[1]], normal(9, 8, 2), jnp.array([[[1, 2], [3, 0]]] * 2)),
         (lambda table, at: table[at], normal(30, 4), jnp.array([[1], [2]])),
-        (lambda kernel, x: convolve(x, kernel), normal(3, 2, 2, 5), normal(2, 5, 4, 2, seed=1)),
+        (lambda kernel, x: convolve(x, kernel), normal(3, 2, 2, 5), normal(3, 5, 4, 2, seed=1)),
     ],
     ids=["ids that the table has not, clipped", "filled", "pairs of ids", "one id", "convolution"],
 )
@@ -756,6 +756,13 @@ def test_a_negative_bound_of_examples_counts_as_zero():
     lengths = jnp.array([0.5, 2.0])
     assert not clip_weights(lengths, -1.0).any()
     assert not normalizing_weights(lengths, -1.0, 0.1).any()
+
+
+def test_an_example_of_zeros_weighs_nothing_without_gamma():
+    np.testing.assert_array_equal(
+        per_example.per_example_normalize(jnp.array([[0.0, 0.0], [3.0, 4.0]]), gamma=0.0),
+        np.float32([0.6, 0.8]),
+    )
 
 
 def test_bad_numbers_are_refused_by_name():
