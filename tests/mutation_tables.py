@@ -45,6 +45,7 @@ TESTS = {
         EXAMPLES + "a_negative_bound_of_examples_counts_as_zero",
         EXAMPLES + "bounds_of_layers_by_their_sizes",
         EXAMPLES + "an_example_of_zeros_weighs_nothing_without_gamma",
+        "tests/test_parts.py::test_defaults_are_the_papers",
         EXAMPLES + "bad_numbers_are_refused_by_name",
         EXAMPLES + "the_first_line_of_what_the_loss_says_is_told",
         EXAMPLES + "keys_shared_arguments_and_what_the_loss_returns_beside",
