@@ -193,6 +193,7 @@ def test_units_by_layout_and_layer():
 
     assert norms(oc.scopes.units(batch_axes=1)) == (1,)
     assert norms(oc.scopes.units(...)) == (0, 1, 2)
+    assert norms(oc.scopes.units(), jnp.ones((2, 3, 4, 5))) == (0, 1, 2)
     assert norms(oc.scopes.units(..., batch_axes=1)) == (1, 2)
     assert norms(oc.scopes.units(axes=-1)) == (2,)
     assert norms(oc.scopes.units(axes=-3)) == (0,)
@@ -392,6 +393,12 @@ def test_an_error_names_the_part(call):
 def test_a_threshold_that_was_not_called_is_refused(name):
     with pytest.raises(ValueError, match=rf"write {name}\(\.\.\.\), with parentheses"):
         oc.clip_by(getattr(oc.thresholds, name))
+
+
+@pytest.mark.parametrize("name", ["groups", "stacked", "units"])
+def test_a_scope_that_was_not_called_is_refused(name):
+    with pytest.raises(ValueError, match=rf"write {name}\(\.\.\.\), with parentheses"):
+        oc.clip_by(1.0, scope=getattr(oc.scopes, name))
 
 
 @pytest.mark.parametrize(
