@@ -98,6 +98,14 @@ def test_a_counter_moves_where_any_block_is_finite(bad):
     assert int(state.threshold.clip_step) == (len(bad) < 2)
 
 
+def test_a_short_memory_is_free_of_bias():
+    tx = oc.thresholds.running(1.0, 0.4, feed=oc.feeds.raw)
+    state = tx.init(jnp.array(0.0))
+    for norm in (1.0, 3.0, 0.0):  # a zero is not learned
+        bound, state = tx.update(jnp.array(norm), state)
+    np.testing.assert_allclose(bound, (0.4 * 1 + 3) / 1.4, rtol=1e-6)
+
+
 def test_a_quantile_starts_at_the_first_norm():
     tx, norm = oc.thresholds.quantile(0.5, 0.2), jnp.array(7.0)
     _, state = tx.update(norm, tx.init(norm))
