@@ -17,7 +17,7 @@ from optaxclip.xla.layout import Layout, lay_out
 from optaxclip.xla.lengths import counts_of, join_lengths, measure
 from optaxclip.xla.mesh import NOWHERE, Span, call_in_auto_axes, find_span
 from optaxclip.xla.scaling import as_dtype_of, scale, spread
-from optaxclip.xla.widths import accumulator, poison, times, widen
+from optaxclip.xla.widths import accumulator, poison, root, times, widen
 
 __all__ = [
     "NOWHERE",
@@ -32,6 +32,7 @@ __all__ = [
     "lay_out",
     "measure",
     "poison",
+    "root",
     "scale",
     "spread",
     "times",
