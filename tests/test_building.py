@@ -196,8 +196,24 @@ def test_the_state_of_something_else_is_refused(make):
     other = optaxclip.clip_by_leaf_norm(1.0).init({"x": jnp.ones(3)})
     adam = optax.adam(0.1).init(PARAMS)
     for state in (optax.EmptyState(), {}, other, adam, (other, other, other), tx):
-        with pytest.raises(ValueError, match=r"^[\w.]+: [^\n]*init"):
+        with pytest.raises(ValueError, match=r"^[\w.]+: [^\n]*init") as error:
             tx.update(grads_at(0), state, PARAMS)
+        assert "Equinox" not in str(error.value)
+
+
+@each_row
+def test_the_state_of_one_row_is_called_by_its_name(make):
+    """The transformation it is of, as long as that lives; of Optax's always."""
+    tx, other = make(), optaxclip.clip_by_value(0.0, lambda step: 1.0)
+    if (
+        isinstance(tx.init(PARAMS), optaxclip.base.ClipState)
+        and tx.update.description.name == "clip_by_value"
+    ):
+        pytest.skip("the same state")
+    with pytest.raises(ValueError, match=rf"state of ([\w. ]* )?{tx.update.description.name}\b"):
+        other.update(grads_at(0), tx.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"ScaleByAdamState of optax\.scale_by_adam"):
+        other.update(grads_at(0), optax.adam(0.1).init(PARAMS), PARAMS)
 
 
 @each_row
