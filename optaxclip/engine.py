@@ -100,7 +100,11 @@ def build(
 
     def clip(leaves: Leaves, arrays: list[jax.Array], rest: tuple[ClipState, Any, dict[str, Any]]):
         leaves, (state, params, extra_args) = leaves._replace(arrays=arrays), rest
-        layout = _lay_out(about, rule, leaves, axis_names)
+        # What measures nothing has nothing to agree on with other devices, and needs no axis names.
+        span = xla.NOWHERE
+        if rule.measure is not None:
+            span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
+        layout = lay_out(about.scope, leaves.paths, leaves.shapes, span)
         # The dtype of `init`, whose parameters may be wider than the gradients.
         known = jax.tree.leaves(state.metrics.clip_bound)
         dtype = known[0].dtype if known else xla.accumulator(leaves.arrays)
@@ -115,7 +119,7 @@ def build(
         return arrays, ClipState(new, record(state.metrics, done))
 
     annotate(update_fn, description=about)
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -129,7 +133,7 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
         return tx.update(updates, state, None if params is None else like, **extra_args)
 
     annotate(update_fn, description=Description(kind="other", name=call, inner=tx))
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def description_of(tx: optax.GradientTransformation) -> Description:
@@ -164,14 +168,6 @@ def _accept(guard: StateGuard, state: Any, updates: Any) -> ClipState:
 def lay_out(scope: Scope, paths, shapes, span: xla.Span = xla.NOWHERE) -> xla.Layout:
     """The layout of a tree, cut by a scope; kept, as each update without `jit` asks for it."""
     return xla.lay_out(scope.cut(paths, shapes), paths, shapes, span)
-
-
-def _lay_out(about: Description, rule: Rule, leaves: Leaves, axis_names) -> xla.Layout:
-    # What measures nothing has nothing to agree on with other devices, and needs no axis names.
-    span = xla.NOWHERE
-    if rule.measure is not None:
-        span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
-    return lay_out(about.scope, leaves.paths, leaves.shapes, span)
 
 
 def _measure(about: Description, rule: Rule, leaves: Leaves, layout, params, dtype):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip.base import Metrics, Norms
-from optaxclip.trees import pack_names, unpack_names
+from optaxclip.trees import is_variable, pack_names, unpack_names
 
 
 class Step(NamedTuple):
@@ -62,26 +62,15 @@ def record(old: Metrics, step: Step) -> Metrics:
     Nothing is reduced over units here, but where the record is read: on a mesh that would be a
     collective at every step for each of maximum, minimum and sum.
     """
-
     # A bound of a foreign threshold may be wider; a state must keep its dtypes to be carried.
-    def cast(new, old):
-        return jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
-
+    seen = jax.tree.map(lambda new, old: new.astype(old.dtype), step[:4], old[:4])
     # An infinite norm is over every bound, but was not clipped: it counts once, as not finite.
-    def count_clipped(n, over, bad):
-        return _count(n, (over > 0) & ~bad)
-
-    total = _count(old.total_steps, True)
-    if step.norms is None:
-        return old._replace(clip_bound=cast(step.bounds, old.clip_bound), total_steps=total)
+    clipped = jax.tree.map(lambda over, bad: (over > 0) & ~bad, step.over, step.bad)
     return Metrics(
-        grad_norm=cast(step.norms, old.grad_norm),
-        clip_bound=cast(step.bounds, old.clip_bound),
-        clip_factor=cast(step.factors, old.clip_factor),
-        clipped_share=cast(step.over, old.clipped_share),
-        clipped_steps=jax.tree.map(count_clipped, old.clipped_steps, step.over, step.bad),
+        *seen,
+        clipped_steps=jax.tree.map(_count, old.clipped_steps, clipped),
         nonfinite_steps=jax.tree.map(_count, old.nonfinite_steps, step.bad),
-        total_steps=total,
+        total_steps=_count(old.total_steps, True),
         blocks=old.blocks,
     )
 
@@ -91,14 +80,9 @@ def _count(count: jax.Array, one_more) -> jax.Array:
     return jnp.where(one_more, optax.safe_increment(count), count)
 
 
-def _is_variable(x: Any) -> bool:
-    # By its attributes: Flax is no dependency, and has renamed the class.
-    return hasattr(type(x), "get_metadata") or hasattr(x, "raw_value")
-
-
 def to_arrays(tree: Any) -> Any:
     """A tree of arrays, out of the variables that Flax's `nnx.Optimizer` wraps them in."""
-    return jax.tree.map(lambda x: x[...] if _is_variable(x) else x, tree, is_leaf=_is_variable)
+    return jax.tree.map(lambda x: x[...] if is_variable(x) else x, tree, is_leaf=is_variable)
 
 
 def metrics_of(state: Any) -> Metrics:

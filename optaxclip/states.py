@@ -20,13 +20,19 @@ class StateGuard:
     """Refuses a state that `init` of the same transformation would not have made.
 
     Compared are the fields and the shapes of all arrays, not types: a checkpoint library may
-    restore another type with the same fields. A state that was accepted once is not looked into
-    again.
+    restore another type with the same fields. What `init` made, or what was accepted once, is known
+    by its structure and shapes, and not compared again.
     """
 
     def __init__(self, what: str, kind: type, init: Callable[[Any], Any]):
-        self.what, self.kind, self.init = what, kind, init
-        self.accepted: set[Any] = set()
+        self.what, self.kind, self._make = what, kind, init
+        self.known: set[Any] = set()
+
+    def init(self, params: Any) -> Any:
+        """The state of `init`, which the first update need not look into."""
+        state = self._make(params)
+        self.known.add(_outline(state, params))
+        return state
 
     def check(self, state: Any, updates: Any) -> None:
         """Raises ValueError unless the state is one for these updates."""
@@ -37,18 +43,17 @@ class StateGuard:
                 f"{self.what}: this is not the state of a {self.what} but {kind_of(state)}:"
                 f" {_ADVICE}"
             )
-        # The structure, which holds no array alive. To trace `init` at every step would cost more
-        # than the step, where an update is not jitted.
-        key = jax.tree.structure((state, updates))
-        if key not in self.accepted:
+        # To trace `init` would cost more than the step, where an update is not jitted.
+        outline = _outline(state, updates)
+        if outline not in self.known:
             self._compare(state, updates)
-            self.accepted.add(key)
+            self.known.add(outline)
 
     def _compare(self, state: Any, updates: Any) -> None:
         # Shapes, and closed over: `eval_shape` takes no functions or strings as arguments, which an
         # unfiltered model has, and returns none.
         shapes = jax.tree.map(_shape, updates)
-        fresh = jax.eval_shape(lambda: jax.tree.map(_to_array, self.init(shapes)))
+        fresh = jax.eval_shape(lambda: jax.tree.map(_to_array, self._make(shapes)))
         # Names first: "new are ['head/bias']" says more than a shape that differs.
         if hasattr(fresh, "metrics"):
             check_names(self.what, *(unpack_names(x.metrics.blocks) for x in (fresh, state)))
@@ -61,6 +66,12 @@ class StateGuard:
                 f" needs {want.get(wrong[0], 'nothing')}: {_ADVICE} Of an Equinox model initialise"
                 " eqx.filter(model, eqx.is_inexact_array)."
             )
+
+
+def _outline(state: Any, tree: Any) -> tuple[Any, ...]:
+    """A state and its tree without their numbers: what is kept must hold no array alive."""
+    leaves, structure = jax.tree.flatten((state, tree))
+    return structure, *(getattr(leaf, "shape", None) for leaf in leaves)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

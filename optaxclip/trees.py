@@ -22,18 +22,15 @@ class Leaves(NamedTuple):
 
     Attributes:
       paths: one string per leaf, such as `blocks/0/attn/kernel`.
+      shapes: of the leaves.
       arrays: the leaves.
       rebuild: takes new arrays, one per measured leaf, and returns the whole tree.
     """
 
     paths: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     arrays: list[Any]
     rebuild: Callable[[list[Any]], Any]
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of the leaves."""
-        return tuple(x.shape for x in self.arrays)
 
 
 def is_measured(leaf: Any) -> bool:
@@ -43,8 +40,9 @@ def is_measured(leaf: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
-def _is_variable(x: Any) -> bool:
+def is_variable(x: Any) -> bool:
     """Whether `x` is a variable of Flax's nnx, which wraps an array in an attribute."""
+    # By its attributes: Flax is no dependency, and has renamed the class.
     return hasattr(type(x), "get_metadata") and hasattr(type(x), "raw_value")
 
 
@@ -58,17 +56,17 @@ def flatten_with_paths(
     is called `value`, such as attention's, keeps its name.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable)
-    variables = {path for path, node in nodes if _is_variable(node)}
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
+    variables = {path for path, node in nodes if is_variable(node)}
+    if variables:
+        flat = [(_skip_attribute(path, variables), leaf) for path, leaf in flat]
+    return [(path_string(path), leaf) for path, leaf in flat], treedef
 
-    def name(path):
-        # The key after that of a variable is the attribute in which its array lies.
-        for n in range(len(path)) if variables else ():
-            if path[:n] in variables:
-                return path_string(path[:n] + path[n + 1 :])
-        return path_string(path)
 
-    return [(name(path), leaf) for path, leaf in flat], treedef
+def _skip_attribute(path, variables):
+    """A path without the key behind that of a variable: the attribute in which its array lies."""
+    ends = [n for n in range(len(path)) if path[:n] in variables]
+    return path[: ends[0]] + path[ends[0] + 1 :] if ends else path
 
 
 def path_string(key_path) -> str:
@@ -106,7 +104,7 @@ def select(tree: Any, exclude: Exclude = None) -> Leaves:
 
     # Only Python numbers become arrays; the shapes that `eval_shape` passes cannot.
     leaves = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in (flat[i][1] for i in picked)]
-    return Leaves(tuple(picked.values()), leaves, rebuild)
+    return Leaves(tuple(picked.values()), tuple(x.shape for x in leaves), leaves, rebuild)
 
 
 def match_params(leaves: Leaves, params: Any, exclude: Exclude, call: str) -> list[jax.Array]:

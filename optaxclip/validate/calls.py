@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, ParamSpec, TypeVar
 
 from optaxclip.base import annotate
@@ -21,7 +21,7 @@ _CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default=_NOB
 
 
 @contextlib.contextmanager
-def speak_for(call: str) -> Iterator[None]:
+def speak_for(call: str) -> Generator[None, None, None]:
     """Makes errors inside speak of `call`. A context."""
     token = _CALL.set(call)
     try:
