@@ -248,6 +248,7 @@ HOLDERS = {
     ),
     "skip_spikes": lambda: oc.skip_spikes(optax.trace(0.9)),
     "skip_nonfinite": lambda: oc.skip_nonfinite(optax.trace(0.9)),
+    "clip_params": lambda: oc.wrappers.clip_params(oc.clip_by_leaf_norm(1.0)),
     "dynamic_loss_scale": lambda: oc.wrappers.dynamic_loss_scale(optax.trace(0.9), 1.0),
 }
 
