@@ -266,4 +266,5 @@ ROWS: dict[str, Callable[[], Any]] = {
     "clip_by_value": lambda: oc.clip_by_value(-1.0, 2.0),
     "stable_adamw": lambda: oc.stable_adamw(0.1),
     "stable_spam": lambda: oc.stable_spam(0.1),
+    "spectra": lambda: oc.wrappers.spectra(optax.trace(0.9), 0.1),
 }

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip import actions, norms, scopes, thresholds
+from optaxclip import actions, norms, scopes, thresholds, wrappers
 from optaxclip.wrappers import clip_params
 
 RNG = np.random.default_rng(0)
@@ -114,6 +114,36 @@ def test_mucon_clips_the_momentum_of_muon():
     momentum = optax.trace(0.95, nesterov=True)
     tx = optax.chain(momentum, oc.spectral_clip(1.0), optax.scale_by_learning_rate(0.02))
     np.testing.assert_allclose(followed(tx, params, grads), list(leaf(params, grads)), atol=1e-4)
+
+
+def test_spectra_clips_the_updates_of_adam_and_holds_its_product_with_the_rate():
+    """Jiang et al. 2026, with a warm-up of 3 steps; kernels are (in, out)."""
+    rates = np.array([0.0, 0.1, 0.2, 0.3, 0.25, 0.2])
+
+    def soft(u, c):
+        p, s, q = np.linalg.svd(u, full_matrices=False)
+        return p * (s / np.sqrt(1 + (s / c) ** 2)) @ q
+
+    def leaf(w, grads):
+        state, (m, n) = (0 * w, 0 * w, 0), w.shape if w.ndim > 1 else (len(w), 1)
+        for t, g in enumerate(grads):
+            c = 0.7 * (rates[3] / max(rates[t], 1e-10) if t < 3 else 1)
+            step, state = adams(g, state, eps=1e-8)
+            clipped = soft(step.reshape(m, n), c).reshape(w.shape)
+            w = (1 - 0.1 * rates[t]) * w - np.sqrt(max(1, n / m)) * rates[t] * clipped
+            yield w
+
+    params = {"wide": RNG.normal(size=(3, 5)), "tall": RNG.normal(size=(4, 2)), "bias": np.ones(3)}
+    grads = {name: RNG.normal(size=(6, *w.shape)) for name, w in params.items()}
+
+    def rate(step):
+        return jnp.asarray(rates, jnp.float32)[step]
+
+    tx = wrappers.spectra(optax.scale_by_adam(), rate, 0.7, warmup_steps=3)
+    want = {name: np.array(list(leaf(w, grads[name]))) for name, w in params.items()}
+    chex.assert_trees_all_close(followed(tx, params, grads), want, atol=1e-4)
+    with pytest.raises(ValueError, match="max_singular_value must be a number or a schedule, if"):
+        wrappers.spectra(optax.identity(), rate, thresholds.running(2.0), warmup_steps=3)
 
 
 def test_a_cap_on_the_step_as_a_share_of_the_layer():

@@ -65,6 +65,7 @@ def clip_params(clip: optax.GradientTransformation) -> optax.GradientTransformat
 
     def update_fn(updates, state, params=None, **extra_args):
         steps = trees.select(updates)
+        # In float32: the sum of two bfloat16 numbers would lose most of the smaller one.
         own = [xla.widen(w) for w in trees.match_params(steps, params, None, call)]
         ends = [xla.widen(u) + w for u, w in zip(steps.arrays, own, strict=True)]
         clipped, state = clip.update(steps.rebuild(ends), state, params, **extra_args)
