@@ -29,7 +29,7 @@ from optaxclip.base import (
 )
 from optaxclip.record import Step, fresh_metrics, pack_names, record
 from optaxclip.scopes import leaf, tree
-from optaxclip.states import ParamsMemory, StateGuard
+from optaxclip.states import ParamsMemory, StateGuard, init_inside
 from optaxclip.thresholds.blocks import hold, reads_params
 from optaxclip.trees import Leaves, drop_gradientless, match_params, select
 
@@ -125,7 +125,8 @@ def build(
 def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """As `optax.chain`, for a public call that returns the whole, and speaks for it."""
     call, tx = validate.called(), optax.chain(*parts)
-    guard = StateGuard(call, tuple, tx.init)
+    init_fn = functools.partial(init_inside, call, tx)
+    guard = StateGuard(call, tuple, init_fn)
 
     def update_fn(updates, state, params=None, **extra_args):
         like = drop_gradientless(params, updates)

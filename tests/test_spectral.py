@@ -53,7 +53,7 @@ def test_singular_values_are_clipped(method, solver):
         )
         for name, shape in SHAPES.items()
     }
-    updates = clipped(oc.spectral_clip(1.0, method=method, solver=solver, batch_axes=1), grads)
+    updates = clipped(oc.spectral_clip(1.0, method=method, solver=solver, stacked=""), grads)
     for name, stack in grads.items():
         error = np.linalg.norm(updates[name] - decomposed(stack, 1.0, method), 2, axis=(1, 2))
         assert (error < np.maximum(1e-4, 1e-7 * np.linalg.norm(stack, axis=(1, 2)))).all(), name
@@ -100,7 +100,7 @@ def test_stacked_layers_and_kernels():
     rng = np.random.default_rng(0)
     stack, kernel = rng.normal(size=(3, 6, 4)), rng.normal(size=(3, 3, 2, 4))
     grads = {"layers": jnp.asarray(stack, jnp.float32), "conv": jnp.asarray(kernel, jnp.float32)}
-    tx = oc.spectral_clip(1.0, batch_axes=lambda path: 1 if path == "layers" else 0)
+    tx = oc.spectral_clip(1.0, stacked="layers")
     updates = clipped(tx, grads)
     for got, x in zip(updates["layers"], stack, strict=True):
         np.testing.assert_allclose(got, decomposed(x, 1.0, "hard"), atol=1e-4)
@@ -234,11 +234,7 @@ def test_the_derivative_is_finite(method):
 def test_stacked_by_vmap_or_by_axis():
     stack = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 4)), jnp.float32).at[1].mul(1e5)
     mapped = jax.vmap(lambda g: oc.spectral_clip(1.0).update(g, None)[0])(stack)
-    np.testing.assert_allclose(
-        mapped, clipped(oc.spectral_clip(1.0, batch_axes=1), stack), atol=1e-5
-    )
-    with pytest.raises(ValueError, match=r"batch_axes=4, but the leaf .* \(3, 5, 4\)"):
-        oc.spectral_clip(1.0, batch_axes=4).update(stack, None)
+    np.testing.assert_allclose(mapped, clipped(oc.spectral_clip(1.0, stacked=""), stack), atol=1e-5)
 
 
 def test_a_bound_may_follow_the_parameters():
