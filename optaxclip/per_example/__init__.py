@@ -4,6 +4,7 @@ They are formed all at once, a few at a time, or never ("ghost" clipping):
 
     clipped_value_and_grad          as jax.value_and_grad, of a loss of one example
     ghost_parameters                the parameters whose gradients it never forms
+    auto_s, psac                    what may be done about an example, beside `optaxclip.actions`
 
 Of gradients of examples that you already have, such as those of `vmap(grad(loss))`:
 
@@ -14,6 +15,7 @@ Of gradients of examples that you already have, such as those of `vmap(grad(loss
 
 from optaxclip.per_example.clipped_grad import clipped_value_and_grad, ghost_parameters
 from optaxclip.per_example.examples import ClippedExamples
+from optaxclip.per_example.factors import auto_s, psac
 from optaxclip.per_example.transforms import (
     per_example_global_norm_clip,
     per_example_layer_norm_clip,
@@ -22,9 +24,11 @@ from optaxclip.per_example.transforms import (
 
 __all__ = [
     "ClippedExamples",
+    "auto_s",
     "clipped_value_and_grad",
     "ghost_parameters",
     "per_example_global_norm_clip",
     "per_example_layer_norm_clip",
     "per_example_normalize",
+    "psac",
 ]
