@@ -20,8 +20,8 @@ ROOMS = {str(f.relative_to(HOUSE)): f for f in FILES}
 LAYERS = {
     "base": 0, "closures": 0, "compat": 0, "validate": 1, "trees": 2, "states": 3, "xla": 3,
     "norms": 4, "scopes": 4, "actions": 4, "feeds": 4, "thresholds": 5, "record": 5,
-    "engine": 6, "core": 7, "clips": 8, "wrappers": 9, "per_example": 9, "monitoring": 10,
-    "tuning": 11, "checking": 11, "plots": 12,
+    "engine": 6, "core": 7, "clips": 8, "wrappers": 9, "per_example": 9, "aggregation": 9,
+    "monitoring": 10, "tuning": 11, "checking": 11, "plots": 12,
 }  # fmt: skip
 
 
@@ -146,7 +146,8 @@ COMMENTS = {
     "base": 5, "closures": 5, "compat": 5, "validate": 5, "trees": 5, "states": 5, "xla": 5,
     "norms": 5, "scopes": 5,
     "actions": 5, "feeds": 5, "thresholds": 5, "record": 5, "engine": 5, "core": 5, "clips": 5,
-    "wrappers": 5, "per_example": 5, "monitoring": 4, "tuning": 4, "checking": 5, "plots": 4,
+    "wrappers": 5, "per_example": 5, "aggregation": 5, "monitoring": 4,
+    "tuning": 4, "checking": 5, "plots": 4,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 # Where a part lies for the user, `thresholds.zscore`; clips lie at the top.
-_NAMESPACES = ("actions", "feeds", "norms", "scopes", "thresholds")
+_NAMESPACES = ("actions", "aggregation", "feeds", "norms", "scopes", "thresholds")
 _NOBODY = "optaxclip"
 # Not a global: threads may build clips at the same time.
 _CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default=_NOBODY)

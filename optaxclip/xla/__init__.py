@@ -16,7 +16,16 @@ reproduces them.
 
 from optaxclip.xla.layout import Layout, lay_out
 from optaxclip.xla.lengths import counts_of, join_lengths, measure
-from optaxclip.xla.mesh import NOWHERE, Span, call_in_auto_axes, find_span
+from optaxclip.xla.mesh import (
+    NOWHERE,
+    Span,
+    apart,
+    call_in_auto_axes,
+    find_span,
+    is_names,
+    is_shared,
+    vary,
+)
 from optaxclip.xla.scaling import as_dtype_of, scale, spread
 from optaxclip.xla.widths import accumulator, poison, times, widen
 
@@ -25,10 +34,13 @@ __all__ = [
     "Layout",
     "Span",
     "accumulator",
+    "apart",
     "as_dtype_of",
     "call_in_auto_axes",
     "counts_of",
     "find_span",
+    "is_names",
+    "is_shared",
     "join_lengths",
     "lay_out",
     "measure",
@@ -36,5 +48,6 @@ __all__ = [
     "scale",
     "spread",
     "times",
+    "vary",
     "widen",
 ]

@@ -9,8 +9,10 @@ must: otherwise the norm would silently be a local one.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,6 +73,31 @@ class Span(NamedTuple):
 NOWHERE = Span()
 
 
+# Not an argument of every clip: these axes belong to whoever calls a clip, which may be a foreign
+# one.
+_APART: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+    "apart", default=frozenset()
+)
+
+
+@contextlib.contextmanager
+def apart(axes: Sequence[str]) -> Iterator[None]:
+    """Makes each device along `axes` measure its own gradient, whatever types say. A context."""
+    token = _APART.set(_APART.get() | frozenset(axes))
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
+def is_shared(x: jax.Array, axes: Sequence[str]) -> bool:
+    """Whether the type of `x` says that it is the same on all devices along one of `axes`."""
+    # `vmap` and silent types say nothing.
+    if not set(axes) <= set(manual_axes()) or not _types_are_kept():
+        return False
+    return not set(axes) <= varying_axes(x)
+
+
 def _across(x: jax.Array, axes: tuple[str, ...], how: str) -> jax.Array:
     if not axes:
         return x
@@ -118,12 +145,14 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
     Raises:
       ValueError: inside a `shard_map` or `pmap` whose types are silent, if `axis_names` is None.
     """
-    axes = manual_axes()
+    own = _APART.get()
+    axes = tuple(axis for axis in manual_axes() if axis not in own)
     if axis_names is None and not axes:
         return NOWHERE
-    typed = [varying_axes(x) for x in arrays]
+    typed = [varying_axes(x) - own for x in arrays]
     if axis_names is not None:
-        said = [frozenset((n,) if isinstance(n, str) else n) for n in _named(axis_names, paths)]
+        names = _named(axis_names, paths)
+        said = [frozenset((n,) if isinstance(n, str) else n) - own for n in names]
     elif _types_are_kept():
         said = typed
     elif all(lax.axis_size(axis) == 1 for axis in axes):
