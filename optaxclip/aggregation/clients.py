@@ -114,7 +114,7 @@ def aggregate(
         return leaves.rebuild(out), new._replace(clients=_with_axis(new.clients, axes))
 
     annotate(update_fn, description=Description(kind="other", name=call, inner=clip))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def keep_finite(x: jax.Array, other: jax.Array) -> jax.Array:
@@ -193,7 +193,11 @@ def _as_clip(clip: Any) -> optax.GradientTransformationExtraArgs:
 def _check_clients(leaves: Leaves, axes: tuple[str, ...]) -> None:
     """Raises where there are no clients, or they have no gradients of their own."""
     try:
-        shared = [path for path, x in zip(*leaves[:2], strict=True) if xla.is_shared(x, axes)]
+        shared = [
+            path
+            for path, x in zip(leaves.paths, leaves.arrays, strict=True)
+            if xla.is_shared(x, axes)
+        ]
         lax.axis_size(axes)
     except NameError:
         raise ValueError(

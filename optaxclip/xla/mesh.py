@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +81,7 @@ _APART: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def apart(axes: Sequence[str]) -> Iterator[None]:
+def apart(axes: Sequence[str]) -> Generator[None, None, None]:
     """Makes each device along `axes` measure its own gradient, whatever types say. A context."""
     token = _APART.set(_APART.get() | frozenset(axes))
     try:
