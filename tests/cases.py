@@ -52,6 +52,10 @@ def no_bound(norm, state):
     return jnp.full_like(norm, jnp.inf), norm
 
 
+def no_bounds(norms, params):
+    return jax.tree.map(lambda norm: jnp.full_like(norm, jnp.inf), norms)
+
+
 def longest(norm, state):
     state = jnp.maximum(norm, state)
     return state, state
@@ -109,7 +113,7 @@ CASES = [
     ),
     Case(
         "at_most lag",
-        by(lambda b: oc.thresholds.at_most(oc.thresholds.lag(optax.scale(jnp.inf)), b)),
+        by(lambda b: oc.thresholds.at_most(oc.thresholds.lag(optax.stateless(no_bounds)), b)),
         history=True,
     ),
     Case(

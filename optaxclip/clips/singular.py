@@ -26,7 +26,7 @@ from jax import lax
 
 from optaxclip.actions import rescale, smooth
 from optaxclip.norms import l2
-from optaxclip.xla import times
+from optaxclip.xla import root, times
 
 Method = Literal["hard", "soft"]
 Solver = Literal["polar", "svd"]
@@ -72,7 +72,7 @@ def _per(x: jax.Array, unit: jax.Array) -> jax.Array:
 
 def _size(x: jax.Array) -> jax.Array:
     """The Frobenius norm, (..., 1, 1), which no singular value exceeds; for numbers not large."""
-    return l2.finish(jnp.sum(l2.lift(x), axis=(-1, -2), keepdims=True), 1)
+    return root(jnp.sum(l2.lift(x), axis=(-1, -2), keepdims=True))
 
 
 def _polar(x: jax.Array, steps: int) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import validate
+from optaxclip import validate, xla
 from optaxclip.base import Threshold
 from optaxclip.thresholds.learned import Statistic, empty, learned, like
 
@@ -165,7 +165,7 @@ def window_zscore(
         # and its root NaN.
         squares = jnp.sum(jnp.where(known, jnp.square(shares - mean), 0))
         variance = squares / jnp.maximum(count - 1, 1)
-        return (mean + like(z, norm) * jnp.sqrt(variance)) * unit
+        return (mean + like(z, norm) * xla.root(variance)) * unit
 
     steps = max(window // 2, 2) - 1 if warmup_steps is None else warmup_steps
     return learned(Statistic(empty(window), learn, bound, signed), warmup_steps=steps)

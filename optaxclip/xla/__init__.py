@@ -27,7 +27,7 @@ from optaxclip.xla.mesh import (
     vary,
 )
 from optaxclip.xla.scaling import as_dtype_of, scale, spread
-from optaxclip.xla.widths import accumulator, poison, times, widen
+from optaxclip.xla.widths import accumulator, poison, root, times, widen
 
 __all__ = [
     "NOWHERE",
@@ -45,6 +45,7 @@ __all__ = [
     "lay_out",
     "measure",
     "poison",
+    "root",
     "scale",
     "spread",
     "times",
