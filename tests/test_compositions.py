@@ -133,14 +133,19 @@ def test_spectra_clips_the_updates_of_adam_and_holds_its_product_with_the_rate()
             w = (1 - 0.1 * rates[t]) * w - np.sqrt(max(1, n / m)) * rates[t] * clipped
             yield w
 
-    params = {"wide": RNG.normal(size=(3, 5)), "tall": RNG.normal(size=(4, 2)), "bias": np.ones(3)}
+    shapes = {"wide": (3, 5), "tall": (4, 2), "bias": (3,), "layers": (2, 3, 5)}
+    params = {name: RNG.normal(size=shape) for name, shape in shapes.items()}
     grads = {name: RNG.normal(size=(6, *w.shape)) for name, w in params.items()}
 
     def rate(step):
         return jnp.asarray(rates, jnp.float32)[step]
 
-    tx = wrappers.spectra(optax.scale_by_adam(), rate, 0.7, warmup_steps=3)
-    want = {name: np.array(list(leaf(w, grads[name]))) for name, w in params.items()}
+    tx = wrappers.spectra(optax.scale_by_adam(), rate, 0.7, warmup_steps=3, stacked="layers")
+    layers = [list(leaf(w, grads["layers"][:, i])) for i, w in enumerate(params["layers"])]
+    want = {
+        name: np.array(list(leaf(params[name], grads[name]))) for name in ("wide", "tall", "bias")
+    }
+    want["layers"] = np.stack(layers, axis=1)
     chex.assert_trees_all_close(followed(tx, params, grads), want, atol=1e-4)
     with pytest.raises(ValueError, match="max_singular_value must be a number or a schedule, if"):
         wrappers.spectra(optax.identity(), rate, thresholds.running(2.0), warmup_steps=3)

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
 from tests.conftest import AS_USERS
@@ -244,3 +246,46 @@ def test_a_bound_may_follow_the_parameters():
     np.testing.assert_allclose(np.linalg.norm(updates, 2), 4.0, rtol=1e-3)
     with pytest.raises(ValueError, match=r"tx\.update\(grads, state, params\)"):
         tx.update(params, tx.init(params))
+
+
+SPECS = {
+    "both": P("x", "y"),
+    "one": P(None, ("x", "y")),
+    "layers": P(None, "y"),
+    "whole": P(),
+}
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_in_shard_map_matrices_in_parts_are_clipped_as_whole_ones(typed):
+    rng = np.random.default_rng(0)
+    shapes = {"both": (6, 4), "one": (3, 8), "layers": (2, 4, 3), "whole": (5,)}
+    grads = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+    bound = oc.thresholds.running(0.5, feed=oc.feeds.raw)
+
+    alone = oc.spectral_clip(bound, solver="svd", stacked="layers")  # compiles in less time
+    apart = oc.spectral_clip(bound, solver="svd", stacked="layers", specs=SPECS)
+    first = jax.jit(alone.update)
+    _, state = first(grads, alone.init(grads))
+    want = first(grads, state)
+    run = jax.shard_map(
+        apart.update,
+        mesh=Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y")),
+        in_specs=(SPECS, P()),
+        out_specs=(SPECS, P()),
+        check_vma=typed,
+    )
+    got = jax.jit(run)(grads, state)
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(got[0]["both"], grads["both"], atol=0.1)
+
+
+def test_layers_on_several_devices_are_refused():
+    run = jax.shard_map(
+        lambda g: oc.spectral_clip(1.0, stacked="", specs=P("x")).update(g, None)[0],
+        mesh=Mesh(np.array(jax.devices()[:2]), ("x",)),
+        in_specs=P("x"),
+        out_specs=P("x"),
+    )
+    with pytest.raises(ValueError, match=r"specs cut the leaf .* between its layers"):
+        run(jnp.ones((4, 3, 2)))

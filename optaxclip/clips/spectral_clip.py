@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from optaxclip import scopes, validate, xla
 from optaxclip.actions import rescale
 from optaxclip.base import Exclude, Nonfinite, Norms, Stacked, Threshold
 from optaxclip.clips import singular
 from optaxclip.clips.bounds import bound_leaves
+from optaxclip.clips.matrices import as_cuts, find_forms, names_of
 from optaxclip.clips.singular import FEWEST_STEPS, Method, Solver
 from optaxclip.core import decide
 from optaxclip.engine import Description, Rule, build
@@ -31,6 +34,7 @@ def spectral_clip(
     nonfinite: Nonfinite = "propagate",
     axis_names: tuple[()] | None = None,
     stacked: Stacked | None = None,
+    specs: PartitionSpec | Callable[[str], PartitionSpec] | Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the singular values of each leaf: σ ← min(σ, β), or softly σ ← σ / √(1 + σ²/β²).
 
@@ -58,15 +62,21 @@ def spectral_clip(
       axis_names: only (), which says that matrices are whole on each device, inside a `shard_map`
         or `pmap` that cannot know it, or whose types say that they vary; None: whatever the types
         say.
+      stacked: which leaves stack layers, as in `clip_by_leaf_norm`: each layer is a matrix, with a
+        bound of its own. Of the axes that are left, the last is one side of the matrix and all
+        others are the other. Vectors are one column: their singular value is their norm.
+      specs: inside `shard_map`, how leaves are cut: a `PartitionSpec`, a function of the path, or a
+        tree like the updates, as in `in_specs`. Each device gathers a matrix, clips all of it, and
+        keeps its own part. Under plain `jit` any sharding will do, and XLA divides the work: leave
+        it out.
 
     Raises:
-      ValueError: for a bad bound, an unknown method, solver or `nonfinite`, or too few steps; at
-        the update, if `batch_axes` does not fit a leaf, if the threshold needs `params` and they
-        are missing, or if a matrix is spread over devices inside `shard_map`.
+      ValueError: for a bad bound, an unknown method, solver or `nonfinite`, or too few steps; for
+        `stacked` as `scopes.stacked`; at the update, if the threshold needs `params` and they are
+        missing, or if a matrix is spread over devices inside `shard_map` without `specs`.
 
     Deviations: a matrix beyond the reach of `steps` (10⁶ β, in Frobenius norm) is first scaled down
-    to it as a whole. The products are in float32 at least. Matrices must be whole on a device
-    inside `shard_map`; under plain `jit` any sharding will do.
+    to it as a whole. The products are in float32 at least.
 
     References:
       Yukhimchuk et al., `Gradient Clipping Beyond Vector Norms
@@ -86,12 +96,18 @@ def spectral_clip(
     validate.choice(get_args(Solver), solver=solver)
     validate.choice(get_args(Nonfinite), nonfinite=nonfinite)
     _check_arguments(steps, axis_names)
-    # NaN or 0 for a leaf as a whole: a matrix with one NaN has no singular values.
+    cuts = as_cuts(specs)
+    # NaN or 0 for a matrix as a whole: with one NaN it has no singular values.
     bad = math.nan if nonfinite == "propagate" else 0.0
 
+    def matrices(leaves: Leaves, layout: xla.Layout) -> list[jax.Array]:
+        forms = find_forms(leaves, layout, cuts)
+        return [form.read(x) for form, x in zip(forms, leaves.arrays, strict=True)]
+
     def measure(leaves: Leaves, layout: xla.Layout) -> Norms:
-        _check_whole(leaves, layout.span)
-        found = map(singular.largest_singular_values, _matrices(leaves, layout))
+        if specs is None:
+            _check_whole(leaves, layout.span)
+        found = map(singular.largest_singular_values, matrices(leaves, layout))
         norms = [norm.astype(xla.accumulator(leaves.arrays)) for norm in found]
         # By type they may vary over devices, all of which hold the same matrices.
         return layout.span.pool(jnp.concatenate(norms) if norms else jnp.zeros(0), "max")
@@ -99,8 +115,10 @@ def spectral_clip(
     def act(leaves: Leaves, layout: xla.Layout, norms: Norms, bounds: Norms):
         # Its factors are for the record: one factor would shorten all singular values of a matrix.
         step = decide(norms, bounds, rescale, bad)
-        each = zip(_matrices(leaves, layout), xla.spread(step.bounds, layout), strict=True)
-        return _as_leaves([clip_stack(*leaf) for leaf in each], leaves, layout), step
+        each = zip(matrices(leaves, layout), xla.spread(step.bounds, layout), strict=True)
+        clipped = [clip_stack(*leaf) for leaf in each]
+        back = zip(find_forms(leaves, layout, cuts), clipped, leaves.arrays, strict=True)
+        return [form.write(*leaf) for form, *leaf in back], step
 
     def clip_stack(matrices: jax.Array, bounds: jax.Array) -> jax.Array:
         # 13 steps reach 14 · 4⁸ β, about 10⁶ β, at which size float32 rounds to 0.06 β; 20 reach
@@ -113,7 +131,9 @@ def spectral_clip(
 
     scope = scopes.leaf if stacked is None else scopes.stacked(stacked)
     description = Description(scope, None, threshold, exclude=exclude, kind="other")
-    return build(description, Rule(measure, act), axis_names)
+    # The types need not be asked, nor can they be where `shard_map` keeps none.
+    spread = axis_names if specs is None else lambda path: names_of(cuts(path))
+    return build(description, Rule(measure, act), spread)
 
 
 def _check_arguments(steps, axis_names) -> None:
@@ -134,38 +154,8 @@ def _check_whole(leaves: Leaves, span: xla.Span) -> None:
         call = validate.called()
         raise ValueError(
             f"{call}: singular values are those of whole matrices, but inside shard_map these"
-            f" leaves vary over the mesh axes {span.axes}: {spread}. Gather them first"
-            f" (jax.lax.all_gather), or clip outside of shard_map, where any sharding will do. If"
-            f" every device does hold the same whole matrices, as after psum or pmean, say so:"
-            f" {call}(..., axis_names=())."
+            f" leaves vary over the mesh axes {span.axes}: {spread}. Say how they are cut, as in"
+            f" in_specs: {call}(..., specs=...), or clip outside of shard_map, where any sharding"
+            f" will do. If every device does hold the same whole matrices, as after psum or pmean,"
+            f" say so: {call}(..., axis_names=())."
         )
-
-
-def _stack_axes(leaf: int, layout: xla.Layout) -> tuple[int, ...]:
-    """The axes of a leaf that number its layers."""
-    inside = layout.axes_of(leaf)
-    return tuple(axis for axis in range(len(layout.shapes[leaf])) if axis not in inside)
-
-
-def _matrices(leaves: Leaves, layout: xla.Layout) -> list[jax.Array]:
-    """Each leaf as (layers, m, n): the last axis is n, those before m. A vector is a column."""
-
-    def matrices(i: int, x: jax.Array) -> jax.Array:
-        stack = _stack_axes(i, layout)
-        rest = [n for axis, n in enumerate(x.shape) if axis not in stack]
-        m, n = (math.prod(rest[:-1]), rest[-1]) if len(rest) > 1 else (math.prod(rest), 1)
-        x = jnp.moveaxis(xla.widen(x), stack, range(len(stack)))
-        return x.reshape(math.prod(layout.kept(i)), m, n)
-
-    return [matrices(i, x) for i, x in enumerate(leaves.arrays)]
-
-
-def _as_leaves(matrices: list[jax.Array], leaves: Leaves, layout: xla.Layout) -> list[jax.Array]:
-    """The way back from `_matrices`."""
-
-    def leaf(i: int, x: jax.Array) -> jax.Array:
-        stack, shape = _stack_axes(i, layout), layout.shapes[i]
-        moved = layout.kept(i) + tuple(n for axis, n in enumerate(shape) if axis not in stack)
-        return jnp.moveaxis(x.reshape(moved), range(len(stack)), stack)
-
-    return [xla.as_dtype_of(x, leaf(i, matrices[i])) for i, x in enumerate(leaves.arrays)]

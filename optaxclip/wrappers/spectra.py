@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import validate
-from optaxclip.base import Exclude, Threshold
+from optaxclip import scopes, trees, validate
+from optaxclip.base import Exclude, Scope, Stacked, Threshold
+from optaxclip.clips.matrices import as_cuts, find_forms
 from optaxclip.clips.singular import Method
 from optaxclip.clips.spectral_clip import spectral_clip
-from optaxclip.engine import chain
+from optaxclip.engine import chain, lay_out
 
 
 @validate.named
@@ -28,6 +29,7 @@ def spectra(
     method: Method = "soft",
     exclude: Exclude = None,
     axis_names: tuple[()] | None = None,
+    stacked: Stacked | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SPECTRA: w ← (1 - λη)·w - αη·H(u), u the update of an optimizer, H a spectral clip at c.
 
@@ -44,10 +46,10 @@ def spectra(
         what it will be at T: cₜ = c·η_T/ηₜ. So early updates, which the small rate makes harmless,
         are hardly clipped.
       weight_decay, mask: λ, and which leaves decay, as in `optax.add_decayed_weights`.
-      method, exclude, axis_names: as in `spectral_clip`.
+      method, exclude, axis_names, stacked: as in `spectral_clip`.
 
     Raises:
-      ValueError: for a bad `inner`, number or method, or a warm-up of a threshold.
+      ValueError: for a bad `inner`, number, method or `stacked`, or a warm-up of a threshold.
 
     Deviations: vectors are clipped softly like matrices (in the authors' code those up to c are
     left alone). m and n are read off a kernel as Flax has it, the last axis being n; of an
@@ -71,12 +73,13 @@ def spectra(
     # A constant rate has no warm-up, whatever the number of steps.
     if warmup_steps and callable(learning_rate):
         bound = _hold_product(bound, learning_rate, warmup_steps)
+    form = {"method": method, "exclude": exclude, "axis_names": axis_names, "stacked": stacked}
     return chain(
         inner,
         # Before decay and rate: the decay is not clipped, and c is in units of u.
-        spectral_clip(bound, method=method, exclude=exclude, axis_names=axis_names),
+        spectral_clip(bound, **form),
         # After the clip, which would cut α off with the rest.
-        optax.stateless_with_tree_map(_scale_by_shape),
+        _scale_by_shape(scopes.leaf if stacked is None else scopes.stacked(stacked), exclude),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -97,9 +100,18 @@ def _hold_product(bound: Any, rate: optax.Schedule, steps: int) -> optax.Schedul
     return at
 
 
-def _scale_by_shape(update: Any, _: Any) -> Any:
-    """A kernel times √max(1, n/m), for n features out of m."""
-    if update.ndim < 2:
-        return update
-    m, n = math.prod(update.shape[:-1]), update.shape[-1]
-    return update * math.sqrt(max(1.0, n / max(m, 1)))
+def _scale_by_shape(scope: Scope, exclude: Exclude) -> optax.GradientTransformation:
+    """Each kernel times √max(1, n/m), for n features out of m."""
+
+    def factor(shape: tuple[int, int]) -> float:
+        m, n = shape
+        return math.sqrt(max(1.0, n / max(m, 1)))
+
+    def update(updates, _):
+        leaves = trees.select(updates, exclude)
+        layout = lay_out(scope, leaves.paths, leaves.shapes)
+        forms = find_forms(leaves, layout, as_cuts(None))
+        each = zip(leaves.arrays, forms, strict=True)
+        return leaves.rebuild([x * factor(form.sides(form.shape)) for x, form in each])
+
+    return optax.stateless(update)
