@@ -21,20 +21,26 @@ class StateGuard:
     """Refuses a state that `init` of the same transformation would not have made.
 
     Compared are the fields and the shapes of all arrays, not types: a checkpoint library may
-    restore another type with the same fields. A state that was accepted once is not looked into
-    again.
+    restore another type with the same fields. What `init` made, or what was accepted once, is known
+    by its structure and shapes, and not compared again.
     """
 
     # All of them, as a state says not of which it is. Weak: a guard holds on to its transformation.
     alive: ClassVar[weakref.WeakSet[StateGuard]] = weakref.WeakSet()
 
     def __init__(self, what: str, kind: type, init: Callable[[Any], Any]):
-        self.what, self.fields, self.init = what, getattr(kind, "_fields", ()), init
-        self.accepted: set[Any] = set()
+        self.what, self.fields, self._make = what, getattr(kind, "_fields", ()), init
+        self.known: set[Any] = set()
         # The parts of this one speak under its name, too; their states are none of it.
         parts = [x for x in self.alive if x.what == what and x.fields != self.fields]
         self.alive.difference_update(parts)
         self.alive.add(self)
+
+    def init(self, params: Any) -> Any:
+        """The state of `init`, which the first update need not look into."""
+        state = self._make(params)
+        self.known.add(_outline(state, params))
+        return state
 
     def check(self, state: Any, updates: Any) -> None:
         """Raises ValueError unless the state is one for these updates."""
@@ -43,22 +49,17 @@ class StateGuard:
         if not all(hasattr(state, field) for field in self.fields):
             but = f"this is not a state of {self.what} but {kind_of(state)}"
             raise self._refuse(but, state, updates)
-        # The structure, which holds no array alive. To trace `init` at every step would cost more
-        # than the step, where an update is not jitted.
-        key = jax.tree.structure((state, updates))
-        if key not in self.accepted:
+        # To trace `init` would cost more than the step, where an update is not jitted.
+        outline = _outline(state, updates)
+        if outline not in self.known:
             self._compare(state, updates)
-            self.accepted.add(key)
+            self.known.add(outline)
 
-    def _fresh(self, updates: Any) -> Any:
-        """The shapes of what `init` makes of these updates."""
+    def _compare(self, state: Any, updates: Any) -> None:
         # Shapes, and closed over: `eval_shape` takes no functions or strings as arguments, which an
         # unfiltered model has, and returns none.
         shapes = jax.tree.map(_shape, updates)
-        return jax.eval_shape(lambda: jax.tree.map(_to_array, self.init(shapes)))
-
-    def _compare(self, state: Any, updates: Any) -> None:
-        fresh = self._fresh(updates)
+        fresh = jax.eval_shape(lambda: jax.tree.map(_to_array, self._make(shapes)))
         # Names first: "new are ['head/bias']" says more than a shape that differs.
         if hasattr(fresh, "metrics"):
             new, known = (unpack_names(x.metrics.blocks) for x in (fresh, state))
@@ -77,7 +78,8 @@ class StateGuard:
 
     def _refuse(self, but: str, state: Any, updates: Any) -> ValueError:
         """The error for a foreign state, with what it looks like and what to do about it."""
-        makers = {guard.what for guard in list(self.alive) if guard._would_make(state, updates)}
+        outline = _outline(state, updates)
+        makers = {guard.what for guard in list(self.alive) if outline in guard.known}
         if makers == {self.what}:
             but = f"{but}. It is that of another {self.what}, with other arguments"
         elif makers:
@@ -87,12 +89,11 @@ class StateGuard:
             advice = f"{advice} Of an Equinox model initialise {_FILTER}."
         return ValueError(f"{self.what}: {but}: {advice}")
 
-    def _would_make(self, state: Any, updates: Any) -> bool:
-        """Whether a state is as `init` of this transformation makes it of these updates."""
-        try:
-            return _shapes(self._fresh(updates)) == _shapes(state)
-        except Exception:  # of a tree that this one does not take
-            return False
+
+def _outline(state: Any, tree: Any) -> tuple[Any, ...]:
+    """A state and its tree without their numbers: what is kept must hold no array alive."""
+    leaves, structure = jax.tree.flatten((state, tree))
+    return structure, *(getattr(leaf, "shape", None) for leaf in leaves)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -318,6 +318,13 @@ ADVICE = {
             oc.spectral_clip(1.0, axis_names=()), in_specs=P("data"), out_specs=P("data")
         ),
     ),
+    "matrices in parts, with specs": Advice(
+        lambda: in_shard_map(oc.spectral_clip(1.0), in_specs=P("data"), out_specs=P("data")),
+        "spectral_clip(..., specs=...)",
+        lambda: in_shard_map(
+            oc.spectral_clip(1.0, specs=P("data")), in_specs=P("data"), out_specs=P("data")
+        ),
+    ),
     # Of examples.
     "a method": Advice(
         lambda: mean_and_norms(method="fast"),

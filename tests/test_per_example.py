@@ -254,7 +254,9 @@ def test_which_parameters_are_ghosts(make):
 def test_normalized_instead_of_clipped(way):
     loss, params, batch, _ = plain()
     want, _ = oracle(loss, params, batch, 0.5, gamma=0.01)
-    _, grads = jax.jit(oc.clipped_value_and_grad(loss, 0.5, gamma=0.01, **way))(params, batch)
+    _, grads = jax.jit(oc.clipped_value_and_grad(loss, 0.5, action=per_example.auto_s(), **way))(
+        params, batch
+    )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), grads, want)
 
 
@@ -340,7 +342,9 @@ def test_without_jit(method):
         return jnp.sum(jnp.square(jnp.matmul(x, p["w"]) + p["b"]))
 
     params = {"w": normal(3, 2), "b": jnp.ones(2)}
-    step = oc.clipped_value_and_grad(loss, np.float32(1), gamma=0.1, method=method)
+    step = oc.clipped_value_and_grad(
+        loss, np.float32(1), action=per_example.auto_s(0.1), method=method
+    )
     (_, examples), grads = step(params, normal(B, 3))
     assert examples.clipped == B
     assert 0.1 < optax.tree.norm(grads) <= 1
@@ -659,7 +663,7 @@ REFUSED = {
     "reduce": ({"reduce": "none"}, {}, "reduce must be one of 'mean', 'sum'"),
     "bound": ({"max_norm": -1.0}, {}, "max_norm must be a number from 0"),
     "bounds": ({"max_norm": jnp.ones(2)}, {}, "max_norm must be one number"),
-    "gamma": ({"gamma": -0.1}, {}, "gamma must be a number from 0"),
+    "action": ({"action": per_example.auto_s}, {}, "action must be .* write auto_s"),
     "microbatch": ({"microbatch_size": 0}, {}, "microbatch_size must be a whole number"),
     "sizes": (
         {},

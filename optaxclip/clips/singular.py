@@ -159,8 +159,8 @@ def clip_matrices(
 
 
 @jax.jit
-def largest_singular_value(x: jax.Array) -> jax.Array:
-    """Of (batch, m, n) matrices the largest of all, by power iteration from fixed random numbers.
+def largest_singular_values(x: jax.Array) -> jax.Array:
+    """Of each of (batch, m, n) matrices, (batch,), by power iteration from fixed random numbers.
 
     From the longest row it would stay there if that row were orthogonal to many shorter ones that
     are alike.
@@ -180,4 +180,4 @@ def largest_singular_value(x: jax.Array) -> jax.Array:
     found = jnp.minimum(
         _size(_dot(scaled, lax.stop_gradient(v))) * entry, jnp.finfo(entry.dtype).max
     )
-    return jnp.max(jnp.where(jnp.isfinite(entry), found, entry), initial=0)
+    return jnp.where(jnp.isfinite(entry), found, entry)[:, 0, 0]

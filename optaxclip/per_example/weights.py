@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from optaxclip import scopes, xla
-from optaxclip.actions import rescale
+from optaxclip.base import Action
 from optaxclip.norms import l2
 
 _EXAMPLES = scopes.units(..., batch_axes=1)
@@ -63,19 +63,13 @@ def _lay_out(paths, shapes) -> xla.Layout:
     return xla.lay_out(_EXAMPLES.cut(paths, shapes), paths, shapes)
 
 
-def clip_weights(norms: jax.Array, bound: ArrayLike) -> jax.Array:
-    """min(1, bound / norm); 0 for an example that is not finite. A negative bound counts as 0."""
+def weigh(action: Action, norms: jax.Array, bounds: ArrayLike) -> jax.Array:
+    """The factors of an action; 0 for what is not finite. A negative bound counts as 0."""
     finite = jnp.isfinite(norms)
-    bounds = jnp.broadcast_to(jnp.asarray(bound).astype(norms.dtype), norms.shape)
-    return jnp.where(finite, rescale(jnp.where(finite, norms, 0), jnp.maximum(bounds, 0)), 0)
-
-
-def normalizing_weights(norms: jax.Array, bound: ArrayLike, gamma: ArrayLike) -> jax.Array:
-    """`bound / (norm + γ)`; 0 for an example that is not finite, or is all zeros."""
-    some = jnp.isfinite(norms) & (norms > 0)
-    longer = norms + jnp.asarray(gamma).astype(norms.dtype)
-    bound = jnp.maximum(jnp.asarray(bound).astype(norms.dtype), 0)
-    return jnp.where(some, bound / jnp.where(some, longer, 1), 0)
+    bounds = jnp.broadcast_to(jnp.asarray(bounds).astype(norms.dtype), norms.shape)
+    # Actions never see NaN: its derivative is NaN, even where the factor itself is replaced.
+    factors = action(jnp.where(finite, norms, 0), jnp.maximum(bounds, 0))
+    return jnp.where(finite, factors.astype(norms.dtype), 0)
 
 
 def align(weights: jax.Array, x: jax.Array) -> jax.Array:

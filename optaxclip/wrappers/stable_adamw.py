@@ -86,7 +86,7 @@ def scale_by_stable_rms(
         return clipped, StableRmsState(new, record)
 
     annotate(update_fn, description=description_of(clip)._replace(inner=inner))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _shares(call: str, updates: Any, state: optax.OptState, b2: ArrayLike, eps: ArrayLike) -> Any:
