@@ -102,7 +102,7 @@ ADVICE = {
     ),
     "another scope": Advice(
         lambda: oc.zclip().update(GRADS, oc.zclip(scope=oc.scopes.leaf).init(GRADS)),
-        "Initialise with tx.init(params) of this clip",
+        "initialise with state = tx.init(params), and keep what update returns",
         lambda: run(oc.zclip()),
     ),
     "a model with functions": Advice(

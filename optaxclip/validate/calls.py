@@ -62,7 +62,8 @@ def _show(value: Any) -> str:
         return show_maker(value)
     # The `repr` of a transformation is two addresses.
     update = getattr(value, "update", None)
-    if callable(update) and hasattr(update, "__qualname__"):
+    # A dict, too, has an `update`.
+    if hasattr(value, "init") and hasattr(update, "__qualname__"):
         described = getattr(getattr(update, "description", None), "name", "")
         return f"a transformation of {described or update.__qualname__.split('.')[0]}"
     return repr(value)
