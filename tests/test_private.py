@@ -263,10 +263,17 @@ def test_an_example_that_is_not_finite_takes_its_user_along_and_no_other():
     np.testing.assert_allclose(flat(total), flat(want), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("users", [np.zeros(3, int), np.zeros(B), np.zeros((B, 1), int)])
-def test_users_that_are_none_are_refused(users):
-    with pytest.raises(ValueError, match="group_by_user: users must be 8 integers"):
-        per_example.group_by_user(batch(), users, max_examples=2)
+WRONG_USERS = {
+    "shape": (np.zeros(3, int), "8 integers, one per example"),
+    "dtype": (np.zeros(B), "8 integers, one per example"),
+    "64 bits": (2**40 + np.arange(B), "integers of 32 bits: write np.unique"),
+}
+
+
+@pytest.mark.parametrize(("users", "message"), WRONG_USERS.values(), ids=WRONG_USERS)
+def test_users_that_are_none_are_refused(users, message):
+    with pytest.raises(ValueError, match=f"group_by_user: users must be {message}"):
+        per_example.group_by_user(np.arange(B), users, max_examples=2)
 
 
 def andrew(norms, weights, draws, start, q=0.6, rate=0.3, size=5.0, sigma=0.7):

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import validate
 from optaxclip.base import Blocks, Scope
-from optaxclip.scopes.leaves import as_scope, tree
+from optaxclip.scopes.leaves import tree
 from optaxclip.thresholds.by_name import each_by_name
 from optaxclip.trees import select
 
@@ -25,7 +25,7 @@ def cut_parameters(scope: Scope, params: Any) -> Blocks:
     leaves = select(params)
     if not leaves.arrays:
         return tree.cut((), ())
-    blocks = as_scope(scope).cut(leaves.paths, [jnp.shape(x) for x in leaves.arrays])
+    blocks = scope.cut(leaves.paths, [jnp.shape(x) for x in leaves.arrays])
     # Ghost clipping finds the norm of the gradient of a whole parameter, and not of its units.
     if blocks.axes is not None:
         raise validate.fail("scope must be scopes.tree, scopes.leaf or scopes.groups(...)", scope)

@@ -25,6 +25,7 @@ from optaxclip.per_example.losses import (
 )
 from optaxclip.per_example.microbatches import scan_microbatches
 from optaxclip.per_example.weights import weigh
+from optaxclip.scopes.leaves import as_scope
 from optaxclip.trees import select
 
 Method = Literal["auto", "ghost", "microbatch"]
@@ -98,10 +99,10 @@ def clipped_value_and_grad(
 
       One example, added or removed, moves the sum of the gradients (`reduce="sum"`) by
       max_norm · wᵢ at most: so private training adds noise in proportion to max_norm to that sum.
-      With several blocks max_norm here is √Σₖ max_normₖ². This holds for every action by which no
-      block gets longer than its bound, `actions.keep` and such of your own excepted.
       With Poisson samples, divide it by the *expected* batch size: the size of a sample, which
-      `reduce="mean"` divides by, is not private.
+      `reduce="mean"` divides by, is not private. With several blocks max_norm here is √Σₖ
+      max_normₖ². All of this is so for actions that make no block longer than its bound, as all of
+      ours but `actions.keep`.
 
       Inside `shard_map` each device clips its own examples, and returns their losses and gradients:
       pool them with `psum` or `pmean`, also where JAX would do so by itself for an unclipped loss.
@@ -157,7 +158,7 @@ def clipped_value_and_grad(
     validate.choice(("mean", "sum"), reduce=reduce)
     validate.flag(has_aux=has_aux, keep_batch_dim=keep_batch_dim, keep_unclipped=keep_unclipped)
     check_bounds(max_norm)
-    action = as_action(action)
+    scope, action = as_scope(scope), as_action(action)
     if microbatch_size is not None:
         validate.size(microbatch_size=microbatch_size)
     pair = as_pair(loss, has_aux, keep_batch_dim)

@@ -24,8 +24,8 @@ from optaxclip.per_example.sites import Site, find_sites
 from optaxclip.per_example.walk import Program, flatten, get_aval
 from optaxclip.per_example.weights import (
     align,
+    block_norms,
     drop_unweighted,
-    example_norms,
     weighted_sum,
 )
 from optaxclip.trees import is_measured, select
@@ -167,10 +167,8 @@ def by_ghost(
     each = jax.vmap(jax.value_and_grad(probed, argnums=(0, 1), has_aux=True), (None, None, 0))
     (losses, (aux, operands)), (grads, dys) = each([leaves[i] for i in traced.rest], probes, batch)
     formed = dict(zip(traced.rest, grads, strict=True))
-    at_sites = {
-        site.origin.parameter: (site, seen, dy)
-        for site, seen, dy in zip(traced.sites, operands, dys, strict=True)
-    }
+    places = [site.origin.parameter for site in traced.sites]
+    at_sites = dict(zip(places, zip(traced.sites, operands, dys, strict=True), strict=True))
 
     def sums(weights):
         # Zeros for parameters that the loss does not use: they have neither a site nor a gradient.
@@ -194,23 +192,17 @@ def _norms_by_block(
     losses: jax.Array,
 ) -> jax.Array:
     """(B, K): the norms of gradients that were formed and of those at sites, by parameter."""
-
-    def norms(block):
-        own = [i for i, its in enumerate(blocks.index) if its == block]
-        grown = [i for i in own if i in formed]
-        sites = [lengths[i] for i in own if i in lengths]
-        return _join_norms([paths[i] for i in grown], [formed[i] for i in grown], sites, losses)
-
-    columns = list(map(norms, range(count_blocks(blocks))))
-    wide = accumulator(columns)
-    return jnp.stack([x.astype(wide) for x in columns], axis=1)
+    count, index = count_blocks(blocks), blocks.index
+    parts = [(paths[i], x, index[i]) for i, x in formed.items()]
+    for block in {index[i] for i in lengths}:
+        parts.append(("sites", _stack([x for i, x in lengths.items() if index[i] == block]), block))
+    if not parts:
+        return jnp.zeros((losses.size, count), widen(losses).dtype)
+    names, arrays, owners = zip(*parts, strict=True)
+    return block_norms(arrays, names, owners, count)
 
 
-def _join_norms(paths: list[str], grads: list[jax.Array], lengths: list[jax.Array], losses):
-    """The norm of each example over one block; 0 where nothing in it has a gradient."""
-    if lengths:
-        # To stack them, one dtype; as one more array, whose length is that of all sites together.
-        wide = accumulator(lengths)
-        paths = [*paths, "sites"]
-        grads = [*grads, jnp.stack([n.astype(wide) for n in lengths], axis=1)]
-    return example_norms(grads, paths) if grads else jnp.zeros_like(widen(losses))
+def _stack(lengths: list[jax.Array]) -> jax.Array:
+    """(B, S): the norms at S sites as one more array, whose length is that of all of them."""
+    wide = accumulator(lengths)
+    return jnp.stack([n.astype(wide) for n in lengths], axis=1)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optaxclip import validate
@@ -46,18 +47,26 @@ def group_by_user(
     """
     size = count_examples(batch)
     validate.size(max_examples=max_examples, max_users=size if max_users is None else max_users)
-    users = jnp.asarray(users)
-    if users.shape != (size,) or not jnp.issubdtype(users.dtype, jnp.integer):
-        raise validate.fail(
-            f"users must be {size} integers, one per example",
-            f"{users.dtype} of shape {users.shape}",
-        )
-    table = _place(users, size if max_users is None else max_users, max_examples)
+    table = _place(_as_numbers(users, size), size if max_users is None else max_users, max_examples)
     present = table >= 0
     # Not zeros: a loss may have no gradient there, and NaN times 0 is NaN. A user's own example is
     # as fine as the user is.
     source = jnp.where(present, table, jnp.maximum(table[:, :1], 0))
     return jax.tree.map(lambda x: jnp.asarray(x)[source], batch), present
+
+
+def _as_numbers(users: Any, size: int) -> jax.Array:
+    """The users as an array of integers that JAX has."""
+    users = users if isinstance(users, jax.Array) else np.asarray(users)
+    if users.shape != (size,) or not jnp.issubdtype(users.dtype, jnp.integer):
+        got = f"{users.dtype} of shape {users.shape}"
+        raise validate.fail(f"users must be {size} integers, one per example", got)
+    # JAX would cut them to 32 bits in silence: two users would be one, or padding.
+    kept = np.iinfo(jnp.result_type(users))
+    if isinstance(users, np.ndarray) and not (kept.min <= users.min() <= users.max() <= kept.max):
+        must = "users must be integers of 32 bits: write np.unique(users, return_inverse=True)[1]"
+        raise validate.fail(must, f"numbers from {users.min()} to {users.max()}")
+    return jnp.asarray(users)
 
 
 def _place(users: jax.Array, rows: int, columns: int) -> jax.Array:
