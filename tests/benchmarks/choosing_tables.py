@@ -4,6 +4,7 @@ A score is a mean over seeds. It is compared with that of the global norm at its
 seed: both runs have the same start and the same batches.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,18 +99,17 @@ def total(name: str, judged: list[tuple[Judged, Judged, float]]) -> list[str]:
     return [*cells, f"{lost} of {sum(own.all.size for own, *_ in judged)}"]
 
 
-def report(tasks, numbers: dict[str, str], lines: list[dict[str, Any]]) -> str:
+def report(tasks, numbers: dict[str, str], lines: list[dict[str, Any]]) -> tuple[str, str]:
     """The summary, and two tables for each task; `numbers` says what is tuned of each method."""
     judged = {
         (line["task"], line["method"]): judge(line, tasks[line["task"]].failed) for line in lines
     }
     text, totals = [], {line["method"]: [] for line in lines}
-    for name, task in tasks.items():
-        for kind, title in KINDS.items():
-            rows, norm = [], judged[name, REFERENCE][kind]
-            for line in (line for line in lines if line["task"] == name):
-                own = judged[name, line["method"]][kind]
-                rows.append(row(line, numbers[line["method"]], own, norm, task.failed))
-                totals[line["method"]].append((own, norm, task.failed))
-            text.append(f"### {task.name.split(', bad')[0]}, {title}\n\n{table(HEAD, rows)}")
-    return "\n".join([table(TOTALS, [total(*item) for item in totals.items()]), *text])
+    for (name, task), (kind, title) in itertools.product(tasks.items(), KINDS.items()):
+        rows, norm = [], judged[name, REFERENCE][kind]
+        for line in (line for line in lines if line["task"] == name):
+            own = judged[name, line["method"]][kind]
+            rows.append(row(line, numbers[line["method"]], own, norm, task.failed))
+            totals[line["method"]].append((own, norm, task.failed))
+        text.append(f"### {task.name.split(', bad')[0]}, {title}\n\n{table(HEAD, rows)}")
+    return table(TOTALS, [total(*item) for item in totals.items()]), "\n".join(text)
