@@ -119,6 +119,24 @@ def test_bounds_by_block_are_as_each_block_by_itself(name, method):
     np.testing.assert_allclose(flat(as_array), flat(total), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scope", [scopes.leaf, scopes.groups()], ids=["leaf", "module"])
+def test_blocks_of_leaves_alike_and_of_any_size(scope):
+    """Leaves alike are measured together, and each norm still goes to its own block."""
+    sizes = np.float32([1.0, 1e-30, 0.0, 1e20, 3.0])
+    params = {"h": [{"b": jnp.zeros(()), "w": jnp.zeros(3)} for _ in sizes]}
+
+    def linear(p, x):
+        return sum(c * (h["b"] * x[0] + h["w"] @ x) for c, h in zip(sizes, p["h"], strict=True))
+
+    x = np.array([[1.0, 2.0, 2.0], [3.0, 0.0, 4.0]])
+    both = np.stack([x[:, 0], np.linalg.norm(x, axis=1)], axis=1)  # of b and w
+    each = both if scope is scopes.leaf else np.linalg.norm(both, axis=1, keepdims=True)
+    want = np.concatenate([c * each for c in np.float64(sizes)], axis=1)
+    step = oc.clipped_value_and_grad(linear, 1.0, scope=scope, method="microbatch")
+    (_, seen), _ = jax.jit(step)(params, jnp.float32(x))
+    np.testing.assert_allclose(seen.norms, want, rtol=1e-6)
+
+
 def test_an_example_that_is_not_finite_in_one_block_is_left_out_of_all():
     bad = batch().at[2].set(jnp.nan)
     seen, total = summed(bad, 0.5, scope=scopes.leaf)
@@ -431,8 +449,8 @@ def test_error_feedback_keeps_its_state_over_a_bad_step_and_its_dtypes():
         tx.update(grads, state)
 
 
-def test_chunks_in_a_scan_and_one_noise_are_the_whole_batch_and_that_noise():
-    """The sum over chunks is that of the batch; so the noise goes on once, behind the scan."""
+def test_chunks_in_a_scan_sum_to_the_whole_batch():
+    """So the noise can be added once, behind the scan."""
     step = oc.clipped_value_and_grad(loss, 0.5, reduce="sum")
 
     def chunked(examples):
