@@ -10,6 +10,7 @@ import difflib
 
 from optaxclip import (
     actions,
+    aggregation,
     base,
     feeds,
     monitoring,
@@ -72,6 +73,7 @@ __version__ = "0.1.0"
 
 _NAMESPACES = (
     actions,
+    aggregation,
     base,
     feeds,
     loggers,
@@ -90,6 +92,7 @@ __all__ = [
     "adagc",
     "adamw_clip",
     "adaptive_grad_clip",
+    "aggregation",
     "autoclip",
     "band_clip",
     "base",

@@ -102,7 +102,7 @@ ADVICE = {
     ),
     "another scope": Advice(
         lambda: oc.zclip().update(GRADS, oc.zclip(scope=oc.scopes.leaf).init(GRADS)),
-        "Initialise with tx.init(params) of this clip",
+        "initialise with state = tx.init(params), and keep what update returns",
         lambda: run(oc.zclip()),
     ),
     "a model with functions": Advice(
@@ -316,6 +316,13 @@ ADVICE = {
         "spectral_clip(..., axis_names=())",
         lambda: in_shard_map(
             oc.spectral_clip(1.0, axis_names=()), in_specs=P("data"), out_specs=P("data")
+        ),
+    ),
+    "matrices in parts, with specs": Advice(
+        lambda: in_shard_map(oc.spectral_clip(1.0), in_specs=P("data"), out_specs=P("data")),
+        "spectral_clip(..., specs=...)",
+        lambda: in_shard_map(
+            oc.spectral_clip(1.0, specs=P("data")), in_specs=P("data"), out_specs=P("data")
         ),
     ),
     # Of examples.

@@ -682,6 +682,10 @@ REFUSED = {
         {"params": {"w": jnp.ones(3), "n": 1}},
         "floating-point numbers, n does not",
     ),
+    "a string": ({}, {"batch": {"x": jnp.ones((2, 3)), "y": "train"}}, "batch .*leaf 'y' is of"),
+    "strings": ({}, {"batch": np.array(["a", "b"])}, "batch .*is of type <U1"),
+    "a string for all": ({}, {"shared": ["train"]}, "shared .*functools.partial"),
+    "functions": ({}, {"params": {"w": jnp.ones(3), "act": jnp.tanh}}, "params .*leaf 'act'"),
     "vector": ({"loss": lambda p, x: x}, {}, "one real number for one example.*\\(3,\\)"),
     "pair": ({"loss": lambda p, x: (jnp.sum(x), x)}, {}, "pass has_aux=True"),
     "losses": ({"loss": lambda p, x: {"a": jnp.sum(x)}}, {}, "add the losses up.*has_aux=True"),
@@ -695,7 +699,9 @@ def test_what_cannot_be_is_refused(method, make, call, message):
     make = {"loss": lambda p, x: jnp.sum(p["w"] * x), "max_norm": 1.0, "method": method, **make}
     call = {"params": {"w": jnp.ones(3)}, "batch": jnp.ones((2, 3)), **call}
     with pytest.raises(ValueError, match=f"clipped_value_and_grad: .*{message}"):
-        oc.clipped_value_and_grad(**make)(**call)
+        oc.clipped_value_and_grad(**make)(
+            call.pop("params"), call.pop("batch"), *call.pop("shared", ()), **call
+        )
 
 
 AUTO = {"ghost": plain, "microbatch": tied}

@@ -168,7 +168,7 @@ SCOPES = {
         scopes.leaf,
         "max_norm must have one entry for each.*'head'. are missing",
     ),
-    "no names": ({"in/w": 1.0}, scopes.tree, "max_norm is by the names of blocks"),
+    "no names": ({"in/w": 1.0}, scopes.tree, "max_norm is a mapping by block name"),
     "count": (jnp.ones(3), scopes.leaf, "max_norm must be one number, or 2, one per block"),
     "negative": ({"in/w": -1.0, "head": 1.0}, scopes.leaf, "max_norm\\['in/w'\\] must be a number"),
 }

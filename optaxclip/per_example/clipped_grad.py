@@ -19,6 +19,7 @@ from optaxclip.per_example.losses import (
     as_leaves,
     as_pair,
     as_weights,
+    check_arrays,
     count_examples,
     vary_like,
 )
@@ -108,7 +109,8 @@ def clipped_value_and_grad(
 
     Raises:
       ValueError: if an argument is not a valid value; at the call, if a leaf of `params` holds no
-        floating-point numbers, the leaves of `batch` have different leading sizes, none or 0,
+        floating-point numbers, `batch` or `shared` hold what is no array (a string), the leaves of
+        `batch` have different leading sizes, none or 0,
         `weights` do not fit, the loss is not a scalar, or it takes or returns statistics of the
         batch (BatchNorm): through them each example would change the gradients of all others.
 
@@ -162,6 +164,7 @@ def clipped_value_and_grad(
     pair = as_pair(loss, has_aux, keep_batch_dim)
 
     def value_and_grad(params, batch, *shared, weights=None):
+        check_arrays(params=params, batch=batch, shared=shared)
         # Before anything reads them: inside `shard_map` JAX sums a gradient by replicated
         # parameters over all devices.
         params = vary_like(params, (batch, shared))
@@ -207,6 +210,8 @@ def ghost_parameters(
     >>> per_example.ghost_parameters(loss, params, jnp.ones((8, 4)))
     ('w',)
     """
+    check_arrays(params=params, batch=batch, shared=shared)
+    count_examples(batch)
     sites = trace(as_pair(loss, has_aux, keep_batch_dim), params, batch, shared).sites
     paths = select(params).paths
     return tuple(paths[i] for i in sorted(site.origin.parameter for site in sites))

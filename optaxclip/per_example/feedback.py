@@ -92,7 +92,7 @@ def error_feedback(max_error: ArrayLike) -> optax.GradientTransformationExtraArg
         out = list(map(xla.as_dtype_of, leaves.arrays, out))
         return leaves.rebuild(out), FeedbackState(error.rebuild(kept))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _check_unclipped(unclipped: Any, updates: Any) -> None:
