@@ -43,8 +43,8 @@ def centered_clip(
       momentum: β. It averages the noise of honest clients away, in which an attacker hides; a small
         error that is repeated at every step passes any clip without it. No optimizer behind this
         needs another momentum.
-      iterations: how often v moves a step; more let it follow faster, and attackers push harder.
-        The clip learns, and counts, of the first one.
+      iterations: how often v moves a step, each with an all-reduce of its own; more let it follow
+        faster, and attackers push harder. The clip learns, and counts, of the first one.
 
     Returns:
       As `clipped_mean`: `update` takes the gradient of one client and returns v, the same for all.

@@ -14,8 +14,8 @@ def clipped_mean(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the gradient of each client, then takes the mean: u = mean(clip(gᵢ)).
 
-    With a clip by norm or by value, whatever one of n clients sends moves the mean by at most
-    2τ/n.
+    Whatever one of n clients sends moves the mean by at most 2τ/n, in the norm of the clip; with a
+    clip by value, each number of it.
 
     Args:
       clip: any transformation of gradients: a clip of this library or of Optax's, or a chain such
