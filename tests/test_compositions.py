@@ -241,6 +241,15 @@ def test_within_their_bound_parameters_get_the_update_bit_for_bit():
     assert float(oc.metrics(state)["clip/clipped_fraction/b"]) == 1
 
 
+def test_updates_and_parameters_may_differ_in_width():
+    with jax.enable_x64(True):
+        for step, own in ((jnp.float32, jnp.float64), (jnp.float64, jnp.bfloat16)):
+            tx, params = clip_params(oc.clip_by_leaf_norm(5.0)), jnp.array([3.0, 4.0], own)
+            updates, _ = tx.update(jnp.array([3.0, 4.0], step), tx.init(params), params)
+            assert updates.dtype == step
+            np.testing.assert_allclose(updates, 0, atol=1e-6)
+
+
 def test_a_clip_of_parameters_says_what_it_needs_and_troubles_no_check():
     tx, params = clip_params(oc.clip_by_leaf_norm(1.0)), {"w": jnp.ones((2, 2))}
     assert not oc.check(optax.chain(optax.adamw(1e-3), tx), params)
