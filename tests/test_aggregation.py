@@ -37,7 +37,7 @@ def make(name, clip=None, axis=AXIS, **options):
 
 
 def draw(steps=6, clients=N):
-    """Gradients that drift and differ by more than the bound, as rows: (steps, clients, numbers)."""
+    """Gradients that drift and differ by more than the bound: (steps, clients, numbers)."""
     rng = np.random.default_rng(0)
     drift = np.linspace(0.1, 4, steps)[:, None, None] * rng.normal(size=8)
     return drift + 2 * rng.normal(size=(steps, clients, 8))
