@@ -183,8 +183,11 @@ def test_spectra_clips_the_updates_of_adam_and_holds_its_product_with_the_rate()
     }
     want["layers"] = np.stack(layers, axis=1)
     chex.assert_trees_all_close(followed(tx, params, grads), want, atol=1e-4)
-    with pytest.raises(ValueError, match="max_singular_value must be a number or a schedule, if"):
-        wrappers.spectra(optax.identity(), rate, thresholds.running(2.0), warmup_steps=3)
+    for bad in (thresholds.running(2.0), {"wide": 1.0}):
+        with pytest.raises(ValueError, match="max_singular_value must be a number or a schedule"):
+            wrappers.spectra(optax.identity(), rate, bad, warmup_steps=3)
+    with pytest.raises(ValueError, match="learning_rate must be a schedule, if"):
+        wrappers.spectra(optax.identity(), 0.1, warmup_steps=3)
 
 
 def test_a_cap_on_the_step_as_a_share_of_the_layer():
