@@ -183,8 +183,11 @@ def test_spectra_clips_the_updates_of_adam_and_holds_its_product_with_the_rate()
     }
     want["layers"] = np.stack(layers, axis=1)
     chex.assert_trees_all_close(followed(tx, params, grads), want, atol=1e-4)
-    with pytest.raises(ValueError, match="max_singular_value must be a number or a schedule, if"):
-        wrappers.spectra(optax.identity(), rate, thresholds.running(2.0), warmup_steps=3)
+    for bad in (thresholds.running(2.0), {"wide": 1.0}):
+        with pytest.raises(ValueError, match="max_singular_value must be a number or a schedule"):
+            wrappers.spectra(optax.identity(), rate, bad, warmup_steps=3)
+    with pytest.raises(ValueError, match="learning_rate must be a schedule, if"):
+        wrappers.spectra(optax.identity(), 0.1, warmup_steps=3)
 
 
 def test_a_cap_on_the_step_as_a_share_of_the_layer():
@@ -239,6 +242,15 @@ def test_within_their_bound_parameters_get_the_update_bit_for_bit():
     np.testing.assert_array_equal(got["a"], updates["a"])
     np.testing.assert_allclose(np.float32(got["b"]), 0, atol=3e-3)
     assert float(oc.metrics(state)["clip/clipped_fraction/b"]) == 1
+
+
+def test_updates_and_parameters_may_differ_in_width():
+    with jax.enable_x64(True):
+        for step, own in ((jnp.float32, jnp.float64), (jnp.float64, jnp.bfloat16)):
+            tx, params = clip_params(oc.clip_by_leaf_norm(5.0)), jnp.array([3.0, 4.0], own)
+            updates, _ = tx.update(jnp.array([3.0, 4.0], step), tx.init(params), params)
+            assert updates.dtype == step
+            np.testing.assert_allclose(updates, 0, atol=1e-6)
 
 
 def test_a_clip_of_parameters_says_what_it_needs_and_troubles_no_check():

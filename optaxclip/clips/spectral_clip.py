@@ -39,11 +39,12 @@ def spectral_clip(
     """Clips the singular values of each leaf: σ ← min(σ, β), or softly σ ← σ / √(1 + σ²/β²).
 
     Unlike a rescaling of the leaf it leaves the directions that are not too long as they are. It
-    costs some 100 products of matrices per leaf: use it where a step is much more than that. In
-    float32 the result is right to 10⁻⁴ β (measured: 8·10⁻⁵, with sides up to 512) for matrices up
-    to 1,000 β, whatever their singular values, and to 10⁻⁷ ‖X‖ (5·10⁻⁸) for larger ones, no better
-    than numbers of that size themselves. In float64 it is right to 10⁻¹⁰ β. Derivatives are right
-    to 10⁻³ only (measured: 8·10⁻⁴): the iteration flattens slowly where its value is long right.
+    costs 120 products of matrices per leaf, 65 if soft: use it where a step is much more than that.
+    In float32 the result is right to 10⁻⁴ β (measured: 8·10⁻⁵, with sides up to 512) for matrices
+    up to 1,000 β, whatever their singular values, and to 10⁻⁷ ‖X‖ (5·10⁻⁸) for larger ones, no
+    better than numbers of that size themselves. In float64 it is right to 10⁻¹⁰ β. Derivatives are
+    right to 10⁻³ only (measured: 8·10⁻⁴): the iteration flattens slowly where its value is long
+    right.
 
     Args:
       max_singular_value: β: a number, tracer, schedule or threshold, or one for each leaf, as in

@@ -24,7 +24,7 @@ def clip_params(clip: optax.GradientTransformation) -> optax.GradientTransformat
       authors, Keras's `MaxNorm`;
     - `clip_by(c, norm=norms.rms, scope=scopes.leaf)`: one that leaves of all sizes can share;
     - `spectral_clip(c)`: a cap on singular values, and so on how much a layer can amplify;
-    - `clip(c)`: each parameter into [-c, c], as of the critic of a Wasserstein GAN.
+    - `clip(c)`: each parameter into [-c, c], as in the critic of a Wasserstein GAN.
 
     Args:
       clip: the clip, a transformation of ours or Optax's. Scope, `exclude=` and `axis_names=` are
@@ -65,9 +65,10 @@ def clip_params(clip: optax.GradientTransformation) -> optax.GradientTransformat
 
     def update_fn(updates, state, params=None, **extra_args):
         steps = trees.select(updates)
-        # In float32: the sum of two bfloat16 numbers would lose most of the smaller one.
-        own = [xla.widen(w) for w in trees.match_params(steps, params, None, call)]
-        ends = [xla.widen(u) + w for u, w in zip(steps.arrays, own, strict=True)]
+        pairs = zip(trees.match_params(steps, params, None, call), steps.arrays, strict=True)
+        # In float32 at least: the sum of two bfloat16 numbers would lose most of the smaller one.
+        own = [xla.widen(xla.widen(w), u.dtype) for w, u in pairs]
+        ends = [xla.widen(u, w.dtype) + w for u, w in zip(steps.arrays, own, strict=True)]
         clipped, state = clip.update(steps.rebuild(ends), state, params, **extra_args)
         each = zip(steps.arrays, own, ends, trees.select(clipped).arrays, strict=True)
         return steps.rebuild([_way_to(*leaf) for leaf in each]), state
@@ -79,5 +80,6 @@ def clip_params(clip: optax.GradientTransformation) -> optax.GradientTransformat
 
 def _way_to(step: jax.Array, own: jax.Array, end: jax.Array, clipped: jax.Array) -> Any:
     """The step from a leaf's parameters to the clipped ones."""
+    wide = xla.widen(step, own.dtype)
     # Not the difference where nothing was clipped: w + u - w has lost the last digits of u.
-    return xla.as_dtype_of(step, jnp.where(clipped == end, xla.widen(step), clipped - own))
+    return xla.as_dtype_of(step, jnp.where(clipped == end, wide, clipped - own))

@@ -40,8 +40,9 @@ def spectra(
       inner: what makes u of gradients, without learning rate and weight decay:
         `optax.scale_by_adam()`, `optax.contrib.scale_by_ademamix()`.
       learning_rate: η, a number or a schedule.
-      max_singular_value: c: a number or schedule; without warm-up any threshold. The authors' runs
-        have 5 and 10; in some it falls to 0 as the learning rate does, which is a schedule.
+      max_singular_value: c: a number or schedule; without warm-up all that `spectral_clip` takes.
+        The authors' runs have 5 and 10; in some it falls to 0 as the learning rate does, which is a
+        schedule.
       warmup_steps: T, those in which the learning rate rises. There c is larger, so that c·η is
         what it will be at T: cₜ = c·η_T/ηₜ. So early updates, which the small rate makes harmless,
         are hardly clipped.
@@ -49,7 +50,8 @@ def spectra(
       method, exclude, axis_names, stacked: as in `spectral_clip`.
 
     Raises:
-      ValueError: for a bad `inner`, number, method or `stacked`, or a warm-up of a threshold.
+      ValueError: for a bad `inner`, number, method or `stacked`; with a warm-up for a rate that is
+        no schedule, or a bound that is neither number nor schedule.
 
     Deviations: vectors are clipped softly like matrices (in the authors' code those up to c are
     left alone). m and n are read off a kernel as Flax has it, the last axis being n; of an
@@ -70,8 +72,7 @@ def spectra(
     validate.steps(warmup_steps=warmup_steps)
     validate.nonnegative(weight_decay=weight_decay)
     bound = max_singular_value
-    # A constant rate has no warm-up, whatever the number of steps.
-    if warmup_steps and callable(learning_rate):
+    if warmup_steps:
         bound = _hold_product(bound, learning_rate, warmup_steps)
     form = {"method": method, "exclude": exclude, "axis_names": axis_names, "stacked": stacked}
     return chain(
@@ -85,9 +86,13 @@ def spectra(
     )
 
 
-def _hold_product(bound: Any, rate: optax.Schedule, steps: int) -> optax.Schedule:
+def _hold_product(bound: Any, rate: optax.ScalarOrSchedule, steps: int) -> optax.Schedule:
     """A bound whose product with the rate is, during a warm-up, that of its end."""
-    if validate.is_transformation(bound):
+    # A rate from `optax.inject_hyperparams` is a number: the bound would not follow it, in silence.
+    if not callable(rate):
+        raise validate.fail("learning_rate must be a schedule, if there are warmup_steps", rate)
+    # Neither a threshold nor bounds by leaf, which are containers.
+    if not jax.tree_util.all_leaves([bound]):
         must = "max_singular_value must be a number or a schedule, if there are warmup_steps"
         raise validate.fail(must, bound)
 
