@@ -2,9 +2,10 @@
 
 The mathematics of a clip is one sum of squares and one multiply a leaf. How these are written
 decides whether XLA reads the gradients once or four times, launches 40 kernels or 800, and whether
-a GPU waits for its host. This room holds those forms behind three functions:
+a GPU waits for its host. This room holds those forms behind four functions:
 
     measure(norm, arrays, layout)          the norms of all blocks, in one read
+    count_reaching(arrays, layout, sizes)  how many elements of each block are how large
     scale(arrays, factors, layout, ...)    each leaf times the factor of its block
     find_span(arrays, paths, axis_names)   over which devices each leaf is spread
 
@@ -13,6 +14,7 @@ differ by platform are chosen by `lax.platform_dependent`, and none needs to kno
 sharded. docs/performance.md has the numbers; `tests/benchmarks/accelerators.py` makes them.
 """
 
+from optaxclip.xla.counts import count_reaching
 from optaxclip.xla.layout import Layout, lay_out
 from optaxclip.xla.lengths import counts_of, join_lengths, measure
 from optaxclip.xla.mesh import NOWHERE, Span, call_in_auto_axes, find_span
@@ -26,6 +28,7 @@ __all__ = [
     "accumulator",
     "as_dtype_of",
     "call_in_auto_axes",
+    "count_reaching",
     "counts_of",
     "find_span",
     "join_lengths",
