@@ -70,8 +70,9 @@ def centered_clip(
     >>> rows, once = AggregateState(None, 0), {"axis_name": "clients", "axis_size": 4}
     >>> state = jax.vmap(tx.init, None, rows, **once)(jnp.zeros(1))
     >>> grads = jnp.array([[2.0], [2.0], [2.0], [-1e30]])
+    >>> update = jax.jit(jax.vmap(tx.update, (0, rows), (None, rows), **once))
     >>> for _ in range(3):
-    ...     v, state = jax.vmap(tx.update, (0, rows), (None, rows), **once)(grads, state)
+    ...     v, state = update(grads, state)
     ...     print(v)
     [0.5]
     [1.]

@@ -46,7 +46,8 @@ def clipped_mean(
     >>> rows, once = AggregateState(None, 0), {"axis_name": "clients", "axis_size": 4}
     >>> state = jax.vmap(tx.init, None, rows, **once)(jnp.zeros(1))
     >>> grads = jnp.array([[0.5], [0.5], [-1e30], [jnp.nan]])
-    >>> jax.vmap(tx.update, (0, rows), (None, rows), **once)(grads, state)[0]
+    >>> update = jax.jit(jax.vmap(tx.update, (0, rows), (None, rows), **once))
+    >>> update(grads, state)[0]
     Array([0.], dtype=float32)
     """
 
