@@ -102,7 +102,7 @@ ADVICE = {
     ),
     "another scope": Advice(
         lambda: oc.zclip().update(GRADS, oc.zclip(scope=oc.scopes.leaf).init(GRADS)),
-        "Initialise with tx.init(params) of this clip",
+        "initialise with state = tx.init(params), and keep what update returns",
         lambda: run(oc.zclip()),
     ),
     "a model with functions": Advice(
@@ -175,6 +175,22 @@ ADVICE = {
         lambda: oc.clip_by(1.0, action=oc.actions.smooth),
         "write smooth(...), with parentheses",
         lambda: run(oc.clip_by(1.0, action=oc.actions.smooth())),
+    ),
+    "an action that was called": Advice(
+        lambda: oc.actions.zero(),
+        "write actions.zero, without parentheses",
+        lambda: run(oc.clip_by(1.0, action=oc.actions.zero)),
+    ),
+    "a list": Advice(
+        lambda: oc.clip_by([1.0, 2.0], scope=oc.scopes.leaf),
+        "an array of such, a schedule (a function of the step) or a threshold (an optax"
+        " transformation of norms), got the list [1.0, 2.0]",
+        lambda: run(oc.clip_by(jnp.array([1.0, 2.0]), scope=oc.scopes.leaf)),
+    ),
+    "a history by its key": Advice(
+        lambda: oc.History()["loss"],
+        "write history.arrays()['loss']",
+        lambda: ((h := oc.History()).append({}, loss=1.0), h.arrays()["loss"]),
     ),
     "a scope that was not called": Advice(
         lambda: oc.clip_by(1.0, scope=oc.scopes.groups),
@@ -318,6 +334,13 @@ ADVICE = {
             oc.spectral_clip(1.0, axis_names=()), in_specs=P("data"), out_specs=P("data")
         ),
     ),
+    "matrices in parts, with specs": Advice(
+        lambda: in_shard_map(oc.spectral_clip(1.0), in_specs=P("data"), out_specs=P("data")),
+        "spectral_clip(..., specs=...)",
+        lambda: in_shard_map(
+            oc.spectral_clip(1.0, specs=P("data")), in_specs=P("data"), out_specs=P("data")
+        ),
+    ),
     # Of examples.
     "a method": Advice(
         lambda: mean_and_norms(method="fast"),
@@ -334,7 +357,7 @@ ADVICE = {
 
 @pytest.mark.parametrize("advice", ADVICE.values(), ids=ADVICE.keys())
 def test_what_an_error_advises_works(advice):
-    with pytest.raises(ValueError, match=r".") as error:
+    with pytest.raises((ValueError, TypeError), match=r".") as error:
         advice.wrong()
     assert advice.says in str(error.value)
     advice.right()

@@ -85,6 +85,19 @@ def test_the_planted_sign_is_found(case):
         assert sign.name in str(sign) and sign.fix in str(sign)
 
 
+@pytest.mark.parametrize("end", [np.nan, np.inf, None], ids=str)
+@pytest.mark.parametrize("fold", [4.0, 30.0, 1000.0])
+def test_a_steep_explosion_began_at_its_first_step(fold, end):
+    """A step before the rise would be looked at in vain, and one after it is a consequence."""
+    for before in (40, 100):
+        x = (
+            NOISE[:150] ** 0.3
+            * np.r_[np.ones(before), fold ** np.arange(1, 6), np.ones(145 - before)]
+        )
+        x[before + 5 :] *= fold**5 if end is None else end
+        assert oc.diagnose(norms(x))[0].step == before + 1
+
+
 def run_clip(steps, *, keep=True, old=False, wrap=lambda tx: tx, every=1):
     """What a user records who keeps the state, or drops it, or reads one that is out of date."""
     tx = wrap(oc.clip_by_global_norm(100.0))

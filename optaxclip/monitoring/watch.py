@@ -175,7 +175,7 @@ def watch(
 
     about = Description(scope, l2, exclude=exclude, kind="other", name="watch")
     annotate(update_fn, description=about)
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _meter(
