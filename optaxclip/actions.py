@@ -150,7 +150,7 @@ def as_action(action: Action | None) -> Action:
     """
     if action is None:
         return rescale
-    if not callable(action) or validate.is_maker(action):
+    if not validate.is_function(action):
         choices = (
             "actions.rescale, actions.normalize, actions.zero, actions.smooth(p), actions.band(low)"
         )

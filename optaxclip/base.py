@@ -73,6 +73,10 @@ class Part:
         self.name, self.rule = name, rule
 
     def __call__(self, *args):
+        if not args:  # called where it is to be passed: `actions.zero()`
+            raise TypeError(
+                f"{self.name} is passed as it is: write {self.name}, without parentheses."
+            )
         return self.rule(*args)
 
     def __repr__(self) -> str:

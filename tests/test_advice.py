@@ -176,6 +176,22 @@ ADVICE = {
         "write smooth(...), with parentheses",
         lambda: run(oc.clip_by(1.0, action=oc.actions.smooth())),
     ),
+    "an action that was called": Advice(
+        lambda: oc.actions.zero(),
+        "write actions.zero, without parentheses",
+        lambda: run(oc.clip_by(1.0, action=oc.actions.zero)),
+    ),
+    "a list": Advice(
+        lambda: oc.clip_by([1.0, 2.0], scope=oc.scopes.leaf),
+        "an array of such, a schedule (a function of the step) or a threshold (an optax"
+        " transformation of norms), got the list [1.0, 2.0]",
+        lambda: run(oc.clip_by(jnp.array([1.0, 2.0]), scope=oc.scopes.leaf)),
+    ),
+    "a history by its key": Advice(
+        lambda: oc.History()["loss"],
+        "write history.arrays()['loss']",
+        lambda: ((h := oc.History()).append({}, loss=1.0), h.arrays()["loss"]),
+    ),
     "a scope that was not called": Advice(
         lambda: oc.clip_by(1.0, scope=oc.scopes.groups),
         "write groups(...), with parentheses",
@@ -341,7 +357,7 @@ ADVICE = {
 
 @pytest.mark.parametrize("advice", ADVICE.values(), ids=ADVICE.keys())
 def test_what_an_error_advises_works(advice):
-    with pytest.raises(ValueError, match=r".") as error:
+    with pytest.raises((ValueError, TypeError), match=r".") as error:
         advice.wrong()
     assert advice.says in str(error.value)
     advice.right()

@@ -312,7 +312,7 @@ def test_what_is_wrong_is_said():
         make("centered_clip", momentum=1)
     with pytest.raises(ValueError, match="clip21_sgd2m: rate must be a number from 0 to 1, got 2"):
         make("clip21_sgd2m", rate=2)
-    with pytest.raises(ValueError, match="centered_clip: this is not the state of a"):
+    with pytest.raises(ValueError, match="centered_clip: this is not a state of"):
         tx.update(PARAMS, optax.EmptyState())
 
 

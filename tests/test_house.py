@@ -4,6 +4,7 @@ through.
 
 import ast
 import inspect
+import operator
 import pathlib
 import re
 import sys
@@ -103,11 +104,15 @@ def test_a_signature_can_be_read(name):
         ("zscore", "write optaxclip.thresholds.zscore"),
         ("clip_grad_norm_", "did you mean optaxclip.clip_by_global_norm"),
         ("clip_by_globalnorm", "did you mean optaxclip.clip_by_global_norm"),
+        ("scopes.leafs", "did you mean optaxclip.scopes.leaf"),
+        ("base.ClipStates", "did you mean optaxclip.base.ClipState"),
+        ("thresholds.zclip", "write optaxclip.zclip"),
+        ("scopes.l2", "write optaxclip.norms.l2"),
     ],
 )
 def test_a_name_that_is_not_there_says_which_is(name, advice):
     with pytest.raises(AttributeError, match=advice):
-        getattr(optaxclip, name)
+        operator.attrgetter(name)(optaxclip)
 
 
 def run_through(call):

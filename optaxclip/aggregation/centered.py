@@ -43,8 +43,8 @@ def centered_clip(
       momentum: β. It averages the noise of honest clients away, in which an attacker hides; a small
         error that is repeated at every step passes any clip without it. No optimizer behind this
         needs another momentum.
-      iterations: how often v moves a step; more let it follow faster, and attackers push harder.
-        The clip learns, and counts, of the first one.
+      iterations: how often v moves a step, each with an all-reduce of its own; more let it follow
+        faster, and attackers push harder. The clip learns, and counts, of the first one.
 
     Returns:
       As `clipped_mean`: `update` takes the gradient of one client and returns v, the same for all.
@@ -70,8 +70,9 @@ def centered_clip(
     >>> rows, once = AggregateState(None, 0), {"axis_name": "clients", "axis_size": 4}
     >>> state = jax.vmap(tx.init, None, rows, **once)(jnp.zeros(1))
     >>> grads = jnp.array([[2.0], [2.0], [2.0], [-1e30]])
+    >>> update = jax.jit(jax.vmap(tx.update, (0, rows), (None, rows), **once))
     >>> for _ in range(3):
-    ...     v, state = jax.vmap(tx.update, (0, rows), (None, rows), **once)(grads, state)
+    ...     v, state = update(grads, state)
     ...     print(v)
     [0.5]
     [1.]

@@ -66,8 +66,9 @@ def clip21_sgd2m(
     >>> rows, once = AggregateState(None, 0), {"axis_name": "clients", "axis_size": 2}
     >>> state = jax.vmap(tx.init, None, rows, **once)(jnp.zeros(1))
     >>> grads = jnp.array([[3.0], [-1.0]])  # the mean of clipped gradients is 0, of these 1
+    >>> update = jax.jit(jax.vmap(tx.update, (0, rows), (None, rows), **once))
     >>> for _ in range(3):
-    ...     u, state = jax.vmap(tx.update, (0, rows), (None, rows), **once)(grads, state)
+    ...     u, state = update(grads, state)
     ...     print(u)
     [0.]
     [0.5]

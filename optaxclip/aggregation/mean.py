@@ -14,8 +14,8 @@ def clipped_mean(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the gradient of each client, then takes the mean: u = mean(clip(gᵢ)).
 
-    With a clip by norm or by value, whatever one of n clients sends moves the mean by at most
-    2τ/n.
+    Whatever one of n clients sends moves the mean by at most 2τ/n, in the norm of the clip; with a
+    clip by value, each number of it.
 
     Args:
       clip: any transformation of gradients: a clip of this library or of Optax's, or a chain such
@@ -46,7 +46,8 @@ def clipped_mean(
     >>> rows, once = AggregateState(None, 0), {"axis_name": "clients", "axis_size": 4}
     >>> state = jax.vmap(tx.init, None, rows, **once)(jnp.zeros(1))
     >>> grads = jnp.array([[0.5], [0.5], [-1e30], [jnp.nan]])
-    >>> jax.vmap(tx.update, (0, rows), (None, rows), **once)(grads, state)[0]
+    >>> update = jax.jit(jax.vmap(tx.update, (0, rows), (None, rows), **once))
+    >>> update(grads, state)[0]
     Array([0.], dtype=float32)
     """
 

@@ -82,8 +82,8 @@ def private_quantile(
       ValueError: for numbers out of range; at the update, for norms that are not (B,), or (B, K)
         for K bounds.
 
-    Deviations: counts are shifted by ½ and b̃ is held between 0 and 1, as in the authors' code; a
-    batch without noise then moves C by a factor of exp(η) at most.
+    Deviations: counts are shifted by ½ and b̃ is held between 0 and 1, as in the authors' code, so
+    that no draw moves C by more than a factor of exp(η).
 
     References:
       Andrew et al., `Differentially Private Learning with Adaptive Clipping
@@ -126,7 +126,7 @@ def private_quantile(
 
 
 def _check_norms(norms: jax.Array, bound: jax.Array) -> None:
-    # Norms (B,) would broadcast against bounds (K,) where B and K happen to agree.
+    # Norms (B,) would be held against each of K bounds, in silence.
     if jnp.ndim(norms) != 1 + bound.ndim or norms.shape[1:] != bound.shape:
         raise ValueError(
             f"private_quantile: norms must have a leading axis of examples, and the shape of the"

@@ -24,15 +24,15 @@ def group_by_user(
       batch: any tree of arrays with a leading axis of B examples.
       users: (B,), integers: whose each example is, in any order and with gaps. An example of a
         negative one is padding.
-      max_examples: K, how many examples of one user are taken. Those beyond are left out.
-      max_users: U, for how many users there is room; None: B, which is always enough. Users beyond
-        are left out, in the order of their numbers. Then one user may push out another, which the
-        bound on what one user does does not count: leave room for all.
+      max_examples: K, how many examples of one user are taken, the first in the batch.
+      max_users: U, for how many users there is room; None: B, which is always enough. With less,
+        users of the highest numbers are left out. Then one user may push out another, and moves the
+        sum by twice the bound: leave room for all.
 
     Returns:
-      A pair (examples, present): the leaves of `batch` as (U, K, ...), and (U, K) booleans, False
-      where there is no such example; there a user's first example is repeated. Users come in the
-      order of their numbers. `present.sum()` tells how many examples were taken.
+      `(examples, present)`. The first are the leaves of `batch` as (U, K, ...), the second (U, K)
+      booleans, False where there is no such example; there a user's first example is repeated.
+      Users come in the order of their numbers. `present.sum()` tells how many examples were taken.
 
     Raises:
       ValueError: if `users` are not B integers, or a number is no whole one of at least 1.
@@ -46,8 +46,9 @@ def group_by_user(
            [ True,  True]], dtype=bool))
     """
     size = count_examples(batch)
-    validate.size(max_examples=max_examples, max_users=size if max_users is None else max_users)
-    table = _place(_as_numbers(users, size), size if max_users is None else max_users, max_examples)
+    rows = size if max_users is None else max_users
+    validate.size(max_examples=max_examples, max_users=rows)
+    table = _place(_as_numbers(users, size), rows, max_examples)
     present = table >= 0
     # Not zeros: a loss may have no gradient there, and NaN times 0 is NaN. A user's own example is
     # as fine as the user is.

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from optaxclip.base import Blocks, Label, Scope
-from optaxclip.validate import called, fail, is_maker, makes_part, named, pattern
+from optaxclip.validate import called, fail, is_function, makes_part, named, pattern
 
 #: One block: all leaves share one norm. Norms, bounds and factors are scalars.
 tree = Scope("scopes.tree", lambda paths, shapes: Blocks(None, (0,) * len(paths)))
@@ -90,7 +90,7 @@ def groups(label: Label = module_of) -> Scope:
     ('attention', 'rest')
     """
     # `groups(scopes.units)` is callable, and would fail only when a tree is cut.
-    if is_maker(label) or not (callable(label) or hasattr(label, "items")):
+    if not (is_function(label) or hasattr(label, "items")):
         must = "a function of a leaf's path, or a mapping of regular expressions to names"
         raise fail(f"label must be {must}", label)
     if isinstance(label, Mapping):

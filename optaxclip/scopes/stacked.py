@@ -10,7 +10,7 @@ import numpy as np
 from optaxclip.base import Blocks, Scope, Stacked
 from optaxclip.scopes.leaves import as_scope, leaf
 from optaxclip.trees import matcher
-from optaxclip.validate import called, fail, is_maker, makes_part, named
+from optaxclip.validate import called, fail, is_function, makes_part, named
 
 
 @makes_part
@@ -94,7 +94,7 @@ def _stack_axes(where: Stacked) -> Callable[[str], tuple[int, ...]]:
 
 def _is_rule(rule: Any, axes: Any) -> bool:
     # A function that makes a part, such as `scopes.groups` without parentheses, is not a predicate.
-    says = isinstance(rule, str) or (callable(rule) and not is_maker(rule))
+    says = isinstance(rule, str) or is_function(rule)
     return says and isinstance(axes, tuple) and all(isinstance(axis, int) for axis in axes)
 
 

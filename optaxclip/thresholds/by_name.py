@@ -77,7 +77,7 @@ def _by_layer(name: str, bound: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_schedule(bound: Any) -> bool:
-    return callable(bound) and not validate.is_maker(bound)
+    return validate.is_function(bound)
 
 
 def _fixed(argument: str, bounds: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:

@@ -93,7 +93,7 @@ def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs
     >>> float(bound), float(threshold.update(jnp.array(1.0), state)[0])
     (4.0, 2.0)
     """
-    if not callable(schedule):
+    if not validate.is_function(schedule):
         raise validate.fail("schedule must be a function of the step", schedule)
 
     def update_fn(norms: Norms, state, params=None, **extra_args):
@@ -172,7 +172,7 @@ def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs
             )
             raise validate.fail(f"{must} of norms; {beside}", value)
         return optax.with_extra_args_support(value)
-    if callable(value) and not validate.is_maker(value):
+    if validate.is_function(value):
         return scheduled(value)
     validate.threshold(**argument)
     return unchecked(value)

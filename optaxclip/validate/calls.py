@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Generator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from optaxclip.base import annotate
 
@@ -66,7 +66,8 @@ def _show(value: Any) -> str:
     if hasattr(value, "init") and hasattr(update, "__qualname__"):
         described = getattr(getattr(update, "description", None), "name", "")
         return f"a transformation of {described or update.__qualname__.split('.')[0]}"
-    return repr(value)
+    # `[1.0, 2.0]` looks like the array that was asked for.
+    return f"the {type(value).__name__} {value!r}" if type(value) in (list, tuple) else repr(value)
 
 
 def show_maker(maker: Any) -> str:
@@ -82,6 +83,11 @@ def is_maker(value: Any) -> bool:
     made = getattr(value, "__annotations__", {}).get("return", "")
     makes = getattr(value, "makes_part", False) or "GradientTransformation" in str(made)
     return callable(value) and makes
+
+
+def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether a value is a function to be used, and none that has to be called first."""
+    return callable(value) and not is_maker(value)
 
 
 def makes_part(maker: _F) -> _F:
