@@ -1,12 +1,12 @@
 """Tries the clips in projects that nobody here wrote, each in an environment of its own.
 
-    uv run python -m tests.clients                  # all; half an hour
-    uv run python -m tests.clients sbx_ppo ...      # some
-    uv run python -m tests.clients --into docs/in-your-project.md
+    uv run --python 3.12 python -m tests.clients                # all; half an hour
+    uv run --python 3.12 python -m tests.clients sbx_ppo ...    # some
+    uv run --python 3.12 python -m tests.clients --into docs/in-your-project.md
 
-A project that cannot be installed is skipped, and the reason is told. Environments lie in
-`.clients/`, 0.3 to 5 GB each, and go after the test unless `--keep` is given. pytest collects none
-of this.
+What cannot be installed, on this Python or at all, is skipped with its reason. Environments lie in
+`.clients/`, up to 5 GB each (sbx needs PyTorch), and go after the test unless `--keep` is given.
+pytest collects none of this.
 """
 
 import argparse
@@ -34,25 +34,25 @@ class SkippedError(Exception):
     """What a project needs cannot be installed here."""
 
 
-def needs(name: str) -> dict[str, Any]:
-    """The head of a client: which Python and which packages it needs."""
+def needs(name: str) -> list[str]:
+    """The packages that a client needs, from its head."""
     found = HEAD.search((FOLDER / f"{name}.py").read_text())
     if not found:
         raise ValueError(f"{name}.py has no head that says what it needs.")
-    return tomllib.loads(re.sub("^# ", "", found[1], flags=re.MULTILINE))
+    return tomllib.loads(re.sub("^# ", "", found[1], flags=re.MULTILINE))["dependencies"]
 
 
 def install(name: str) -> pathlib.Path:
     """The Python of an environment with what the client needs; one that is there is used again."""
-    folder, wanted = ROOT / ".clients" / name, needs(name)
+    folder = ROOT / ".clients" / name
     python = folder / "bin" / "python"
     for command in (
-        ["venv", "--allow-existing", "--python", wanted["requires-python"], folder],
-        ["pip", "install", "--python", python, *wanted["dependencies"]],
+        ["venv", "--allow-existing", "--python", sys.executable, folder],
+        ["pip", "install", "--python", python, *needs(name)],
     ):
         done = subprocess.run(["uv", *command, "--quiet"], capture_output=True, text=True)
         if done.returncode:
-            raise SkippedError(" ".join(done.stderr.split())[:300])
+            raise SkippedError(" ".join(done.stderr.split()))
     return python
 
 
@@ -72,7 +72,7 @@ def describe(name: str, facts: dict[str, Any]) -> list[str]:
     """The row of a table."""
     return [
         f"`{name}`",
-        f"{needs(name)['dependencies'][0].replace('==', ' ')}, jax {facts['jax']}",
+        f"{needs(name)[0].replace('==', ' ')}, jax {facts['jax']}",
         f"{facts['losses']}, {facts['apart']:.0e}",
         f"{facts['steps']:.0f}, {facts['clipped']:.0%}",
         "a report" if facts["reports"] else "the state",
@@ -87,7 +87,7 @@ def try_all(names: list[str], keep: bool) -> tuple[list[list[str]], bool]:
         try:
             rows.append(describe(name, train(name, install(name))))
         except SkippedError as reason:
-            rows.append([f"`{name}`", f"skipped: {reason}", "", "", ""])
+            rows.append([f"`{name}`", f"skipped: {reason}"[:200], "", "", ""])
         except RuntimeError as failure:
             print(failure, file=sys.stderr)
             rows.append([f"`{name}`", "FAILED", "", "", ""])

@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.12"
 # dependencies = ["brax==0.14.2", "jax==0.9.2"]
 # ///
 """brax: PPO in `pmap` over two devices. It takes no optimizer, so the one it makes is replaced."""

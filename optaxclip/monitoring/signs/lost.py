@@ -129,13 +129,14 @@ def skipping(run: RecordedRun) -> Iterator[Sign]:
             continue
         first = int(np.argmax(skipped)) if share >= SKIPPED else last[0]
         what, fix = _REASONS.get(int(skip["last_reason"][-1]), ("of no known reason", "see why."))
-        name, step = head.rstrip("/") or "skip", step_at(run, first)
+        name, step, block = head.rstrip("/") or "skip", step_at(run, first), first_lost(run, first)
         yield Sign(
             "every-step-skipped",
             f"{name} skipped {format_share(np.mean(skipped[first:]))} of the steps from step {step}"
-            f" on: {what}.",
+            f" on: {what}{in_block(block)}.",
             {"share": share, "steps": int(skipped.sum()), "first": first},
             fix,
             step,
+            block,
         )
         return
