@@ -564,7 +564,7 @@ ADVICE = {
     ),
     "a threshold in a warm-up": Advice(
         lambda: oc.wrappers.spectra(ADAM, lambda step: 0.1, oc.thresholds.zscore(), warmup_steps=2),
-        "a number or a schedule, if there are warmup_steps",
+        "a number or a schedule if there are warmup_steps",
         lambda: (
             [
                 run(oc.wrappers.spectra(ADAM, lambda step: 0.1, bound, warmup_steps=2))
