@@ -52,6 +52,10 @@ def no_bound(norm, state):
     return jnp.full_like(norm, jnp.inf), norm
 
 
+def no_bounds(norms, params):
+    return jax.tree.map(lambda norm: jnp.full_like(norm, jnp.inf), norms)
+
+
 def longest(norm, state):
     state = jnp.maximum(norm, state)
     return state, state
@@ -109,7 +113,7 @@ CASES = [
     ),
     Case(
         "at_most lag",
-        by(lambda b: oc.thresholds.at_most(oc.thresholds.lag(optax.scale(jnp.inf)), b)),
+        by(lambda b: oc.thresholds.at_most(oc.thresholds.lag(optax.stateless(no_bounds)), b)),
         history=True,
     ),
     Case(
@@ -248,6 +252,7 @@ HOLDERS = {
     ),
     "skip_spikes": lambda: oc.skip_spikes(optax.trace(0.9)),
     "skip_nonfinite": lambda: oc.skip_nonfinite(optax.trace(0.9)),
+    "clip_params": lambda: oc.wrappers.clip_params(oc.clip_by_leaf_norm(1.0)),
     "dynamic_loss_scale": lambda: oc.wrappers.dynamic_loss_scale(optax.trace(0.9), 1.0),
 }
 
@@ -265,4 +270,5 @@ ROWS: dict[str, Callable[[], Any]] = {
     "clip_by_value": lambda: oc.clip_by_value(-1.0, 2.0),
     "stable_adamw": lambda: oc.stable_adamw(0.1),
     "stable_spam": lambda: oc.stable_spam(0.1),
+    "spectra": lambda: oc.wrappers.spectra(optax.trace(0.9), 0.1),
 }

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 import chex
+import cloudpickle
 import equinox as eqx
 import flax.core
 import flax.serialization
@@ -69,6 +70,17 @@ def test_built_inside_jit_it_leaks_nothing(make):
 
     got, want = update_both(grads_at(0))
     chex.assert_trees_all_close(got, want, rtol=1e-6)
+
+
+@each_row
+def test_it_can_be_pickled_after_use(make):
+    """As trainers that save themselves do it, and those that send it to other processes."""
+    tx = make()
+    state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)[1]
+    again = cloudpickle.loads(cloudpickle.dumps(tx))
+    chex.assert_trees_all_equal(
+        tx.update(grads_at(0), state, PARAMS), again.update(grads_at(0), state, PARAMS)
+    )
 
 
 @each_row
@@ -196,8 +208,22 @@ def test_the_state_of_something_else_is_refused(make):
     other = optaxclip.clip_by_leaf_norm(1.0).init({"x": jnp.ones(3)})
     adam = optax.adam(0.1).init(PARAMS)
     for state in (optax.EmptyState(), {}, other, adam, (other, other, other), tx):
-        with pytest.raises(ValueError, match=r"^[\w.]+: [^\n]*init"):
+        with pytest.raises(ValueError, match=r"^[\w.]+: [^\n]*init") as error:
             tx.update(grads_at(0), state, PARAMS)
+        assert "Equinox" not in str(error.value)
+
+
+@each_row
+def test_the_state_of_one_row_is_called_by_its_name(make):
+    """The transformation it is of, as long as that lives; of Optax's always."""
+    tx, other = make(), optaxclip.clip_by_value(0.0, lambda step: 1.0)
+    state, name = tx.init(PARAMS), tx.update.description.name
+    # A state of the other one as well; that of the clip inside.
+    if name not in ("clip_by_value", "clip_params"):
+        with pytest.raises(ValueError, match=rf"state of ([\w. ]* )?{name}\b"):
+            other.update(grads_at(0), state, PARAMS)
+    with pytest.raises(ValueError, match=r"ScaleByAdamState of optax\.scale_by_adam"):
+        other.update(grads_at(0), optax.adam(0.1).init(PARAMS), PARAMS)
 
 
 @each_row

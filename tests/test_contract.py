@@ -423,7 +423,7 @@ def test_the_state_of_another_scope_is_named_as_such():
 )
 def test_a_state_that_is_no_clips_is_named(make, state, name):
     with pytest.raises(
-        ValueError, match=f"not the state of a .*clip.* but {name}: .*docs/old-checkpoints.md"
+        ValueError, match=f"not a state of .*clip.* but {name}: .*docs/old-checkpoints.md"
     ):
         make(1.0).update({"a": jnp.ones(2)}, state)
 

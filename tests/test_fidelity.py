@@ -289,3 +289,32 @@ def test_qk_clip_scales_weights_not_norms():
     np.testing.assert_array_equal(untouched["kernel"], query["kernel"])
     with pytest.raises(ValueError, match="head_axis"):
         oc.clip_qk(query, key, before[:2])
+
+
+def latent_logits(content, rotary, query, key, shared):
+    """Of Kimi K2's attention: content and rotary parts; all heads share one rotary key."""
+    q = np.einsum("nr,rhd->nhd", content, query)
+    k = np.einsum("nr,rhd->nhd", content, key)
+    logits = np.einsum("nhd,mhd->hnm", q[..., :3], k[..., :3])
+    return (logits + np.einsum("nhd,md->hnm", q[..., 3:], rotary @ shared)).max((1, 2))
+
+
+def test_qk_clip_for_latent_attention_leaves_the_shared_key_and_the_values():
+    rng = np.random.default_rng(0)
+    query, key = rng.normal(size=(5, 4, 3 + 2)), rng.normal(size=(5, 4, 3 + 6))
+    seen = rng.normal(size=(7, 5)), rng.normal(size=(7, 8))
+    shared, most = rng.normal(size=(8, 2)), 40.0
+    before = latent_logits(*seen, query, key, shared)
+    assert (before > most).any() and (before < most).any()
+    # The paper: q and k of the content times √γ each, the rotary q times γ, nothing else.
+    gamma = np.minimum(1, most / before)[:, None]
+    want = np.concatenate([query[..., :3] * gamma**0.5, query[..., 3:] * gamma], -1)
+    given = [jnp.asarray(x, jnp.float32) for x in (query, key, before)]
+    got, clipped = oc.clip_qk(*given, most, content_size=3)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(clipped[..., :3], key[..., :3] * gamma**0.5, rtol=1e-5)
+    np.testing.assert_array_equal(clipped[..., 3:], given[1][..., 3:])
+    after = latent_logits(*seen, np.float64(got), np.float64(clipped), shared)
+    np.testing.assert_allclose(after, np.minimum(before, most), rtol=1e-5)
+    with pytest.raises(ValueError, match="content_size must be a whole number from 1 to 5"):
+        oc.clip_qk(*given, most, content_size=6)

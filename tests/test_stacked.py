@@ -84,6 +84,18 @@ def test_each_layer_is_clipped_as_the_layer_of_a_list(name):
         chex.assert_trees_all_close(renamed(got[name][1]), seen, rtol=1e-5, custom_message=name)
 
 
+def test_singular_values_by_layer_have_bounds_and_statistics_of_their_own():
+    def make(**stacked):
+        return oc.spectral_clip(oc.thresholds.running(1.2), **stacked)
+
+    want, seen = jax.jit(lambda: run(make(), LIST))()
+    got, metrics = jax.jit(lambda: run(make(stacked={"^blocks": 1}), stack(LIST, 1)))()
+    steps = [jax.tree.map(lambda x, i=i: x[i], want) for i in range(len(FACTORS))]
+    want = jax.tree.map(lambda *xs: jnp.stack(xs), *(stack(step, 1) for step in steps))
+    chex.assert_trees_all_close(got, want, rtol=1e-2, atol=1e-5)
+    chex.assert_trees_all_close(renamed(metrics), seen, rtol=1e-5)
+
+
 BOUNDS = {
     "a tree with lists": {
         "blocks": {"bias": [0.1, 0.2, 0.3], "kernel": [1.0, 2.0, 3.0]},

@@ -337,11 +337,11 @@ WRONG_STATES = {
     "None": (None, r"watch: update was called with the state None"),
     "of another transformation": (
         optax.adam(0.1).init(PARAMS),
-        "watch: this is not the state of a watch",
+        "watch: this is not a state of watch",
     ),
     "of a clip": (
         oc.clip_by_leaf_norm(1.0).init(PARAMS),
-        "watch: this is not the state of a watch but ClipState",
+        "watch: this is not a state of watch but ClipState",
     ),
     "of other blocks": (
         oc.watch().init({"other": jnp.ones(1)}),

@@ -84,7 +84,7 @@ def scale_by_acclip(
 
     about = Description(exclude=exclude, kind="other", name=call)
     annotate(update_fn, description=about)
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _step(g, m, size, *numbers):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import feeds, scopes, validate
+from optaxclip import feeds, scopes, validate, xla
+from optaxclip.actions import rescale
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
 from optaxclip.thresholds.blocks import new_threshold
@@ -107,10 +108,10 @@ def _share_of_global(max_norm: optax.GradientTransformationExtraArgs):
         largest = jnp.max(jnp.stack([jnp.max(n, initial=0) for n in rows]))
         # In units of the largest, so that no square overflows.
         unit = jnp.where(largest > 0, largest, 1)
-        whole = unit * jnp.sqrt(sum(jnp.sum(jnp.square(n / unit)) for n in rows))
+        whole = unit * xla.root(jnp.asarray(sum(jnp.sum(jnp.square(n / unit)) for n in rows)))
         # The norm, not its square, which a port of AdaGC divides by.
         bound, state = max_norm.update(whole, state, params, **extra_args)
-        share = jnp.minimum(1, jnp.asarray(bound) / jnp.where(whole > 0, whole, 1))
+        share = rescale(whole, jnp.asarray(bound))
         return jax.tree.map(lambda n: n * share, norms), state
 
     return new_threshold(init_fn, update_fn, max_norm)

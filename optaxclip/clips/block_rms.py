@@ -21,7 +21,7 @@ def clip_by_block_rms(
     """Clips each leaf by its root mean square: u ← u / max(1, RMS(u) / threshold).
 
     It is Adafactor's update clipping. Place it after what preconditions the update and before the
-    learning rate; Adafactor's threshold is 1.
+    learning rate; Adafactor's threshold is 1. docs/algorithms.md has it with the relative step.
 
     Args:
       threshold: the bound: a number, array, tracer, schedule or threshold.

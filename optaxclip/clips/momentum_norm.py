@@ -106,7 +106,7 @@ def clip_by_momentum_norm(
         return clipped, MomentumNormState(step, old.rebuild(new), clip_state)
 
     annotate(update_fn, description=description_of(clip)._replace(kind="other"))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _move(momentum: list, gradients: list, rest: jax.Array, fine: jax.Array) -> list:

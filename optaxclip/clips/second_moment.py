@@ -76,7 +76,7 @@ def _clip_by_rms(
         return clipped, SecondMomentState(advance(step), rms, clip_state)
 
     annotate(update_fn, description=description_of(clip))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 @validate.named

@@ -26,7 +26,7 @@ from jax import lax
 
 from optaxclip.actions import rescale, smooth
 from optaxclip.norms import l2
-from optaxclip.xla import times
+from optaxclip.xla import root, times
 
 Method = Literal["hard", "soft"]
 Solver = Literal["polar", "svd"]
@@ -72,7 +72,7 @@ def _per(x: jax.Array, unit: jax.Array) -> jax.Array:
 
 def _size(x: jax.Array) -> jax.Array:
     """The Frobenius norm, (..., 1, 1), which no singular value exceeds; for numbers not large."""
-    return l2.finish(jnp.sum(l2.lift(x), axis=(-1, -2), keepdims=True), 1)
+    return root(jnp.sum(l2.lift(x), axis=(-1, -2), keepdims=True))
 
 
 def _polar(x: jax.Array, steps: int) -> jax.Array:
@@ -159,8 +159,8 @@ def clip_matrices(
 
 
 @jax.jit
-def largest_singular_value(x: jax.Array) -> jax.Array:
-    """Of (batch, m, n) matrices the largest of all, by power iteration from fixed random numbers.
+def largest_singular_values(x: jax.Array) -> jax.Array:
+    """Of each of (batch, m, n) matrices, (batch,), by power iteration from fixed random numbers.
 
     From the longest row it would stay there if that row were orthogonal to many shorter ones that
     are alike.
@@ -180,4 +180,4 @@ def largest_singular_value(x: jax.Array) -> jax.Array:
     found = jnp.minimum(
         _size(_dot(scaled, lax.stop_gradient(v))) * entry, jnp.finfo(entry.dtype).max
     )
-    return jnp.max(jnp.where(jnp.isfinite(entry), found, entry), initial=0)
+    return jnp.where(jnp.isfinite(entry), found, entry)[:, 0, 0]

@@ -57,7 +57,7 @@ def _remember(clip, exclude: Exclude, step) -> optax.GradientTransformationExtra
 
     # Its update is no rescaled gradient, so `check` must not reason about its length.
     annotate(update_fn, description=description_of(clip)._replace(kind="other"))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _clip(clip, leaves: Leaves, arrays: list[jax.Array], exclude: Exclude, *rest, **extra_args):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +129,10 @@ class History:
     @property
     def steps(self) -> np.ndarray:
         return self._read()[:, 0].astype(np.int64)
+
+    def __getitem__(self, key: Any) -> NoReturn:
+        # Not the column itself: each time all that waits on the device would be fetched.
+        raise TypeError(f"a History has no items: write history.arrays()[{key!r}].")
 
     def __len__(self) -> int:
         return len(self._read())

@@ -107,7 +107,7 @@ def report(
         return updates, ReportState(step, new)
 
     annotate(update_fn, description=Description(kind="other", name=call, inner=inner))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _as_callback(callback: Any) -> Callback:

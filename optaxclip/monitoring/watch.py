@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -120,10 +119,15 @@ def watch(
         numbers = fresh_numbers(norms.dtype, blocks=len(norms), **rooms)
         return numbers, start_candidates(trials, norms.dtype)
 
-    # An update that is not jitted would trace `start` at every step.
-    @functools.lru_cache(maxsize=8)
-    def shapes_of(dtype, size):
-        return jax.eval_shape(start, jax.ShapeDtypeStruct((size,), dtype))
+    # An update that is not jitted would trace `start` at every step. Not `lru_cache`: what it wraps
+    # cannot be pickled, and some trainers pickle their optimizer.
+    traced: dict[Any, Any] = {}
+
+    def shapes_of(norms):
+        key = (norms.dtype, norms.shape)
+        if key not in traced:
+            traced[key] = jax.eval_shape(start, jax.ShapeDtypeStruct(norms.shape, norms.dtype))
+        return traced[key]
 
     def init_fn(params):
         norms, names = _start(blocks, params)
@@ -148,7 +152,7 @@ def watch(
         guard.check(state, updates)
         dtype = state.block_norms.dtype
         now = summarize(norms.astype(dtype), names)
-        numbers, shadows = unpack(state.packed, shapes_of(dtype, len(norms)))
+        numbers, shadows = unpack(state.packed, shapes_of(state.block_norms))
         size = None
         if params is not None and reads_params(*trials.values()):
             # Parameters without a gradient do not count, as in a clip.
@@ -170,7 +174,7 @@ def watch(
 
     about = Description(scope, l2, exclude=exclude, kind="other", name="watch")
     annotate(update_fn, description=about)
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _meter(

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optaxclip import validate, xla
+from optaxclip import scopes, validate, xla
+from optaxclip.actions import as_action
+from optaxclip.base import Action, Scope
+from optaxclip.per_example.bounds import as_bounds, check_bounds, cut_parameters
 from optaxclip.per_example.examples import ClippedExamples, clip_some, sum_weights, summarize
 from optaxclip.per_example.ghost import by_ghost, by_vmap, is_mostly_ghost, trace
 from optaxclip.per_example.losses import (
     as_leaves,
     as_pair,
     as_weights,
+    check_arrays,
     count_examples,
     vary_like,
 )
 from optaxclip.per_example.microbatches import scan_microbatches
+from optaxclip.per_example.weights import weigh
+from optaxclip.scopes.leaves import as_scope
 from optaxclip.trees import select
 
 Method = Literal["auto", "ghost", "microbatch"]
@@ -31,14 +36,16 @@ _MICROBATCH_SIZE = 8
 @validate.named
 def clipped_value_and_grad(
     loss: Callable[..., Any],
-    max_norm: ArrayLike,
+    max_norm: ArrayLike | Mapping[str, ArrayLike],
     *,
+    scope: Scope = scopes.tree,
+    action: Action | None = None,
     method: Method = "auto",
     microbatch_size: int | None = None,
     reduce: Literal["mean", "sum"] = "mean",
     has_aux: bool = False,
     keep_batch_dim: bool = False,
-    gamma: ArrayLike | None = None,
+    keep_unclipped: bool = False,
 ) -> Callable[..., tuple[tuple[jax.Array, ClippedExamples], Any]]:
     """The gradient of each example clipped, then their mean: Σᵢ gᵢ · min(1, max_norm / ‖gᵢ‖) / B.
 
@@ -56,7 +63,13 @@ def clipped_value_and_grad(
     Args:
       loss: `loss(params, example, *shared)`, the loss of one example: a scalar, or a pair
         (scalar, aux).
-      max_norm: the largest norm of the gradient of one example.
+      max_norm: the largest norm of the gradient of one example. For a scope of several blocks: of
+        each block; or a mapping from their names, or an array with one number for each.
+      scope: which parameters share one norm of an example: `scopes.tree`, `scopes.leaf`, or
+        `scopes.groups(label)`.
+      action: what is done about an example: `actions.rescale` (None), `per_example.auto_s()` or
+        `per_example.psac()`, which need no tuned bound, `actions.zero`, or any other
+        `(norms, bounds) -> factors`.
       method: how; see `per_example.ghost_parameters` for what `"ghost"` reaches.
       microbatch_size: how many examples at a time, at most; None is 8 for `"microbatch"`, and all
         for `"ghost"`. It need not divide the batch. A microbatch takes examples from all over the
@@ -64,8 +77,8 @@ def clipped_value_and_grad(
       reduce: `"mean"` or `"sum"`, of the losses and of the gradients.
       has_aux: whether the loss returns a pair.
       keep_batch_dim: whether the loss sees an example as a batch of one, with a leading axis of 1.
-      gamma: γ. If given, examples are not clipped but all get a norm of nearly `max_norm`, by
-        max_norm / (‖gᵢ‖ + γ): AUTO-S, for which the authors take γ = 0.01 and a `max_norm` of 1.
+      keep_unclipped: whether `examples.unclipped` is to hold the gradient without the clip: what
+        the clip changed on the whole, and what `per_example.error_feedback` needs.
 
     Returns:
       A function `(params, batch, *shared, weights=None) -> ((value, examples), grads)`, as
@@ -87,14 +100,17 @@ def clipped_value_and_grad(
       One example, added or removed, moves the sum of the gradients (`reduce="sum"`) by
       max_norm · wᵢ at most: so private training adds noise in proportion to max_norm to that sum.
       With Poisson samples, divide it by the *expected* batch size: the size of a sample, which
-      `reduce="mean"` divides by, is not private.
+      `reduce="mean"` divides by, is not private. With several blocks max_norm here is √Σₖ
+      max_normₖ². All of this is so for actions that make no block longer than its bound, as all of
+      ours but `actions.keep`.
 
       Inside `shard_map` each device clips its own examples, and returns their losses and gradients:
       pool them with `psum` or `pmean`, also where JAX would do so by itself for an unclipped loss.
 
     Raises:
       ValueError: if an argument is not a valid value; at the call, if a leaf of `params` holds no
-        floating-point numbers, the leaves of `batch` have different leading sizes, none or 0,
+        floating-point numbers, `batch` or `shared` hold what is no array (a string), the leaves of
+        `batch` have different leading sizes, none or 0,
         `weights` do not fit, the loss is not a scalar, or it takes or returns statistics of the
         batch (BatchNorm): through them each example would change the gradients of all others.
 
@@ -110,8 +126,10 @@ def clipped_value_and_grad(
       <https://arxiv.org/abs/2110.05679>`_, 2022
 
       Bu et al., `Differentially Private Optimization on Large Model at Small Cost
-      <https://arxiv.org/abs/2210.00038>`_, 2023; `Automatic Clipping
-      <https://arxiv.org/abs/2206.07136>`_, 2023
+      <https://arxiv.org/abs/2210.00038>`_, 2023
+
+      He et al., `Exploring the Limits of Differentially Private Deep Learning with Group-wise
+      Clipping <https://arxiv.org/abs/2212.01539>`_, 2023: bounds by layer
 
     >>> import jax, jax.numpy as jnp, optaxclip
     >>> def loss(w, example):
@@ -138,29 +156,33 @@ def clipped_value_and_grad(
     """
     validate.choice(get_args(Method), method=method)
     validate.choice(("mean", "sum"), reduce=reduce)
-    validate.flag(has_aux=has_aux, keep_batch_dim=keep_batch_dim)
-    _check_numbers(max_norm=max_norm, gamma=0 if gamma is None else gamma)
+    validate.flag(has_aux=has_aux, keep_batch_dim=keep_batch_dim, keep_unclipped=keep_unclipped)
+    check_bounds(max_norm)
+    scope, action = as_scope(scope), as_action(action)
     if microbatch_size is not None:
         validate.size(microbatch_size=microbatch_size)
     pair = as_pair(loss, has_aux, keep_batch_dim)
 
     def value_and_grad(params, batch, *shared, weights=None):
+        check_arrays(params=params, batch=batch, shared=shared)
         # Before anything reads them: inside `shard_map` JAX sums a gradient by replicated
         # parameters over all devices.
         params = vary_like(params, (batch, shared))
         leaves, given = as_leaves(params), as_weights(weights, count_examples(batch))
-        backward, at_once = _plan(method, microbatch_size, pair, params, batch, shared)
+        blocks = cut_parameters(scope, params)
+        clip = functools.partial(weigh, action, bounds=as_bounds(max_norm, blocks))
+        loss_of = (pair, blocks, params, batch, shared)
+        backward, at_once = _plan(method, microbatch_size, *loss_of)
 
         def step(batch, given):
             # Clipped inside of the scan, which so carries one sum and no gradient of an example.
-            return clip_some(backward(params, batch, shared), given, max_norm, gamma)
+            return clip_some(backward(params, batch, shared), given, clip, keep_unclipped)
 
-        sums, each = scan_microbatches(step, batch, given, at_once, leaves)
-        if reduce == "mean":
-            sums = [x / sum_weights(given).astype(x.dtype) for x in sums]
-        # Rounded after the mean: the sum over a batch may overflow float16 where its mean does not.
-        grads = [xla.as_dtype_of(x, g) for x, g in zip(leaves, sums, strict=True)]
-        return summarize(each, given, reduce), jax.tree.structure(params).unflatten(grads)
+        like = [leaves] * (2 if keep_unclipped else 1)
+        sums, each = scan_microbatches(step, batch, given, at_once, like)
+        grads = [_finish(leaves, params, x, given, reduce) for x in sums]
+        value, examples = summarize(each, given, reduce, blocks)
+        return (value, examples._replace(unclipped=grads[1] if keep_unclipped else None)), grads[0]
 
     # Errors of a step, and its compiled program, are named after the call that made it.
     value_and_grad.__name__ = "clipped_value_and_grad"
@@ -188,26 +210,27 @@ def ghost_parameters(
     >>> per_example.ghost_parameters(loss, params, jnp.ones((8, 4)))
     ('w',)
     """
+    check_arrays(params=params, batch=batch, shared=shared)
+    count_examples(batch)
     sites = trace(as_pair(loss, has_aux, keep_batch_dim), params, batch, shared).sites
     paths = select(params).paths
     return tuple(paths[i] for i in sorted(site.origin.parameter for site in sites))
 
 
-def _check_numbers(**arguments: Any) -> None:
-    validate.bound(**arguments)
-    for name, value in arguments.items():
-        # An array would broadcast against the axis of the examples: a bound for each, in silence.
-        if jnp.ndim(value) != 0:
-            raise validate.fail(
-                f"{name} must be one number", f"an array of shape {jnp.shape(value)}"
-            )
+def _finish(leaves, params, sums, given, reduce):
+    """Sums of gradients as the tree of their sums or means."""
+    if reduce == "mean":
+        sums = [x / sum_weights(given).astype(x.dtype) for x in sums]
+    # Rounded after the mean: the sum over a batch may overflow float16 where its mean does not.
+    sums = [xla.as_dtype_of(x, g) for x, g in zip(leaves, sums, strict=True)]
+    return jax.tree.structure(params).unflatten(sums)
 
 
-def _plan(method, microbatch_size, loss, params, batch, shared):
+def _plan(method, microbatch_size, loss, blocks, params, batch, shared):
     """Chooses the backward pass, and how many examples it takes at once (None: all)."""
     # Tracing runs the loss once more in Python, so only where something is to be chosen by it.
     traced = None if method == "microbatch" else trace(loss, params, batch, shared)
     if traced is None or (method == "auto" and not is_mostly_ghost(traced, params)):
-        return functools.partial(by_vmap, loss), microbatch_size or _MICROBATCH_SIZE
+        return functools.partial(by_vmap, loss, blocks), microbatch_size or _MICROBATCH_SIZE
     # All at once: ghost clipping keeps the activations, as a plain gradient of the batch does.
-    return functools.partial(by_ghost, traced), microbatch_size
+    return functools.partial(by_ghost, traced, blocks), microbatch_size

@@ -11,19 +11,21 @@ Bu et al., `Differentially Private Optimization on Large Model at Small Cost
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from optaxclip.base import Blocks
+from optaxclip.per_example.bounds import count_blocks
 from optaxclip.per_example.losses import Loss, vary_like
 from optaxclip.per_example.sites import Site, find_sites
 from optaxclip.per_example.walk import Program, flatten, get_aval
 from optaxclip.per_example.weights import (
     align,
+    block_norms,
     drop_unweighted,
-    example_norms,
     weighted_sum,
 )
 from optaxclip.trees import is_measured, select
@@ -36,9 +38,9 @@ class Backward(NamedTuple):
     Attributes:
       losses: the loss of each example.
       aux: the aux of each example, with a leading axis.
-      norms: the norm of the gradient of each example.
-      sums: `sums(weights)`, the weighted sum of the gradients, one array per parameter, in float32
-        at least.
+      norms: (B, K), the norms of the gradient of each example, one for each block.
+      sums: `sums(weights)` for weights (B, K), the weighted sum of the gradients, one array per
+        parameter, in float32 at least.
     """
 
     losses: jax.Array
@@ -47,18 +49,18 @@ class Backward(NamedTuple):
     sums: Callable[[jax.Array], list[jax.Array]]
 
 
-def by_vmap(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
+def by_vmap(loss: Loss, blocks: Blocks, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
     """Forms the gradient of every example."""
     each = jax.vmap(jax.value_and_grad(loss, has_aux=True), (None, 0, *(None for _ in shared)))
     (losses, aux), grads = each(params, batch, *shared)
     leaves = select(grads)
-    norms = _norms(leaves.arrays, leaves.paths, losses)
-    return Backward(losses, aux, norms, lambda w: [weighted_sum(x, w) for x in leaves.arrays])
 
+    def sums(weights):
+        places = zip(leaves.arrays, blocks.index, strict=True)
+        return [weighted_sum(x, weights[:, block]) for x, block in places]
 
-def _norms(arrays: list[jax.Array], paths: Sequence[str], losses: jax.Array) -> jax.Array:
-    """The norm of each example; 0 where no parameter has a gradient."""
-    return example_norms(arrays, paths) if arrays else jnp.zeros_like(widen(losses))
+    norms = _norms_by_block(blocks, leaves.paths, dict(enumerate(leaves.arrays)), {}, losses)
+    return Backward(losses, aux, norms, sums)
 
 
 class Traced(NamedTuple):
@@ -147,7 +149,9 @@ def is_mostly_ghost(traced: Traced, params: Any) -> bool:
     return at_sites >= sum(sizes[i] for i in traced.rest)
 
 
-def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
+def by_ghost(
+    traced: Traced, blocks: Blocks, params: Any, batch: Any, shared: Sequence[Any]
+) -> Backward:
     """Forms no gradient of a parameter that has a site."""
     leaves = list(map(jnp.asarray, jax.tree.leaves(params)))
     outputs = [get_aval(site.op.eqn.outvars[0]) for site in traced.sites]
@@ -162,28 +166,43 @@ def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> 
 
     each = jax.vmap(jax.value_and_grad(probed, argnums=(0, 1), has_aux=True), (None, None, 0))
     (losses, (aux, operands)), (grads, dys) = each([leaves[i] for i in traced.rest], probes, batch)
-    at_sites = list(zip(traced.sites, operands, dys, strict=True))
+    formed = dict(zip(traced.rest, grads, strict=True))
+    places = [site.origin.parameter for site in traced.sites]
+    at_sites = dict(zip(places, zip(traced.sites, operands, dys, strict=True), strict=True))
 
     def sums(weights):
         # Zeros for parameters that the loss does not use: they have neither a site nor a gradient.
         total = [jnp.zeros(x.shape, widen(x).dtype) for x in leaves]
-        for i, g in zip(traced.rest, grads, strict=True):
-            total[i] = weighted_sum(g, weights)
-        for site, seen, dy in at_sites:
-            i = site.origin.parameter
-            total[i] = _site_sum(site, leaves[i], seen, dy, weights)
+        for i, g in formed.items():
+            total[i] = weighted_sum(g, weights[:, blocks.index[i]])
+        for i, (site, seen, dy) in at_sites.items():
+            total[i] = _site_sum(site, leaves[i], seen, dy, weights[:, blocks.index[i]])
         return total
 
-    lengths = [site.norms(seen, dy) for site, seen, dy in at_sites]
-    paths = [select(params).paths[i] for i in traced.rest]
-    return Backward(losses, aux, _join_norms(paths, grads, lengths, losses), sums)
+    lengths = {i: site.norms(seen, dy) for i, (site, seen, dy) in at_sites.items()}
+    norms = _norms_by_block(blocks, select(params).paths, formed, lengths, losses)
+    return Backward(losses, aux, norms, sums)
 
 
-def _join_norms(paths: list[str], grads: list[jax.Array], lengths: list[jax.Array], losses):
-    """The norm of each example, of gradients that were formed and norms found at sites."""
-    if lengths:
-        # To stack them, one dtype; as one more array, whose length is that of all sites together.
-        wide = accumulator(lengths)
-        paths = [*paths, "sites"]
-        grads = [*grads, jnp.stack([n.astype(wide) for n in lengths], axis=1)]
-    return _norms(grads, paths, losses)
+def _norms_by_block(
+    blocks: Blocks,
+    paths: Sequence[str],
+    formed: Mapping[int, jax.Array],
+    lengths: Mapping[int, jax.Array],
+    losses: jax.Array,
+) -> jax.Array:
+    """(B, K): the norms of gradients that were formed and of those at sites, by parameter."""
+    count, index = count_blocks(blocks), blocks.index
+    parts = [(paths[i], x, index[i]) for i, x in formed.items()]
+    for block in {index[i] for i in lengths}:
+        parts.append(("sites", _stack([x for i, x in lengths.items() if index[i] == block]), block))
+    if not parts:
+        return jnp.zeros((losses.size, count), widen(losses).dtype)
+    names, arrays, owners = zip(*parts, strict=True)
+    return block_norms(arrays, names, owners, count)
+
+
+def _stack(lengths: list[jax.Array]) -> jax.Array:
+    """(B, S): the norms at S sites as one more array, whose length is that of all of them."""
+    wide = accumulator(lengths)
+    return jnp.stack([n.astype(wide) for n in lengths], axis=1)

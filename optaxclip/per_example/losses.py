@@ -91,6 +91,21 @@ def _has_statistics(tree: Any) -> bool:
     return any(map(is_statistic, jax.tree.leaves(tree, is_leaf=is_statistic)))
 
 
+def check_arrays(**arguments: Any) -> None:
+    """Raises ValueError, naming the call, for what is no array: `vmap` takes nothing else."""
+    for name, tree in arguments.items():
+        for path, x in flatten_with_paths(tree)[0]:
+            try:
+                jax.typeof(x)
+            except TypeError:
+                kind = getattr(x, "dtype", type(x).__name__)
+                raise ValueError(
+                    f"{validate.called()}: {name} must hold arrays of numbers, but the leaf"
+                    f" {path!r} is of type {kind}. Let the loss hold what is no array:"
+                    " functools.partial(loss, mode='train')."
+                ) from None
+
+
 def count_examples(batch: Any) -> int:
     """The size of the leading axis that all leaves of a batch share."""
     shapes = {path: jnp.shape(x) for path, x in flatten_with_paths(batch)[0]}

@@ -10,23 +10,25 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optaxclip import validate
-from optaxclip.per_example.weights import (
-    clip_weights,
-    example_norms,
-    normalizing_weights,
-    weighted_sum,
-)
+from optaxclip.actions import as_action, rescale
+from optaxclip.base import Action
+from optaxclip.per_example.factors import auto_s
+from optaxclip.per_example.weights import example_norms, weigh, weighted_sum
 from optaxclip.trees import Leaves, select
 
 
 @validate.named
-def per_example_global_norm_clip(grads: Any, l2_norm_clip: ArrayLike) -> tuple[Any, jax.Array]:
+def per_example_global_norm_clip(
+    grads: Any, l2_norm_clip: ArrayLike, action: Action | None = None
+) -> tuple[Any, jax.Array]:
     """Sums gradients of examples, each clipped by its global norm: Σᵢ gᵢ · min(1, C / ‖gᵢ‖).
 
     Args:
       grads: a tree whose leaves all have a leading axis that numbers the examples, as
         `vmap(grad(loss))` returns it. There may be none: the sum is zeros.
       l2_norm_clip: C, the largest norm of one example.
+      action: what is done about an example: `actions.rescale` (None), `per_example.auto_s()`,
+        `per_example.psac()`, or any other `(norms, bounds) -> factors`.
 
     Returns:
       The sum, without the leading axis, and the number of examples that were clipped (int32). An
@@ -52,7 +54,7 @@ def per_example_global_norm_clip(grads: Any, l2_norm_clip: ArrayLike) -> tuple[A
     if not leaves.arrays:
         return grads, jnp.zeros((), jnp.int32)
     # One weight per example for all of its leaves, found before any leaf is summed.
-    sums, clipped = _clip_and_sum(leaves.arrays, leaves.paths, l2_norm_clip)
+    sums, clipped = _clip_and_sum(leaves.arrays, leaves.paths, l2_norm_clip, as_action(action))
     # A sum, no mean: it is divided after the noise, by a batch size that is not private.
     return leaves.rebuild(sums), clipped
 
@@ -94,7 +96,9 @@ def per_example_layer_norm_clip(
     # Either way ΣCᵢ² = C²: all leaves of an example together are within C.
     sizes = [1 if uniform else math.prod(shape[1:]) for shape in leaves.shapes]
     bounds = [global_l2_norm_clip * math.sqrt(size / max(sum(sizes), 1)) for size in sizes]
-    done = [_clip_and_sum([x], ("",), c) for x, c in zip(leaves.arrays, bounds, strict=True)]
+    done = [
+        _clip_and_sum([x], ("",), c, rescale) for x, c in zip(leaves.arrays, bounds, strict=True)
+    ]
     return leaves.rebuild([s for (s,), _ in done]), leaves.rebuild([count for _, count in done])
 
 
@@ -124,13 +128,8 @@ def per_example_normalize(grads: Any, gamma: ArrayLike = 0.01) -> Any:
     >>> per_example.per_example_normalize(jnp.array([[3.0, 4.0], [0.0, 2.0]]), gamma=0.0)
     Array([0.6, 1.8], dtype=float32)
     """
-    validate.bound(gamma=gamma, wait=False)
-    leaves = _select_batched(grads)
-    if not leaves.arrays:
-        return grads
     # A length of 1, not of C: the learning rate absorbs it, which is why nothing is to be tuned.
-    weights = normalizing_weights(example_norms(leaves.arrays, leaves.paths), 1.0, gamma)
-    return leaves.rebuild([weighted_sum(x, weights).astype(x.dtype) for x in leaves.arrays])
+    return per_example_global_norm_clip(grads, 1.0, auto_s(gamma))[0]
 
 
 def _select_batched(grads: Any) -> Leaves:
@@ -154,9 +153,9 @@ def _as_float(x):
     return x.astype(jnp.float32) if jnp.issubdtype(getattr(x, "dtype", bool), jnp.integer) else x
 
 
-def _clip_and_sum(arrays: list[jax.Array], paths, bound: ArrayLike):
+def _clip_and_sum(arrays: list[jax.Array], paths, bound: ArrayLike, action: Action):
     """The weighted sum of each array over its examples, and how many examples were clipped."""
     # Optax gives an example with NaN the weight 1, and so poisons the sum; here it is 0, below 1,
     # and counts as clipped.
-    weights = clip_weights(example_norms(arrays, paths), bound)
+    weights = weigh(action, example_norms(arrays, paths), bound)
     return [weighted_sum(x, weights).astype(x.dtype) for x in arrays], jnp.sum(weights < 1)

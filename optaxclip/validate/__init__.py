@@ -34,6 +34,7 @@ from optaxclip.validate.arguments import (
 from optaxclip.validate.calls import (
     called,
     fail,
+    is_function,
     is_maker,
     makes_part,
     named,
@@ -53,6 +54,7 @@ __all__ = [
     "fail",
     "feed",
     "flag",
+    "is_function",
     "is_maker",
     "is_static",
     "is_transformation",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip.validate.calls import called, fail
+from optaxclip.validate.calls import called, fail, is_function
 
 
 def to_concrete(value: Any) -> Any:
@@ -120,7 +120,7 @@ def flag(**arguments: Any) -> None:
 def feed(**arguments: Any) -> None:
     """Each is a function `(norms, bounds) -> norms`."""
     for name, value in arguments.items():
-        if not callable(value):
+        if not is_function(value):
             choices = "feeds.raw, feeds.clipped, feeds.accepted"
             raise fail(f"{name} must be {choices} or a function (norms, bounds) -> norms", value)
 
@@ -159,7 +159,7 @@ def _bounds(words: str, wait: bool, arguments: dict[str, Any]) -> None:
 
 def exclude(value: Any) -> None:
     """`exclude` is a way to say which leaves to leave alone."""
-    if not (value is None or isinstance(value, str) or callable(value)):
+    if not (value is None or isinstance(value, str) or is_function(value)):
         choices = "a regular expression (str), a predicate of the path, or None"
         raise fail(f"exclude must be {choices}", value)
     if isinstance(value, str):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Generator
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 from optaxclip.base import annotate
 
@@ -14,14 +14,14 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 # Where a part lies for the user, `thresholds.zscore`; clips lie at the top.
-_NAMESPACES = ("actions", "feeds", "norms", "scopes", "thresholds")
+_NAMESPACES = ("actions", "aggregation", "feeds", "norms", "scopes", "thresholds")
 _NOBODY = "optaxclip"
 # Not a global: threads may build clips at the same time.
 _CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default=_NOBODY)
 
 
 @contextlib.contextmanager
-def speak_for(call: str) -> Iterator[None]:
+def speak_for(call: str) -> Generator[None, None, None]:
     """Makes errors inside speak of `call`. A context."""
     token = _CALL.set(call)
     try:
@@ -62,10 +62,12 @@ def _show(value: Any) -> str:
         return show_maker(value)
     # The `repr` of a transformation is two addresses.
     update = getattr(value, "update", None)
-    if callable(update) and hasattr(update, "__qualname__"):
+    # A dict, too, has an `update`.
+    if hasattr(value, "init") and hasattr(update, "__qualname__"):
         described = getattr(getattr(update, "description", None), "name", "")
         return f"a transformation of {described or update.__qualname__.split('.')[0]}"
-    return repr(value)
+    # `[1.0, 2.0]` looks like the array that was asked for.
+    return f"the {type(value).__name__} {value!r}" if type(value) in (list, tuple) else repr(value)
 
 
 def show_maker(maker: Any) -> str:
@@ -81,6 +83,11 @@ def is_maker(value: Any) -> bool:
     made = getattr(value, "__annotations__", {}).get("return", "")
     makes = getattr(value, "makes_part", False) or "GradientTransformation" in str(made)
     return callable(value) and makes
+
+
+def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether a value is a function to be used, and none that has to be called first."""
+    return callable(value) and not is_maker(value)
 
 
 def makes_part(maker: _F) -> _F:

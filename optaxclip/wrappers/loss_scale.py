@@ -114,4 +114,4 @@ def dynamic_loss_scale(
         return steps, LossScaleState(scale, jnp.where(due, 0, count), new)
 
     annotate(update_fn, description=Description(kind="other", name=call, inner=guarded))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)

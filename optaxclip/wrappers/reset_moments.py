@@ -91,7 +91,7 @@ def reset_moments(
 
     about = Description(kind="other", name=call, inner=inner)
     annotate(update_fn, description=about)
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _select(due, fresh, old):

@@ -17,7 +17,7 @@ from optaxclip.norms import rms
 from optaxclip.states import StateGuard, init_inside
 from optaxclip.thresholds.learned import like
 from optaxclip.trees import drop_gradientless
-from optaxclip.xla import widen
+from optaxclip.xla import root, widen
 
 
 class StableRmsState(NamedTuple):
@@ -86,7 +86,7 @@ def scale_by_stable_rms(
         return clipped, StableRmsState(new, record)
 
     annotate(update_fn, description=description_of(clip)._replace(inner=inner))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _shares(call: str, updates: Any, state: optax.OptState, b2: ArrayLike, eps: ArrayLike) -> Any:
@@ -102,7 +102,7 @@ def _shares(call: str, updates: Any, state: optax.OptState, b2: ArrayLike, eps: 
 
     # Moments of bfloat16 gradients are bfloat16: a ratio in that dtype would have 8 bits.
     def share(g, v):
-        corrected = jnp.sqrt(widen(v) / like(seen, widen(v)))
+        corrected = root(widen(v) / like(seen, widen(v)))
         return jnp.abs(widen(g)) / jnp.maximum(corrected, like(eps, corrected))
 
     return jax.tree.map(share, updates, moments)

@@ -137,7 +137,7 @@ def skip_by(
         return _select(skip, optax.tree.zeros_like(steps), steps), state
 
     annotate(update_fn, description=description_of(watch)._replace(inner=inner))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def find_loss(passed: Mapping[str, Any]) -> Any:

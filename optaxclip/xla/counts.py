@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaxclip.xla.layout import Layout
-from optaxclip.xla.lengths import meet_in_blocks
+from optaxclip.xla.lengths import pool_blocks
 from optaxclip.xla.sums import STACKED, reduce_alike
 from optaxclip.xla.widths import widen
 
@@ -37,4 +37,4 @@ def _count(arrays: list[jax.Array], layout: Layout, sizes: Sequence[float], most
         own = jnp.stack(counts).reshape(len(sizes), -1)
         pools.append(layout.span.pool_leaf(own, leaves[0], "sum"))
         first.extend(leaves)
-    return meet_in_blocks("sum", layout, jnp.concatenate(pools, axis=1), first)
+    return pool_blocks("sum", layout, jnp.concatenate(pools, axis=1), first)

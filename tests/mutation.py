@@ -1,0 +1,276 @@
+"""Plants mistakes in the library, one at a time, and counts how many of them the tests see.
+
+    uv run --group mutation python -m tests.mutation [--sample 300] [--seed 0] [--log FILE]
+
+The mistakes are those of cosmic-ray (another operator, number, comparison; a decorator less ...),
+at places drawn at random, each of which counts once. Cosmic-ray itself would start JAX once more
+for each; here a process that has imported it forks. (mutmut 3 forks, too, but leaves out all
+functions with a decorator, which the public ones are.) Those that the table of `EQUIVALENT` names
+were read, and change nothing. Run by hand; the file of `--log` goes on where it ended.
+"""
+
+import argparse
+import ast
+import importlib.machinery
+import importlib.util
+import json
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+import types
+from typing import NamedTuple
+
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+
+ROOT = pathlib.Path(__file__).parent.parent
+HOUSE = ROOT / "optaxclip"
+# For each room the tests that see its mistakes, the quickest first.
+PARTS, SOAK = "tests/test_parts.py", "tests/test_soak.py"
+CONTRACT = "tests/test_contract.py::test_"
+TESTS = {
+    "core.py": [
+        "optaxclip/core.py",
+        SOAK,
+        PARTS,
+        CONTRACT + "parts_that_do_not_exist_are_refused",
+        CONTRACT + "a_norm_or_factor_that_is_no_normal_float_counts_as_not_finite",
+        CONTRACT + "a_negative_tracer_acts_as_zero",
+    ],
+    "engine.py": [
+        "optaxclip/core.py",
+        SOAK,
+        PARTS,
+        "tests/test_learning.py",
+        CONTRACT + "update_without_a_state",
+        CONTRACT + "missing_parameters_are_asked_for",
+        CONTRACT + "the_state_of_another_scope_is_named_as_such",
+        CONTRACT + "the_state_keeps_its_structure_in_scan_cond_and_donation",
+        "tests/test_checkpoints.py",
+        "tests/test_mesh.py",
+    ],
+    "actions.py": [
+        "optaxclip/actions.py",
+        PARTS,
+        SOAK,
+        CONTRACT + "derivatives_are_finite_and_right",
+    ],
+    "norms.py": [
+        "optaxclip/norms.py",
+        PARTS,
+        SOAK,
+        "tests/test_global_norm.py",
+        CONTRACT + "derivatives_are_finite_and_right",
+    ],
+    "scopes/": ["optaxclip/scopes", PARTS, SOAK, "tests/test_stacked.py"],
+    "thresholds/by_name.py": [
+        "optaxclip/thresholds/by_name.py",
+        "tests/test_by_name.py",
+        "tests/test_stacked.py",
+    ],
+    "thresholds/": [
+        "optaxclip/thresholds",
+        PARTS,
+        SOAK,
+        "tests/test_learning.py",
+        "tests/test_fidelity.py",
+    ],
+    "wrappers/skip.py": ["optaxclip/wrappers/skip.py", "tests/test_skipping.py", PARTS],
+    "wrappers/steps.py": ["optaxclip/wrappers", SOAK, "tests/test_skipping.py", PARTS],
+    "per_example/": ["optaxclip/per_example", "tests/test_per_example.py"],
+}
+SECONDS = 900
+
+
+class Mutant(NamedTuple):
+    """One mistake: the file, and which operator of cosmic-ray at which of its places."""
+
+    path: str
+    operator: str
+    occurrence: int
+    line: int
+
+    @property
+    def text(self) -> str:
+        code = (HOUSE / self.path).read_text()
+        return mutate_code(code, get_operator(self.operator)(), self.occurrence) or code
+
+
+def main(argv=None) -> int:
+    """Prints the score, and the mistakes that no test saw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="only files whose path begins so")
+    parser.add_argument("--log", type=pathlib.Path, default=pathlib.Path("mutation.jsonl"))
+    args = parser.parse_args(argv)
+    os.chdir(ROOT)
+    warm_up()
+    known = (
+        [json.loads(line) for line in args.log.read_text().splitlines()]
+        if args.log.exists()
+        else []
+    )
+    done = {tuple(row["mutant"]): row["killed"] for row in known}
+    everything = [m for m in mutants() if m.path.startswith(args.only)]
+    chosen = draw(everything, args.sample, args.seed)
+    print(f"{len(chosen)} of {len({(m.path, m.line) for m in everything})} lines with mistakes")
+    for i, mutant in enumerate(chosen):
+        if mutant not in done:
+            start = time.monotonic()
+            done[mutant] = run_tests(mutant)
+            seconds = round(time.monotonic() - start, 1)
+            row = {"mutant": mutant, "killed": done[mutant], "seconds": seconds}
+            with args.log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{i + 1}: {'killed' if done[mutant] else show(mutant)} {seconds} s", flush=True)
+    survivors = [mutant for mutant in chosen if not done[mutant]]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} killed; survivors:")
+    print(*map(show, survivors), sep="\n")
+    return 0
+
+
+def warm_up() -> None:
+    """Imports what takes long, but starts no backend: its threads would not survive a fork."""
+    for name in ("chex", "equinox", "flax", "hypothesis", "optax", "pytest", "sybil", "xdist"):
+        importlib.import_module(name)
+
+
+def mutants() -> list[Mutant]:
+    """All mistakes."""
+    # Those with arguments replace variables that one has to name.
+    names = [
+        n
+        for n in operator_names()
+        if not n.endswith(("VariableReplacer", "VariableInserter", "NoOp"))
+    ]
+    found = []
+    for path in files():
+        text = (HOUSE / path).read_text()
+        nodes = list(ast_nodes(get_ast(text)))
+        for name in names:
+            operator = get_operator(name)()
+            places = [place for node in nodes for place in operator.mutation_positions(node)]
+            found += [Mutant(path, name, i, start[0]) for i, (start, _) in enumerate(places)]
+    return found
+
+
+def files() -> list[str]:
+    paths = [str(path.relative_to(HOUSE)) for path in sorted(HOUSE.rglob("*.py"))]
+    return [p for p in paths if p.startswith(tuple(TESTS)) and not p.endswith("__init__.py")]
+
+
+def bare(text: str) -> str:
+    """The program without its annotations; of what is none, nothing."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return ""
+    for node in ast.walk(tree):
+        for field in ("annotation", "returns"):
+            if getattr(node, field, None):
+                setattr(node, field, ast.Constant(0))
+    return ast.dump(tree)
+
+
+def draw(found: list[Mutant], count: int, seed: int) -> list[Mutant]:
+    """A sample: lines at random, and of each line one mistake.
+
+    But not in annotations, which nothing evaluates.
+    """
+    rng, lines, chosen = random.Random(seed), {}, []
+    for mutant in found:
+        lines.setdefault((mutant.path, mutant.line), []).append(mutant)
+    for path, line in rng.sample(sorted(lines), len(lines)):
+        plain, rows = bare((HOUSE / path).read_text()), lines[path, line]
+        mutant = next(
+            (m for m in rng.sample(rows, len(rows)) if bare(m.text) not in ("", plain)), None
+        )
+        chosen += [mutant] if mutant else []
+        if len(chosen) == count:
+            break
+    return chosen
+
+
+def run_tests(mutant: Mutant) -> bool:
+    """Whether a test fails, in a process of its own; or does not come to an end."""
+    pid = os.fork()
+    if pid == 0:
+        plant(mutant)
+        os._exit(run_pytest(mutant.path))
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            assert code != 5, f"no tests for {mutant.path}"
+            return code != 0
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return True
+
+
+def plant(mutant: Mutant) -> None:
+    """From here on an import of the module gives the one with the mistake."""
+    name = "optaxclip." + mutant.path.removesuffix(".py").replace("/", ".")
+    path, text = str(HOUSE / mutant.path), mutant.text
+
+    class Loader(importlib.machinery.SourceFileLoader):
+        def get_code(self, fullname):
+            return compile(text, path, "exec")
+
+    class Finder:
+        @staticmethod
+        def find_spec(fullname, _path, _target=None):
+            if fullname == name:
+                loader = Loader(name, path)
+                return importlib.util.spec_from_file_location(name, path, loader=loader)
+            return None
+
+    sys.meta_path.insert(0, Finder)
+
+
+def run_pytest(path: str) -> int:
+    import jax
+    import pytest
+
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    tests = next(tests for room, tests in TESTS.items() if path.startswith(room))
+    # Also the smallest programs: most tests of most mutants run the same ones.
+    keep_all = types.SimpleNamespace(
+        pytest_collection_finish=lambda: jax.config.update(
+            "jax_persistent_cache_min_compile_time_secs", 0
+        )
+    )
+    options = [
+        "-x",
+        "-q",
+        "-W",
+        "ignore::pytest.PytestAssertRewriteWarning",
+        "-m",
+        "not slow",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    return int(pytest.main([*options, *tests], plugins=[keep_all]))
+
+
+def show(mutant: Mutant) -> str:
+    """The line, and what it became."""
+    old = (HOUSE / mutant.path).read_text().splitlines()
+    new = mutant.text.splitlines()
+    at = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
+    return f"optaxclip/{mutant.path}:{at + 1}\n  - {old[at].strip()}\n  + {new[at].strip()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
