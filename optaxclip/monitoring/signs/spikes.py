@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from optaxclip.monitoring.findings import Sign, format_number
+from optaxclip.monitoring.display import format_number
+from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import is_known, large_ratio, over_neighbours, tail_index
 from optaxclip.monitoring.history import RecordedRun
 from optaxclip.monitoring.limits import (
