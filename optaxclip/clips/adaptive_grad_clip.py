@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping (AGC), the clip of normalizer-free networks, and its two helpers."""
+"""Adaptive gradient clipping (AGC), the clip of normaliser-free networks, and its two helpers."""
 
 from __future__ import annotations
 
