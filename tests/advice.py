@@ -409,7 +409,7 @@ ADVICE = {
     ),
     "parts of different sizes": Advice(
         lambda: mean_and_norms(batch=(jnp.ones((4, 2)), jnp.ones(3))),
-        "What all examples share goes after batch: value_and_grad(params, batch, shared)",
+        "Pass whatever all examples share after batch: value_and_grad(params, batch, shared)",
         lambda: mean_and_norms(
             lambda params, example, shared: loss(params, example), shared=[jnp.ones(3)]
         ),
@@ -431,7 +431,7 @@ ADVICE = {
     ),
     "several losses": Advice(
         lambda: mean_and_norms(lambda p, x: {"a": loss(p, x), "b": loss(p, x)}),
-        "add the losses up, and return them apart as aux, with has_aux=True",
+        "add the losses up, and return them separately as aux, with has_aux=True",
         lambda: mean_and_norms(lambda p, x: (2 * loss(p, x), {"a": loss(p, x)}), has_aux=True),
     ),
     "a loss for each output": Advice(
