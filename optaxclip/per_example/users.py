@@ -63,8 +63,8 @@ def _as_numbers(users: Any, size: int) -> jax.Array:
         got = f"{users.dtype} of shape {users.shape}"
         raise validate.fail(f"users must be {size} integers, one per example", got)
     # JAX would silently truncate them to 32 bits: two users would be merged, or become padding.
-    kept = np.iinfo(jnp.result_type(users))
-    if isinstance(users, np.ndarray) and not (kept.min <= users.min() <= users.max() <= kept.max):
+    cut = users.astype(jnp.result_type(users))
+    if isinstance(users, np.ndarray) and not np.array_equal(cut, users):
         must = "users must be integers of 32 bits: write np.unique(users, return_inverse=True)[1]"
         raise validate.fail(must, f"numbers from {users.min()} to {users.max()}")
     return jnp.asarray(users)
