@@ -134,7 +134,7 @@ def test_clipped_scion_of_one_matrix_is_muons_steepest_descent_with_a_bound():
         (1.875, -1.25, 0.375), 20, 0.9, nesterov=False, adaptive=True
     )
     tx = optax.chain(newton, oc.spectral_clip(2.0), optax.scale_by_learning_rate(0.1))
-    np.testing.assert_allclose(followed(tx, params, grads), list(leaf(params, grads)), atol=1e-3)
+    np.testing.assert_allclose(followed(tx, params, grads), list(leaf(params, grads)), atol=5e-3)
 
 
 def test_a_spectral_bound_follows_the_largest_singular_values():
@@ -186,7 +186,7 @@ def test_spectra_clips_the_updates_of_adam_and_holds_its_product_with_the_rate()
     for bad in (thresholds.running(2.0), {"wide": 1.0}):
         with pytest.raises(ValueError, match="max_singular_value must be a number or a schedule"):
             wrappers.spectra(optax.identity(), rate, bad, warmup_steps=3)
-    with pytest.raises(ValueError, match="learning_rate must be a schedule, if"):
+    with pytest.raises(ValueError, match="learning_rate must be a schedule if"):
         wrappers.spectra(optax.identity(), 0.1, warmup_steps=3)
 
 

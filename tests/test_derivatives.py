@@ -43,5 +43,5 @@ def test_derivatives_through_many_updates_are_finite_and_right(name):
     assert np.isfinite(slopes).all()
     difference = (values[2] - values[0]) / (2 * H)
     # The slope of the iteration is not as close as its value; its docstring says how close.
-    near = 1e-3 if name.startswith("spectral_clip") else 1e-5
+    near = 1e-3 if name.startswith("spectra") else 1e-5
     np.testing.assert_allclose(np.vdot(slopes[1], along), difference, rtol=near, atol=1e-6)

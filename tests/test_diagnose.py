@@ -241,6 +241,16 @@ def test_the_catalogue(case):
             assert found[0].block == "layers/3", f"seed {seed}: {found}"
 
 
+def test_of_skipped_steps_the_block_is_named_that_was_first():
+    bad, x = np.arange(60) >= 33, NOISE[:60]
+    lost = np.where(bad, np.nan, x)
+    table = norms(lost) | {"watch/grad_norm/a": x, "watch/grad_norm/b": lost}
+    counts = {"consecutive": np.cumsum(bad), "last_reason": 3 * bad, "grad_norm": lost}
+    (sign,) = oc.diagnose(table | {f"skip/{key}": x for key, x in counts.items()})
+    assert (sign.name, sign.step, sign.block) == ("every-step-skipped", 34, "b")
+    assert "not finite, first in b" in sign.what
+
+
 def test_a_sign_says_where_it_began_and_how_large_it_is():
     x = np.r_[NOISE[:180], 1.9 ** np.arange(1, 13), [np.nan] * 8]
     (sign,) = oc.diagnose(norms(x) | {"watch/steps": np.arange(1001, 1001 + N)})
@@ -249,6 +259,9 @@ def test_a_sign_says_where_it_began_and_how_large_it_is():
     x = np.where(np.arange(N) == 70, 500.0, NOISE)
     (sign,) = oc.diagnose(norms(x))
     assert (sign.name, sign.step) == ("spike", 71) and sign.evidence["largest"] > 300
+    assert "then it is as before" in sign.what
+    (sign,) = oc.diagnose(norms(x[:71]))
+    assert sign.name == "spike" and "the record ends there" in sign.what
 
 
 @pytest.mark.parametrize("prefix", ["", "opt/", "a/b/"])

@@ -4,6 +4,7 @@ several of them.
 
 import functools
 import inspect
+import re
 
 import chex
 import jax
@@ -137,6 +138,22 @@ def test_over_axes_of_one_device_nothing_need_be_said(name):
     # brax trains so.
     each = jax.tree.map(lambda p: p[None], params)
     jax.eval_shape(jax.pmap(step, axis_name="data", devices=jax.devices()[:1]), each)
+
+
+@each_row
+def test_beside_parts_a_replicated_leaf_stays_replicated_by_type(name):
+    tx = ROWS[name]()
+    specs = {"bias": P(), "kernel": P("data")}
+    params = {"bias": jnp.ones(2), "kernel": jnp.ones((4, 2))}
+    # The two updates are of one type, or the second would not be taken.
+    twice = lambda params: update(tx, update(tx, params))  # noqa: E731
+    run = jax.shard_map(twice, mesh=mesh_of(2), in_specs=(specs,), out_specs=specs)
+    why = ""
+    try:
+        jax.eval_shape(run, params)
+    except ValueError as error:
+        why = str(error)
+    assert not why or re.match(r"\w+: [^\n]*axis_names", why)
 
 
 @each_row

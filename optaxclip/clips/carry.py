@@ -40,9 +40,10 @@ def _zeros(x: Any) -> Any:
 def can_learn(state: optax.OptState, *, zeros: bool = True) -> jax.Array:
     """Whether all that a clip has measured was finite and, without `zeros`, not all zero.
 
-    One decision for the whole tree, which so is that of one step. It is made of norms, which are
-    the same on all devices; gradients may be parts.
+    One decision for the whole tree on all devices, which so is that of one step.
     """
     norms = jax.tree.leaves(metrics_of(state).grad_norm)
     finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(n)) for n in norms]))
-    return finite & (zeros | jnp.any(jnp.array([jnp.any(n > 0) for n in norms])))
+    zero = jnp.all(jnp.array([jnp.all(n == 0) for n in norms]))
+    # Norms of units differ between devices that hold different ones.
+    return xla.hold_everywhere(finite) & (zeros | ~xla.hold_everywhere(zero))

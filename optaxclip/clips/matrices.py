@@ -34,7 +34,7 @@ class Form(NamedTuple):
     spec: PartitionSpec
 
     def sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """M and n of a leaf of this shape."""
+        """The sides, m and n, of a leaf of this shape."""
         rest = [n for axis, n in enumerate(shape) if axis not in self.stack]
         return (math.prod(rest[:-1]), rest[-1]) if len(rest) > 1 else (math.prod(rest), 1)
 
@@ -96,7 +96,13 @@ def as_cuts(specs: Any) -> Cuts:
     if not all(isinstance(spec, PartitionSpec) for spec in known.values()):
         must = "specs must be a PartitionSpec, a function of the path, or a tree of PartitionSpecs"
         raise validate.fail(must, specs)
-    return known.__getitem__
+
+    def cut(path: str) -> PartitionSpec:
+        if path not in known:
+            raise ValueError(f"{validate.called()}: specs have {list(known)}, but not {path!r}.")
+        return known[path]
+
+    return cut
 
 
 def names_of(spec: PartitionSpec) -> tuple[str, ...]:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from optaxclip.monitoring.display import format_number, format_share
 from optaxclip.monitoring.episodes import AFTER, KEPT
-from optaxclip.monitoring.findings import Findings, format_number, format_share
+from optaxclip.monitoring.findings import Findings
 from optaxclip.monitoring.reading import check_is_state, find_parts
 from optaxclip.monitoring.state import WatchState, read_numbers
 from optaxclip.record import unpack_names

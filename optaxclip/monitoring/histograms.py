@@ -37,7 +37,11 @@ def count_elements(
     leaves = select(updates, exclude)
     span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
     layout = lay_out(scope, leaves.paths, leaves.shapes, span)
-    reached = xla.count_reaching(leaves.arrays, layout, (0.0, *10.0**_POWERS))
+
+    def count(arrays, _):
+        return arrays, xla.count_reaching(arrays, layout, (0.0, *10.0**_POWERS))
+
+    _, reached = xla.call_in_auto_axes(count, leaves.arrays, None)
     return (reached - jnp.pad(reached[1:], ((0, 1), (0, 0)))).T
 
 

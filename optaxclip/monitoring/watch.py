@@ -18,8 +18,7 @@ from optaxclip.core import decide
 from optaxclip.engine import Description, Rule, build
 from optaxclip.monitoring.episodes import update_episodes
 from optaxclip.monitoring.histograms import BINS, count_elements
-from optaxclip.monitoring.packing import pack, unpack
-from optaxclip.monitoring.state import Numbers, WatchState, fresh_numbers
+from optaxclip.monitoring.state import Numbers, WatchState, fresh_numbers, pack, unpack
 from optaxclip.monitoring.summary import Summary, summarize, update_nonfinite
 from optaxclip.monitoring.trackers import (
     Candidates,
@@ -78,7 +77,7 @@ def watch(
       spike_factor: a step is bad if its norm is not finite, or over this many times the median of
         at least ten norms.
       histogram: whether to count the elements of each block by powers of ten, at each step, for
-        `optaxclip.loggers.histograms`. It takes a second pass over the gradients.
+        `optaxclip.loggers.histograms`. On a CPU it takes a second read of the gradients.
       exclude, axis_names: as in `optaxclip.clip_by`.
 
     Returns:

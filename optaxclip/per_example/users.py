@@ -30,9 +30,9 @@ def group_by_user(
         sum by twice the bound: leave room for all.
 
     Returns:
-      A pair (examples, present): the leaves of `batch` as (U, K, ...), and (U, K) booleans, False
-      where there is no such example; there a user's first example is repeated. Users come in the
-      order of their numbers. `present.sum()` tells how many examples were taken.
+      `(examples, present)`. The first are the leaves of `batch` as (U, K, ...), the second (U, K)
+      booleans, False where there is no such example; there a user's first example is repeated.
+      Users come in the order of their numbers. `present.sum()` tells how many examples were taken.
 
     Raises:
       ValueError: if `users` are not B integers, or a number is no whole one of at least 1.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip.monitoring.findings import format_share
+from optaxclip.monitoring.display import format_share
 from optaxclip.monitoring.fits import find_runs
 
 GREY, DARK = "0.55", "black"

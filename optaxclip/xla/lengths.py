@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 
 from optaxclip.base import Norm, Norms
 from optaxclip.xla.layout import Layout
+from optaxclip.xla.mesh import hold_everywhere
 from optaxclip.xla.scaling import spread
 from optaxclip.xla.sums import Pieces, lifted, plain, stacking, units, variadic
 from optaxclip.xla.widths import accumulator, widen
@@ -74,7 +75,11 @@ def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
         rows = at_one(1.0, _apart(arrays))
         inside = [_inside(x, n, dtype, units_) for x, n in zip(rows, counts, strict=True)]
         lengths = [norm.finish(x, n) for x, n in zip(rows, counts, strict=True)]
-        return lax.cond(jnp.all(jnp.array(inside)), lambda _: lengths, rescue, arrays)
+        exact = jnp.all(jnp.array(inside))
+        if units_:
+            # Of all devices: a branch that only some take makes all norms vary by type.
+            exact = hold_everywhere(exact)
+        return lax.cond(exact, lambda _: lengths, rescue, arrays)
 
     def gpu(arrays):
         return finish(pool(variadic, arrays, scales))

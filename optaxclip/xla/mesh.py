@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -102,6 +103,12 @@ def _across(x: jax.Array, axes: tuple[str, ...], how: str) -> jax.Array:
     if not axes:
         return x
     return (lax.psum if how == "sum" else lax.pmax)(vary(x, axes), axes)
+
+
+def hold_everywhere(condition: jax.Array) -> jax.Array:
+    """Whether a condition holds on all devices among which it varies by type."""
+    axes = tuple(sorted(varying_axes(condition) - _APART.get()))
+    return lax.pmin(condition.astype(jnp.int32), axes) > 0 if axes else condition
 
 
 def vary(x: jax.Array, axes: Sequence[str]) -> jax.Array:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaxclip.base import Norm
+from optaxclip.compat import varying_axes
 from optaxclip.xla.layout import Layout, chunks, group, same_types
 from optaxclip.xla.widths import times, widen
 
@@ -167,8 +168,18 @@ def units(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool) -
     rows = [_units_of_row(norm, layout, row, arrays, scales, dtype, stacked) for row in layout.rows]
     # Finish the sums of all leaves first, or XLA:TPU stacks them one by one in three times as many
     # kernels.
-    rows = lax.optimization_barrier(rows)
+    rows = _finished(rows)
     return [[piece for r in array for piece in rows[r]] for array in layout.arrays]
+
+
+def _finished(rows: list[Pieces]) -> list[Pieces]:
+    """The sums behind a barrier, one for each type: what leaves one varies as all that enters."""
+    flat, structure = jax.tree.flatten(rows)
+    for kind in dict.fromkeys(map(varying_axes, flat)):
+        own = [i for i, x in enumerate(flat) if varying_axes(x) == kind]
+        for i, x in zip(own, lax.optimization_barrier([flat[i] for i in own]), strict=True):
+            flat[i] = x
+    return structure.unflatten(flat)
 
 
 def _units_of_row(norm, layout, row, arrays, scales, dtype, stacked) -> Pieces:
