@@ -26,9 +26,8 @@ FOLDER = pathlib.Path(__file__).parent
 ROOT = FOLDER.parent.parent
 NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py") if path.stem != "common")
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}
-# A head in the form of PEP 723.
+# What a client needs stands at its head, in the form of PEP 723.
 HEAD = re.compile(r"^# /// script\n((?:# .*\n)+)# ///$", re.MULTILINE)
-
 HEADER = ["client", "versions", "losses", "apart", "steps", "clipped", "`metrics` from"]
 
 
