@@ -579,7 +579,7 @@ ADVICE = {
     ),
     "heads elsewhere": Advice(
         lambda: oc.clip_qk(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones(2)),
-        "Or pass head_axis=",
+        "pass head_axis=",
         lambda: oc.clip_qk(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones(2), head_axis=0),
     ),
     # Of wrappers, further.
