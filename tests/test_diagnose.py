@@ -217,6 +217,8 @@ def test_a_history_takes_scalars_only():
         with pytest.raises(ValueError, match="History: window must be"):
             oc.History(window)
     assert len(history) == 0
+    with pytest.raises(ValueError, match=r"one number under each key; not so \{'phase': 'str'\}"):
+        oc.History().append({"phase": "warm", "loss": 1.0})
 
 
 def test_a_clip_that_does_not_measure_is_not_judged():

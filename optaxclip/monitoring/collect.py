@@ -182,6 +182,8 @@ def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
 
 def _placement(x: Any) -> tuple:
     """The shape of a value, and for one on a device what it shares with others of one program."""
+    if isinstance(x, str):  # no number, which is said where shapes are
+        return ("str",)
     if type(x) is float or not isinstance(x, jax.Array):
         return _HOST if type(x) is float else (np.shape(x),)
     if isinstance(x, jax.core.Tracer):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip.validate.calls import called, fail, is_function
+from optaxclip.validate.calls import called, fail, is_function, is_part
 
 
 def to_concrete(value: Any) -> Any:
@@ -120,7 +120,7 @@ def flag(**arguments: Any) -> None:
 def feed(**arguments: Any) -> None:
     """Checks that each is a function `(norms, bounds) -> norms`."""
     for name, value in arguments.items():
-        if not is_function(value):
+        if not (is_function(value) or is_part(value, "feeds")):
             choices = "feeds.raw, feeds.clipped, feeds.accepted"
             raise fail(f"{name} must be {choices} or a function (norms, bounds) -> norms", value)
 

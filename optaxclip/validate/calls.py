@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Generator
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
-from optaxclip.base import annotate
+from optaxclip.base import Part, annotate
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _P = ParamSpec("_P")
@@ -86,8 +86,13 @@ def is_maker(value: Any) -> bool:
 
 
 def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
-    """Whether a value is a function to use as it is, not one that must be called first."""
-    return callable(value) and not is_maker(value)
+    """Whether a value is a plain function: not a part, and not one that makes a part."""
+    return callable(value) and not is_maker(value) and not isinstance(value, Part)
+
+
+def is_part(value: Any, room: str) -> bool:
+    """Whether a value is a part of a namespace, such as `feeds.raw`."""
+    return isinstance(value, Part) and value.name.startswith(f"{room}.")
 
 
 def makes_part(maker: _F) -> _F:
