@@ -23,7 +23,7 @@ LOOKS = (
     ("#0072B2", "--s"),
     ("#D55E00", "-.^"),
     ("#009E73", ":d"),
-    ("#CC79A7", "-X"),
+    ("#CC79A7", "--v"),
 )
 
 
@@ -245,8 +245,11 @@ def draw(results: dict[str, Runs], rates: list[float], goal: Goal, path: str) ->
         # Beside one another: bars at the same rate would hide each other.
         beside = np.array(rates) * 1.06 ** (i - (len(results) - 1) / 2)
         plot_scores(runs, beside, goal, ax, name, *look)
-    ax.axhline(goal.failed, color="0.6", linewidth=0.8, zorder=0)
-    ax.text(1.01, goal.failed, "failed", transform=ax.get_yaxis_transform(), va="center")
+    sign = -1 if goal.higher else 1
+    # Where none failed, the line would squeeze all that there is to see.
+    if any((costs(runs, goal) > sign * goal.failed).any() for runs in results.values()):
+        ax.axhline(goal.failed, color="0.6", linewidth=0.8, zorder=0)
+        ax.text(1.01, goal.failed, "failed", transform=ax.get_yaxis_transform(), va="center")
     ax.set(xscale="log", xlabel="learning rate", ylabel=goal.score)
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
     ax.minorticks_off()

@@ -32,6 +32,12 @@ def _factor(lengths, norms):
     return jnp.where(same, 1, lengths / jnp.where(same, 1, norms))
 
 
+def _are_free(bounds):
+    """Where there is no bound."""
+    # Not `isinf`: op by op it makes an infinity, which `jax.debug_infs` takes for an overflow.
+    return bounds > jnp.finfo(bounds.dtype).max
+
+
 @_action
 def rescale(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     """Shortens a block that is too long to its bound: min(1, b / n).
@@ -53,7 +59,7 @@ def normalize(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     >>> actions.normalize(jnp.array([0.5, 2.0]), jnp.array([1.0, 1.0]))
     Array([2. , 0.5], dtype=float32)
     """
-    return _factor(jnp.where(jnp.isinf(bounds), norms, bounds), norms)
+    return _factor(jnp.where(_are_free(bounds), norms, bounds), norms)
 
 
 @_action
@@ -100,7 +106,7 @@ def smooth(p: ArrayLike = 2.0) -> Action:
         # no special case.
         over = norms > bounds
         ratio = _factor(jnp.where(over, bounds, norms), jnp.where(over, norms, bounds))
-        ratio = jnp.where((norms == 0) | jnp.isinf(bounds), 0, ratio)
+        ratio = jnp.where((norms == 0) | _are_free(bounds), 0, ratio)
         # Cast, because p may be a NumPy float64 or a tracer in the dtype of the parameters.
         power = jnp.asarray(p).astype(ratio.dtype)
         shrink = (1 + ratio**power) ** (-1 / power)
@@ -133,7 +139,7 @@ def band(low: ArrayLike = 0.0, *, floor: ArrayLike = 0.0) -> Action:
 
     def rule(norms, bounds):
         # Without a bound there is no relative floor: 0 · inf would be NaN.
-        relative = jnp.asarray(low).astype(norms.dtype) * jnp.where(jnp.isinf(bounds), 0, bounds)
+        relative = jnp.asarray(low).astype(norms.dtype) * jnp.where(_are_free(bounds), 0, bounds)
         lowest = jnp.minimum(jnp.maximum(relative, jnp.asarray(floor, norms.dtype)), bounds)
         return _factor(jnp.clip(norms, lowest, bounds), norms)
 

@@ -186,7 +186,7 @@ def test_spectra_clips_the_updates_of_adam_and_holds_its_product_with_the_rate()
     for bad in (thresholds.running(2.0), {"wide": 1.0}):
         with pytest.raises(ValueError, match="max_singular_value must be a number or a schedule"):
             wrappers.spectra(optax.identity(), rate, bad, warmup_steps=3)
-    with pytest.raises(ValueError, match="learning_rate must be a schedule, if"):
+    with pytest.raises(ValueError, match="learning_rate must be a schedule if"):
         wrappers.spectra(optax.identity(), 0.1, warmup_steps=3)
 
 

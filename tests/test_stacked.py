@@ -211,11 +211,11 @@ TREE = {"blocks": jnp.ones((2, 3)), "wide": jnp.ones((3, 3)), "gain": jnp.ones((
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: scopes.stacked(["^blocks"]), r"where must be .* got \['\^blocks'\]"),
+        (lambda: scopes.stacked(["^blocks"]), r"where must be .* got the list \['\^blocks'\]"),
         (lambda: scopes.stacked({"^blocks": "0"}), "where must be"),
         (lambda: scopes.stacked(scopes.groups), r"where must be .*: write groups\("),
         (lambda: scopes.stacked("^b", scopes.tree), "scope must be scopes.leaf, "),
-        (lambda: scopes.stacked("^layers"), r"clip_by: of the leaves \['blocks'.* none stacks"),
+        (lambda: scopes.stacked("^layers"), r"clip_by: none of the leaves \['blocks'.* stacks"),
         (lambda: scopes.stacked("gain"), r"leaf 'gain' of shape \(\) has no axes \(0,\)"),
         (lambda: scopes.stacked({"^b": 0, "s$": 1}), "'blocks' matches several rules"),
         (lambda: scopes.stacked("^b", scopes.stacked("^b")), "scope must be one of whole leaves"),

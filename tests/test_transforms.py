@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.experimental import checkify
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
@@ -94,6 +94,15 @@ def test_op_by_op_healthy_gradients_alarm_no_search_for_nan(make):
         jax.vmap(lambda factor: tx.update(factor * params, state, params))(jnp.array([1e3, 0.0]))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FIXED - {"at_most"}))  # one of its two bounds is infinite
+def test_op_by_op_fixed_bounds_alarm_no_search_for_infinity(name):
+    tx, params = ROWS[name](), jnp.ones((3, 2))
+    with jax.debug_infs(True), jax.disable_jit():
+        for factor in (1.0, 1e3, 0.0):
+            tx.update(factor * params, tx.init(params), params)
+
+
 each_row = pytest.mark.parametrize("name", ROWS)
 
 
@@ -119,6 +128,58 @@ def test_every_row_keeps_its_types_in_all_of_them(name):
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(lambda g: g.swapaxes(0, 1).shape, grads)
     # Of a batch of runs, one number for each run.
     assert {x.shape for x in seen.values()} <= {(2,)}
+
+
+@pytest.mark.slow
+@each_row
+def test_every_row_is_exported_with_the_shapes_that_it_has(name):
+    tx, grads = ROWS[name](), jnp.ones((3, 2))
+
+    def step(grads):
+        updates, state = tx.update(grads, tx.init(grads), grads)
+        return updates, jax.tree.leaves(state)
+
+    exported = jax.export.export(jax.jit(step))(grads)
+    there = jax.eval_shape(exported.call, grads)
+    assert jax.tree.map(jnp.shape, there) == jax.tree.map(jnp.shape, jax.eval_shape(step, grads))
+
+
+class Layer(nnx.Module):
+    def __init__(self):
+        self.params = nnx.data({name: nnx.Param(p) for name, p in PARAMS.items()})
+
+
+@each_row
+def test_every_row_is_traced_in_nnx_jit(name):
+    def train():
+        model, tx = Layer(), optax.chain(ROWS[name](), optax.scale(-0.1))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer):
+            optimizer.update(model, nnx.state(model, nnx.Param))
+
+        step(model, optimizer)
+        step(model, optimizer)  # with the state that it left
+        return model
+
+    assert nnx.to_pure_dict(nnx.state(nnx.eval_shape(train)))["params"].keys() == PARAMS.keys()
+
+
+@each_row
+def test_with_explicit_axes_updates_are_sharded_as_they_came(name):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Explicit,))
+    specs = {"bias": P(), "kernel": P("data")}
+
+    def step(params):
+        params = jax.tree.map(lambda p, spec: jax.sharding.reshard(p, spec), params, specs)
+        updates = update(ROWS[name](), params)
+        for u, p in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+            assert jax.typeof(u).sharding == jax.typeof(p).sharding
+        return updates
+
+    with jax.set_mesh(mesh):
+        jax.eval_shape(step, {"bias": jnp.ones(2), "kernel": jnp.ones((4, 2))})
 
 
 def mesh_of(count):

@@ -141,7 +141,7 @@ def _find_reasons(n: Numbers) -> tuple[Reason, ...]:
     found = _report_nonfinite(n)
     if n.scale_ratio > 30:
         what = f"the norms of layers differ up to {n.scale_ratio:.3g}-fold."
-        method = "One norm sees only the largest: use a bound per layer, or adaptive_grad_clip."
+        method = "One norm sees only the largest; a bound per layer or adaptive_grad_clip sees all."
         found.append(Reason("layer-scales", what, method))
     drift, noise = np.log(n.drift), np.log(n.drift_noise)
     # Both, because in a long run any drift is significant, and in a short run twofold may be noise.

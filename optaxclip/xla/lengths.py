@@ -150,7 +150,7 @@ def _chosen(norm: Norm, pools: list[jax.Array], scales, count) -> jax.Array:
     """
     length = norm.finish(pools[-1], count) / scales[-1]
     for pool, scale in list(zip(pools, scales, strict=True))[-2::-1]:
-        length = jnp.where(pool < jnp.inf, norm.finish(pool, count) / scale, length)
+        length = jnp.where(jnp.isfinite(pool), norm.finish(pool, count) / scale, length)
     return length
 
 
@@ -162,7 +162,7 @@ def _inside(pools: jax.Array, count, dtype, units: bool) -> jax.Array:
         # Some zeros among other norms do not need the other scales: dead units are common.
         some = jnp.any(pools > 0, axis=tuple(range(1, pools.ndim)), keepdims=True)
         inside |= (pools == 0) & some
-    return jnp.all(inside & (pools < jnp.inf))
+    return jnp.all(inside & jnp.isfinite(pools))
 
 
 def _apart(arrays):

@@ -26,8 +26,9 @@ FOLDER = pathlib.Path(__file__).parent
 ROOT = FOLDER.parent.parent
 NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py") if path.stem != "common")
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}
-# A head in the form of PEP 723.
+# What a client needs stands at its head, in the form of PEP 723.
 HEAD = re.compile(r"^# /// script\n((?:# .*\n)+)# ///$", re.MULTILINE)
+HEADER = ["client", "versions", "losses", "apart", "steps", "clipped", "`metrics` from"]
 
 
 class SkippedError(Exception):
@@ -73,8 +74,10 @@ def describe(name: str, facts: dict[str, Any]) -> list[str]:
     return [
         f"`{name}`",
         f"{needs(name)[0].replace('==', ' ')}, jax {facts['jax']}",
-        f"{facts['losses']}, {facts['apart']:.0e}",
-        f"{facts['steps']:.0f}, {facts['clipped']:.0%}",
+        f"{facts['losses']}",
+        f"{facts['apart']:.0e}",
+        f"{facts['steps']:.0f}",
+        f"{facts['clipped']:.0%}",
         "a report" if facts["reports"] else "the state",
     ]
 
@@ -87,10 +90,10 @@ def try_all(names: list[str], keep: bool) -> tuple[list[list[str]], bool]:
         try:
             rows.append(describe(name, train(name, install(name))))
         except SkippedError as reason:
-            rows.append([f"`{name}`", f"skipped: {reason}"[:200], "", "", ""])
+            rows.append([f"`{name}`", f"skipped: {reason}"[:200], *[""] * (len(HEADER) - 2)])
         except RuntimeError as failure:
             print(failure, file=sys.stderr)
-            rows.append([f"`{name}`", "FAILED", "", "", ""])
+            rows.append([f"`{name}`", "FAILED", *[""] * (len(HEADER) - 2)])
             good = False
         if not keep:
             shutil.rmtree(ROOT / ".clients" / name, ignore_errors=True)
@@ -109,8 +112,7 @@ def main():
     if unknown:
         parser.error(f"no client is called {', '.join(sorted(unknown))}: {', '.join(NAMES)}")
     rows, good = try_all(args.names or NAMES, args.keep)
-    head = ["client", "versions", "losses, furthest apart", "steps, clipped", "`metrics` from"]
-    publish(table(head, rows), args.into, "clients")
+    publish(table(HEADER, rows), args.into, "clients")
     sys.exit(not good)
 
 
