@@ -81,8 +81,7 @@ def update_episodes(
 
 def _push(recent, step: jax.Array, norms: jax.Array, moves: jax.Array, own: jax.Array) -> jax.Array:
     """Both rings with the norms of this step; ring `own` only if it moves."""
-    # Two rings that take turns, and no copy of one when the other breaks: that would be read out of
-    # order, and a donated array that is so read is copied as a whole.
+    # Two rings that take turns: each number stays or is replaced where it is, and none moves.
     rows, rings = jnp.arange(KEPT, dtype=jnp.int32), jnp.arange(2, dtype=jnp.int32)
     here = (rows == jnp.mod(step, KEPT))[None] & (moves | (rings != own))[:, None]
     return jnp.where(here[..., None], norms, recent)
