@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip.per_example.weights import clip_weights, normalizing_weights
+from optaxclip.per_example.weights import weigh
 from optaxclip.thresholds.blocks import learns
 from tests import reference
 
@@ -308,8 +308,8 @@ def test_what_is_made_of_a_threshold_that_learns_learns(make):
 
 def test_a_negative_bound_of_examples_counts_as_zero():
     lengths = jnp.array([0.5, 2.0])
-    assert not clip_weights(lengths, -1.0).any()
-    assert not normalizing_weights(lengths, -1.0, 0.1).any()
+    assert not weigh(oc.actions.rescale, lengths, -1.0).any()
+    assert not weigh(oc.per_example.auto_s(0.1), lengths, -1.0).any()
 
 
 def test_an_example_that_is_not_finite_weighs_nothing():
