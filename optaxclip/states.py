@@ -15,6 +15,7 @@ from optaxclip.trees import unpack_names
 
 _ADVICE = "initialise with state = tx.init(params), and keep what update returns."
 _CHECKPOINT = "For a checkpoint from before the clip see docs/old-checkpoints.md."
+# Threads may build clips at the same time, and a set must not change while it is iterated.
 _LOCK = threading.Lock()
 _FILTER = "eqx.filter(model, eqx.is_inexact_array)"
 

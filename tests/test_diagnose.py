@@ -209,13 +209,13 @@ def test_a_history_takes_scalars_only():
         ValueError, match=r"history\.append\(optaxclip\.metrics\(opt_state\).* Got ClipState"
     ):
         history.append(state)
-    with pytest.raises(ValueError, match=r"but these have shapes: \{'clip/grad_norm': \(2,\)\}"):
+    with pytest.raises(ValueError, match=r"not these shapes or types: \{'clip/grad_norm': \(2,\)\}"):
         history.append({"clip/grad_norm": jnp.ones(2)})
     for window in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="History: window must be"):
             oc.History(window)
     assert len(history) == 0
-    with pytest.raises(ValueError, match=r"one number under each key; not so \{'phase': 'str'\}"):
+    with pytest.raises(ValueError, match=r"not these shapes or types: \{'phase': 'str'\}"):
         oc.History().append({"phase": "warm", "loss": 1.0})
 
 

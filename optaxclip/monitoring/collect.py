@@ -169,7 +169,7 @@ def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
     wide = {key: kind[0] for kind, keys in groups.items() if kind[0] for key in keys}
     if wide:
         raise ValueError(
-            "A history takes one number under each key, but these have shapes:"
+            "A history takes one number under each key, not these shapes or types:"
             f" {dict(list(wide.items())[:3])}. For several runs (vmap), append each to a History of"
             " its own. The stacked dict that lax.scan returns is a history already."
         )
