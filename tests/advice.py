@@ -161,7 +161,7 @@ ADVICE = {
     ),
     "a number": Advice(
         lambda: oc.clip_by_global_norm(-1.0),
-        "a number from 0 to inf, an array of such, a schedule (a function of the step) or a"
+        "a number from 0 to inf, an array of such numbers, a schedule (a function of the step) or a"
         " threshold (an optax transformation of norms)",
         lambda: [
             run(oc.clip_by_global_norm(bound))
@@ -175,7 +175,7 @@ ADVICE = {
     ),
     "a number for values": Advice(
         lambda: oc.clip("1"),
-        "an array of such, a schedule (a function of the step) or a threshold",
+        "an array of such numbers, a schedule (a function of the step) or a threshold",
         lambda: (
             [run(oc.clip(bound)) for bound in (1.0, jnp.array(1.0), oc.thresholds.zscore())]
             + [jax.jit(lambda bound: oc.clip(bound).update(GRADS, None)[0])(1.0)]
@@ -223,7 +223,7 @@ ADVICE = {
     ),
     "a list": Advice(
         lambda: oc.clip_by([1.0, 2.0], scope=oc.scopes.leaf),
-        "an array of such, a schedule (a function of the step) or a threshold (an optax"
+        "an array of such numbers, a schedule (a function of the step) or a threshold (an optax"
         " transformation of norms), got the list [1.0, 2.0]",
         lambda: run(oc.clip_by(jnp.array([1.0, 2.0]), scope=oc.scopes.leaf)),
     ),
@@ -579,7 +579,7 @@ ADVICE = {
     ),
     "heads elsewhere": Advice(
         lambda: oc.clip_qk(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones(2)),
-        "Or pass head_axis=",
+        "pass head_axis=",
         lambda: oc.clip_qk(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones(2), head_axis=0),
     ),
     # More wrappers.

@@ -77,6 +77,31 @@ def test_every_error_that_advises_something_is_in_the_table():
     assert not missing
 
 
+PARTS = [oc.actions.zero, oc.feeds.raw, oc.scopes.leaf, oc.norms.l2, oc.actions, oc.scopes.groups]
+PLACES = {
+    "threshold": oc.clip_by,
+    "scope": lambda part: oc.clip_by(1.0, scope=part),
+    "norm": lambda part: oc.clip_by(1.0, norm=part),
+    "action": lambda part: oc.clip_by(1.0, action=part),
+    "exclude": lambda part: oc.clip_by(1.0, exclude=part),
+    "feed": lambda part: oc.thresholds.running(feed=part),
+    "label": oc.scopes.groups,
+    "where": oc.scopes.stacked,
+    "by_name": lambda part: oc.thresholds.by_name({"b": part}),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_part_in_the_place_of_another_is_refused(place):
+    for part in PARTS:
+        own = getattr(part, "name", "").startswith((f"{place}s.", f"{place}."))
+        if own:
+            PLACES[place](part)
+        else:
+            with pytest.raises(ValueError, match=r"must|none"):
+                PLACES[place](part)
+
+
 # Everything that takes a threshold, and transformations of gradients given instead of one.
 TAKERS = {
     "clip_by": oc.clip_by,

@@ -167,6 +167,16 @@ def test_learned_bounds_of_no_units(case):
     step_in_shapes(case.make(scope=optaxclip.scopes.units()), {})
 
 
+@each_row
+def test_numbers_of_numpy_and_of_python_are_gradients(make):
+    tx, grads = make(), {"w": np.ones((3, 2), np.float32), "s": 1.0}
+    if make is ROWS["clip_by stacked"]:  # a number has no layers
+        del grads["s"]
+    # Closed over, as `eval_shape` would make tracers of arguments.
+    shapes = jax.eval_shape(lambda: tx.update(grads, tx.init(grads), grads)[0])
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, grads)
+
+
 class Unfiltered(eqx.Module):
     """A model as Equinox's users have it: functions and strings are leaves."""
 

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.usefixtures("as_users"), pytest.mark.slow]
 def test_derivatives_through_many_updates_are_finite_and_right(name):
     rng = np.random.default_rng(0)
     grads, along, weights = rng.normal(size=(3, STEPS, *SHAPE))
-    # Zero gradients before and after the warm-up, but not for Optax's Adam: NaN derivatives at zero.
+    # Zeros before and after the warm-up, but not for Optax's Adam: its derivatives there are NaN.
     for t in (2, 140) if not name.startswith("stable_") else ():
         grads[t] = along[t] = 0
     # A spike early, and one late.

@@ -209,14 +209,14 @@ def test_a_history_takes_scalars_only():
         ValueError, match=r"history\.append\(optaxclip\.metrics\(opt_state\).* Got ClipState"
     ):
         history.append(state)
-    with pytest.raises(
-        ValueError, match=r"one number under each key; not so \{'clip/grad_norm': \(2,\)\}"
-    ):
+    with pytest.raises(ValueError, match=r"but these have shapes: \{'clip/grad_norm': \(2,\)\}"):
         history.append({"clip/grad_norm": jnp.ones(2)})
     for window in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="History: window must be"):
             oc.History(window)
     assert len(history) == 0
+    with pytest.raises(ValueError, match=r"one number under each key; not so \{'phase': 'str'\}"):
+        oc.History().append({"phase": "warm", "loss": 1.0})
 
 
 def test_a_clip_that_does_not_measure_is_not_judged():
@@ -259,7 +259,7 @@ def test_a_sign_says_where_it_began_and_how_large_it_is():
     x = np.where(np.arange(N) == 70, 500.0, NOISE)
     (sign,) = oc.diagnose(norms(x))
     assert (sign.name, sign.step) == ("spike", 71) and sign.evidence["largest"] > 300
-    assert "then it is as before" in sign.what
+    assert "afterwards it is as before" in sign.what
     (sign,) = oc.diagnose(norms(x[:71]))
     assert sign.name == "spike" and "the record ends there" in sign.what
 

@@ -689,6 +689,11 @@ REFUSED = {
     "vector": ({"loss": lambda p, x: x}, {}, "one real number for one example.*\\(3,\\)"),
     "pair": ({"loss": lambda p, x: (jnp.sum(x), x)}, {}, "pass has_aux=True"),
     "losses": ({"loss": lambda p, x: {"a": jnp.sum(x)}}, {}, "add the losses up.*has_aux=True"),
+    "aux in words": (
+        {"has_aux": True, "loss": lambda p, x: (jnp.sum(p["w"] * x), "fine")},
+        {},
+        "aux must hold arrays.*'str'",
+    ),
     "no pair": ({"has_aux": True}, {}, "must return a pair"),
 }
 

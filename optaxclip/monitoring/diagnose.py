@@ -1,4 +1,4 @@
-"""Signs of exploding and vanishing gradients in a recorded run, with evidence and advice."""
+"""Finds signs of exploding and vanishing gradients in a recorded run, with evidence and advice."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _SLOW = {"loss-not-moving", "loss-rising", "learning-rate-too-low", "weights-gro
 _CLIPS = {"clip-always-active", "clip-never-active"}
 _STOPPED = {"zero-gradients", "layer-dead", "every-step-skipped"}
 _SIZES = {"spike", "spike-burst", "heavy-tail", "norms-vanishing"}
-# What is a consequence of a sign, or the same thing seen by another rule.
+# For each sign, those that it causes, or that are the same thing seen by another rule.
 _EXPLAINS = {
     "norms-exploding": _BROKEN | _STOPPED | _SLOW | _CLIPS | _SIZES,
     "norms-jumped": _BROKEN | _SLOW | _CLIPS | _SIZES,
     "learning-rate-too-high": _BROKEN | _STOPPED | _SLOW | _CLIPS | _SIZES,
     "zero-gradients": _SLOW | _CLIPS | _SIZES | {"every-step-skipped", "layer-dead"},
-    # Nothing is applied, so nothing moves; a clip inside the wrapper shows its last step for ever.
+    # No update is applied, so nothing moves, and a clip inside the wrapper repeats its last step.
     "every-step-skipped": _BROKEN | _SLOW | _CLIPS,
     "norm-not-finite": _SLOW | {"spike"},
     "loss-not-finite": _SLOW | {"spike"},
@@ -51,21 +51,21 @@ _EXPLAINS = {
 
 @validate.named
 def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) -> tuple[Sign, ...]:
-    """Looks for signs of exploding and vanishing gradients in a recorded run of steps.
+    """Looks for signs of exploding and vanishing gradients in a recorded run.
 
-    The docs list the signs and the numbers that define them. Causes come first, and what they
-    explain is not said. Most rules need 20 steps, some 100; of fewer it says whether norms rose to
-    NaN, and whether all was finite. A healthy run has no signs.
+    The docs list the signs and the numbers that define them. Causes come first, and their
+    consequences are left out. Most rules need 20 steps, some 100; with fewer it reports whether
+    norms rose to NaN, and whether everything was finite. A healthy run has no signs.
 
     Args:
-      history: what `optaxclip.metrics` read at each step: a `History`, a sequence of dicts, or a
-        dict of arrays with one entry a step, as `lax.scan` stacks them.
-      losses: the loss at each step; None: what the history has under "loss", if anything.
-      param_norms: the norm of all parameters at each step; None: what the history has under
-        "param_norm", if anything.
+      history: what `optaxclip.metrics` returned at each step: a `History`, a sequence of dicts, or
+        a dict of arrays with one entry per step, as `lax.scan` stacks them.
+      losses: the loss at each step; None: the history's "loss", if it has one.
+      param_norms: the norm of all parameters at each step; None: the history's "param_norm", if it
+        has one.
 
     Returns:
-      A tuple of `Sign`, empty if there are none; print it, or one of them, for a report.
+      A tuple of `Sign`, empty if there are none. Print it, or one of the signs, for a report.
 
     Raises:
       ValueError: if the history is empty, or has no norms.
@@ -79,15 +79,15 @@ def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) 
     if not len(run.norms):
         raise ValueError(
             f"diagnose: there is no key 'grad_norm' among {sorted(run.table)[:20]}: record"
-            " optaxclip.metrics(opt_state), of a chain with optaxclip.watch() or a clip that"
-            " measures in it."
+            " optaxclip.metrics(opt_state) of a chain with optaxclip.watch() or a clip that"
+            " measures."
         )
     return Findings(_find_signs(run))
 
 
 def _find_signs(run: RecordedRun) -> list[Sign]:
-    """The signs in a run, causes first, without those that another one explains."""
-    # Of a state that never advances the other rules would judge numbers that mean nothing.
+    """Finds the signs in a run, causes first, without those that another sign explains."""
+    # If the state never advances, the other rules would judge meaningless numbers.
     if forgotten := list(forgetting(run)):
         return forgotten
     found: list[Sign] = [sign for rule in _RULES for sign in rule(run)]

@@ -1,4 +1,4 @@
-"""Numbers, tables and recorded runs as one reads them, in a terminal or as Markdown."""
+"""Formats numbers, tables and recorded runs for a terminal or as Markdown."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 _BARS = "▁▂▃▄▅▆▇█"
 _GAP = "·"  # a step that is not finite, or unknown
-_MOST = 40  # keys: a screen
+_MOST = 40  # keys, about one screen
 _HEAD = ("key", "last", "smallest", "largest", "course")
 
 
 def format_number(x: Any) -> str:
-    """A number in three digits.
+    """Formats a number with three digits.
 
     >>> [format_number(x) for x in (48.123, 1.0, 512.3, 0.0, 1.5e9)]
     ['48.1', '1.0', '512', '0', '1.5e+09']
@@ -26,7 +26,7 @@ def format_number(x: Any) -> str:
 
 
 def format_share(share: Any) -> str:
-    """A share in percent.
+    """Formats a share in percent.
 
     >>> format_share(0.256)
     '26 %'
@@ -35,17 +35,17 @@ def format_share(share: Any) -> str:
 
 
 def sparkline(series: np.ndarray, width: int = 24) -> str:
-    """A series as a row of bars, each as high as the largest number of its stretch.
+    """Draws a series as a row of bars, each as high as the largest number in its stretch.
 
-    The scale is that of logarithms where the numbers are over zero and more than 100-fold apart. A
-    dot is a stretch without a finite number.
+    The scale is logarithmic if the numbers are positive and span more than a factor of 100. A dot
+    is a stretch without a finite number.
 
     >>> import numpy as np
     >>> sparkline(np.array([1.0, 2.0, np.nan, 8.0])), sparkline(10.0 ** np.arange(8))
     ('▁▂·█', '▁▂▃▄▅▆▇█')
     """
     parts = np.array_split(np.asarray(series, float), min(width, len(series)) or 1)
-    # The largest: the mean of a stretch would hide the spike that one looks for.
+    # The largest, because the mean of a stretch would hide a spike.
     known = [part[np.isfinite(part)] for part in parts]
     tops = np.array([part.max() if part.size else np.nan for part in known])
     finite = tops[np.isfinite(tops)]
@@ -58,7 +58,7 @@ def sparkline(series: np.ndarray, width: int = 24) -> str:
 
 
 def escape(text: str) -> str:
-    r"""Text in which Markdown finds no marks.
+    r"""Escapes the characters that Markdown treats as markup.
 
     >>> print(escape("|g|_2 > 5*x"))
     \|g\|\_2 \> 5\*x
@@ -67,17 +67,17 @@ def escape(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """A code span of Markdown; also in a table."""
+    """Formats text as a Markdown code span that also works in a table."""
     return f"`{text.replace('|', chr(92) + '|')}`"
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """A list in Markdown."""
+    """Formats lines as a Markdown list."""
     return "\n".join(f"- {line}" for line in lines)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; its cells are Markdown.
+    """Formats a Markdown table; its cells are Markdown.
 
     >>> print(markdown_table(("a", "b"), [("1", "2")]))
     | a | b |
@@ -90,7 +90,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal: the first column to the left, the others to the right.
+    """Formats a table for a terminal: the first column is left-aligned, the others right-aligned.
 
     >>> print(text_table([("key", "last"), ("clip/bound", "1.0")]))
     key         last
@@ -107,12 +107,12 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 def describe_columns(
     steps: np.ndarray, columns: Mapping[str, np.ndarray], *, markdown: bool = False
 ) -> str:
-    """How many steps there are, and for each key its last number, its range and its course.
+    """Describes a history: how many steps, and the last value, range and course of each key.
 
     Args:
       steps: (rows,), the numbers of the steps.
       columns: key -> (rows,).
-      markdown: whether it is for a notebook, and not for a terminal.
+      markdown: whether the output is for a notebook instead of a terminal.
 
     >>> import numpy as np
     >>> print(describe_columns(np.arange(1, 4), {"loss": np.array([3.0, 2.0, 1.0])}))
@@ -134,7 +134,7 @@ def describe_columns(
 
 
 def _describe(x: np.ndarray) -> tuple[str, ...]:
-    """The last number of a key, the smallest and the largest, and its course."""
-    # A key may be that of some steps only; one without any number has NaN for all three.
+    """Formats the last, smallest and largest number of a key, and its course."""
+    # Some steps may lack a key. A key without any number shows NaN for all three.
     known = x[~np.isnan(x)] if (~np.isnan(x)).any() else x[-1:]
     return (*map(format_number, (x[-1], known.min(), known.max())), sparkline(x))

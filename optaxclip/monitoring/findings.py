@@ -1,4 +1,4 @@
-"""What results are: signs, findings one below the other, and reports of a line a fact."""
+"""Types of results: signs, findings that print one per line, and reports with a fact per line."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ class Sign(NamedTuple):
 
     Attributes:
       name: a short, stable name: "norms-exploding".
-      what: what is seen, in words.
+      what: what was seen, in words.
       evidence: the numbers.
       fix: what to try.
-      step: where it began, counted from 1 as the watch or clip counts; None if it is of all steps.
-      block: the block that was first, or has most of it; "" if it is not of one.
+      step: where it began, counted from 1 as the watch or clip counts; None if it concerns all
+        steps.
+      block: the block that was first, or has most of it; "" if it is not about one block.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Sign(NamedTuple):
 
 
 class Findings(tuple):
-    """A tuple that prints as its entries, one below the other; "nothing found" if it is empty.
+    """A tuple that prints its entries one per line, or "nothing found" if it is empty.
 
     >>> print(Findings(("one", "two")))
     one
@@ -50,7 +51,7 @@ class Findings(tuple):
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or "nothing found"
 
-    # The tuple of an empty one, `()`, says nothing to who has it on the screen.
+    # An empty result would display as `()`, which tells the user nothing.
     __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
@@ -62,7 +63,7 @@ def _to_markdown(entry: Any) -> str:
 
 
 class Report(str):
-    """Text that shows as it prints, not in quotes; in a notebook a list with a line for each fact.
+    """Text that displays without quotes; in a notebook it is a list with one item per fact.
 
     >>> Report("step 1: norm 50")
     step 1: norm 50

@@ -75,6 +75,11 @@ def _check_loss(value: Any, call: str) -> None:
 
 
 def _check_aux(aux: Any, call: str) -> None:
+    strange = [type(x).__name__ for x in jax.tree.leaves(aux) if not _is_array(x)]
+    if strange:
+        raise ValueError(
+            f"{call}: aux must hold arrays of numbers, and the loss returned {strange}."
+        )
     # Linen returns statistics as plain arrays; only the keys of the tree identify them.
     paths = [path for path, _ in flatten_with_paths(aux)[0]]
     if _has_statistics(aux) or any(re.search("batch_stats|BatchNorm", path) for path in paths):
@@ -95,15 +100,22 @@ def check_arrays(**arguments: Any) -> None:
     """Raises ValueError, naming the call, for leaves that are not arrays, as `vmap` needs them."""
     for name, tree in arguments.items():
         for path, x in flatten_with_paths(tree)[0]:
-            try:
-                jax.typeof(x)
-            except TypeError:
+            if not _is_array(x):
                 kind = getattr(x, "dtype", type(x).__name__)
                 raise ValueError(
                     f"{validate.called()}: {name} must hold arrays of numbers, but the leaf"
                     f" {path!r} is of type {kind}. Bind anything that is not an array to the loss:"
                     " functools.partial(loss, mode='train')."
-                ) from None
+                )
+
+
+def _is_array(x: Any) -> bool:
+    """Whether JAX takes it for an array, of numbers or of random keys."""
+    try:
+        jax.typeof(x)
+    except TypeError:
+        return False
+    return True
 
 
 def count_examples(batch: Any) -> int:

@@ -103,7 +103,7 @@ def _shares(call: str, updates: Any, state: optax.OptState, b2: ArrayLike, eps: 
     # Moments of bfloat16 gradients are bfloat16, and a ratio in that dtype would have 8 bits.
     def share(g, v):
         corrected = root(widen(v) / like(seen, widen(v)))
-        return jnp.abs(widen(g)) / jnp.maximum(corrected, like(eps, corrected))
+        return jnp.abs(widen(jnp.asarray(g))) / jnp.maximum(corrected, like(eps, corrected))
 
     return jax.tree.map(share, updates, moments)
 

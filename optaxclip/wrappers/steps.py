@@ -153,7 +153,7 @@ def multiply(updates: Any, factor: jax.Array) -> Any:
         # Rounded once, at the end: a factor in the dtype of the update would be rounded as well.
         return xla.as_dtype_of(update, xla.times(xla.widen(update), factor))
 
-    return jax.tree.map(lambda u: times(u) if is_measured(u) else u, updates)
+    return jax.tree.map(lambda u: times(jnp.asarray(u)) if is_measured(u) else u, updates)
 
 
 def _select(condition: jax.Array, yes: Any, no: Any) -> Any:

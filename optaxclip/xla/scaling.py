@@ -145,7 +145,8 @@ def as_dtype_of(x: jax.Array, out: jax.Array) -> jax.Array:
     if (out.dtype, x.dtype) == (jnp.float32, jnp.bfloat16):
         out = _bfloat16(out)
     out = out.astype(x.dtype)
-    return x.at[...].set(out) if x.weak_type else out
+    # Arrays of NumPy's have no such type.
+    return x.at[...].set(out) if getattr(x, "weak_type", False) else out
 
 
 @jax.custom_jvp

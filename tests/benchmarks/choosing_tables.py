@@ -26,10 +26,10 @@ def cap(losses, failed: float) -> np.ndarray:
 
 
 def bootstrap(differences: np.ndarray) -> tuple[float, float]:
-    """The interval of 95 % of their mean."""
+    """The interval of 95 % of their mean, to the two digits that are shown."""
     count = len(differences)
     drawn = np.random.default_rng(0).integers(0, count, (DRAWS, count))
-    low, high = np.quantile(differences[drawn].mean(-1), [0.025, 0.975])
+    low, high = np.quantile(differences[drawn].mean(-1), [0.025, 0.975]).round(2)
     return float(low), float(high)
 
 
@@ -44,7 +44,7 @@ def compare(scores: np.ndarray, reference: np.ndarray) -> str:
     difference = scores - reference
     mark = "≈ " if verdict(scores, reference) == "alike" else ""
     # Plus zero: no number is shown as -0.00.
-    mean, low, high = np.round([difference.mean(), *bootstrap(difference)], 2) + 0.0
+    mean, low, high = np.array([difference.mean().round(2), *bootstrap(difference)]) + 0.0
     return f"{mark}{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 

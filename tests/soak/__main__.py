@@ -3,25 +3,27 @@
 import argparse
 import sys
 import time
+import traceback
 from collections import Counter
 
 import jax
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import Phase, given, seed, settings
 
 import tests.conftest
 import tests.soak
 from tests.conftest import set_promotion
 from tests.soak.laws import hold
-from tests.soak.parts import compositions
+from tests.soak.parts import compositions, shrink
 
-AT_ONCE = 500
+AT_ONCE = 200
 
 
 class Tally:
     """What was run so far."""
 
     def __init__(self):
-        self.count, self.ways, self.structures, self.start = 0, Counter(), set(), time.monotonic()
+        self.count, self.ways, self.structures = 0, Counter(), set()
+        self.start, self.last = time.monotonic(), None
 
     def add(self, parts) -> None:
         self.count += 1
@@ -40,14 +42,24 @@ def run(first: int, tally: Tally, end: float) -> None:
     """Some compositions, or as many as there is time for."""
 
     @seed(first)
-    @settings(max_examples=AT_ONCE, deadline=None, database=None, suppress_health_check=HealthCheck)
+    @settings(max_examples=AT_ONCE, deadline=None, database=None, phases=[Phase.generate])
     @given(compositions(wide=jax.config.jax_enable_x64))
     def one(parts):
         if time.monotonic() < end:
+            tally.last = parts
             hold(parts)
             tally.add(parts)
 
     one()
+
+
+def breaks(parts) -> bool:
+    """Whether a composition breaks a law."""
+    try:
+        hold(parts)
+    except Exception:
+        return True
+    return False
 
 
 def main(argv=None) -> int:
@@ -63,8 +75,10 @@ def main(argv=None) -> int:
         try:
             with jax.enable_x64(chunk % 2 == 0):
                 run(1_000_000 * args.seed + chunk, tally, end)
-        except AssertionError as error:
-            print(error, *getattr(error, "__notes__", ()), sep="\n")
+        except Exception:
+            traceback.print_exc()
+            with jax.enable_x64(chunk % 2 == 0):
+                print(f"{tally.last} breaks a law, and so does", shrink(tally.last, breaks))
             return 1
         print(tally, flush=True)
     return 0

@@ -1,5 +1,5 @@
-"""One rule for each sign: what a recorded run shows, the numbers, and what to try.
+"""Rules that find the signs in a recorded run: what it shows, the numbers, and what to try.
 
-Each rule is a function of a run that yields what it finds. They are in the order in which causes
-come before their consequences; a sign that another one explains is not said.
+Each rule is a function of a run that yields the signs it finds. `diagnose` runs them in an order in
+which causes come before their consequences, and leaves out signs that another one explains.
 """
