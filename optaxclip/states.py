@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from optaxclip.trees import unpack_names
 
 _ADVICE = "initialise with state = tx.init(params), and keep what update returns."
 _CHECKPOINT = "For a checkpoint from before the clip see docs/old-checkpoints.md."
+_LOCK = threading.Lock()
 _FILTER = "eqx.filter(model, eqx.is_inexact_array)"
 
 
@@ -32,7 +34,8 @@ class StateGuard:
     def __init__(self, what: str, kind: type, init: Callable[[Any], Any]):
         self.what, self.fields, self._make = what, getattr(kind, "_fields", ()), init
         self.known: set[Any] = set()
-        self.alive.add(self)
+        with _LOCK:
+            self.alive.add(self)
 
     def init(self, params: Any) -> Any:
         """The state of `init`, which the first update need not look into."""
@@ -77,7 +80,8 @@ class StateGuard:
     def _refuse(self, but: str, state: Any, updates: Any) -> ValueError:
         """The error for a foreign state, with what it looks like and what to do about it."""
         outline = _outline(state, updates)
-        makers = {guard.what for guard in list(self.alive) if outline in guard.known}
+        with _LOCK:
+            makers = {guard.what for guard in self.alive if outline in guard.known}
         if makers == {self.what}:
             but = f"{but}. It is that of another {self.what}, with other arguments"
         elif makers:
