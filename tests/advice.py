@@ -1,4 +1,4 @@
-"""Errors that say what to write: each with a call that raises it, and that call mended."""
+"""Errors that say what to write: each with a call that raises it, and the corrected call."""
 
 import functools
 from collections.abc import Callable
@@ -109,7 +109,7 @@ def group_by(users):
 
 
 ADVICE = {
-    # Of a clip by hand.
+    # Calling a clip by hand.
     "a state of None": Advice(
         lambda: oc.zclip().update(GRADS, None),
         "Write state = tx.init(params) once, and updates, state = tx.update(grads, state, params)",
@@ -148,7 +148,7 @@ ADVICE = {
         "Of an Equinox model initialise eqx.filter(model, eqx.is_inexact_array)",
         lambda: run(oc.zclip(), FILTERED, FILTERED),
     ),
-    # Of parts.
+    # Parts.
     "bounds for blocks": Advice(
         lambda: run(oc.clip_by(jnp.ones(3), scope=oc.scopes.leaf)),
         "one number, or one number per block",
@@ -285,7 +285,7 @@ ADVICE = {
         "Pass the axes that a unit spans, for example as a function of the path",
         lambda: oc.clip_by(1.0, scope=UNITS(lambda path: (0, 1))).init({"x": jnp.ones([2] * 6)}),
     ),
-    # Of wrappers.
+    # Wrappers.
     "a chain": Advice(
         lambda: oc.skip_spikes(optax.clip(1.0), optax.sgd(0.1)),
         "skip_spikes(optax.chain(clip, optimizer), threshold)",
@@ -301,7 +301,7 @@ ADVICE = {
         "an optimizer, such as optax.adam(1e-3)",
         lambda: run(oc.reset_moments(optax.adam(1e-3))),
     ),
-    # Of what is read.
+    # Reading a state or a run.
     "an optimizer for its state": Advice(
         lambda: oc.metrics((ADAM, GRADS)),
         "write state = tx.init(params), updates, state = tx.update(grads, state, params), and"
@@ -328,7 +328,7 @@ ADVICE = {
         "write history.append(optaxclip.metrics(opt_state), loss=loss)",
         lambda: oc.History().append(oc.metrics(state_of(oc.zclip())), loss=1.0),
     ),
-    # On devices.
+    # Several devices.
     "gradients that may be parts": Advice(
         lambda: in_shard_map(oc.clip_by_global_norm(1.0), **FULL),
         "axis_names=() if they are already the same on every device",
@@ -381,7 +381,7 @@ ADVICE = {
             oc.spectral_clip(1.0, specs=P("data")), in_specs=P("data"), out_specs=P("data")
         ),
     ),
-    # Of examples.
+    # Clipping per example.
     "a method": Advice(
         lambda: mean_and_norms(method="fast"),
         "'auto', 'ghost', 'microbatch'",
@@ -447,7 +447,7 @@ ADVICE = {
             for scope in (oc.scopes.tree, oc.scopes.leaf, oc.scopes.groups())
         ],
     ),
-    # Of clients.
+    # Clients.
     "no clients": Advice(
         lambda: run(oc.aggregation.clipped_mean(oc.clip_by_global_norm(1.0), "clients")),
         "inside jax.vmap(..., axis_name=...)",
@@ -471,7 +471,7 @@ ADVICE = {
         "such as clip_by_global_norm(1.0)",
         lambda: oc.aggregation.clipped_mean(oc.clip_by_global_norm(1.0), "clients"),
     ),
-    # Of parts, further.
+    # More parts.
     "a share without parameters": Advice(
         lambda: oc.clip_by(SHARE(0.1)).update(GRADS, oc.clip_by(SHARE(0.1)).init(GRADS)),
         "write tx.update(grads, state, params)",
@@ -582,7 +582,7 @@ ADVICE = {
         "pass head_axis=",
         lambda: oc.clip_qk(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones(2), head_axis=0),
     ),
-    # Of wrappers, further.
+    # More wrappers.
     "zeros for parameters": Advice(
         lambda: oc.wrappers.clip_params(oc.clip_by(1.0, nonfinite="zero")),
         "Leave it out, and wrap the optimizer in skip_nonfinite",
@@ -621,7 +621,7 @@ ADVICE = {
         "one integer, such as the number of the batch",
         lambda: run(oc.watch(), tag=3),
     ),
-    # Of what is recorded.
+    # What is recorded.
     "one step": Advice(
         lambda: oc.diagnose({"clip/grad_norm": 1.0}),
         "a History, to which history.append(optaxclip.metrics(opt_state)) adds each, or a list of"

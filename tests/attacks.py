@@ -1,4 +1,4 @@
-"""Two of eight clients attack a logistic regression: what each aggregation makes of it.
+"""Two of eight clients attack a logistic regression: how well each aggregation withstands them.
 
     python -m tests.attacks
 
@@ -36,7 +36,7 @@ METHODS = {
     "centered, no momentum": centered_clip(BOUND, AXIS, momentum=0.0),
     "Clip21": clip21_sgd2m(BOUND, AXIS),
 }
-# What an attacker sends, given its own gradient, and mean and deviation of the honest ones.
+# What an attacker sends, given its own gradient and the mean and deviation of the honest ones.
 ATTACKS = {
     "none": lambda own, mean, deviation: own,
     "sign flip": lambda own, mean, deviation: -10 * own,

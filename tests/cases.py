@@ -223,8 +223,8 @@ ADAPTIVE = [
 ]
 
 
-# Transformations that are not made of a threshold, or hold an optimizer: the laws of states and
-# poison are theirs, too.
+# Transformations that are not made from a threshold. The laws of states and poison hold for them
+# and for `HOLDERS`, too.
 OTHERS = {
     "spam_clip": lambda: oc.spam_clip(warmup_steps=1, every=2),
     "adamw_clip": lambda: oc.adamw_clip(warmup_steps=1),
@@ -243,7 +243,7 @@ def _are_matrices(params):
     return jax.tree.map(lambda p: getattr(p, "ndim", 0) > 1, params)
 
 
-# These hold a part of Optax's, and take the trees that it takes.
+# These contain a transformation of Optax, and accept the trees that it accepts.
 HOLDERS = {
     "larc": lambda: oc.larc(0.1, weight_decay=0.01),
     "larc by mask": lambda: oc.larc(0.1, weight_decay=0.01, mask=_are_matrices),
@@ -263,7 +263,7 @@ ROWS: dict[str, Callable[[], Any]] = {
     **{case.name: case.make for case in ADAPTIVE},
     **OTHERS,
     **HOLDERS,
-    # All leaves stack layers: the trees of these laws have other names.
+    # All leaves stack layers, because the trees of these laws have other names.
     "clip_by stacked": lambda: oc.clip_by(1.0, scope=oc.scopes.stacked("")),
     "watch": oc.watch,
     "clip that measures": lambda: oc.clip(1.0, measure=True),

@@ -1,8 +1,8 @@
-"""Each published method retold in NumPy from its paper: one loop, slow and obvious.
+"""Each published method, retold in NumPy from its paper: one loop, slow and obvious.
 
-Two forms. Methods of norms take the norms of one block, step by step, and return its norms after
-the clip. Methods of elements take the gradients of one leaf, `(steps, ...)`, and return what
-becomes of them in that shape.
+There are two forms. Methods of norms take the norms of one block, step by step, and return its
+norms after the clip. Methods of elements take the gradients of one leaf, `(steps, ...)`, and return
+the clipped gradients in the same shape.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""What an error advises works, and every error that advises anything is in the table."""
+"""The advice in an error works, and every error that gives advice is in the table."""
 
 import ast
 import functools
@@ -12,7 +12,7 @@ import pytest
 import optaxclip as oc
 from tests.advice import ADAM, ADVICE
 
-pytestmark = pytest.mark.usefixtures("as_users")  # transformations of Optax's promote dtypes
+pytestmark = pytest.mark.usefixtures("as_users")  # Optax's transformations promote dtypes
 
 
 @functools.cache
@@ -28,14 +28,14 @@ def test_what_an_error_advises_works(name):
     ADVICE[name].right()
 
 
-# What tells a reader to do something, or has alternatives for an argument.
+# Messages that tell a reader to do something, or list alternatives for an argument.
 ADVISES = re.compile(
     r"\b(write|pass|use|put|call|add|give|say|wrap|initialise|gather|leave|split|pad) "
     r"|such as |must be .*\bor "
     r"|must (sum|keep|return)",
     re.IGNORECASE,
 )
-# What is found by reading a chain, a run or a plan is held to its advice elsewhere.
+# The advice in findings about a chain, a run or a plan is tested elsewhere.
 ELSEWHERE = (
     *("checking", "monitoring/signs", "monitoring/words", "monitoring/explain"),
     *("tuning/runs", "tuning/training"),
@@ -102,7 +102,7 @@ def test_a_part_in_the_place_of_another_is_refused(place):
                 PLACES[place](part)
 
 
-# Whatever takes a threshold, and whatever of gradients is given in its place.
+# Everything that takes a threshold, and transformations of gradients given instead of one.
 TAKERS = {
     "clip_by": oc.clip_by,
     "at_most": lambda tx: oc.thresholds.at_most(1.0, tx),
@@ -129,7 +129,7 @@ def test_what_is_of_gradients_is_no_threshold(take):
     for tx in OF_GRADIENTS:
         with pytest.raises(ValueError, match="threshold"):
             take(tx)
-    # Of norms: a running mean, and what the user wrote.
+    # Transformations of norms: a running mean, and one that the user wrote.
     mine = optax.stateless(lambda norms, params: jax.tree.map(lambda n: 0.9 * n, norms))
     for tx in (optax.chain(optax.ema(0.9), optax.scale(2.0)), optax.trace(0.9), mine):
         take(tx)

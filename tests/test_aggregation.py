@@ -1,4 +1,4 @@
-"""Clients of whom some lie: each clips its own gradient, and then they meet."""
+"""Clients, some of which lie: each clips its own gradient before they are averaged."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ OPTIONS = {
     "clip21_sgd2m": (clip21_sgd2m, {"momentum": 0.8, "rate": 0.5}),
 }
 each_method = pytest.mark.parametrize("name", OPTIONS)
-# In bounds: how far one message may carry the mean.
+# How far one message may move the mean, in multiples of the bound.
 WEIGHT = {"centered_clip twice": 2, "clip21_sgd2m": 0.5}
 
 
@@ -76,7 +76,7 @@ def test_every_method_is_that_of_its_paper(name):
     method, options = OPTIONS[name]
     oracle = getattr(reference, method.__name__)
     want = oracle(rows, **options)
-    assert np.abs(want - oracle(rows, np.inf, **options)).max() > 0.1  # it was put to work
+    assert np.abs(want - oracle(rows, np.inf, **options)).max() > 0.1  # the clip was active
     got, _ = simulate(make(name), rows)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
@@ -232,14 +232,14 @@ def test_a_client_that_sends_nan_once_is_counted_and_remembers_nothing_of_it(nam
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state) if x.dtype == jnp.float32)
     seen = oc.metrics(state)
     assert seen["clip/nonfinite_steps"].ravel().tolist() == [1, 0, 0, 0]
-    assert seen["clip/steps"].ravel().tolist() == [4] * N  # of two iterations the first counts
+    assert seen["clip/steps"].ravel().tolist() == [4] * N  # only the first of two iterations counts
 
 
 def test_a_clip_learns_of_the_first_iteration():
     rows = draw(2)
     once, twice = (simulate(make(f"centered_clip{often}"), rows[:1])[1] for often in ("", " twice"))
     chex.assert_trees_all_close(once.clients, twice.clients, atol=1e-6)
-    # What it learned there has no say before the next step: here it would bind at once.
+    # What it learned there takes effect at the next step only; here it would clip at once.
     learner = oc.thresholds.per_block(np.inf, lambda norm, bound: (bound, norm / 10))
     tx = make("centered_clip twice", oc.clip_by(learner), momentum=0.0)
     np.testing.assert_allclose(simulate(tx, rows)[0][0], rows[0].mean(axis=0), atol=1e-6)
@@ -319,7 +319,7 @@ def test_what_is_wrong_is_said():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["mean, by value", "mean, by norm", "centered"])
 def test_training_gets_through_every_attack(method):
-    assert max(attacks.losses(method).values()) < 0.25  # of 0.69 at the start
+    assert max(attacks.losses(method).values()) < 0.25  # 0.69 at the start
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Bounds that docstrings state are kept, and reached."""
+"""Bounds that docstrings state hold, and are reached."""
 
 import math
 
@@ -23,7 +23,7 @@ def follow(tx, norms):
     return jax.lax.scan(step, tx.init(jnp.zeros(1)), jnp.float32(norms))[1]
 
 
-# By which factor a lasting rise is followed each step.
+# The factor per step by which the bound follows a lasting rise.
 RATES = {
     "adagc": (oc.adagc(warmup_steps=1), 0.98 + 0.02 * 1.05),
     "norm_ratio": (oc.clip_by(oc.thresholds.norm_ratio()), 0.95 + 0.05 * 2),
@@ -38,7 +38,7 @@ RATES = {
 @pytest.mark.parametrize("name", RATES)
 def test_a_lasting_rise_is_followed_no_faster_than_stated(name):
     tx, rate = RATES[name]
-    # Long steady, so that bias corrections have faded, and then as long as floats can be.
+    # Steady for long, so that bias corrections have faded, and then as large as floats can be.
     left = np.asarray(follow(tx, np.r_[np.ones(9000), np.full(LASTING, 1e30)]))[-LASTING:]
     growth = left[1:] / left[:-1]
     assert rate * (1 - 1e-3) < growth.max() < rate * (1 + 1e-5)

@@ -1,5 +1,5 @@
-"""Laws of building, initialising and stepping: every row of the table, as large models and wrappers
-use it.
+"""Laws of building, initializing and stepping: every row of the table, used as large models and
+wrappers use it.
 """
 
 import subprocess
@@ -34,7 +34,7 @@ def grads_at(step):
     return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
 
 
-pytestmark = pytest.mark.usefixtures("as_users")  # transformations of Optax's promote dtypes
+pytestmark = pytest.mark.usefixtures("as_users")  # Optax's transformations promote dtypes
 
 
 def shapes(tree):
@@ -158,7 +158,7 @@ def test_empty_trees_and_groups(make):
     frozen, weight = flax.core.freeze({"w": jnp.ones(3)}), nnx.State({"w": nnx.Param(jnp.ones(3))})
     for params in (frozen, Model(jnp.ones(3)), weight):
         step_in_shapes(optax.masked(tx, jax.tree.map(lambda _: False, params)), params)
-    # A group without members, beside one that has all.
+    # A group without members next to one that has all.
     step_in_shapes(optax.partition({"a": tx, "b": optax.sgd(0.1)}, {"w": "b"}), {"w": jnp.ones(3)})
 
 
@@ -228,7 +228,7 @@ def test_the_state_of_one_row_is_called_by_its_name(make):
     """The transformation it is of, as long as that lives; of Optax's always."""
     tx, other = make(), optaxclip.clip_by_value(0.0, lambda step: 1.0)
     state, name = tx.init(PARAMS), tx.update.description.name
-    # A state of the other one as well; that of the clip inside.
+    # Not for these two: the first has a state that fits `other`, the second that of its clip.
     if name not in ("clip_by_value", "clip_params"):
         with pytest.raises(ValueError, match=rf"state of ([\w. ]* )?{name}\b"):
             other.update(grads_at(0), state, PARAMS)

@@ -1,4 +1,4 @@
-"""Optimizers' own clips, each one composition of parts, against the paper retold in NumPy."""
+"""Optimizers' own clips, each a composition of parts, against the paper retold in NumPy."""
 
 import chex
 import jax
@@ -26,7 +26,7 @@ def followed(tx, params=PARAMS, grads=GRADS):
         return (params, state), params
 
     params, grads = jax.tree.map(jnp.float32, (params, grads))
-    with jax.numpy_dtype_promotion("standard"):  # of Optax's own
+    with jax.numpy_dtype_promotion("standard"):  # Optax needs it
         return jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), grads)[1])()
 
 
@@ -129,7 +129,7 @@ def test_clipped_scion_of_one_matrix_is_muons_steepest_descent_with_a_bound():
 
     scale = np.array([1, 1, 0.1, 0.1, 0.01, 0.01])[:, None, None]  # the bound acts, and then not
     params, grads = PARAMS["kernel"], GRADS["kernel"] * scale
-    # Coefficients that converge: Muon's own end anywhere from 0.7 to 1.2.
+    # These coefficients converge; Muon's own end anywhere from 0.7 to 1.2.
     newton = optax.contrib.scale_by_muon(
         (1.875, -1.25, 0.375), 20, 0.9, nesterov=False, adaptive=True
     )

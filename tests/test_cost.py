@@ -1,5 +1,5 @@
-"""What a clip costs on a CPU, by XLA's programs: a broken fusion, a copy or a second read fails
-here. Nothing is timed.
+"""What a clip costs on a CPU, read from XLA's programs: a broken fusion, a copy or a second read
+fails here. Nothing is timed.
 """
 
 import functools
@@ -162,7 +162,7 @@ def test_the_forms_for_other_platforms_give_the_same_numbers(platform, monkeypat
         return chosen[-1](*operands)
 
     monkeypatch.setattr(jax.lax, "platform_dependent", form_of)
-    jax.clear_caches()  # of traces with the forms of a CPU
+    jax.clear_caches()  # its traces have the forms for a CPU
     there = jax.jit(lambda *grads: both(*grads))(small, large)
     jax.clear_caches()
     assert chosen

@@ -1,4 +1,4 @@
-"""Through the state: derivatives over many updates are finite, and right where they are smooth."""
+"""Derivatives through the state over many updates are finite, and correct where they are smooth."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ LEARNING = sorted(ROWS.keys() - {case.name for case in CASES if not case.history
 STEPS, SHAPE, H = 160, (3, 2), 1e-5
 
 
-# Transformations of Optax's promote dtypes.
+# Optax's transformations promote dtypes.
 pytestmark = [pytest.mark.usefixtures("as_users"), pytest.mark.slow]
 
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.usefixtures("as_users"), pytest.mark.slow]
 def test_derivatives_through_many_updates_are_finite_and_right(name):
     rng = np.random.default_rng(0)
     grads, along, weights = rng.normal(size=(3, STEPS, *SHAPE))
-    # Warmed up or not, all is zero once; of zero Optax's own Adam has a derivative of NaN.
+    # Zeros before and after the warm-up, but not for Optax's Adam: its derivatives there are NaN.
     for t in (2, 140) if not name.startswith("stable_") else ():
         grads[t] = along[t] = 0
     # A spike early, and one late.
@@ -37,11 +37,11 @@ def test_derivatives_through_many_updates_are_finite_and_right(name):
         def total(grads):
             return jnp.vdot(jax.lax.scan(step, tx.init(params), grads)[1], weights)
 
-        # Differences need the values at two more points, and no program of their own.
+        # Differences need the values at two more points, which the same program computes.
         points = grads + H * np.array([-1, 0, 1]).reshape(-1, 1, 1, 1) * along
         values, slopes = map(np.asarray, jax.jit(jax.vmap(jax.value_and_grad(total)))(points))
     assert np.isfinite(slopes).all()
     difference = (values[2] - values[0]) / (2 * H)
-    # The slope of the iteration is not as close as its value; its docstring says how close.
+    # The iteration's slope is less accurate than its value; its docstring says how accurate.
     near = 1e-3 if name.startswith("spectra") else 1e-5
     np.testing.assert_allclose(np.vdot(slopes[1], along), difference, rtol=near, atol=1e-6)

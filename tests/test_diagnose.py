@@ -1,4 +1,4 @@
-"""The signs in a recorded run: each planted one is found; healthy runs have none."""
+"""The signs in a recorded run: each planted one is found, and healthy runs have none."""
 
 import re
 
@@ -67,7 +67,7 @@ PLANTED = {
 }
 
 
-# What comes with it, and is as true.
+# Signs that come with another one, and are true as well.
 ALONG = {"norms-exploding at the end": ["heavy-tail"], "norms-vanishing": ["loss-not-moving"]}
 
 
@@ -104,7 +104,7 @@ def run_clip(steps, *, keep=True, old=False, wrap=lambda tx: tx, every=1):
     state, update = tx.init(jnp.ones(2)), jax.jit(tx.update)
     history = oc.History(every=every)
     for norm in NOISE[:steps]:
-        with jax.numpy_dtype_promotion("standard"):  # of Optax's own
+        with jax.numpy_dtype_promotion("standard"):  # Optax needs it
             _, new = update(jnp.float32([norm, 0.0]), state)
         history.append(oc.metrics(state if old else new))
         state = new if keep else state
@@ -312,7 +312,7 @@ def test_a_history_is_bounded_and_keeps_what_stands_out():
     norms = history.arrays()["watch/grad_norm"]
     assert 50 <= len(history) <= 100 and list(history.steps) == sorted(set(history.steps))
     assert history.steps[norms == 1e4] == [1235] and np.isnan(norms).any()
-    # Beside what stands out the run is evenly covered.
+    # Apart from the steps that stand out, the run is covered evenly.
     assert np.diff(history.steps).max() <= 64
     window = oc.History(window=100)
     for i in range(steps):

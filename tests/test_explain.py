@@ -108,7 +108,7 @@ def test_a_watch_alone_and_after():
     assert "NaN" not in explained(oc.watch(), 0.0)
     text = explained(
         optax.chain(CLIP, oc.watch()), 1.0
-    )  # behind the clip it sees other norms: two lines
+    )  # after the clip it sees other norms: two lines
     assert (
         text.splitlines()[0].startswith("step 1: norm 2.45; clipped")
         and "step 1: norm 1.0; 33 %" in text

@@ -1,6 +1,4 @@
-"""The rules of the house: layers, sizes, words, and what one update of the plainest clip runs
-through.
-"""
+"""The rules of the house: layers, sizes, words, and what one update of the simplest clip calls."""
 
 import ast
 import inspect
@@ -17,7 +15,7 @@ import optaxclip
 HOUSE = pathlib.Path(optaxclip.__file__).parent
 FILES = sorted(HOUSE.rglob("*.py"))
 ROOMS = {str(f.relative_to(HOUSE)): f for f in FILES}
-# A room imports only rooms of a lower number; the inside of a folder is its own affair.
+# A module imports only modules of a lower number; imports inside a folder are not restricted.
 LAYERS = {
     "base": 0, "closures": 0, "compat": 0, "validate": 1, "trees": 2, "states": 3, "xla": 3,
     "norms": 4, "scopes": 4, "actions": 4, "feeds": 4, "thresholds": 5, "record": 5,

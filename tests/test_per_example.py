@@ -1,4 +1,4 @@
-"""Gradients of examples, clipped and summed: every method is as the slow one, on every loss."""
+"""Gradients of examples, clipped and summed: each method agrees with the slow one on every loss."""
 
 import functools
 import operator
@@ -65,7 +65,7 @@ def sequences():
         y = jnp.einsum("td,dp->pt", x, p["a"]).reshape(2, 3, -1)
         return jnp.sum(jnp.tanh(jnp.einsum("hpt,hpd->td", y, p["b"])) @ p["c"].T)
 
-    return loss, params, normal(B, 3, 8, seed=2), {"a", "b"}  # c is smaller than what it meets
+    return loss, params, normal(B, 3, 8, seed=2), {"a", "b"}  # c is smaller than its operand
 
 
 class Net(linen.Module):
@@ -219,7 +219,7 @@ LOSSES = [
     tables,
     convolutions,
 ]
-# Microbatches do not look into the loss: one that is not plain is enough for them.
+# Microbatches do not analyze the loss, so one complicated loss is enough for them.
 RUNS = [(plain, way) for way in WAYS] + [(make, "ghost") for make in LOSSES[1:]]
 RUNS += [(in_nnx, "microbatch of 2"), (in_dicts, "microbatch of 2")]
 
@@ -387,7 +387,7 @@ def assert_close(got, want, rtol=1e-5, atol=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), got, want)
 
 
-# The loss is looked into by ghosts alone.
+# Only ghost clipping analyzes the loss.
 @pytest.mark.parametrize(
     ("make", "way"),
     [(make, "ghost") for make in (plain, sequences, in_equinox, scanned)]
@@ -459,7 +459,7 @@ MASKS = {
 }
 
 
-# What weights may be is no matter of the method; and "auto" is one of them.
+# Which weights are valid does not depend on the method, and "auto" is one of the others.
 @pytest.mark.parametrize(
     ("way", "reduce", "mask"),
     [(way, "mean", "negative and NaN") for way in WAYS if way != "auto"]

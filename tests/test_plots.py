@@ -69,7 +69,7 @@ def test_norms_bound_clipped_share_and_bad_steps():
     ax = plots.plot_norms(HISTORY)
     norm, bound, bad = ax.lines
     np.testing.assert_array_equal(norm.get_ydata(), NORMS)
-    np.testing.assert_array_equal(norm.get_xdata(), [1, 2, 3, 4, 5])  # as all else counts
+    np.testing.assert_array_equal(norm.get_xdata(), [1, 2, 3, 4, 5])  # from 1, as elsewhere
     np.testing.assert_array_equal(bound.get_ydata(), [2.0] * 5)
     assert bad.get_xdata().tolist() == [3] and ax.get_yscale() == "log"
     assert labels(ax)[2:] == ["clipped: 40 % of steps", "NaN or infinite: 1 step"]
@@ -243,7 +243,7 @@ def test_a_clip_that_does_not_measure_is_drawn_by_what_the_watch_saw(prefix):
     assert plots.plot_histogram(seen, bins=1).patches[0].get_height() == 1
     assert [label.get_text() for label in plots.plot_layers(seen).get_yticklabels()] == ["w"]
     assert plots.plot_norms(seen).lines[0].get_ydata().tolist() == [3.0]
-    assert len(plots.plot_norms(seen).lines) == 1  # a bound of elements is none of norms
+    assert len(plots.plot_norms(seen).lines) == 1  # a bound on elements is not a bound on norms
     with pytest.raises(ValueError, match="the clip does not measure: pass it measure=True"):
         plots.plot_norms([row])
 

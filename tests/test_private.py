@@ -1,6 +1,6 @@
 """What private training needs beyond one clip: other actions, bounds by layer, users, a bound that
-is learned privately, and error feedback. Each against the paper in NumPy, and by its promise: how
-far one example can move the result.
+is learned privately, and error feedback. Each is tested against the paper in NumPy, and for its
+promise: how far one example can move the result.
 """
 
 import jax
@@ -50,7 +50,7 @@ def summed(examples, *args, weights=None, **options):
     return seen, total
 
 
-# The factor of an example of norm n at the bound b, by the papers.
+# The factor for an example of norm n at the bound b, according to the papers.
 FACTORS = {
     "clip": (None, lambda n, b: min(1, b / n)),
     "normalize": (actions.normalize, lambda n, b: b / n),
@@ -262,7 +262,7 @@ def test_no_user_moves_the_sum_by_more_than_the_bound_and_the_order_does_not_mat
     others = [jnp.where(of_four, size * way, batch()) for size in (0.1, 1.0, 100.0)]
     moved = [np.linalg.norm(flat(step(x, USERS)) - base) for x in others]
     assert 0.25 < max(moved) <= 0.5 * (1 + 1e-4)
-    order = np.array([1, 2, 0, 4, 3, 5, 6, 7])  # the fourth of user 4 stays the last, and out
+    order = np.array([1, 2, 0, 4, 3, 5, 6, 7])  # the fourth of user 4 stays last, and is left out
     reordered = flat(step(batch()[order], USERS[order]))
     np.testing.assert_allclose(reordered, flat(step(batch(), USERS)), rtol=1e-4, atol=1e-6)
 
@@ -324,7 +324,7 @@ def test_the_private_quantile_is_as_the_paper_in_a_scan():
         return after, (state.bound, jax.random.normal(jax.random.split(state.key)[1]))
 
     _, (bounds, draws) = jax.lax.scan(step, first, (jnp.float32(norms), jnp.int32(weights)))
-    assert np.std(draws) > 0.5  # another draw at each step
+    assert np.std(draws) > 0.5  # a new draw at each step
     np.testing.assert_allclose(bounds, andrew(norms, weights, draws, 0.5), rtol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Singular values are clipped as a decomposition in NumPy would."""
+"""Singular values are clipped as by a decomposition in NumPy."""
 
 import chex
 import jax
@@ -147,7 +147,7 @@ def test_the_corners(method):
     np.testing.assert_array_equal(at(jnp.inf, compiled=AS_USERS), x)
     np.testing.assert_array_equal(at(0.0), 0)
     traced = jax.jit(lambda bound: clipped(oc.spectral_clip(bound, method=method), x))
-    np.testing.assert_array_equal(traced(jnp.float32(-1)), 0)  # which nobody can refuse
+    np.testing.assert_array_equal(traced(jnp.float32(-1)), 0)  # a tracer cannot be rejected
     np.testing.assert_array_equal(at(1.0, jnp.zeros((4, 3))), 0)
     if method == "hard":
         np.testing.assert_array_equal(at(100.0, compiled=AS_USERS), x)  # bit for bit

@@ -1,4 +1,4 @@
-"""A model that stacks its layers is clipped as the same model with its layers in a list."""
+"""A model that stacks its layers is clipped like the same model with its layers in a list."""
 
 import re
 
@@ -180,7 +180,7 @@ def test_only_norms_travel_between_devices(spec):
     compiled = jax.jit(step).lower(jax.device_put(grads, shardings)).compile(AS_USERS)
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     collectives = re.findall(rf"= (.*) (?:{kinds})(?:-start)?\(", compiled.as_text())
-    # Of one axis each, and no longer than the nine norms, cut into four parts of three.
+    # Each has one axis, and at most the nine norms, padded to four parts of three.
     lengths = [int(n or 1) for shapes in collectives for n in re.findall(r"\[([\d,]*)\]", shapes)]
     assert lengths and max(lengths) <= 12, collectives
     got = compiled(jax.device_put(grads, shardings))

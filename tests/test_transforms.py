@@ -1,4 +1,4 @@
-"""Laws of JAX's transformations around our rows, and of Optax's wrappers: one compilation does for
+"""Laws of our rows under JAX's transformations and in Optax's wrappers: one compilation tests
 several of them.
 """
 
@@ -20,14 +20,14 @@ from jax.sharding import PartitionSpec as P
 import optaxclip
 from tests.cases import CASES, ROWS
 
-# One row of each kind: each costs a second of compilation.
+# One row of each kind, because each costs a second of compilation.
 KINDS = ["clip_by_leaf_norm", "adaptive_grad_clip", "zclip", "skip_spikes", "watch"]
 each_kind = pytest.mark.parametrize("make", [ROWS[name] for name in KINDS], ids=KINDS)
 PARAMS = {"kernel": jnp.ones((3, 2)), "bias": jnp.full(2, 0.5)}
 STEPS = 3
 
 
-pytestmark = pytest.mark.usefixtures("as_users")  # transformations of Optax's promote dtypes
+pytestmark = pytest.mark.usefixtures("as_users")  # Optax's transformations promote dtypes
 
 
 def draw_grads(*batch):
@@ -76,7 +76,7 @@ def test_healthy_gradients_alarm_no_checks_of_floats(name):
     assert all(not np.isnan(x).any() for x in seen.values())
 
 
-# Of clips with a fixed bound one for each scope: thresholds are what computes.
+# Of the clips with a fixed bound only one for each scope: it is thresholds that compute.
 SEARCHED = {
     name: make
     for name, make in ROWS.items()
@@ -126,7 +126,7 @@ def test_every_row_keeps_its_types_in_all_of_them(name):
     grads = draw_grads(2)
     updates, seen = jax.eval_shape(jax.vmap(train, in_axes=1, axis_name="runs"), grads)
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(lambda g: g.swapaxes(0, 1).shape, grads)
-    # Of a batch of runs, one number for each run.
+    # Each metric is one number per run.
     assert {x.shape for x in seen.values()} <= {(2,)}
 
 
@@ -160,7 +160,7 @@ def test_every_row_is_traced_in_nnx_jit(name):
             optimizer.update(model, nnx.state(model, nnx.Param))
 
         step(model, optimizer)
-        step(model, optimizer)  # with the state that it left
+        step(model, optimizer)  # with the state from the first step
         return model
 
     assert nnx.to_pure_dict(nnx.state(nnx.eval_shape(train)))["params"].keys() == PARAMS.keys()
@@ -196,7 +196,7 @@ def test_over_axes_of_one_device_nothing_need_be_said(name):
     for typed in (True, False):
         spec = {"in_specs": P("data"), "out_specs": P("data")}
         jax.eval_shape(jax.shard_map(step, mesh=mesh_of(1), check_vma=typed, **spec), params)
-    # brax trains so.
+    # brax trains this way.
     each = jax.tree.map(lambda p: p[None], params)
     jax.eval_shape(jax.pmap(step, axis_name="data", devices=jax.devices()[:1]), each)
 
@@ -206,7 +206,7 @@ def test_beside_parts_a_replicated_leaf_stays_replicated_by_type(name):
     tx = ROWS[name]()
     specs = {"bias": P(), "kernel": P("data")}
     params = {"bias": jnp.ones(2), "kernel": jnp.ones((4, 2))}
-    # The two updates are of one type, or the second would not be taken.
+    # Both updates must have one type, or the second call would fail.
     twice = lambda params: update(tx, update(tx, params))  # noqa: E731
     run = jax.shard_map(twice, mesh=mesh_of(2), in_specs=(specs,), out_specs=specs)
     why = ""
@@ -232,7 +232,7 @@ def test_where_types_are_silent_it_is_local_or_says_what_to_pass(name):
         assert "axis_names" in inspect.signature(public).parameters
         assert "axis_names=()" in message
     else:
-        # By element: what one device would do with its part it may do.
+        # It clips by element, so each device may treat its own part alone.
         jaxpr = str(program)
         assert not any(word in jaxpr for word in ("reduce_sum", "reduce_max", "dot_general"))
 
@@ -244,7 +244,7 @@ def test_in_vmap_remat_and_cond_it_is_as_alone(make):
     @jax.checkpoint
     def step(state, grads):
         (state, i), take = state, step_of(tx)
-        # A branch without the clip returns the state as it came: its types may not change.
+        # The branch without the clip returns the state unchanged, so the clip must keep its types.
         leave = lambda state, grads: (state, grads)  # noqa: E731
         state, updates = jax.lax.cond(i < STEPS - 1, take, leave, state, grads)
         return (state, i + 1), updates
@@ -274,7 +274,7 @@ def test_in_wrappers_of_optax_and_exported_it_is_as_alone(make):
     wrapped = optax.apply_if_finite(inner, 2)
 
     def both(grads):
-        # Only dicts go through `jax.export`: states are named tuples, that nobody registered.
+        # `jax.export` takes dicts, but states are named tuples that are not registered.
         state, updates = scan(wrapped, grads)
         alone, want = scan(tx, grads)
         read = [optaxclip.metrics(s) if jax.tree.leaves(alone) else {} for s in (state, alone)]

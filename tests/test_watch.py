@@ -1,4 +1,4 @@
-"""What a watch keeps: the right numbers, the planted culprit, and gradients as they were."""
+"""A watch keeps the right numbers, finds the planted culprit, and leaves gradients as they were."""
 
 import pickle
 from types import SimpleNamespace
@@ -132,7 +132,7 @@ def test_a_total_beyond_the_largest_float_is_finite_where_its_blocks_are():
     np.testing.assert_allclose(read(state).top_shares, 0.5)
     _, state = tx.update(
         grads | {"a": jnp.full(4, 3e38)}, state
-    )  # its own norm is no float any more
+    )  # its own norm is beyond the floats
     assert (
         int(read(state).nonfinite.bad_total),
         int(read(state).nonfinite.first),
@@ -149,7 +149,7 @@ def test_the_planted_block_that_is_not_finite_is_found(bad):
         _, state = tx.update(grads, state, tag=step * 11)
     found = read(state).nonfinite
     assert (int(found.bad_total), int(found.at_step), int(found.blocks_hit)) == (1, 3, 3)
-    assert (NAMES[found.first], NAMES[found.last]) == ("layers/2", "layers/10")  # as people count
+    assert (NAMES[found.first], NAMES[found.last]) == ("layers/2", "layers/10")  # by number
     ((step, *_),) = oc.monitoring.bad_steps(state)
     assert step[:1] + step[3:] == (3, "layers/2", pytest.approx(1 / 3), 22) and not np.isfinite(
         step.norm
@@ -503,7 +503,7 @@ def test_sharded_and_in_shard_map():
         )
 
 
-@pytest.mark.filterwarnings("ignore")  # what Orbax warns of is not ours
+@pytest.mark.filterwarnings("ignore")  # Orbax's own warnings
 def test_kept_on_disk(tmp_path):
     tx = oc.watch()
     state, _ = run(tx, lengths(20))
