@@ -209,7 +209,9 @@ def test_a_history_takes_scalars_only():
         ValueError, match=r"history\.append\(optaxclip\.metrics\(opt_state\).* Got ClipState"
     ):
         history.append(state)
-    with pytest.raises(ValueError, match=r"not these shapes or types: \{'clip/grad_norm': \(2,\)\}"):
+    with pytest.raises(
+        ValueError, match=r"not these shapes or types: \{'clip/grad_norm': \(2,\)\}"
+    ):
         history.append({"clip/grad_norm": jnp.ones(2)})
     for window in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="History: window must be"):
