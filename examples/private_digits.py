@@ -95,9 +95,7 @@ def epsilon(steps):
 
 def main(argv=None):
     args = options(__file__, __doc__, argv, steps=100, rates=(0.3, 1.0, 3.0, 10.0))
-    goal = Goal(
-        "Accuracy on digits never seen", failed=0.5, higher=True, norms="median example's norm"
-    )
+    goal = Goal("Accuracy on digits never seen", failed=0.5, higher=True)
     print(f"All with noise are ({epsilon(args.steps):.1f}, {DELTA:g})-differentially private.")
     data = digits()
     return compare({name: task(*method, *data) for name, method in METHODS.items()}, goal, args)

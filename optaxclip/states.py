@@ -1,4 +1,4 @@
-"""States that are not ours are refused in words, before they fail inside JAX."""
+"""Refuses foreign states with a clear error, before they fail inside JAX."""
 
 from __future__ import annotations
 
@@ -27,17 +27,14 @@ class StateGuard:
     by its structure and shapes, and not compared again.
     """
 
-    # All of them, as a state says not of which it is. Weak: a guard holds on to its transformation.
+    # All guards, to name the transformation that made a foreign state. Weak references, because a
+    # guard holds on to its transformation.
     alive: ClassVar[weakref.WeakSet[StateGuard]] = weakref.WeakSet()
 
     def __init__(self, what: str, kind: type, init: Callable[[Any], Any]):
         self.what, self.fields, self._make = what, getattr(kind, "_fields", ()), init
         self.known: set[Any] = set()
-        # Threads may build clips at the same time.
-        with _LOCK:
-            # The parts of this one speak under its name, too; their states are none of it.
-            parts = [x for x in self.alive if x.what == what and x.fields != self.fields]
-            self.alive.difference_update(parts)
+        with _LOCK:  # threads may build clips at the same time
             self.alive.add(self)
 
     def init(self, params: Any) -> Any:
@@ -60,11 +57,11 @@ class StateGuard:
             self.known.add(outline)
 
     def _compare(self, state: Any, updates: Any) -> None:
-        # Shapes, and closed over: `eval_shape` takes no functions or strings as arguments, which an
-        # unfiltered model has, and returns none.
+        # Shapes, in a closure: as arguments or results `eval_shape` would refuse the functions and
+        # strings of an unfiltered model.
         shapes = jax.tree.map(_shape, updates)
         fresh = jax.eval_shape(lambda: jax.tree.map(_to_array, self._make(shapes)))
-        # Names first: "new are ['head/bias']" says more than a shape that differs.
+        # Compare names first: "new are ['head/bias']" says more than a shape that differs.
         if hasattr(fresh, "metrics"):
             new, known = (unpack_names(x.metrics.blocks) for x in (fresh, state))
             if bool(new) != bool(known):
@@ -96,7 +93,7 @@ class StateGuard:
 
 
 def _outline(state: Any, tree: Any) -> tuple[Any, ...]:
-    """A state and its tree without their numbers: what is kept must hold no array alive."""
+    """Structure and shapes of a state and its tree; it must not keep any array alive."""
     leaves, structure = jax.tree.flatten((state, tree))
     return structure, *(getattr(leaf, "shape", None) for leaf in leaves)
 
@@ -121,11 +118,11 @@ def _is_module(x: Any) -> bool:
 
 
 def init_inside(call: str, inner: optax.GradientTransformation, params: Any) -> optax.OptState:
-    """The state of what a wrapper holds.
+    """The state of the transformation inside a wrapper.
 
     Raises:
-      ValueError: for a model with functions or strings among its leaves, of which optimizers make
-        zeros.
+      ValueError: for a model with functions or strings among its leaves, as optimizers call
+        `zeros_like` on every leaf.
     """
     try:
         return inner.init(params)
@@ -151,7 +148,7 @@ def missing(call: str) -> ValueError:
 
 def kind_of(state: Any) -> str:
     """The type of a state, and who makes it if that is Optax; of a plain tuple, what is in it."""
-    # Not `isinstance`: a NamedTuple is a tuple, too, and has a name to be called by.
+    # Not `isinstance`: a NamedTuple is a tuple as well, but it has a name of its own.
     if type(state) is tuple:
         return f"({', '.join(map(kind_of, state))})"
     name = type(state).__name__
@@ -181,11 +178,11 @@ def check_names(what: str, new: tuple[str, ...], known: tuple[str, ...]) -> None
 
 
 class ParamsMemory:
-    """What stands for the parameters where Optax gives `init` a placeholder for them.
+    """Replaces the placeholder that `optax.tree.map_params` passes to `init` for the parameters.
 
-    `optax.tree.map_params` asks `init` for the state of a placeholder, and lays that over the real
-    state. How many blocks there are, and their names, a placeholder does not say: the shapes of the
-    last real parameters do. Where all of the tree is one block (`needed` is False) nobody asks.
+    Optax compares the state of a placeholder with the real state. A placeholder does not tell how
+    many blocks there are, and their names: the shapes of the last real parameters do. They are not
+    `needed` if the whole tree is one block.
     """
 
     def __init__(self, call: str, *, needed: bool):
@@ -203,7 +200,7 @@ class ParamsMemory:
                     " this very transformation first."
                 )
             return params if self.shapes is None else self.shapes
-        # Shapes, as arrays would be kept alive, and tracers would leak.
+        # Only shapes: arrays would be kept alive, and tracers would leak.
         self.shapes = jax.tree.map(_shape, params)
         return params
 

@@ -104,6 +104,10 @@ def recorded(tx=None):
     return history
 
 
+def group_by(users):
+    return oc.per_example.group_by_user(BATCH, users, max_examples=2)
+
+
 ADVICE = {
     # Of a clip by hand.
     "a state of None": Advice(
@@ -157,7 +161,7 @@ ADVICE = {
     ),
     "a number": Advice(
         lambda: oc.clip_by_global_norm(-1.0),
-        "a number from 0 to inf, an array of such, a schedule (a function of the step) or a"
+        "a number from 0 to inf, an array of such numbers, a schedule (a function of the step) or a"
         " threshold (an optax transformation of norms)",
         lambda: [
             run(oc.clip_by_global_norm(bound))
@@ -171,7 +175,7 @@ ADVICE = {
     ),
     "a number for values": Advice(
         lambda: oc.clip("1"),
-        "an array of such, a schedule (a function of the step) or a threshold",
+        "an array of such numbers, a schedule (a function of the step) or a threshold",
         lambda: (
             [run(oc.clip(bound)) for bound in (1.0, jnp.array(1.0), oc.thresholds.zscore())]
             + [jax.jit(lambda bound: oc.clip(bound).update(GRADS, None)[0])(1.0)]
@@ -219,7 +223,7 @@ ADVICE = {
     ),
     "a list": Advice(
         lambda: oc.clip_by([1.0, 2.0], scope=oc.scopes.leaf),
-        "an array of such, a schedule (a function of the step) or a threshold (an optax"
+        "an array of such numbers, a schedule (a function of the step) or a threshold (an optax"
         " transformation of norms), got the list [1.0, 2.0]",
         lambda: run(oc.clip_by(jnp.array([1.0, 2.0]), scope=oc.scopes.leaf)),
     ),
@@ -405,7 +409,7 @@ ADVICE = {
     ),
     "parts of different sizes": Advice(
         lambda: mean_and_norms(batch=(jnp.ones((4, 2)), jnp.ones(3))),
-        "What all examples share goes after batch: value_and_grad(params, batch, shared)",
+        "Pass whatever all examples share after batch: value_and_grad(params, batch, shared)",
         lambda: mean_and_norms(
             lambda params, example, shared: loss(params, example), shared=[jnp.ones(3)]
         ),
@@ -427,7 +431,7 @@ ADVICE = {
     ),
     "several losses": Advice(
         lambda: mean_and_norms(lambda p, x: {"a": loss(p, x), "b": loss(p, x)}),
-        "add the losses up, and return them apart as aux, with has_aux=True",
+        "add the losses up, and return them separately as aux, with has_aux=True",
         lambda: mean_and_norms(lambda p, x: (2 * loss(p, x), {"a": loss(p, x)}), has_aux=True),
     ),
     "a loss for each output": Advice(
@@ -564,7 +568,7 @@ ADVICE = {
     ),
     "a threshold in a warm-up": Advice(
         lambda: oc.wrappers.spectra(ADAM, lambda step: 0.1, oc.thresholds.zscore(), warmup_steps=2),
-        "a number or a schedule, if there are warmup_steps",
+        "a number or a schedule if there are warmup_steps",
         lambda: (
             [
                 run(oc.wrappers.spectra(ADAM, lambda step: 0.1, bound, warmup_steps=2))
@@ -575,7 +579,7 @@ ADVICE = {
     ),
     "heads elsewhere": Advice(
         lambda: oc.clip_qk(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones(2)),
-        "Or pass head_axis=",
+        "pass head_axis=",
         lambda: oc.clip_qk(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones(2), head_axis=0),
     ),
     # Of wrappers, further.
@@ -667,5 +671,10 @@ ADVICE = {
                 oc.clip_by_group_norm(1.0, lambda path: path),
             )
         ],
+    ),
+    "numbers of users of 64 bits": Advice(
+        lambda: group_by(2**40 + np.arange(4)),
+        "write np.unique(users, return_inverse=True)[1]",
+        lambda: group_by(np.unique(2**40 + np.arange(4), return_inverse=True)[1]),
     ),
 }

@@ -9,6 +9,7 @@ from tests.benchmarks import choosing_tables as tables
 from tests.benchmarks.speech import utterances
 
 PAGES = "docs/performance.md", "README.md"
+MARKS = "summary", "results"
 QUOTES = ("a", 0, True), ("a", 1), ("b", 0), ("b", 0, True), ("c", 0)
 
 
@@ -21,13 +22,14 @@ def test_every_task_trains_is_reported_and_is_not_trained_again(
 ):
     document, name = tmp_path / "choosing.md", choosing.REFERENCE
     runs = ["--tasks", task, "--methods", name, "--steps", "2", "--seeds", "3"]
-    runs += ["--into", str(document), "--cache", str(tmp_path / "new" / "runs.jsonl")]
+    runs += ["--into", str(document), "--kept", str(tmp_path / "new" / "runs.jsonl")]
     # Two settings: as many runs pick as judge, so that a task compiles once.
     few = choosing.METHODS[name]._replace(settings=(1.0, 0.1))
     monkeypatch.setattr(choosing, "METHODS", {name: few})
     texts = []
     for _ in range(2):
-        document.write_text("before\n<!-- results -->\nyesterday\n<!-- end results -->\nafter\n")
+        marks = [f"<!-- {mark} -->\nyesterday\n<!-- end {mark} -->\n" for mark in MARKS]
+        document.write_text(f"before\n{'and'.join(marks)}after\n")
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             choosing.main(runs)
         texts.append(document.read_text())
@@ -36,8 +38,8 @@ def test_every_task_trains_is_reported_and_is_not_trained_again(
     assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
     rows = [line.count("|") for line in text.splitlines() if line.startswith(f"| `{name}` |")]
     assert rows == [len(tables.TOTALS) + 1, len(tables.HEAD) + 1, len(tables.HEAD) + 1]
-    written = text.split("<!-- results -->")[1].split("<!-- end results -->")[0]
-    assert texts[1] == text and capsys.readouterr().out.strip().endswith(written.strip())
+    written = [text.split(f"<!-- {mark} -->")[1].split("<!-- end")[0].strip() for mark in MARKS]
+    assert texts[1] == text and capsys.readouterr().out.strip().endswith("\n\n".join(written))
 
 
 def test_a_difference_is_within_noise_if_its_interval_contains_zero():

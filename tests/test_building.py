@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 import chex
+import cloudpickle
 import equinox as eqx
 import flax.core
 import flax.serialization
@@ -69,6 +70,17 @@ def test_built_inside_jit_it_leaks_nothing(make):
 
     got, want = update_both(grads_at(0))
     chex.assert_trees_all_close(got, want, rtol=1e-6)
+
+
+@each_row
+def test_it_can_be_pickled_after_use(make):
+    """As trainers that save themselves do it, and those that send it to other processes."""
+    tx = make()
+    state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)[1]
+    again = cloudpickle.loads(cloudpickle.dumps(tx))
+    chex.assert_trees_all_equal(
+        tx.update(grads_at(0), state, PARAMS), again.update(grads_at(0), state, PARAMS)
+    )
 
 
 @each_row

@@ -575,7 +575,7 @@ def test_reads_well():
     assert finding.where == "chain[1]/clip_by_global_norm"
     assert finding.fix.startswith("the clip before it, optax.chain(clip, optimizer)")
     assert str(finding).startswith(
-        "clip-after-normaliser, at chain[1]/clip_by_global_norm: it clips what"
+        "clip-after-normaliser, at chain[1]/clip_by_global_norm: it clips updates that"
         " chain[0]/chain[0]/scale_by_adam"
     )
     (finding,) = oc.check(MISTAKES["frozen-in-norm"][0][0], PARAMS)

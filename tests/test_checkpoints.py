@@ -175,6 +175,8 @@ FIELDS = {
     ACClipState: "momentum size",
     StableRmsState: "inner clip",
     ResetState: "reset_step inner",
+    optaxclip.per_example.FeedbackState: "error",
+    optaxclip.per_example.QuantileState: "bound key",
     SkipState: "skipped_steps consecutive_skips last_reason spike loss inner",
 }
 

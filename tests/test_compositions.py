@@ -116,6 +116,42 @@ def test_mucon_clips_the_momentum_of_muon():
     np.testing.assert_allclose(followed(tx, params, grads), list(leaf(params, grads)), atol=1e-4)
 
 
+def test_clipped_scion_of_one_matrix_is_muons_steepest_descent_with_a_bound():
+    """Pethick et al. 2025: the polar factor of a running mean, times min(ρ, its nuclear norm)."""
+
+    def leaf(w, grads):
+        m = 0 * w
+        for t, g in enumerate(grads, 1):
+            m = 0.9 * m + 0.1 * g
+            u, s, v = np.linalg.svd(m / (1 - 0.9**t), full_matrices=False)
+            w = w - 0.1 * min(2.0, s.sum()) * u @ v
+            yield w
+
+    scale = np.array([1, 1, 0.1, 0.1, 0.01, 0.01])[:, None, None]  # the bound acts, and then not
+    params, grads = PARAMS["kernel"], GRADS["kernel"] * scale
+    # Coefficients that converge: Muon's own end anywhere from 0.7 to 1.2.
+    newton = optax.contrib.scale_by_muon(
+        (1.875, -1.25, 0.375), 20, 0.9, nesterov=False, adaptive=True
+    )
+    tx = optax.chain(newton, oc.spectral_clip(2.0), optax.scale_by_learning_rate(0.1))
+    np.testing.assert_allclose(followed(tx, params, grads), list(leaf(params, grads)), atol=5e-3)
+
+
+def test_a_spectral_bound_follows_the_largest_singular_values():
+    """Yukhimchuk et al. 2026: a quantile of a window of them."""
+
+    def leaf(grads):
+        largest = [np.linalg.norm(g, 2) for g in grads]
+        for t, g in enumerate(grads):
+            bound = np.percentile(largest[max(0, t - 3) : t + 1], 60)
+            yield project_singular_values(g, bound)
+
+    grads = GRADS["kernel"] * np.array([1, 3, 1, 9, 1, 2])[:, None, None]
+    tx = optax.chain(oc.spectral_clip(thresholds.percentile(60.0, window=4)), optax.scale(-1.0))
+    steps = -np.diff(followed(tx, 0 * grads[0], grads), axis=0, prepend=0 * grads[:1])
+    np.testing.assert_allclose(steps, list(leaf(grads)), atol=2e-2)
+
+
 def test_spectra_clips_the_updates_of_adam_and_holds_its_product_with_the_rate():
     """Jiang et al. 2026, with a warm-up of 3 steps; kernels are (in, out)."""
     rates = np.array([0.0, 0.1, 0.2, 0.3, 0.25, 0.2])
@@ -147,8 +183,11 @@ def test_spectra_clips_the_updates_of_adam_and_holds_its_product_with_the_rate()
     }
     want["layers"] = np.stack(layers, axis=1)
     chex.assert_trees_all_close(followed(tx, params, grads), want, atol=1e-4)
-    with pytest.raises(ValueError, match="max_singular_value must be a number or a schedule, if"):
-        wrappers.spectra(optax.identity(), rate, thresholds.running(2.0), warmup_steps=3)
+    for bad in (thresholds.running(2.0), {"wide": 1.0}):
+        with pytest.raises(ValueError, match="max_singular_value must be a number or a schedule"):
+            wrappers.spectra(optax.identity(), rate, bad, warmup_steps=3)
+    with pytest.raises(ValueError, match="learning_rate must be a schedule if"):
+        wrappers.spectra(optax.identity(), 0.1, warmup_steps=3)
 
 
 def test_a_cap_on_the_step_as_a_share_of_the_layer():
@@ -203,6 +242,15 @@ def test_within_their_bound_parameters_get_the_update_bit_for_bit():
     np.testing.assert_array_equal(got["a"], updates["a"])
     np.testing.assert_allclose(np.float32(got["b"]), 0, atol=3e-3)
     assert float(oc.metrics(state)["clip/clipped_fraction/b"]) == 1
+
+
+def test_updates_and_parameters_may_differ_in_width():
+    with jax.enable_x64(True):
+        for step, own in ((jnp.float32, jnp.float64), (jnp.float64, jnp.bfloat16)):
+            tx, params = clip_params(oc.clip_by_leaf_norm(5.0)), jnp.array([3.0, 4.0], own)
+            updates, _ = tx.update(jnp.array([3.0, 4.0], step), tx.init(params), params)
+            assert updates.dtype == step
+            np.testing.assert_allclose(updates, 0, atol=1e-6)
 
 
 def test_a_clip_of_parameters_says_what_it_needs_and_troubles_no_check():

@@ -119,6 +119,7 @@ def test_the_forms_for_other_platforms_give_the_same_numbers(platform, monkeypat
     """They are run here, on a CPU: nothing but the order of sums may differ."""
     everything = {case.name: case.make(0.7) for case in CASES}
     everything |= {"adagc": optaxclip.adagc(), "zclip": optaxclip.zclip()}
+    everything["watch"] = optaxclip.watch(histogram=True)
     rng = np.random.default_rng(0)
     shapes = {"a": {"kernel": (4, 3), "bias": (3,)}, "b": (5,), "c": (2, 2, 3, 2), "d": (4, 3)}
     arrays = {"is_leaf": lambda x: isinstance(x, tuple)}

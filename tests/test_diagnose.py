@@ -85,6 +85,19 @@ def test_the_planted_sign_is_found(case):
         assert sign.name in str(sign) and sign.fix in str(sign)
 
 
+@pytest.mark.parametrize("end", [np.nan, np.inf, None], ids=str)
+@pytest.mark.parametrize("fold", [4.0, 30.0, 1000.0])
+def test_a_steep_explosion_began_at_its_first_step(fold, end):
+    """A step before the rise would be looked at in vain, and one after it is a consequence."""
+    for before in (40, 100):
+        x = (
+            NOISE[:150] ** 0.3
+            * np.r_[np.ones(before), fold ** np.arange(1, 6), np.ones(145 - before)]
+        )
+        x[before + 5 :] *= fold**5 if end is None else end
+        assert oc.diagnose(norms(x))[0].step == before + 1
+
+
 def run_clip(steps, *, keep=True, old=False, wrap=lambda tx: tx, every=1):
     """What a user records who keeps the state, or drops it, or reads one that is out of date."""
     tx = wrap(oc.clip_by_global_norm(100.0))
@@ -230,6 +243,16 @@ def test_the_catalogue(case):
             assert found[0].block == "layers/3", f"seed {seed}: {found}"
 
 
+def test_of_skipped_steps_the_block_is_named_that_was_first():
+    bad, x = np.arange(60) >= 33, NOISE[:60]
+    lost = np.where(bad, np.nan, x)
+    table = norms(lost) | {"watch/grad_norm/a": x, "watch/grad_norm/b": lost}
+    counts = {"consecutive": np.cumsum(bad), "last_reason": 3 * bad, "grad_norm": lost}
+    (sign,) = oc.diagnose(table | {f"skip/{key}": x for key, x in counts.items()})
+    assert (sign.name, sign.step, sign.block) == ("every-step-skipped", 34, "b")
+    assert "not finite, first in b" in sign.what
+
+
 def test_a_sign_says_where_it_began_and_how_large_it_is():
     x = np.r_[NOISE[:180], 1.9 ** np.arange(1, 13), [np.nan] * 8]
     (sign,) = oc.diagnose(norms(x) | {"watch/steps": np.arange(1001, 1001 + N)})
@@ -238,6 +261,9 @@ def test_a_sign_says_where_it_began_and_how_large_it_is():
     x = np.where(np.arange(N) == 70, 500.0, NOISE)
     (sign,) = oc.diagnose(norms(x))
     assert (sign.name, sign.step) == ("spike", 71) and sign.evidence["largest"] > 300
+    assert "then it is as before" in sign.what
+    (sign,) = oc.diagnose(norms(x[:71]))
+    assert sign.name == "spike" and "the record ends there" in sign.what
 
 
 @pytest.mark.parametrize("prefix", ["", "opt/", "a/b/"])

@@ -147,7 +147,8 @@ def test_parameters():
 
 
 def test_nothing_and_too_much():
-    searched = "no clip, watch or skip wrapper of optaxclip in (ScaleByAdamState, EmptyState)"
+    adam = "(ScaleByAdamState of optax.scale_by_adam, EmptyState)"
+    searched = f"no clip, watch or skip wrapper of optaxclip in {adam}"
     nothing = f"nothing to explain: {searched}"
     assert oc.explain(optax.adam(0.1).init(PARAMS)) == nothing
     assert oc.explain(optax.adam(0.1).init(PARAMS), PARAMS).splitlines() == [

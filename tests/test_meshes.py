@@ -39,7 +39,7 @@ CLIPS |= {
     name: (OTHERS | HOLDERS)[name]()
     for name in (
         *("adamw_clip", "clippy", "smooth_clip", "clip_by_running_max", "spectral_clip"),
-        *("clip_by_median by params", "larc", "skip_spikes"),
+        *("clip_by_median by params", "larc", "skip_spikes", "clip_params"),
     )
 }
 CLIPS |= {

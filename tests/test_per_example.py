@@ -680,7 +680,7 @@ REFUSED = {
     "whole numbers": (
         {},
         {"params": {"w": jnp.ones(3), "n": 1}},
-        "floating-point numbers, n does not",
+        "floating-point numbers, but these leaves do not: n",
     ),
     "a string": ({}, {"batch": {"x": jnp.ones((2, 3)), "y": "train"}}, "batch .*leaf 'y' is of"),
     "strings": ({}, {"batch": np.array(["a", "b"])}, "batch .*is of type <U1"),

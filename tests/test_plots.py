@@ -314,3 +314,16 @@ for extra, call in calls.items():
         raise AssertionError(extra)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_number_between_two_gaps_is_a_dot_and_ticks_are_steps():
+    for ax in (plots.plot_norms(HISTORY[:1]), plots.plot_norms(HISTORY[1:4])):
+        assert ax.lines[0].get_marker() == "." and len(ax.lines[0].get_markevery()) in (1, 2)
+        ax.figure.canvas.draw()
+        assert all(float(tick).is_integer() for tick in ax.get_xticks())
+    assert plots.plot_norms(HISTORY[3:]).lines[0].get_marker() == "None"
+
+
+def test_without_a_norm_there_is_no_colour_bar():
+    ax = plots.plot_layers({"a": np.full(3, np.nan), "b": np.zeros(3)})
+    assert len(ax.figure.axes) == 1

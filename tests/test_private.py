@@ -16,10 +16,11 @@ B = 8
 
 
 def params():
+    """`head` is no site of ghost clipping, `in/w`, behind it, is one."""
     keys = jax.random.split(jax.random.key(0))
     return {
+        "head": jax.random.normal(keys[1], (4,)),
         "in": {"w": jax.random.normal(keys[0], (6, 4))},
-        "out": jax.random.normal(keys[1], (4,)),
     }
 
 
@@ -30,11 +31,11 @@ def batch(seed=1):
 
 
 def loss(p, x):
-    return jnp.sum(jnp.tanh(x @ p["in"]["w"]) * p["out"]) ** 2
+    return jnp.sum(jnp.tanh(x @ p["in"]["w"]) * p["head"]) ** 2
 
 
 def gradients(p, examples):
-    """The gradient of each example, (B, 24) and (B, 4) in float64."""
+    """The gradient of each example, (B, 4) and (B, 24) in float64."""
     grads = jax.vmap(jax.grad(loss), (None, 0))(p, examples)
     return [np.asarray(g, np.float64).reshape(len(examples), -1) for g in jax.tree.leaves(grads)]
 
@@ -97,8 +98,8 @@ def test_numbers_that_are_none_are_refused():
 
 
 BLOCKS = {
-    "leaf": (scopes.leaf, {"in/w": 0.3, "out": 0.8}),
-    "groups": (scopes.groups({"in": "first", "out": "rest"}), {"first": 0.3, "rest": 0.8}),
+    "leaf": (scopes.leaf, {"in/w": 0.3, "head": 0.8}),
+    "groups": (scopes.groups({"in": "first", "head": "rest"}), {"first": 0.3, "rest": 0.8}),
 }
 
 
@@ -110,21 +111,41 @@ def test_bounds_by_block_are_as_each_block_by_itself(name, method):
     norms = [np.linalg.norm(g, axis=1) for g in gradients(params(), batch())]
     want = [
         np.minimum(1, b / n) @ g
-        for b, n, g in zip((0.3, 0.8), norms, gradients(params(), batch()), strict=True)
+        for b, n, g in zip((0.8, 0.3), norms, gradients(params(), batch()), strict=True)
     ]
     np.testing.assert_allclose(seen.norms, np.stack(norms, axis=1), rtol=1e-5)
     np.testing.assert_allclose(flat(total), np.concatenate(want), rtol=1e-5, atol=1e-6)
-    assert seen.clipped == np.sum((norms[0] > 0.3) | (norms[1] > 0.8))
-    as_array = summed(batch(), jnp.array([0.3, 0.8]), scope=scope, method=method)[1]
+    assert seen.clipped == np.sum((norms[0] > 0.8) | (norms[1] > 0.3))
+    as_array = summed(batch(), jnp.array([0.8, 0.3]), scope=scope, method=method)[1]
     np.testing.assert_allclose(flat(as_array), flat(total), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scope", [scopes.leaf, scopes.groups()], ids=["leaf", "module"])
+def test_blocks_of_leaves_alike_and_of_any_size(scope):
+    """Leaves alike are measured together, and each norm still goes to its own block."""
+    sizes = np.float32([1.0, 1e-30, 0.0, 1e20, 3.0])
+    params = {"h": [{"b": jnp.zeros(()), "w": jnp.zeros(3)} for _ in sizes]}
+
+    def linear(p, x):
+        return sum(c * (h["b"] * x[0] + h["w"] @ x) for c, h in zip(sizes, p["h"], strict=True))
+
+    x = np.array([[1.0, 2.0, 2.0], [3.0, 0.0, 4.0]])
+    both = np.stack([x[:, 0], np.linalg.norm(x, axis=1)], axis=1)  # of b and w
+    each = both if scope is scopes.leaf else np.linalg.norm(both, axis=1, keepdims=True)
+    want = np.concatenate([c * each for c in np.float64(sizes)], axis=1)
+    step = oc.clipped_value_and_grad(linear, 1.0, scope=scope, method="microbatch")
+    (_, seen), _ = jax.jit(step)(params, jnp.float32(x))
+    np.testing.assert_allclose(seen.norms, want, rtol=1e-6)
+
+
 def test_an_example_that_is_not_finite_in_one_block_is_left_out_of_all():
-    bad = batch().at[2].set(jnp.nan)
-    seen, total = summed(bad, 0.5, scope=scopes.leaf)
-    want = summed(jnp.delete(bad, 2, axis=0), 0.5, scope=scopes.leaf)[1]
-    assert seen.nonfinite == 1 and np.all(np.isnan(seen.norms[2]))
-    np.testing.assert_allclose(flat(total), flat(want), rtol=1e-5, atol=1e-6)
+    """Its loss and the other block are finite: the root has no slope at 0."""
+    params = {"a": jnp.zeros(()), "b": jnp.ones(())}
+    rooted = lambda p, x: 2 * p["a"] + jnp.sqrt(p["b"] * x)  # noqa: E731
+    step = oc.clipped_value_and_grad(rooted, 5.0, scope=scopes.leaf, reduce="sum")
+    (_, seen), total = step(params, jnp.array([4.0, 0.0, 1.0]))
+    assert seen.nonfinite == 1 and np.all(np.isnan(seen.norms[1])) and np.isfinite(seen.losses[1])
+    np.testing.assert_allclose(flat(total), [4.0, 1.5])
 
 
 @pytest.mark.parametrize("options", [{}, {"scope": scopes.leaf}, {"action": per_example.psac()}])
@@ -145,11 +166,11 @@ SCOPES = {
     "name": (
         {"in/w": 1.0},
         scopes.leaf,
-        "max_norm must have one entry for each.*'out'. are missing",
+        "max_norm must have one entry for each.*'head'. are missing",
     ),
     "no names": ({"in/w": 1.0}, scopes.tree, "max_norm is a mapping by block name"),
     "count": (jnp.ones(3), scopes.leaf, "max_norm must be one number, or 2, one per block"),
-    "negative": ({"in/w": -1.0, "out": 1.0}, scopes.leaf, "max_norm\\['in/w'\\] must be a number"),
+    "negative": ({"in/w": -1.0, "head": 1.0}, scopes.leaf, "max_norm\\['in/w'\\] must be a number"),
 }
 
 
@@ -179,9 +200,9 @@ def over_devices(x):
 
 def test_over_eight_devices_and_in_another_order_it_is_the_same():
     options = {"scope": scopes.leaf, "action": per_example.psac(), "keep_unclipped": True}
-    seen, total = summed(batch(), {"in/w": 0.3, "out": 0.8}, **options)
+    seen, total = summed(batch(), {"in/w": 0.3, "head": 0.8}, **options)
     others = over_devices(batch()), batch()[::-1]
-    for same, total_of in [summed(x, {"in/w": 0.3, "out": 0.8}, **options) for x in others]:
+    for same, total_of in [summed(x, {"in/w": 0.3, "head": 0.8}, **options) for x in others]:
         np.testing.assert_allclose(flat(total_of), flat(total), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(flat(same.unclipped), flat(seen.unclipped), rtol=1e-5, atol=1e-5)
 
@@ -220,13 +241,13 @@ def test_groups_are_those_of_a_loop():
     rng = np.random.default_rng(0)
     users, highest = rng.integers(-2, 6, 60), np.iinfo(np.int32).max
     users[users == 5] = highest
-    place = jax.jit(lambda x, u: per_example.group_by_user(x, u, max_examples=4, max_users=7))
+    place = jax.jit(lambda x, u: per_example.group_by_user(x, u, max_examples=9, max_users=7))
     examples, present = place({"x": jnp.arange(60)}, jnp.int32(users))
     for row, user in enumerate([0, 1, 2, 3, 4, highest]):
-        own = np.flatnonzero(users == user)[:4]
+        own = np.flatnonzero(users == user)[:9]
         assert examples["x"][row][present[row]].tolist() == own.tolist()
         assert np.all(np.isin(examples["x"][row], own))
-    assert not present[6].any()
+    assert not present[6].any() and present[:6].sum(axis=1).min() < 9 == present.sum(axis=1).max()
     few, _ = per_example.group_by_user(
         np.arange(3), np.array([5, 1, 3]), max_examples=1, max_users=2
     )
@@ -257,16 +278,23 @@ def test_each_example_a_user_of_its_own_is_the_clip_of_examples():
 
 def test_an_example_that_is_not_finite_takes_its_user_along_and_no_other():
     step = jax.jit(lambda x, users: by_user(x, users, method="ghost"))
-    (_, seen), total = step(batch().at[5].set(jnp.nan), USERS)
-    _, want = step(batch(), np.where(USERS == 9, -1, USERS))
+    (_, seen), total = step(batch().at[0].set(jnp.nan), USERS)
+    _, want = step(batch(), np.where(USERS == 4, -1, USERS))
     assert seen.nonfinite == 1
     np.testing.assert_allclose(flat(total), flat(want), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("users", [np.zeros(3, int), np.zeros(B), np.zeros((B, 1), int)])
-def test_users_that_are_none_are_refused(users):
-    with pytest.raises(ValueError, match="group_by_user: users must be 8 integers"):
-        per_example.group_by_user(batch(), users, max_examples=2)
+WRONG_USERS = {
+    "shape": (np.zeros(3, int), "8 integers, one per example"),
+    "dtype": (np.zeros(B), "8 integers, one per example"),
+    "64 bits": (2**40 + np.arange(B), "integers of 32 bits: write np.unique"),
+}
+
+
+@pytest.mark.parametrize(("users", "message"), WRONG_USERS.values(), ids=WRONG_USERS)
+def test_users_that_are_none_are_refused(users, message):
+    with pytest.raises(ValueError, match=f"group_by_user: users must be {message}"):
+        per_example.group_by_user(np.arange(B), users, max_examples=2)
 
 
 def andrew(norms, weights, draws, start, q=0.6, rate=0.3, size=5.0, sigma=0.7):
@@ -377,7 +405,7 @@ def test_error_feedback_is_dice_sgd():
         updates, state = tx.update(grads, state, p, unclipped=seen.unclipped)
         return state, updates
 
-    batches = jnp.stack([batch(seed) for seed in range(1, 7)])
+    batches = jnp.stack([0.1 * batch(seed) for seed in range(1, 7)])  # e is within its bound first
     _, got = jax.jit(lambda: jax.lax.scan(one, tx.init(p), batches))()
     stacks = np.stack([np.concatenate(gradients(p, x), axis=1) for x in batches])
     want = dice(stacks, 0.3, 0.6)
@@ -424,8 +452,8 @@ def test_error_feedback_keeps_its_state_over_a_bad_step_and_its_dtypes():
         tx.update(grads, state)
 
 
-def test_chunks_in_a_scan_and_one_noise_are_the_whole_batch_and_that_noise():
-    """The sum over chunks is that of the batch; so the noise goes on once, behind the scan."""
+def test_chunks_in_a_scan_sum_to_the_whole_batch():
+    """So the noise can be added once, behind the scan."""
     step = oc.clipped_value_and_grad(loss, 0.5, reduce="sum")
 
     def chunked(examples):

@@ -280,6 +280,13 @@ def test_in_shard_map_matrices_in_parts_are_clipped_as_whole_ones(typed):
     assert not np.allclose(got[0]["both"], grads["both"], atol=0.1)
 
 
+def test_specs_that_are_none_or_miss_a_leaf_are_refused():
+    with pytest.raises(ValueError, match="specs must be a PartitionSpec, a function of the path"):
+        oc.spectral_clip(1.0, specs={"a": "x"})
+    with pytest.raises(ValueError, match=r"spectral_clip: specs must .* for 'b', got \['a'\]"):
+        oc.spectral_clip(1.0, specs={"a": P()}).update({"b": jnp.ones((2, 2))}, None)
+
+
 def test_layers_on_several_devices_are_refused():
     run = jax.shard_map(
         lambda g: oc.spectral_clip(1.0, stacked="", specs=P("x")).update(g, None)[0],
@@ -287,5 +294,5 @@ def test_layers_on_several_devices_are_refused():
         in_specs=P("x"),
         out_specs=P("x"),
     )
-    with pytest.raises(ValueError, match=r"specs cut the leaf .* between its layers"):
+    with pytest.raises(ValueError, match=r"specs must not cut the leaf .* between its layers"):
         run(jnp.ones((4, 3, 2)))

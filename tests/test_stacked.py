@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
@@ -211,11 +211,11 @@ TREE = {"blocks": jnp.ones((2, 3)), "wide": jnp.ones((3, 3)), "gain": jnp.ones((
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: scopes.stacked(["^blocks"]), r"where must be .* got \['\^blocks'\]"),
+        (lambda: scopes.stacked(["^blocks"]), r"where must be .* got the list \['\^blocks'\]"),
         (lambda: scopes.stacked({"^blocks": "0"}), "where must be"),
         (lambda: scopes.stacked(scopes.groups), r"where must be .*: write groups\("),
         (lambda: scopes.stacked("^b", scopes.tree), "scope must be scopes.leaf, "),
-        (lambda: scopes.stacked("^layers"), r"clip_by: of the leaves \['blocks'.* none stacks"),
+        (lambda: scopes.stacked("^layers"), r"clip_by: none of the leaves \['blocks'.* stacks"),
         (lambda: scopes.stacked("gain"), r"leaf 'gain' of shape \(\) has no axes \(0,\)"),
         (lambda: scopes.stacked({"^b": 0, "s$": 1}), "'blocks' matches several rules"),
         (lambda: scopes.stacked("^b", scopes.stacked("^b")), "scope must be one of whole leaves"),
@@ -255,3 +255,14 @@ def test_a_watch_goes_by_layer():
         np.testing.assert_array_equal(got[name], counts)
     ticks = oc.plots.plot_layers(history).get_yticklabels()
     assert "blocks/kernel[2]" in [tick.get_text() for tick in ticks]
+
+
+def test_histograms_by_layer_on_an_explicit_mesh():
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    grads = {"kernel": jnp.arange(32.0).reshape(4, 4, 2), "kernel_2": jnp.ones((4, 4, 2))}
+    tx = oc.watch(scope=scopes.stacked("kernel"), histogram=True)
+    want = jax.jit(tx.update)(grads, tx.init(grads))[1].histogram
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(grads, NamedSharding(mesh, P("x", "y")))
+        got = jax.jit(tx.update)(spread, tx.init(spread))[1].histogram
+    np.testing.assert_array_equal(got, want)

@@ -281,6 +281,18 @@ def test_the_norms_of_a_long_burst_are_those_of_its_start():
     assert list(early.norms) == [1] and set(early.order().values()) == {1}
 
 
+@pytest.mark.parametrize("steps", [32, 60])
+def test_the_norms_before_an_episode_are_kept_however_soon_it_follows_another(steps):
+    """Nine steps after the one before it: then the eight before it are those of its episode."""
+    series = (1 + np.arange(60, dtype=np.float32) / 100)[:steps]
+    series[[20, 29, 30]] = 20.0
+    episode = oc.monitoring.bad_steps(run(oc.watch(), series)[0])[-1]
+    end = min(steps, 34)
+    assert episode.first.step == 30 and list(episode.norms) == list(range(end - 7, end + 1))
+    got = [row["embed"] for row in episode.norms.values()]
+    np.testing.assert_allclose(got, norm_of(PARAMS["embed"]) * series[end - 8 : end], rtol=1e-5)
+
+
 def test_tags_are_one_integer_or_nothing():
     tx = oc.watch()
     state = tx.init(PARAMS)

@@ -1,9 +1,9 @@
-"""Means over clients of which some may be wrong: each clips its own gradient, then they meet.
+"""Means over clients, some of which may be wrong: each client clips before the all-reduce.
 
-    clipped_mean      the mean of clipped gradients: clip by norm or by value before the all-reduce
-    centered_clip     what is clipped is the distance to the last mean: for attackers
-    clip21_sgd2m      what is clipped is the distance to what the client has sent: for private
-                      clients whose data differ
+    clipped_mean      clips the gradient of each client, by norm or by value
+    centered_clip     clips the distance to the last mean: for attackers
+    clip21_sgd2m      clips the distance to what the client has sent: for private clients whose
+                      data differ
 
 A client is a device along a mesh axis (`shard_map`, `pmap`), or a row of `vmap(axis_name=...)`.
 """

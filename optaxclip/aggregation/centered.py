@@ -1,4 +1,4 @@
-"""Centered clipping, for clients among whom some attack."""
+"""Centered clipping, for when some clients are attackers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from optaxclip.aggregation.clients import (
     AggregateState,
     Arrays,
     ClientState,
-    Meeting,
+    Round,
     add,
     aggregate,
     average,
@@ -32,33 +32,35 @@ def centered_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips how far each client is from the last mean: v ← v + mean(clip(mᵢ - v)), and u = v.
 
-    mᵢ is the client's momentum: mᵢ ← β·mᵢ + (1 - β)·gᵢ. Whatever one of n clients sends moves v by
-    at most 2τ/n a step and iteration, however long gradients are: the bound is held against the
-    spread of clients, not against their length.
+    mᵢ is the client's momentum: mᵢ ← β·mᵢ + (1 - β)·gᵢ. Whatever one of n clients sends, it moves v
+    by at most 2τ/n per step and iteration, however long gradients are: the bound limits the spread
+    of clients, not their length.
 
     Args:
       clip: as in `clipped_mean`; in the paper `clip_by_global_norm`. Its bound should be a little
-        above the usual distance of an honest mᵢ from v. Too low, and v lags behind, by τ a step.
+        above the usual distance of an honest mᵢ from v. If it is too low, v lags behind, moving by
+        τ per step.
       axis_name: as in `clipped_mean`.
-      momentum: β. It averages the noise of honest clients away, in which an attacker hides; a small
-        error that is repeated at every step passes any clip without it. No optimizer behind this
-        needs another momentum.
-      iterations: how often v moves a step; more let it follow faster, and attackers push harder.
-        The clip learns, and counts, of the first one.
+      momentum: β. It averages out the noise of honest clients, in which an attacker hides; without
+        it, a small error repeated at every step passes any clip. The optimizer after this needs no
+        other momentum.
+      iterations: how often v moves per step, with one all-reduce each. With more, v follows faster
+        and attackers push harder. The clip learns from the first one only, and counts only that.
 
     Returns:
-      As `clipped_mean`: `update` takes the gradient of one client and returns v, the same for all.
+      As in `clipped_mean`: `update` takes the gradient of one client and returns v, the same
+      for all.
 
     Raises:
-      ValueError: as in `clipped_mean`; for a momentum not in [0, 1), or no iteration.
+      ValueError: as in `clipped_mean`; for a momentum outside [0, 1), or `iterations` below 1.
 
-    Deviations: m and v begin at 0, where in the paper's theory the first gradient enters m whole: a
-    client whose first gradient is NaN then begins as the others do. What is NaN or infinite leaves
-    m as it is and sends nothing.
+    Deviations: m and v begin at 0, so that a client whose first gradient is NaN begins like the
+    others; in the paper's theory m begins as the first gradient. Values that are NaN or infinite
+    leave m unchanged and count as nothing sent.
 
-    It cannot help where half of the clients attack. Where honest clients differ by more than τ for
-    good, v is no longer their mean. A spike decays in its client's momentum by β a step, and until
-    then that client is no help either.
+    It cannot help if half of the clients attack. If honest clients always differ by more than τ, v
+    is not their mean. A spike decays in its client's momentum by β per step; until it is gone, that
+    client does not help either.
 
     References:
       Karimireddy, He and Jaggi, `Learning from History for Byzantine Robust Optimization
@@ -70,8 +72,9 @@ def centered_clip(
     >>> rows, once = AggregateState(None, 0), {"axis_name": "clients", "axis_size": 4}
     >>> state = jax.vmap(tx.init, None, rows, **once)(jnp.zeros(1))
     >>> grads = jnp.array([[2.0], [2.0], [2.0], [-1e30]])
+    >>> update = jax.jit(jax.vmap(tx.update, (0, rows), (None, rows), **once))
     >>> for _ in range(3):
-    ...     v, state = jax.vmap(tx.update, (0, rows), (None, rows), **once)(grads, state)
+    ...     v, state = update(grads, state)
     ...     print(v)
     [0.5]
     [1.]
@@ -81,21 +84,21 @@ def centered_clip(
     validate.size(iterations=iterations)
 
     def start(params: Any) -> AggregateState:
-        # Twice, as two leaves with one buffer cannot be donated.
+        # Made twice, because two leaves that share a buffer cannot be donated.
         mean, own = (start_carry(params, None) for _ in range(2))
         return AggregateState(mean, ClientState(momentum=own))
 
-    def step(meeting: Meeting, state: AggregateState) -> tuple[Arrays, AggregateState]:
+    def step(current: Round, state: AggregateState) -> tuple[Arrays, AggregateState]:
         mean, own = state.mean, state.clients
-        message = average(momentum, own.momentum, meeting.leaves.arrays)
-        # Each from the state before the step: of its later, shorter messages a clip must not learn
-        # that clients have come closer.
+        message = average(momentum, own.momentum, current.leaves.arrays)
+        # Every iteration starts from the clip state before the step: later messages are shorter,
+        # and a clip must not learn from them that clients have come closer.
         states = []
         for _ in range(iterations):
-            cut, clip_state = meeting.send(subtract(message, mean), own.clip)
-            mean = add(mean, meeting.pool(cut))
+            cut, clip_state = current.send(subtract(message, mean), own.clip)
+            mean = add(mean, current.pool(cut))
             states.append(clip_state)
-        # Only what is remembered is mended: the clip has to see a NaN, to count it.
+        # Only the stored momentum is repaired: the clip has to see a NaN to count it.
         kept = list(map(keep_finite, message, own.momentum))
         return mean, AggregateState(mean, ClientState(states[0], kept))
 

@@ -1,4 +1,4 @@
-"""How clients meet: each clips its own message, and what they agree on is the mean."""
+"""One round of aggregation: each client clips its own message, and all of them take the mean."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Arrays = list[jax.Array]
 
 
 class ClientState(NamedTuple):
-    """What one client keeps. Trees are like the parameters, in float32 at least.
+    """State of one client. Trees are like the parameters, in at least float32.
 
     Attributes:
       clip: the state of the clip.
@@ -40,15 +40,15 @@ class AggregateState(NamedTuple):
 
     Attributes:
       mean: the last mean, the same for all clients; () for `clipped_mean`.
-      clients: a `ClientState`, each leaf behind an axis of clients: of length 1 where a client
-        runs, of all clients outside of `shard_map`.
+      clients: a `ClientState`, whose leaves have a leading axis of clients: its length is 1 where a
+        client runs, and the number of clients outside `shard_map`.
     """
 
     mean: Any = ()
     clients: Any = ClientState()
 
 
-class Meeting(NamedTuple):
+class Round(NamedTuple):
     """One update, as one client sees it."""
 
     clip: optax.GradientTransformationExtraArgs
@@ -58,22 +58,23 @@ class Meeting(NamedTuple):
     extra_args: dict[str, Any]
 
     def send(self, arrays: Arrays, state: Any) -> tuple[Arrays, Any]:
-        """Arrays in the place of the gradients after the clip, and the state of the clip."""
-        # Of this client alone: pooled over all, one attacker's norm would shorten all the others.
+        """Clips arrays as if they were the gradients; returns them and the state of the clip."""
+        # The norm of this client alone: pooled over all, one attacker would shorten all the others.
         with xla.apart(self.axes):
             tree = self.leaves.rebuild(arrays)
             cut, state = self.clip.update(tree, state, self.params, **self.extra_args)
-        # One NaN in a mean is a NaN for all, so whoever sends one sends nothing.
+        # One NaN would make the mean NaN for all, so it is replaced by zero.
         return [keep_finite(x, jnp.zeros_like(x)) for x in select(cut).arrays], state
 
     def pool(self, arrays: Arrays) -> Arrays:
-        """The mean over clients, the same for all of them by type."""
-        # Of all, silent ones too: a mean of those who spoke would give the others more weight.
+        """Takes the mean over clients, which by type is the same for all of them."""
+        # Over all clients, even those that sent nothing: leaving these out of the count would give
+        # the others more weight.
         return lax.pmean([xla.vary(x, self.axes) for x in arrays], self.axes)
 
 
-# `(meeting, state) -> (updates, state)`, with trees as lists of their measured leaves.
-Step = Callable[[Meeting, AggregateState], tuple[Arrays, AggregateState]]
+# `(round, state) -> (updates, state)`, with trees as lists of their measured leaves.
+Step = Callable[[Round, AggregateState], tuple[Arrays, AggregateState]]
 
 
 def aggregate(
@@ -82,12 +83,12 @@ def aggregate(
     step: Step,
     start: Callable[[Any], AggregateState] = lambda params: AggregateState(),
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation of one `step` that all clients take together.
+    """Makes a transformation from a `step` that all clients take together.
 
     Args:
-      clip: what each client does to its message.
-      axis_name: the axis, or axes, along which clients lie.
-      step: what is sent, and what becomes of it.
+      clip: what each client applies to its message.
+      axis_name: the axis, or axes, of clients.
+      step: what is sent, and how the messages become updates.
       start: the state before the first step, without that of the clip.
     """
     call, axes, clip = validate.called(), _as_axes(axis_name), _as_clip(clip)
@@ -103,12 +104,12 @@ def aggregate(
     def update_fn(updates, state, params=None, **extra_args):
         guard.check(state, drop_gradientless(params, updates))
         with validate.speak_for(call):
-            # What clips leave out they pass on as it is: the mean is taken of that, too.
+            # Nothing is excluded here: the mean is also taken of leaves that the clip leaves alone.
             leaves = select(updates)
             _check_clients(leaves, axes)
             old = AggregateState(state.mean, _without_axis(state.clients))
-            meeting = Meeting(clip, axes, leaves, params, extra_args)
-            out, new = step(meeting, _each(lambda tree: select(tree).arrays, old))
+            current = Round(clip, axes, leaves, params, extra_args)
+            out, new = step(current, _each(lambda tree: select(tree).arrays, old))
         new = _each(lambda tree, arrays: select(tree).rebuild(arrays), old, new)
         out = list(map(xla.as_dtype_of, leaves.arrays, out))
         return leaves.rebuild(out), new._replace(clients=_with_axis(new.clients, axes))
@@ -118,36 +119,36 @@ def aggregate(
 
 
 def keep_finite(x: jax.Array, other: jax.Array) -> jax.Array:
-    """`x`, and `other` where it is NaN or infinite."""
-    # Number by number: to agree on one answer, a client that is spread over devices would need a
-    # collective. A clip by norm makes all of a block NaN anyway.
+    """Replaces the numbers of `x` that are NaN or infinite by those of `other`."""
+    # Element by element: one decision per client would need a collective if the client is spread
+    # over devices. A clip by norm makes all of a block NaN anyway.
     return jnp.where(jnp.isfinite(x), x, other)
 
 
 def average(decay: ArrayLike, old: Arrays, grads: Arrays) -> Arrays:
-    """The running mean of gradients: decay · old + (1 - decay) · gradient."""
+    """Updates a running mean of gradients: decay · old + (1 - decay) · gradient."""
     decay = jnp.asarray(decay)
     return add(scale(decay, old), scale(1 - decay, list(map(xla.widen, grads))))
 
 
 def scale(factor: ArrayLike, arrays: Arrays) -> Arrays:
-    """Products, leaf by leaf."""
+    """Multiplies leaf by leaf."""
     return [xla.times(x, jnp.asarray(factor)) for x in arrays]
 
 
 def add(a: Arrays, b: Arrays) -> Arrays:
-    """Sums, leaf by leaf."""
+    """Adds leaf by leaf."""
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def subtract(a: Arrays, b: Arrays) -> Arrays:
-    """Differences, leaf by leaf."""
+    """Subtracts leaf by leaf."""
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def _each(change: Callable[..., Any], *states: AggregateState) -> AggregateState:
-    """The last of the states, with its trees changed, given those of all."""
-    # By field, into new tuples: a checkpoint library may have restored another type.
+    """Replaces the trees of the last state by `change` of those of all states."""
+    # Field by field into new tuples, because a checkpoint library may have restored another type.
     own = [state.clients for state in states]
     return AggregateState(
         change(*(state.mean for state in states)),
@@ -160,9 +161,9 @@ def _each(change: Callable[..., Any], *states: AggregateState) -> AggregateState
 
 
 def _with_axis(client: Any, axes: Sequence[str]) -> Any:
-    """The state of a client behind an axis of clients."""
-    # A scalar has no axis along which those of many devices could leave `shard_map`. Varying from
-    # `init` on, or `lax.scan` would find the type of its carry changed.
+    """Adds an axis of clients to the state of one."""
+    # Scalars need an axis along which `shard_map` can concatenate them. The state is varying from
+    # `init` on, because otherwise `lax.scan` would find that the type of its carry changed.
     return _map_arrays(lambda x: xla.vary(jnp.expand_dims(x, 0), axes), client)
 
 
@@ -171,7 +172,7 @@ def _without_axis(client: Any) -> Any:
 
 
 def _map_arrays(change: Callable[[Any], Any], tree: Any) -> Any:
-    # An unfiltered model has functions among its leaves, and so have trees like it.
+    # A model that was not filtered has functions among its leaves, and so do trees like it.
     return jax.tree.map(lambda x: change(x) if hasattr(x, "dtype") else x, tree)
 
 
@@ -191,7 +192,7 @@ def _as_clip(clip: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _check_clients(leaves: Leaves, axes: tuple[str, ...]) -> None:
-    """Raises where there are no clients, or they have no gradients of their own."""
+    """Raises if there is no axis of clients, or if they do not have their own gradients."""
     try:
         shared = [
             path
@@ -203,13 +204,13 @@ def _check_clients(leaves: Leaves, axes: tuple[str, ...]) -> None:
         raise ValueError(
             f"{validate.called()}: there is no axis {axes!r} here: call tx.update inside"
             " jax.shard_map over a mesh with this axis, or inside jax.vmap(..., axis_name=...)."
-            " Under plain jit gradients are the mean over clients already."
+            " Under plain jit, gradients are already the mean over clients."
         ) from None
     if shared:
         raise ValueError(
             f"{validate.called()}: by type the gradient of {shared[0]!r} is the same for all"
-            f" clients along {axes!r}, so none can be clipped by itself. In shard_map jax.grad of"
+            f" clients along {axes!r}, so none can be clipped by itself. In shard_map, jax.grad of"
             " replicated parameters adds up over devices: write params ="
             f" jax.lax.pcast(params, {axes!r}, to='varying') before jax.grad, and no pmean or psum"
-            " behind it."
+            " after it."
         )

@@ -1,4 +1,4 @@
-"""QK-Clip: attention's query and key weights are scaled down where their logits grew too large."""
+"""QK-Clip: scales down query and key weights of attention heads whose logits grew too large."""
 
 from __future__ import annotations
 
@@ -24,40 +24,41 @@ def clip_qk(
     head_axis: int = -2,
     content_size: int | None = None,
 ) -> tuple[Any, Any]:
-    """Scales each head's query and key weights so that its largest logit would have been τ at most.
+    """Scales each head's query and key weights so that its largest logit would have been at most τ.
 
     γ = min(1, τ / S) for the largest logit S of a head; queries are multiplied by γᵅ, keys by γ¹⁻ᵅ.
-    A function of parameters, for use after the optimizer's step; not a gradient transformation.
+    This is a function of parameters to call after the optimizer's step, not a gradient
+    transformation.
 
-    In grouped-query attention consecutive query heads share a key head, which is multiplied by the
-    smallest γ¹⁻ᵅ of its group, and each query by what is left of its own γ: every head's logits are
-    scaled by its own γ, and those of a head that is within τ stay as they are.
+    In grouped-query attention consecutive query heads share a key head. The key head is multiplied
+    by the smallest γ¹⁻ᵅ of its group, and each query head by the rest of its own γ. The logits of
+    every head are thus scaled by its own γ, and those of a head within τ do not change.
 
     Args:
-      query, key: the weights of the projections, arrays or trees of them (kernel and bias), each
-        with an axis of heads: Flax's are (features, heads, size) and (heads, size). The heads of
-        `query` may be a multiple of those of `key`.
-      max_logits: for each query head the largest logit (before the softmax, scaled) of the batch,
-        over all examples and positions, and over all devices.
+      query, key: the weights of the projections: arrays, or trees of arrays (kernel and bias), each
+        with an axis of heads. In Flax their shapes are (features, heads, size) and (heads, size).
+        The number of heads of `query` may be a multiple of that of `key`.
+      max_logits: the largest logit of each query head (scaled, before the softmax) in the batch,
+        over all examples, positions and devices.
       threshold: τ.
-      alpha: α, the share of the queries; 1.0 leaves the keys alone (their axis of heads may then be
-        any).
-      head_axis: which axis numbers the heads.
-      content_size: for multi-head latent attention, how many numbers of each head, first along the
-        axis behind that of the heads, are content. What follows in `query` is its rotary part,
-        whose key all heads share, so that it takes all of γ; what follows in `key` is the value,
-        and stays. The kernels are those that lead out of the latents: (rank, heads, content +
+      alpha: α, the share of γ that queries take; 1.0 leaves the keys alone (their heads may then be
+        on any axis).
+      head_axis: the axis of heads.
+      content_size: for multi-head latent attention, how many entries of each head are content. They
+        come first along the axis after `head_axis`. The rest of `query` is its rotary part, which
+        takes all of γ because all heads share its key; the rest of `key` is the value, which does
+        not change. The kernels are those that project up from the latents: (rank, heads, content +
         rotary) and (rank, heads, content + value). The shared rotary key is not passed.
 
     Returns:
       The new query and key weights, in their dtypes.
 
     Raises:
-      ValueError: for an α outside [0, 1], a negative threshold, an axis that does not number heads,
-        or a `content_size` that is not within a head.
+      ValueError: for an α outside [0, 1], a negative threshold, a `head_axis` that is not the axis
+        of heads, or a `content_size` that is not from 1 to the size of a head.
 
-    Deviations: a head whose logit is NaN or infinite is left alone: that says nothing of by how
-    much to scale it. Megatron-LM scales all heads of a group by the smallest γ of them.
+    Deviations: a head whose logit is NaN or infinite is left alone, because such a logit does not
+    say by how much to scale it. Megatron-LM scales all heads of a group by their smallest γ.
 
     References:
       Kimi Team, `Kimi K2: Open Agentic Intelligence <https://arxiv.org/abs/2507.20534>`_, 2025
@@ -70,8 +71,8 @@ def clip_qk(
     """
     validate.between(0, 1, alpha=alpha)
     validate.nonnegative(threshold=threshold)
-    # By the logits, not by the norm of the weights, which many copies clip: a large norm alone does
-    # not make large logits.
+    # Based on the logits, not on the norm of the weights, which many copies use: a large norm does
+    # not by itself make large logits.
     gamma = _scales(xla.widen(jnp.asarray(max_logits)), threshold)
     if validate.is_static(alpha) and alpha == 1:
         return jax.tree.map(lambda x: _scale(x, gamma, head_axis), query), key
@@ -81,21 +82,21 @@ def clip_qk(
 
 
 def _count_heads(key: Any, axis: int) -> int:
-    """How many heads keys have; 0 if their leaves do not agree."""
-    # Of kernels and biases alike; only heads that all leaves agree on can be told apart.
+    """Counts the heads of the keys; 0 if the leaves disagree."""
+    # Kernels and biases both count: heads can only be told apart if all leaves agree.
     heads = {x.shape[axis] for x in jax.tree.leaves(key) if -x.ndim <= axis < x.ndim}
     return heads.pop() if len(heads) == 1 else 0
 
 
 def _share_out(gamma: jax.Array, alpha: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
-    """The factors of the query heads, and of the key heads that groups of them share."""
+    """The factors of the query heads, and of the key heads, each shared by a group of queries."""
     if not groups or gamma.shape[0] % groups:
-        # As if no key were shared, which `_scale` refuses for a key that has other heads.
+        # Treated as if no key were shared: `_scale` raises if the key has other heads.
         groups = gamma.shape[0]
     rest = gamma ** (1 - alpha)
     shared = jnp.min(rest.reshape(groups, -1), axis=1)
     theirs = jnp.repeat(shared, gamma.shape[0] // groups)
-    # Exactly 1 for the head that sets the factor of the key, as it is wherever no key is shared.
+    # Exactly 1 for the head that sets the key's factor, and so for all heads if no key is shared.
     left = jnp.where(theirs == rest, 1, rest / jnp.where(theirs > 0, theirs, 1))
     return gamma**alpha * left, shared
 
@@ -114,12 +115,13 @@ def _scale(
     content_size: int | None = None,
     others: ArrayLike = 1.0,
 ) -> jax.Array:
-    """Weights times one factor per head; what follows its content, times another."""
+    """Multiplies weights by one factor per head, and what follows the content by another."""
     if not -x.ndim <= axis < x.ndim or x.shape[axis] != factors.shape[0]:
         raise ValueError(
-            f"{validate.called()}: axis {axis} of weights of shape {x.shape} must number"
-            f" {factors.shape[0]} heads: max_logits has one entry per query head, and there are a"
-            " whole number of query heads per key head. Or pass head_axis=."
+            f"{validate.called()}: axis {axis} of weights of shape {x.shape} must have"
+            f" size {factors.shape[0]}, the number of heads: max_logits needs one entry per query"
+            " head, and the query heads must be a multiple of the key heads. If the heads are on"
+            " another axis, pass head_axis=."
         )
     shape, axis = [1] * x.ndim, axis % x.ndim
     shape[axis] = -1

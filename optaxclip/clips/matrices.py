@@ -1,4 +1,4 @@
-"""Leaves as stacks of matrices, and the way back."""
+"""Converts leaves to stacks of matrices, and back."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from jax.sharding import PartitionSpec
 from optaxclip import trees, validate, xla
 from optaxclip.trees import Leaves
 
-# Of a path, along which axes a leaf is cut over which mesh axes.
+# Tells from a path which axes of a leaf are cut over which mesh axes.
 Cuts = Callable[[str], PartitionSpec]
 
 
 class Form(NamedTuple):
-    """How one leaf is a stack of matrices: (layers, m, n), n its last axis, m those before.
+    """How one leaf becomes a stack of matrices, (layers, m, n): n is its last axis, m the others.
 
-    A vector is a column: its singular value is its norm.
+    A vector is one column, whose singular value is its norm.
 
     Attributes:
-      shape: of the part of the leaf that this device has.
-      stack: its axes that number layers.
-      spec: inside `shard_map`, how it is cut.
+      shape: the shape of the part of the leaf that this device has.
+      stack: the axes of layers.
+      spec: how the leaf is cut inside `shard_map`.
     """
 
     shape: tuple[int, ...]
@@ -34,12 +34,12 @@ class Form(NamedTuple):
     spec: PartitionSpec
 
     def sides(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """M and n of a leaf of this shape."""
+        """The sides, m and n, of a leaf of this shape."""
         rest = [n for axis, n in enumerate(shape) if axis not in self.stack]
         return (math.prod(rest[:-1]), rest[-1]) if len(rest) > 1 else (math.prod(rest), 1)
 
     def read(self, x: jax.Array) -> jax.Array:
-        """The matrices of a leaf, whole ones on all devices."""
+        """The matrices of a leaf, whole on all devices."""
         for axis, names in self._cuts():
             x = lax.all_gather(x, names, axis=axis, tiled=True)
         m, n = self.sides(x.shape)
@@ -47,7 +47,7 @@ class Form(NamedTuple):
         return jnp.moveaxis(xla.widen(x), self.stack, range(len(self.stack))).reshape(layers, m, n)
 
     def write(self, matrices: jax.Array, like: jax.Array) -> jax.Array:
-        """The leaf of matrices, or this device's part of it, in the dtype of `like`."""
+        """Turns matrices into the leaf, or this device's part of it, in the dtype of `like`."""
         whole = list(self.shape)
         for axis, names in self._cuts():
             whole[axis] *= lax.axis_size(names)
@@ -60,15 +60,15 @@ class Form(NamedTuple):
         return xla.as_dtype_of(like, x)
 
     def _cuts(self) -> list[tuple[int, tuple[str, ...]]]:
-        """The axes that are cut, each with the mesh axes that it is cut over."""
+        """The axes that are cut, each with the mesh axes it is cut over."""
         return [(i, names_of(PartitionSpec(part))) for i, part in enumerate(self.spec) if part]
 
 
 def find_forms(leaves: Leaves, layout: xla.Layout, cuts: Cuts) -> list[Form]:
-    """The form of each leaf.
+    """Finds the form of each leaf.
 
     Raises:
-      ValueError: if layers lie on several devices, each of which has a bound for every layer.
+      ValueError: if layers are spread over devices: each device has a bound for every layer.
     """
 
     def find(i: int, path: str, shape: tuple[int, ...]) -> Form:
@@ -76,8 +76,8 @@ def find_forms(leaves: Leaves, layout: xla.Layout, cuts: Cuts) -> list[Form]:
         stack = tuple(axis for axis in range(len(shape)) if axis not in inside)
         if any(part for axis, part in enumerate(spec) if axis in stack):
             raise ValueError(
-                f"{validate.called()}: specs cut the leaf {path!r} between its layers, {spec}: a"
-                " state has one entry for each layer on every device. Cut it along other axes."
+                f"{validate.called()}: specs must not cut the leaf {path!r} between its layers, got"
+                f" {spec}: on every device the state has one entry per layer. Cut other axes."
             )
         return Form(shape, stack, spec)
 
@@ -86,7 +86,7 @@ def find_forms(leaves: Leaves, layout: xla.Layout, cuts: Cuts) -> list[Form]:
 
 
 def as_cuts(specs: Any) -> Cuts:
-    """One spec for all leaves, a function of the path, or a tree of specs, as such a function."""
+    """Turns one spec for all leaves, a function, or a tree of specs into a function of the path."""
     if specs is None or isinstance(specs, PartitionSpec):
         return lambda path: PartitionSpec() if specs is None else specs
     if callable(specs):
@@ -96,7 +96,14 @@ def as_cuts(specs: Any) -> Cuts:
     if not all(isinstance(spec, PartitionSpec) for spec in known.values()):
         must = "specs must be a PartitionSpec, a function of the path, or a tree of PartitionSpecs"
         raise validate.fail(must, specs)
-    return known.__getitem__
+
+    def cut(path: str) -> PartitionSpec:
+        if path not in known:
+            must = f"specs must have an entry for {path!r}"
+            raise ValueError(f"{validate.called()}: {must}, got {list(known)}.")
+        return known[path]
+
+    return cut
 
 
 def names_of(spec: PartitionSpec) -> tuple[str, ...]:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from optaxclip.monitoring.display import format_number, format_share
 from optaxclip.monitoring.episodes import AFTER, KEPT
-from optaxclip.monitoring.findings import Findings, format_number, format_share
+from optaxclip.monitoring.findings import Findings
 from optaxclip.monitoring.reading import check_is_state, find_parts
 from optaxclip.monitoring.state import WatchState, read_numbers
 from optaxclip.record import unpack_names
@@ -137,18 +138,19 @@ def read_episodes(w: WatchState) -> list[Episode]:
             first, worst, last = map(read, kept.places[row], kept.sizes[row])
             found.append(Episode(first, worst, last, int(kept.places[row, 2, 3]), {}))
     if found:
-        found[-1] = found[-1]._replace(norms=_read_norms(kept, found[-1], seen.total_steps, names))
+        ring = kept.recent[numbers.max() % 2]
+        found[-1] = found[-1]._replace(norms=_read_norms(ring, found[-1], seen.total_steps, names))
     return found
 
 
-def _read_norms(kept: Any, episode: Episode, steps: Any, names: tuple[str, ...]) -> dict:
+def _read_norms(ring: Any, episode: Episode, steps: Any, names: tuple[str, ...]) -> dict:
     """The norms of all blocks when the last episode broke, by step."""
-    # Where the ring was frozen follows from the steps, so no counter is kept for it.
+    # Where the ring stood still follows from the steps, so no counter is kept for it.
     end = min(episode.first.step + AFTER, int(steps))
     if not np.isfinite(episode.worst.norm):
         end = min(end, episode.worst.step)
     return {
-        step: dict(zip(names, kept.recent[1][step % KEPT].tolist(), strict=False))
+        step: dict(zip(names, ring[step % KEPT].tolist(), strict=False))
         for step in range(max(end - KEPT + 1, 1), end + 1)
     }
 

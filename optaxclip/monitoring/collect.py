@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import validate
-from optaxclip.monitoring.overview import describe_columns
+from optaxclip.monitoring.display import describe_columns
 from optaxclip.states import kind_of
 
 # Steps that are fetched together: few enough for the device to hold, and enough to share the cost.

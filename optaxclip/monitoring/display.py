@@ -1,14 +1,37 @@
-"""How results show themselves: as text in a terminal, as Markdown in a notebook."""
+"""Numbers, tables and recorded runs as one reads them, in a terminal or as Markdown."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 _BARS = "▁▂▃▄▅▆▇█"
 _GAP = "·"  # a step that is not finite, or unknown
+_MOST = 40  # keys: a screen
+_HEAD = ("key", "last", "smallest", "largest", "course")
+
+
+def format_number(x: Any) -> str:
+    """A number in three digits.
+
+    >>> [format_number(x) for x in (48.123, 1.0, 512.3, 0.0, 1.5e9)]
+    ['48.1', '1.0', '512', '0', '1.5e+09']
+    """
+    x = float(x)
+    text = f"{x:.0f}" if 100 <= abs(x) < 1e5 else f"{x:.3g}"
+    return f"{text}.0" if len(text) == 1 and text != "0" else text
+
+
+def format_share(share: Any) -> str:
+    """A share in percent.
+
+    >>> format_share(0.256)
+    '26 %'
+    """
+    return f"{float(share):.0%}".replace("%", " %")
 
 
 def sparkline(series: np.ndarray, width: int = 24) -> str:
@@ -81,21 +104,37 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-class Report(str):
-    """Text that shows as it prints, not in quotes; in a notebook a list with a line for each fact.
+def describe_columns(
+    steps: np.ndarray, columns: Mapping[str, np.ndarray], *, markdown: bool = False
+) -> str:
+    """How many steps there are, and for each key its last number, its range and its course.
 
-    >>> Report("step 1: norm 50")
-    step 1: norm 50
+    Args:
+      steps: (rows,), the numbers of the steps.
+      columns: key -> (rows,).
+      markdown: whether it is for a notebook, and not for a terminal.
+
+    >>> import numpy as np
+    >>> print(describe_columns(np.arange(1, 4), {"loss": np.array([3.0, 2.0, 1.0])}))
+    History of 3 steps, 1 to 3
+    key   last  smallest  largest  course
+    loss   1.0       1.0      3.0     █▅▁
     """
+    if not len(steps):
+        return "History without a step"
+    rows = [(key, *_describe(x)) for key, x in columns.items()]
+    shown, more = rows[:_MOST], len(rows) - _MOST
+    head = f"History of {len(steps)} steps, {steps[0]} to {steps[-1]}"
+    tail = [f"and {more} more keys"] if more > 0 else []
+    if not markdown:
+        return "\n".join([head, text_table([_HEAD, *shown]), *tail])
+    return "\n\n".join(
+        [head, markdown_table(_HEAD, [(code(key), *rest) for key, *rest in shown]), *tail]
+    )
 
-    __slots__ = ()
 
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_markdown_(self) -> str:
-        facts = [line.partition(": ") for line in self.splitlines()]
-        return bullets(
-            f"**{escape(head)}**: {escape(rest)}" if mark else escape(head)
-            for head, mark, rest in facts
-        )
+def _describe(x: np.ndarray) -> tuple[str, ...]:
+    """The last number of a key, the smallest and the largest, and its course."""
+    # A key may be that of some steps only; one without any number has NaN for all three.
+    known = x[~np.isnan(x)] if (~np.isnan(x)).any() else x[-1:]
+    return (*map(format_number, (x[-1], known.min(), known.max())), sparkline(x))

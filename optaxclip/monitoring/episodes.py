@@ -29,9 +29,9 @@ class Episodes(NamedTuple):
         episodes, and how many bad steps in all.
       sizes: (n + 1, 3, 3), its norm, norm over median, and the culprit's share of the squared norm;
         if not finite, one over the number of such blocks.
-      recent: (2, 8, B), the norms of all blocks at the last 8 steps, step t in row t % 8; and the
-        same when the last episode broke: at its first step that was not finite, at the latest four
-        steps after it began.
+      recent: (2, 8, B), the norms of all blocks at the last 8 steps, step t in row t % 8. Ring
+        n % 2 is that of episode n, and stands still once it broke: after its first step that was
+        not finite, at the latest four steps after it began. The other one goes on.
     """
 
     places: jax.Array
@@ -71,16 +71,17 @@ def update_episodes(
     here = bad & ((rows == 0) | (rows == 1 + jnp.mod(episode - 1, len(rows) - 1)))
     moments = here[:, None, None] & jnp.stack([begins, worse, jnp.bool_(True)])[None, :, None]
     # Only up to the first NaN: after it every block is NaN, and says nothing of the cause.
-    freezes = begins | (~broken & (step - first_step <= AFTER))
+    moves = begins | (~broken & (step - first_step <= AFTER))
     return Episodes(
         places=jnp.where(moments, place[None, None], old.places),
         sizes=jnp.where(moments, jnp.stack([now.total, ratio, now.share])[None, None], old.sizes),
-        recent=_push(old.recent, step, now.norms, freezes),
+        recent=_push(old.recent, step, now.norms, moves, jnp.mod(episode, 2)),
     )
 
 
-def _push(recent: jax.Array, step: jax.Array, norms: jax.Array, freezes: jax.Array) -> jax.Array:
-    """The norms of the last steps with those of this one, and the copy that is frozen."""
-    row = jnp.arange(KEPT, dtype=jnp.int32)[:, None] == jnp.mod(step, KEPT)
-    last = jnp.where(row, norms[None], recent[0])
-    return jnp.stack([last, jnp.where(freezes, last, recent[1])])
+def _push(recent, step: jax.Array, norms: jax.Array, moves: jax.Array, own: jax.Array) -> jax.Array:
+    """Both rings with the norms of this step; ring `own` only if it moves."""
+    # Two rings that take turns: each number stays or is replaced where it is, and none moves.
+    rows, rings = jnp.arange(KEPT, dtype=jnp.int32), jnp.arange(2, dtype=jnp.int32)
+    here = (rows == jnp.mod(step, KEPT))[None] & (moves | (rings != own))[:, None]
+    return jnp.where(here[..., None], norms, recent)

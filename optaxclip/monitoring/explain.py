@@ -9,7 +9,7 @@ import numpy as np
 
 from optaxclip.base import Metrics
 from optaxclip.monitoring.bad import check_one_run
-from optaxclip.monitoring.display import Report
+from optaxclip.monitoring.findings import Report
 from optaxclip.monitoring.reading import check_is_state, find_parts, total_steps
 from optaxclip.monitoring.state import WatchState, read_numbers
 from optaxclip.monitoring.words import (

@@ -1,10 +1,10 @@
-"""What is found, one line below the other, and numbers as one reads them."""
+"""What results are: signs, findings one below the other, and reports of a line a fact."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from optaxclip.monitoring.display import bullets, escape
+from optaxclip.monitoring.display import bullets, escape, format_number
 
 
 class Sign(NamedTuple):
@@ -61,21 +61,21 @@ def _to_markdown(entry: Any) -> str:
     return entry._repr_markdown_() if hasattr(entry, "_repr_markdown_") else escape(str(entry))
 
 
-def format_number(x: Any) -> str:
-    """A number in three digits.
+class Report(str):
+    """Text that shows as it prints, not in quotes; in a notebook a list with a line for each fact.
 
-    >>> [format_number(x) for x in (48.123, 1.0, 512.3, 0.0, 1.5e9)]
-    ['48.1', '1.0', '512', '0', '1.5e+09']
+    >>> Report("step 1: norm 50")
+    step 1: norm 50
     """
-    x = float(x)
-    text = f"{x:.0f}" if 100 <= abs(x) < 1e5 else f"{x:.3g}"
-    return f"{text}.0" if len(text) == 1 and text != "0" else text
 
+    __slots__ = ()
 
-def format_share(share: Any) -> str:
-    """A share in percent.
+    def __repr__(self) -> str:
+        return str(self)
 
-    >>> format_share(0.256)
-    '26 %'
-    """
-    return f"{float(share):.0%}".replace("%", " %")
+    def _repr_markdown_(self) -> str:
+        facts = [line.partition(": ") for line in self.splitlines()]
+        return bullets(
+            f"**{escape(head)}**: {escape(rest)}" if mark else escape(head)
+            for head, mark, rest in facts
+        )

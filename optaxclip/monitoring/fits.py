@@ -23,16 +23,6 @@ class Fit(NamedTuple):
     r2: float
     steps: int
 
-    def evidence(self) -> dict[str, float]:
-        """The numbers of the fit, by name."""
-        doubling = np.log(2) * (self.steps - 1) / np.log(self.growth)
-        return {
-            "growth": self.growth,
-            "doubling_steps": float(doubling),
-            "r2": self.r2,
-            "steps": self.steps,
-        }
-
 
 def fit_growth(x: np.ndarray) -> Fit:
     """Fits an exponential to a positive series."""

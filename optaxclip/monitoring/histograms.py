@@ -37,22 +37,12 @@ def count_elements(
     leaves = select(updates, exclude)
     span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
     layout = lay_out(scope, leaves.paths, leaves.shapes, span)
-    rows, blocks = [jnp.zeros((0, BINS), jnp.int32)], []
-    for leaf, x in enumerate(leaves.arrays):
-        rows.append(span.pool_leaf(_count(x, layout.axes_of(leaf)), leaf, "sum"))
-        blocks.extend(layout.blocks_of(leaf))
-    size = len(layout.blocks.names or ())
-    return jax.ops.segment_sum(jnp.concatenate(rows), np.array(blocks, int), size)
 
+    def count(arrays, _):
+        return arrays, xla.count_reaching(arrays, layout, (0.0, *10.0**_POWERS))
 
-def _count(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """(layers, bins), the elements of each layer of a leaf; of most leaves the one that it is."""
-    size = jnp.abs(xla.widen(x))[..., None]
-    edges = jnp.asarray(np.append(0.0, 10.0**_POWERS), size.dtype)
-    # How many reach each edge, in one fused sum; a scatter into bins is serial on a GPU.
-    above = size >= edges.reshape((1,) * x.ndim + (BINS,))
-    reached = jnp.sum(above, axis=axes, dtype=jnp.int32).reshape(-1, BINS)
-    return reached - jnp.pad(reached[:, 1:], ((0, 0), (0, 1)))
+    _, reached = xla.call_in_auto_axes(count, leaves.arrays, None)
+    return (reached - jnp.pad(reached[1:], ((0, 1), (0, 0)))).T
 
 
 def edges() -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from optaxclip.monitoring.findings import format_number, format_share
+from optaxclip.monitoring.display import format_number, format_share
 from optaxclip.monitoring.histograms import Histograms, edges, log_edges
 from optaxclip.monitoring.reading import check_is_state, count_blocks
 
@@ -81,17 +81,16 @@ def postfix(row: Mapping[str, Any]) -> dict[str, str]:
     # A watch first: what it saw is the gradient, which a second clip in the chain does not see.
     norm = find("grad_norm", beside="median_ratio")
     norm = find("grad_norm") if norm is None else norm
-    clipped, skipped = find("clipped_fraction"), find("steps", beside="consecutive")
-    bad = find("nonfinite_steps")
     shown = {
-        "loss": None if row.get("loss") is None else format_number(row["loss"]),
-        "norm": None if norm is None else format_number(norm),
-        "bound": None if (bound := find("bound")) is None else format_number(bound),
-        "clipped": None if clipped is None else format_share(clipped),
-        "skipped": str(skipped) if skipped else None,
-        "nonfinite": str(bad) if bad else None,
+        "loss": (row.get("loss"), format_number),
+        "norm": (norm, format_number),
+        "bound": (find("bound"), format_number),
+        "clipped": (find("clipped_fraction"), format_share),
+        # Of these a count of 0 is no news.
+        "skipped": (find("steps", beside="consecutive") or None, str),
+        "nonfinite": (find("nonfinite_steps") or None, str),
     }
-    return {name: text for name, text in shown.items() if text is not None}
+    return {name: write(x) for name, (x, write) in shown.items() if x is not None}
 
 
 def format_line(step: int, row: Mapping[str, Any]) -> str:

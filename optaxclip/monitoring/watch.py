@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,8 +18,7 @@ from optaxclip.core import decide
 from optaxclip.engine import Description, Rule, build
 from optaxclip.monitoring.episodes import update_episodes
 from optaxclip.monitoring.histograms import BINS, count_elements
-from optaxclip.monitoring.packing import pack, unpack
-from optaxclip.monitoring.state import Numbers, WatchState, fresh_numbers
+from optaxclip.monitoring.state import Numbers, WatchState, fresh_numbers, pack, unpack
 from optaxclip.monitoring.summary import Summary, summarize, update_nonfinite
 from optaxclip.monitoring.trackers import (
     Candidates,
@@ -79,7 +77,7 @@ def watch(
       spike_factor: a step is bad if its norm is not finite, or over this many times the median of
         at least ten norms.
       histogram: whether to count the elements of each block by powers of ten, at each step, for
-        `optaxclip.loggers.histograms`. It takes a second pass over the gradients.
+        `optaxclip.loggers.histograms`. On a CPU it takes a second read of the gradients.
       exclude, axis_names: as in `optaxclip.clip_by`.
 
     Returns:
@@ -121,10 +119,15 @@ def watch(
         numbers = fresh_numbers(norms.dtype, blocks=len(norms), **rooms)
         return numbers, start_candidates(trials, norms.dtype)
 
-    # An update that is not jitted would trace `start` at every step.
-    @functools.lru_cache(maxsize=8)
-    def shapes_of(dtype, size):
-        return jax.eval_shape(start, jax.ShapeDtypeStruct((size,), dtype))
+    # An update that is not jitted would trace `start` at every step. Not `lru_cache`: what it wraps
+    # cannot be pickled, and some trainers pickle their optimizer.
+    traced: dict[Any, Any] = {}
+
+    def shapes_of(norms):
+        key = (norms.dtype, norms.shape)
+        if key not in traced:
+            traced[key] = jax.eval_shape(start, jax.ShapeDtypeStruct(norms.shape, norms.dtype))
+        return traced[key]
 
     def init_fn(params):
         norms, names = _start(blocks, params)
@@ -149,7 +152,7 @@ def watch(
         guard.check(state, updates)
         dtype = state.block_norms.dtype
         now = summarize(norms.astype(dtype), names)
-        numbers, shadows = unpack(state.packed, shapes_of(dtype, len(norms)))
+        numbers, shadows = unpack(state.packed, shapes_of(state.block_norms))
         size = None
         if params is not None and reads_params(*trials.values()):
             # Parameters without a gradient do not count, as in a clip.

@@ -9,7 +9,7 @@ import numpy as np
 
 from optaxclip.base import Metrics
 from optaxclip.monitoring.bad import read_episodes
-from optaxclip.monitoring.findings import format_number, format_share
+from optaxclip.monitoring.display import format_number, format_share
 from optaxclip.monitoring.reading import total_steps
 from optaxclip.monitoring.state import WatchState, read_numbers, read_quantiles, read_top
 from optaxclip.record import scalars_of, unpack_names

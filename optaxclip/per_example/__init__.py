@@ -2,14 +2,14 @@
 
 They are formed all at once, a few at a time, or never ("ghost" clipping):
 
-    clipped_value_and_grad          as jax.value_and_grad, of a loss of one example
+    clipped_value_and_grad          like jax.value_and_grad, for a loss of one example
     ghost_parameters                the parameters whose gradients it never forms
-    auto_s, psac                    what may be done about an example, beside `optaxclip.actions`
-    group_by_user, user_loss        users in place of examples
+    auto_s, psac                    actions for examples, in addition to `optaxclip.actions`
+    group_by_user, user_loss        clips by user instead of by example
     private_quantile                a bound that follows the norms privately
     error_feedback                  adds back what the clip cut off
 
-Of gradients of examples that you already have, such as those of `vmap(grad(loss))`:
+For gradients of examples that you already have, such as those of `vmap(grad(loss))`:
 
     per_example_global_norm_clip
     per_example_layer_norm_clip

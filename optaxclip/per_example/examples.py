@@ -1,4 +1,4 @@
-"""What becomes of the examples of a batch: their clip, and the report of it."""
+"""Clipping the examples of a batch, and reporting what happened to them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class ClippedExamples(NamedTuple):
     Attributes:
       losses: the loss of each example.
       norms: the norm of the gradient of each example, before the clip, in float32 at least; NaN
-        where it is not finite. With blocks, (B, K): one norm for each of them.
-      clipped: int32, how many examples were shortened, in one block at least.
+        if it is not finite. With blocks, (B, K): one norm per block.
+      clipped: int32, how many examples were shortened in at least one block.
       nonfinite: int32, how many examples were left out because their loss or gradient is NaN or
         inf.
       aux: the aux of each example, with a leading axis; None without `has_aux`.
-      unclipped: the mean (or sum) of the gradients as they are, without the examples that are not
+      unclipped: the mean (or sum) of the unclipped gradients, without the examples that are not
         finite; None without `keep_unclipped`.
     """
 
@@ -37,7 +37,7 @@ class ClippedExamples(NamedTuple):
 
 
 class _Each(NamedTuple):
-    """What is known of each example: its loss, norms and factors by block (B, K), and aux."""
+    """What is known about each example: its loss, norms and factors by block (B, K), and aux."""
 
     losses: jax.Array
     norms: jax.Array
@@ -51,10 +51,10 @@ def clip_some(
     weigh: Callable[[jax.Array], jax.Array],
     keep_unclipped: bool,
 ) -> tuple[list[list[jax.Array]], _Each]:
-    """The weighted sums of clipped gradients and, if kept, those of the gradients as they are."""
-    # Both are looked at: a loss can be infinite where its gradient is not, as that of `x + inf`.
+    """Sums the weighted clipped gradients and, if kept, the unclipped ones."""
+    # Both are checked: a loss can be infinite when its gradient is not, such as `x + inf`.
     fine = jnp.isfinite(back.losses) & jnp.all(jnp.isfinite(back.norms), axis=1)
-    # NaN for either, so that counts and losses need to look at the norm only.
+    # NaN in either case, so that counts and losses need to check only the norm.
     norms = jnp.where(fine[:, None], back.norms, jnp.nan)
     factors = weigh(norms)
     kept = [factors, jnp.isfinite(norms).astype(norms.dtype)] if keep_unclipped else [factors]
@@ -64,7 +64,7 @@ def clip_some(
 
 
 def sum_weights(given: jax.Array) -> jax.Array:
-    """Σw, by which a mean is divided; 1 if no example has a weight."""
+    """Returns Σw, the divisor of a mean; 1 if no example has a weight."""
     total = jnp.sum(given)
     return jnp.where(total > 0, total, 1)
 
@@ -72,7 +72,7 @@ def sum_weights(given: jax.Array) -> jax.Array:
 def summarize(
     each: _Each, given: jax.Array, reduce: str, blocks: Blocks
 ) -> tuple[jax.Array, ClippedExamples]:
-    """The value of the batch, and what happened to its examples. Padding does not count."""
+    """Returns the value of the batch and what happened to its examples. Padding does not count."""
     fine, real = jnp.all(jnp.isfinite(each.norms), axis=1), given > 0
     shortened = jnp.any(each.factors < 1, axis=1)
     clipped = jnp.sum(real & fine & shortened, dtype=jnp.int32)
@@ -83,12 +83,12 @@ def summarize(
 
 
 def _pool_losses(losses: jax.Array, fine: jax.Array, given: jax.Array, reduce: str) -> jax.Array:
-    """The sum or mean of losses by the weights of what is fine: 0 of padding, NaN if none is."""
+    """Pools the losses of examples that are fine: 0 for padding alone, NaN if none is fine."""
     wide = widen(losses)
     weights = fine.astype(wide.dtype)
-    # Selected, not only multiplied: 0 · NaN is NaN.
+    # Selected, not just multiplied: 0 · NaN is NaN.
     value = jnp.sum(jnp.where(weights > 0, wide, 0) * weights)
     if reduce == "mean":
-        # Examples with weight, but none finite: 0/0 on purpose, as a mean of 0 would look perfect.
+        # If no example with weight is finite, 0/0 is intended: a mean of 0 would look perfect.
         value = value / jnp.where(jnp.any(given > 0), jnp.sum(weights), 1)
     return value.astype(losses.dtype)

@@ -1,4 +1,4 @@
-"""What the clip of examples cut off, added back step by step."""
+"""Adding back, step by step, what the clip of examples cut off."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class FeedbackState(NamedTuple):
     """State of `error_feedback`.
 
     Attributes:
-      error: e, a tree like the parameters, in float32 at least. It is made of gradients that were
-        not clipped, and so is as private as the data: noise hides it in the updates, not here.
+      error: e, a tree like the parameters, in float32 at least. It is made from gradients that were
+        not clipped, so it is as private as the data: noise hides it in the updates, not here.
     """
 
     error: Any
@@ -31,30 +31,30 @@ class FeedbackState(NamedTuple):
 def error_feedback(max_error: ArrayLike) -> optax.GradientTransformationExtraArgs:
     """Adds to clipped gradients what the clip cut off before: v = g + clip(e), e ← e + f - v.
 
-    g is the mean of clipped gradients of examples, and f that of the gradients as they are. It is
-    DiceSGD, with `clipped_value_and_grad(..., keep_unclipped=True)` and noise:
+    g is the mean of the clipped gradients of examples, and f that of the unclipped ones. Together
+    with `clipped_value_and_grad(..., keep_unclipped=True)` and noise, this is DiceSGD:
 
         (_, seen), grads = step(params, batch)
         updates, state = tx.update(grads, state, params, unclipped=seen.unclipped)
 
     where tx is `optax.chain(error_feedback(1.0), noise, optax.sgd(0.1))`. On average nothing is
-    lost where ‖f - g‖ is below C₂: training settles where it would without a clip, whatever the
-    bound of an example.
+    lost if ‖f - g‖ is below C₂: training settles where it would without a clip, whatever the bound
+    of an example is.
 
     Args:
       max_error: C₂, the largest norm of e that is added; at least the bound C₁ of an example.
 
     Returns:
       A transformation whose `update` needs `unclipped=`, a tree like the updates, and whose state
-      is a `FeedbackState`. A step that is not finite leaves e as it is.
+      is a `FeedbackState`. A step that is not finite leaves e unchanged.
 
     Raises:
       ValueError: if C₂ is negative, NaN, a boolean or a string; at the update, without
         `unclipped=`.
 
-    On privacy: given e, one example moves v by as much as it moves g. But it has moved e, too, at
-    every step before. So noise that is right for the clip alone is too little: take the paper's,
-    and publish neither the state nor a checkpoint of it.
+    On privacy: given e, one example moves v by as much as it moves g. But it has also moved e at
+    every earlier step, so noise that is right for the clip alone is too little. Use the paper's
+    noise, and publish neither the state nor a checkpoint of it.
 
     References:
       Zhang et al., `Differentially Private SGD Without Clipping Bias: An Error-Feedback Approach
@@ -83,8 +83,8 @@ def error_feedback(max_error: ArrayLike) -> optax.GradientTransformationExtraArg
         guard.check(state, updates)
         _check_unclipped(unclipped, updates)
         leaves, whole, error = select(updates), select(unclipped), select(state.error)
-        # A fresh state: this clip learns nothing, and its metrics would pass for those of the clip
-        # of examples.
+        # With a fresh state, which is dropped: this clip learns nothing, and its metrics would be
+        # mistaken for those of the clip of examples.
         returned = select(clip.update(state.error, clip.init(state.error))[0]).arrays
         out = [xla.widen(g) + r for g, r in zip(leaves.arrays, returned, strict=True)]
         rests = zip(error.arrays, whole.arrays, out, strict=True)
@@ -105,6 +105,6 @@ def _check_unclipped(unclipped: Any, updates: Any) -> None:
 
 
 def _hold(new: list[jax.Array], old: list[jax.Array]) -> list[jax.Array]:
-    """The new arrays, or the old ones if any is not finite: NaN would stay in e for ever."""
+    """Returns the new arrays, or the old ones if any is not finite: NaN would stay in e forever."""
     fine = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in new]))
     return [jnp.where(fine, a, b) for a, b in zip(new, old, strict=True)]

@@ -1,9 +1,9 @@
 """One backward pass for the norms and the weighted sum of the gradients of all examples.
 
 A zero, the probe, is added to the result of every site; its gradient is that of the result, dy. The
-operands of a site and dy give the norms. They also give the weighted sum, by the product of
-matrices that a plain gradient takes, with dyᵢ · weightᵢ in place of dyᵢ. The gradients of
-parameters without a site are formed for each example and summed.
+operands of a site and dy give the norms. They also give the weighted sum, by the same matrix
+product that a plain gradient takes, with dyᵢ · weightᵢ instead of dyᵢ. The gradients of parameters
+without a site are formed for each example and summed.
 
 Bu et al., `Differentially Private Optimization on Large Model at Small Cost
 <https://arxiv.org/abs/2210.00038>`_, 2023
@@ -24,8 +24,8 @@ from optaxclip.per_example.sites import Site, find_sites
 from optaxclip.per_example.walk import Program, flatten, get_aval
 from optaxclip.per_example.weights import (
     align,
+    block_norms,
     drop_unweighted,
-    example_norms,
     weighted_sum,
 )
 from optaxclip.trees import is_measured, select
@@ -38,7 +38,7 @@ class Backward(NamedTuple):
     Attributes:
       losses: the loss of each example.
       aux: the aux of each example, with a leading axis.
-      norms: (B, K), the norms of the gradient of each example, one for each block.
+      norms: (B, K), the norms of the gradient of each example, one per block.
       sums: `sums(weights)` for weights (B, K), the weighted sum of the gradients, one array per
         parameter, in float32 at least.
     """
@@ -64,12 +64,12 @@ def by_vmap(loss: Loss, blocks: Blocks, params: Any, batch: Any, shared: Sequenc
 
 
 class Traced(NamedTuple):
-    """A loss, traced for one example.
+    """A loss traced for one example.
 
     Attributes:
       program: its operations.
       sites: one for each parameter whose gradient is not formed.
-      rest: the numbers of the parameters whose gradients are formed.
+      rest: the indices of the parameters whose gradients are formed.
       outputs: the structure of (loss, aux).
     """
 
@@ -89,8 +89,8 @@ def trace(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Traced:
     def read(example):
         found.append(jax.make_jaxpr(loss, return_shape=True)(params, example, *shared))
 
-    # Not of `x[0]`: only inside `vmap` does an example have the type, sharding included, that the
-    # operations will see when they run.
+    # Not traced with `x[0]`: only inside `vmap` does an example have the type, sharding included,
+    # that the operations will see when they run.
     jax.vmap(read, out_axes=None)(batch)
     ((closed, shapes),) = found
     parameters = len(jax.tree.leaves(params))
@@ -102,7 +102,7 @@ def trace(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Traced:
 
 
 def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
-    """The loss of one example with `probes` added at the sites, (aux, operands of the sites)."""
+    """Runs the loss of one example with `probes` added at the sites: loss, (aux, operands)."""
     number = {site.op.outputs: i for i, site in enumerate(traced.sites)}
     seen: list[Any] = [None] * len(traced.sites)
 
@@ -110,8 +110,7 @@ def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
         i = number.get(op.outputs)
         if i is None:
             return results
-        # Without the parameter itself: as a result of `vmap` there would be a copy for each
-        # example.
+        # Without the parameter itself: returned from `vmap`, it would be copied for each example.
         seen[i] = [
             None if j == traced.sites[i].side else jnp.asarray(x) for j, x in enumerate(operands)
         ]
@@ -122,12 +121,12 @@ def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
 
 
 def _site_sum(site: Site, param: jax.Array, operands, dy: jax.Array, weights: jax.Array):
-    """Σᵢ weightsᵢ · Gᵢ of one site: the transpose of its operation, for all examples at once."""
+    """Computes Σᵢ weightsᵢ · Gᵢ of one site, by transposing its operation for all examples."""
     wide = widen(dy)
     weighted = wide * align(weights.astype(wide.dtype), dy)
-    # Weighted in float32 and rounded once, as the transpose asks for the dtype of the result.
+    # Weighted in float32 and rounded once, because the transpose needs the dtype of the result.
     weighted = drop_unweighted(weighted, weights).astype(dy.dtype)
-    # The operands, too: the transpose multiplies them with dy, and 0 · NaN is NaN.
+    # The operands too: the transpose multiplies them by dy, and 0 · NaN is NaN.
     clean = [drop_unweighted(x, weights) if is_measured(x) else x for x in operands]
 
     def forward(param):
@@ -155,7 +154,7 @@ def by_ghost(
     """Forms no gradient of a parameter that has a site."""
     leaves = list(map(jnp.asarray, jax.tree.leaves(params)))
     outputs = [get_aval(site.op.eqn.outvars[0]) for site in traced.sites]
-    # Typed like the examples inside `shard_map`, or JAX would sum dy over the devices.
+    # Inside `shard_map`, typed like the examples: otherwise JAX would sum dy over the devices.
     probes = vary_like([jnp.zeros(y.shape, y.dtype) for y in outputs], params)
 
     def probed(rest, probes, example):
@@ -167,13 +166,11 @@ def by_ghost(
     each = jax.vmap(jax.value_and_grad(probed, argnums=(0, 1), has_aux=True), (None, None, 0))
     (losses, (aux, operands)), (grads, dys) = each([leaves[i] for i in traced.rest], probes, batch)
     formed = dict(zip(traced.rest, grads, strict=True))
-    at_sites = {
-        site.origin.parameter: (site, seen, dy)
-        for site, seen, dy in zip(traced.sites, operands, dys, strict=True)
-    }
+    places = [site.origin.parameter for site in traced.sites]
+    at_sites = dict(zip(places, zip(traced.sites, operands, dys, strict=True), strict=True))
 
     def sums(weights):
-        # Zeros for parameters that the loss does not use: they have neither a site nor a gradient.
+        # Zeros for parameters that the loss does not use, which have neither a site nor a gradient.
         total = [jnp.zeros(x.shape, widen(x).dtype) for x in leaves]
         for i, g in formed.items():
             total[i] = weighted_sum(g, weights[:, blocks.index[i]])
@@ -193,24 +190,18 @@ def _norms_by_block(
     lengths: Mapping[int, jax.Array],
     losses: jax.Array,
 ) -> jax.Array:
-    """(B, K): the norms of gradients that were formed and of those at sites, by parameter."""
-
-    def norms(block):
-        own = [i for i, its in enumerate(blocks.index) if its == block]
-        grown = [i for i in own if i in formed]
-        sites = [lengths[i] for i in own if i in lengths]
-        return _join_norms([paths[i] for i in grown], [formed[i] for i in grown], sites, losses)
-
-    columns = list(map(norms, range(count_blocks(blocks))))
-    wide = accumulator(columns)
-    return jnp.stack([x.astype(wide) for x in columns], axis=1)
+    """Combines the norms of formed gradients and of those at sites, by parameter, into (B, K)."""
+    count, index = count_blocks(blocks), blocks.index
+    parts = [(paths[i], x, index[i]) for i, x in formed.items()]
+    for block in {index[i] for i in lengths}:
+        parts.append(("sites", _stack([x for i, x in lengths.items() if index[i] == block]), block))
+    if not parts:
+        return jnp.zeros((losses.size, count), widen(losses).dtype)
+    names, arrays, owners = zip(*parts, strict=True)
+    return block_norms(arrays, names, owners, count)
 
 
-def _join_norms(paths: list[str], grads: list[jax.Array], lengths: list[jax.Array], losses):
-    """The norm of each example over one block; 0 where nothing in it has a gradient."""
-    if lengths:
-        # To stack them, one dtype; as one more array, whose length is that of all sites together.
-        wide = accumulator(lengths)
-        paths = [*paths, "sites"]
-        grads = [*grads, jnp.stack([n.astype(wide) for n in lengths], axis=1)]
-    return example_norms(grads, paths) if grads else jnp.zeros_like(widen(losses))
+def _stack(lengths: list[jax.Array]) -> jax.Array:
+    """Stacks the norms at S sites as one more array, (B, S), whose norm is that of all sites."""
+    wide = accumulator(lengths)
+    return jnp.stack([n.astype(wide) for n in lengths], axis=1)

@@ -15,9 +15,9 @@ from optaxclip.xla import widen
 def scan_microbatches(step, batch, given: jax.Array, at_once: int | None, like: Any):
     """Adds up the first results of `step` over microbatches, and joins the others in order.
 
-    What is added up has the structure and shapes of `like`, and is in float32 at least.
+    The sums have the structure and shapes of `like`, and are in float32 at least.
 
-    Of n microbatches, the k-th takes the examples k, k + n, k + 2n, ... The last ones are filled up
+    The k-th of n microbatches takes the examples k, k + n, k + 2n, ... The last ones are padded
     with the last example, at weight 0.
     """
     size = given.size
@@ -27,8 +27,8 @@ def scan_microbatches(step, batch, given: jax.Array, at_once: int | None, like: 
         return step(batch, given)
     missing = at_once * count - size
 
-    # Not the examples from k·m to (k + 1)·m: of a batch that is sharded over devices, each would be
-    # on one device, and the others would wait.
+    # Not the examples from k·m to (k + 1)·m: if the batch is sharded over devices, each microbatch
+    # would be on one device while the others wait.
     def cut(x):
         return x.reshape(at_once, count, *x.shape[1:]).swapaxes(0, 1)
 

@@ -1,4 +1,4 @@
-"""A bound that follows the norms of the examples, and tells little of any one of them."""
+"""A bound that follows the norms of the examples and reveals little about any one of them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class QuantileState(NamedTuple):
     """State of `private_quantile`.
 
     Attributes:
-      bound: C, or (K,) for K blocks: for the next batch.
-      key: the random key of the next noise.
+      bound: C, or (K,) for K blocks, for the next batch.
+      key: the random key for the next noise.
     """
 
     bound: jax.Array
@@ -31,9 +31,9 @@ class PrivateQuantile(NamedTuple):
     """A bound that learns from batches.
 
     Attributes:
-      init: `init(key)`, the state before the first batch.
-      update: `update(norms, state, weights=None)`, the state after a batch whose examples, of these
-        norms, were clipped to `state.bound`.
+      init: `init(key)` returns the state before the first batch.
+      update: `update(norms, state, weights=None)` returns the state after a batch whose examples
+        have these norms and were clipped to `state.bound`.
     """
 
     init: Callable[[jax.Array], QuantileState]
@@ -50,40 +50,40 @@ def private_quantile(
     noise: ArrayLike | None = None,
     axis_names: AxisNames | None = None,
 ) -> PrivateQuantile:
-    """A bound that a share q of examples is within, by noisy counts: C ← C · exp(-η · (b̃ - q)).
+    """Tracks a bound that a share q of examples is within: C ← C · exp(-η · (b̃ - q)).
 
-    b̃ = ½ + (Σᵢ (bᵢ - ½) + 𝒩(0, σ_b²)) / m, between 0 and 1, where bᵢ is 1 if example i (or user i)
-    was within C, else 0. The state holds C, which bounds the next batch:
+    b̃ = ½ + (Σᵢ (bᵢ - ½) + 𝒩(0, σ_b²)) / m is a noisy count, held between 0 and 1, where bᵢ is 1 if
+    example i (or user i) was within C, else 0. The state holds C, which bounds the next batch:
 
         (_, seen), total = clipped_value_and_grad(loss, state.bound, reduce="sum")(params, batch)
         state = tracker.update(seen.norms, state)
 
-    One example moves the sum by ½ at most. So a step whose gradients get noise of z_Δ · C, where
-    z_Δ = (z⁻² - (2σ_b)⁻²)^(-½), costs with the count what noise of z · C would cost without it. For
-    K blocks, whose bounds are as many numbers, it is K·(2σ_b)⁻².
+    One example moves the sum by at most ½. So a step whose gradients get noise of z_Δ · C, where
+    z_Δ = (z⁻² - (2σ_b)⁻²)^(-½), costs as much with the count as noise of z · C would cost without
+    it. For K blocks, which have K bounds, the term is K·(2σ_b)⁻².
 
     Args:
       quantile: q, from 0 to 1.
       learning_rate: η.
-      init: the first bound, larger than 0; for blocks (K,), one for each.
-      batch_size: m, the size of a batch; of a Poisson sample the expected one, since its own is not
-        private.
-      noise: σ_b, the deviation of the noise on the count; None: m / 20, as in the paper. 0 is not
+      init: the first bound, larger than 0; for K blocks (K,), one for each.
+      batch_size: m, the size of a batch; for a Poisson sample the expected size, because the actual
+        one is not private.
+      noise: σ_b, the deviation of the noise on the count; None is m / 20, as in the paper. 0 is not
         private.
       axis_names: as in `optaxclip.clip_by`: inside `shard_map(check_vma=False)`, the mesh axes over
         which the examples are spread.
 
     Returns:
       A `PrivateQuantile`. Its `update` takes the norms (B,) or (B, K) of a `ClippedExamples`, and
-      the weights that its examples had: an example without weight does not count, and one that is
-      not finite counts as q, which moves nothing.
+      the weights of the examples: an example without weight does not count, and one that is not
+      finite counts as q, which does not move the bound.
 
     Raises:
-      ValueError: for numbers out of range; at the update, for norms that are not (B,), or (B, K)
-        for K bounds.
+      ValueError: for numbers out of range; at the update, for norms whose shape is not (B,), or
+        (B, K) for K bounds.
 
-    Deviations: counts are shifted by ½ and b̃ is held between 0 and 1, as in the authors' code; a
-    batch without noise then moves C by a factor of exp(η) at most.
+    Deviations: counts are shifted by ½ and b̃ is held between 0 and 1, as in the authors' code, so
+    that no draw moves C by more than a factor of exp(η).
 
     References:
       Andrew et al., `Differentially Private Learning with Adaptive Clipping
@@ -105,7 +105,7 @@ def private_quantile(
     deviation = batch_size / 20 if noise is None else noise
 
     def init_fn(key):
-        # Another key than the caller's, whose buffer is deleted where the state is donated.
+        # Not the caller's key, whose buffer would be deleted when the state is donated.
         return QuantileState(jnp.array(init, jnp.result_type(float)), jax.random.fold_in(key, 0))
 
     def update_fn(norms, state, weights=None):
@@ -113,12 +113,12 @@ def private_quantile(
         _check_norms(norms, bound)
         counts = _count(norms, bound, as_weights(weights, norms.shape[0]), quantile)
         counts = xla.find_span([counts], [""], axis_names).pool(counts, "sum")
-        # After the sum over devices, with one key for all: else each would add its own.
+        # After the sum over devices, with one key for all: otherwise each would add its own noise.
         key, drawn = jax.random.split(state.key)
         counts = counts + _as(deviation, bound) * jax.random.normal(drawn, bound.shape, bound.dtype)
         share = jnp.clip(0.5 + counts / _as(batch_size, bound), 0, 1)
         moved = bound * jnp.exp(_as(learning_rate, bound) * (_as(quantile, bound) - share))
-        # No factor moves 0 or infinity, which noise alone could reach in a long run.
+        # No factor can move 0 or infinity, which noise alone could reach in a long run.
         limits = jnp.finfo(bound.dtype)
         return QuantileState(jnp.clip(moved, limits.tiny, limits.max), key)
 
@@ -126,11 +126,11 @@ def private_quantile(
 
 
 def _check_norms(norms: jax.Array, bound: jax.Array) -> None:
-    # Norms (B,) would broadcast against bounds (K,) where B and K happen to agree.
+    # Norms (B,) would silently be compared with each of K bounds.
     if jnp.ndim(norms) != 1 + bound.ndim or norms.shape[1:] != bound.shape:
         raise ValueError(
-            f"private_quantile: norms must have a leading axis of examples, and the shape of the"
-            f" bound, {bound.shape}, behind it: they have shape {jnp.shape(norms)}."
+            f"private_quantile: norms must have a leading axis of examples, followed by the shape"
+            f" of the bound, {bound.shape}; got shape {jnp.shape(norms)}."
         )
 
 
@@ -139,7 +139,7 @@ def _as(number: ArrayLike, like: jax.Array) -> jax.Array:
 
 
 def _count(norms: jax.Array, bound: jax.Array, weights: jax.Array, quantile: ArrayLike) -> Any:
-    """Σᵢ (bᵢ - ½), for each bound."""
+    """Computes Σᵢ (bᵢ - ½) for each bound."""
 
     def count(norm, weight):
         within = (norm <= bound.astype(norm.dtype)).astype(bound.dtype)

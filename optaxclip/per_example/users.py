@@ -1,4 +1,4 @@
-"""Users in place of examples: all examples of one user are clipped as one."""
+"""Clips by user instead of by example: all examples of one user are clipped as one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optaxclip import validate
@@ -21,20 +22,20 @@ def group_by_user(
 
     Args:
       batch: any tree of arrays with a leading axis of B examples.
-      users: (B,), integers: whose each example is, in any order and with gaps. An example of a
-        negative one is padding.
-      max_examples: K, how many examples of one user are taken. Those beyond are left out.
-      max_users: U, for how many users there is room; None: B, which is always enough. Users beyond
-        are left out, in the order of their numbers. Then one user may push out another, which the
-        bound on what one user does does not count: leave room for all.
+      users: (B,), integers: the user of each example, in any order and with gaps. An example with a
+        negative user is padding.
+      max_examples: K, how many examples of each user are taken, the first ones in the batch.
+      max_users: U, the number of users there is room for; None is B, which is always enough. With
+        less, users with the highest numbers are left out. Then one user may push out another and
+        move the sum by twice the bound, so leave room for all.
 
     Returns:
-      A pair (examples, present): the leaves of `batch` as (U, K, ...), and (U, K) booleans, False
-      where there is no such example; there a user's first example is repeated. Users come in the
-      order of their numbers. `present.sum()` tells how many examples were taken.
+      `(examples, present)`. The first holds the leaves of `batch` as (U, K, ...), the second (U, K)
+      booleans, False where there is no example; a user's first example is repeated there. Users
+      are in the order of their numbers. `present.sum()` is how many examples were taken.
 
     Raises:
-      ValueError: if `users` are not B integers, or a number is no whole one of at least 1.
+      ValueError: if `users` are not B integers, or a size is not a whole number of at least 1.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import per_example
@@ -45,25 +46,34 @@ def group_by_user(
            [ True,  True]], dtype=bool))
     """
     size = count_examples(batch)
-    validate.size(max_examples=max_examples, max_users=size if max_users is None else max_users)
-    users = jnp.asarray(users)
-    if users.shape != (size,) or not jnp.issubdtype(users.dtype, jnp.integer):
-        raise validate.fail(
-            f"users must be {size} integers, one per example",
-            f"{users.dtype} of shape {users.shape}",
-        )
-    table = _place(users, size if max_users is None else max_users, max_examples)
+    rows = size if max_users is None else max_users
+    validate.size(max_examples=max_examples, max_users=rows)
+    table = _place(_as_numbers(users, size), rows, max_examples)
     present = table >= 0
-    # Not zeros: a loss may have no gradient there, and NaN times 0 is NaN. A user's own example is
-    # as fine as the user is.
+    # Not zeros: a loss may have no gradient at zero, and NaN times 0 is NaN. Repeating a user's own
+    # example cannot make the user any worse.
     source = jnp.where(present, table, jnp.maximum(table[:, :1], 0))
     return jax.tree.map(lambda x: jnp.asarray(x)[source], batch), present
 
 
+def _as_numbers(users: Any, size: int) -> jax.Array:
+    """Converts the users to a JAX array of integers, checked."""
+    users = users if isinstance(users, jax.Array) else np.asarray(users)
+    if users.shape != (size,) or not jnp.issubdtype(users.dtype, jnp.integer):
+        got = f"{users.dtype} of shape {users.shape}"
+        raise validate.fail(f"users must be {size} integers, one per example", got)
+    # JAX would silently truncate them to 32 bits: two users would be merged, or become padding.
+    cut = users.astype(jnp.result_type(users))
+    if isinstance(users, np.ndarray) and not np.array_equal(cut, users):
+        must = "users must be integers of 32 bits: write np.unique(users, return_inverse=True)[1]"
+        raise validate.fail(must, f"numbers from {users.min()} to {users.max()}")
+    return jnp.asarray(users)
+
+
 def _place(users: jax.Array, rows: int, columns: int) -> jax.Array:
-    """(rows, columns): the numbers of the examples of each user, -1 where there is none."""
-    # Sorted, and not compared in pairs: a private batch may have 100,000 examples. Padding goes
-    # last, so that the first row is that of a user.
+    """Lists the examples of each user in a row, (rows, columns), -1 where there is none."""
+    # Sorted, not compared in pairs, because a private batch may have 100,000 examples. Padding goes
+    # last, so that the first row belongs to a user.
     order = jnp.lexsort((users, users < 0))
     users, count = users[order], jnp.arange(users.size)
     first = jnp.concatenate([jnp.ones(1, bool), users[1:] != users[:-1]])
@@ -80,17 +90,17 @@ def user_loss(
     reduce: Literal["mean", "sum"] = "mean",
     has_aux: bool = False,
 ) -> Callable[..., Any]:
-    """The loss of one user, from that of one example, for `clipped_value_and_grad`.
+    """Makes the loss of one user from that of one example, for `clipped_value_and_grad`.
 
-    A clip of examples hides one example; whoever gave a hundred of them is not hidden. Clipped by
-    user, all that one user does to a step is bounded. The batch is what `group_by_user` returns:
+    A clip of examples hides one example, but not a user who gave a hundred of them. A clip by user
+    bounds everything one user does to a step. The batch is what `group_by_user` returns:
 
         batch = per_example.group_by_user(examples, users, max_examples=4)
         step = clipped_value_and_grad(per_example.user_loss(loss), max_norm, reduce="sum")
         (value, seen), total = step(params, batch, weights=batch[1].any(axis=1))
 
-    so that rows without a user weigh nothing. All of `clipped_value_and_grad` is by user then:
-    `seen`, weights, microbatches, and ghost clipping, which pays where a user has few examples.
+    where rows without a user get weight 0. Everything in `clipped_value_and_grad` is then by user:
+    `seen`, weights, microbatches, and ghost clipping, which pays if users have few examples.
 
     Args:
       loss: `loss(params, example, *shared)`, a scalar, or a pair (scalar, aux).
@@ -128,7 +138,7 @@ def user_loss(
         losses, aux = each(params, examples, *shared)
         value = jnp.sum(jnp.where(present, losses, 0))
         if reduce == "mean":
-            # At least 1, as a row without a user has none.
+            # At least 1, because a row without a user has no examples.
             value = value / jnp.maximum(jnp.sum(present), 1).astype(value.dtype)
         return (value, aux) if has_aux else value
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip.monitoring.findings import format_share
+from optaxclip.monitoring.display import format_share
 from optaxclip.monitoring.fits import find_runs
 
 GREY, DARK = "0.55", "black"
@@ -53,6 +53,19 @@ def import_pyplot() -> Any:
             "optaxclip.plots needs matplotlib, which is an extra: pip install 'optaxclip[plot]'."
         ) from error
     return plt
+
+
+def draw_over_steps(ax: Any, steps: np.ndarray, values: np.ndarray, **style: Any) -> None:
+    """A line, broken where a value is NaN; a number between two NaNs has none, and is a dot."""
+    gaps = np.r_[True, np.isnan(values), True]
+    alone = np.flatnonzero(~gaps[1:-1] & gaps[:-2] & gaps[2:]).tolist()
+    ax.plot(steps, values, linewidth=1.0, marker="." if alone else None, markevery=alone, **style)
+
+
+def name_axes(ax: Any, ylabel: str, **more: Any) -> None:
+    """Names both axes; no tick is between two steps."""
+    ax.set(xlabel="step", ylabel=ylabel, **more)
+    ax.locator_params("x", integer=True, min_n_ticks=1)
 
 
 def draw_legend_above(ax: Any, columns: int = 4, **what: Any) -> None:

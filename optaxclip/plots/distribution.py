@@ -12,7 +12,7 @@ from optaxclip import validate
 from optaxclip.monitoring.fits import find_runs
 from optaxclip.monitoring.histograms import Histograms, log_edges
 from optaxclip.monitoring.history import History, Recorded, RecordedRun, read_run
-from optaxclip.plots.axes import axes_or_new, colors_of, draw_legend_above, format_ticks
+from optaxclip.plots.axes import axes_or_new, colors_of, draw_legend_above, format_ticks, name_axes
 from optaxclip.plots.steps import require_norms
 
 LINES = ("-", "--", "-.", ":")
@@ -58,7 +58,7 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     rows = np.arange(0, len(layers), every)
     names = list(layers)
     ax.set_yticks(rows + 0.5, [_shorten(names[row]) for row in rows], fontsize=8)
-    ax.set(xlabel="step", ylim=(len(layers), 0))
+    name_axes(ax, "", ylim=(len(layers), 0))
     return ax
 
 
@@ -90,8 +90,10 @@ def _draw_heat_map(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
             handles.append(_hatch(ax, edges, cell, hatch, colors.bad, name))
     if handles:
         draw_legend_above(ax, handles=handles)
-    bar = ax.figure.colorbar(mesh, ax=ax, label="gradient norm")
-    format_ticks(bar.ax.yaxis)
+    # Without a norm there are no colours to read.
+    if known.any():
+        bar = ax.figure.colorbar(mesh, ax=ax, label="gradient norm")
+        format_ticks(bar.ax.yaxis)
 
 
 def _hatch(ax: Any, edges: np.ndarray, cells: np.ndarray, hatch: str, color: str, name: str) -> Any:

@@ -75,8 +75,11 @@ def _mark_signs(figure: Any, axes: Any, signs: tuple[Sign, ...]) -> None:
             ax.axvline(sign.step, color=ink, linestyle=":", linewidth=1.2, zorder=4)
         box = {"boxstyle": "circle,pad=0.2", "facecolor": axes[0].get_facecolor(), "edgecolor": ink}
         style = {"ha": "center", "va": "top", "fontsize": 8, "bbox": box, "zorder": 6}
-        # Left of the line, on which a spike may stand.
-        style |= {"xytext": (-10, 0), "textcoords": "offset points"}
+        # Beside the line, on which a spike may stand; on the right at the left end, where the
+        # numbers of the axis are.
+        low, high = axes[0].get_xlim()
+        side = -10 if sign.step - low > 0.05 * (high - low) else 10
+        style |= {"xytext": (side, 0), "textcoords": "offset points"}
         # Numbers of signs at one step would hide one another.
         at = 0.95 - 0.15 * ((number - 1) % 5)
         over = axes[0].get_xaxis_transform()

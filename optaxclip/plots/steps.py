@@ -14,7 +14,9 @@ from optaxclip.plots.axes import (
     draw_bad,
     draw_clipped,
     draw_legend_above,
+    draw_over_steps,
     format_ticks,
+    name_axes,
 )
 
 
@@ -52,20 +54,19 @@ def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     ax = axes_or_new(ax)
     colors, shown = colors_of(ax), np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)
     label = "norm before the clip" if part else "norm"
-    # A number between two NaNs has no line.
-    mark = "." if len(norms) < 2 or np.isnan(shown[1:] + shown[:-1]).all() else None
-    line = {"color": colors.line, "linewidth": 1.0, "marker": mark, "label": label}
-    ax.semilogy(run.steps, shown, **line)
+    draw_over_steps(ax, run.steps, shown, color=colors.line, label=label)
     # The bound of a clip that does not measure is one of elements.
     bounds = part.get("bound") if "grad_norm" in part else None
     if bounds is not None and np.isfinite(bounds).any():
         bounded = np.where(np.isfinite(bounds) & (bounds > 0), bounds, np.nan)
         style = {"color": colors.ink, "linestyle": "--", "linewidth": 1.2, "label": "bound"}
-        ax.semilogy(run.steps, bounded, **style)
+        ax.plot(run.steps, bounded, **style)
+    # Before the band, which is of the height of the axes.
+    ax.set_yscale("log")
     draw_clipped(ax, run.steps, part.get("clipped", np.zeros(1)))
     draw_bad(ax, run.steps, ~np.isfinite(norms))
     _draw_zeros(ax, run.steps, norms == 0)
-    ax.set(xlabel="step", ylabel="gradient norm")
+    name_axes(ax, "gradient norm")
     format_ticks(ax.yaxis)
     draw_legend_above(ax)
     return ax
@@ -123,7 +124,7 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
     ax, losses = axes_or_new(ax), run.table[key]
     known = losses[np.isfinite(losses)]
     shown = np.where(np.isfinite(losses), losses, np.nan)
-    ax.plot(run.steps, shown, color=colors_of(ax).line, linewidth=1.0, label=key)
+    draw_over_steps(ax, run.steps, shown, color=colors_of(ax).line, label=key)
     # A run that learns has losses 2- to 10-fold apart, which people know on a linear axis.
     if known.size and known.min() > 0 and known.max() > 100 * known.min():
         ax.set_yscale("log")
@@ -133,7 +134,7 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
         ax.set_yscale("symlog", linthresh=max(float(np.median(np.abs(known))), 1e-30))
     draw_clipped(ax, run.steps, run.clip.get("clipped", np.zeros(1)))
     draw_bad(ax, run.steps, ~np.isfinite(losses))
-    ax.set(xlabel="step", ylabel=key)
+    name_axes(ax, key)
     draw_legend_above(ax)
     return ax
 
@@ -176,7 +177,7 @@ def plot_clipped_share(
     style = {"color": colors.ink, "linestyle": "--", "linewidth": 1.2}
     ax.plot(run.steps, total[1:] / ends, label="of all steps so far", **style)
     draw_bad(ax, run.steps, ~np.isfinite(run.clip.get("grad_norm", np.zeros(len(clipped)))))
-    ax.set(xlabel="step", ylabel="share clipped", ylim=(-0.03, 1.03))
+    name_axes(ax, "share clipped", ylim=(-0.03, 1.03))
     draw_legend_above(ax)
     return ax
 
@@ -216,7 +217,7 @@ def plot_bound(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     shown = np.where(np.isfinite(bounds) & (bounds > 0), bounds, np.nan)
     ax.plot(run.steps, shown, color=colors.ink, linestyle="--", linewidth=1.2, label="bound")
     draw_bad(ax, run.steps, ~np.isfinite(norms))
-    ax.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    name_axes(ax, "gradient norm", yscale="log")
     format_ticks(ax.yaxis)
     draw_legend_above(ax)
     return ax

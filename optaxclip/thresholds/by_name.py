@@ -17,7 +17,6 @@ from optaxclip.thresholds.blocks import Fixed, new_threshold
 from optaxclip.thresholds.fixed import ScheduleState, advance, as_threshold, start_schedule
 
 
-@validate.makes_part
 @validate.named
 def by_name(bounds: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
     """A different threshold for each block, such as `by_name({"encoder": zscore(), "head": 1.0})`.
@@ -94,7 +93,7 @@ def _fixed(argument: str, bounds: Mapping[str, Any]) -> optax.GradientTransforma
         return jnp.asarray(own, jnp.result_type(float)).astype(norms.dtype)
 
     def fixed_fn(norms, state, params=None, *, block_names=None, **extra_args):
-        return stack(0, norms, block_names), state
+        return stack(None, norms, block_names), state
 
     def scheduled_fn(norms, state, params=None, *, block_names=None, **extra_args):
         bounds = stack(state.clip_step, norms, block_names)

@@ -25,7 +25,6 @@ class LagState(NamedTuple):
     clip_bound: Any
 
 
-@validate.makes_part
 @validate.named
 def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransformationExtraArgs:
     """Decides first and learns after: the bound for a norm comes from the norms before it.
@@ -84,7 +83,6 @@ def _combine(pick: Callable, *both: optax.GradientTransformationExtraArgs):
     return new_threshold(lambda norms: tuple(t.init(norms) for t in both), update_fn, *both)
 
 
-@validate.makes_part
 @validate.named
 def at_most(threshold: Threshold, cap: Threshold) -> optax.GradientTransformationExtraArgs:
     """The smaller of two bounds: an adaptive threshold under an absolute cap.
@@ -98,7 +96,6 @@ def at_most(threshold: Threshold, cap: Threshold) -> optax.GradientTransformatio
     return _combine(jnp.minimum, as_threshold(threshold=threshold), as_threshold(cap=cap))
 
 
-@validate.makes_part
 @validate.named
 def at_least(threshold: Threshold, floor: Threshold) -> optax.GradientTransformationExtraArgs:
     """The larger of two bounds: an adaptive threshold that cannot shrink to nothing.
@@ -120,7 +117,6 @@ class UntilState(NamedTuple):
     inner: tuple[optax.OptState, ...]
 
 
-@validate.makes_part
 @validate.named
 def until(
     steps: int, threshold: Threshold, then: Threshold = math.inf
@@ -157,7 +153,6 @@ def until(
     return new_threshold(init_fn, update_fn, *both)
 
 
-@validate.makes_part
 @validate.named
 def param_relative(
     ratio: Threshold, floor: ArrayLike | None = 1e-3

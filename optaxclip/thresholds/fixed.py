@@ -30,7 +30,6 @@ def _bound_like(bound: Any, norms: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(bound).astype(norms.dtype), norms.shape)
 
 
-@validate.makes_part
 @validate.named
 def constant(bound: ArrayLike) -> optax.GradientTransformationExtraArgs:
     """The same bound at every step: a number, a tracer, or an array with one number per block.
@@ -75,7 +74,6 @@ def advance(step: jax.Array) -> jax.Array:
     return jnp.asarray(optax.safe_increment(step))
 
 
-@validate.makes_part
 @validate.named
 def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """The bound that `schedule(step)` returns, steps counted from 0.

@@ -64,7 +64,6 @@ class LearnedState(NamedTuple):
     warmup: optax.OptState
 
 
-@validate.makes_part
 @validate.named
 def learned(
     statistic: Statistic,

@@ -10,7 +10,6 @@ from optaxclip import validate
 from optaxclip.thresholds.learned import Statistic, learned, like
 
 
-@validate.makes_part
 @validate.named
 def quantile(
     quantile: ArrayLike = 0.5, learning_rate: ArrayLike = 0.2, init: ArrayLike | None = None

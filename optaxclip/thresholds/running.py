@@ -29,7 +29,6 @@ def debiased_weight(decay, norm, seen):
     return jnp.minimum(jnp.expm1(log) / jnp.expm1((like(seen, norm) + 1) * log), 1)
 
 
-@validate.makes_part
 @validate.named
 def running(
     factor: ArrayLike = 2.0,
@@ -73,7 +72,6 @@ def running(
     return learned(statistic, feed=feed, relearn_after=relearn_after)
 
 
-@validate.makes_part
 @validate.named
 def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
     """A multiple of the last norm after its clip: norms may grow only so fast, and fall freely.
@@ -106,7 +104,6 @@ def _move(norm, value, weight, spread):
     return mean + weight * d, jnp.hypot(jnp.sqrt(1 - weight) * deviation, jnp.sqrt(spread) * d)
 
 
-@validate.makes_part
 @validate.named
 def zscore(
     z: ArrayLike = 2.5,
@@ -173,7 +170,6 @@ def zscore(
     return learned(statistic, feed=feed, warmup_steps=warmup_steps, relearn_after=relearn_after)
 
 
-@validate.makes_part
 @validate.named
 def log_zscore(
     z: ArrayLike = 2.0,

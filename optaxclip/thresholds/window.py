@@ -69,7 +69,6 @@ def _percentile(window: SortedRing, q, seen):
     return a + rest * step
 
 
-@validate.makes_part
 @validate.named
 def percentile(
     percentile: ArrayLike = 10.0,
@@ -113,7 +112,6 @@ def percentile(
     return learned(statistic, update_first=update_first, warmup_steps=warmup_steps, warmup=warmup)
 
 
-@validate.makes_part
 @validate.named
 def window_zscore(
     z: ArrayLike = 6.0,
@@ -178,7 +176,6 @@ class MedianState(NamedTuple):
     clip_bound: jax.Array | float
 
 
-@validate.makes_part
 @validate.named
 def median(
     scale: ArrayLike = 2.0, window: int = 100, every: int = 100

@@ -1,4 +1,4 @@
-"""What must hold the optimizer: wrappers that skip or reset whole optimizer steps."""
+"""Wrappers that must hold the optimizer, because they skip or reset whole optimizer steps."""
 
 from optaxclip.wrappers.clip_params import clip_params
 from optaxclip.wrappers.loss_scale import LossScaleState, dynamic_loss_scale

@@ -1,4 +1,4 @@
-"""Parameters, clipped as they will be after the step."""
+"""Clips the parameters as they will be after the step."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from optaxclip.engine import Description, description_of
 
 @validate.named
 def clip_params(clip: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Clips the parameters that a step leads to, and not the step: u ← clip(w + u) - w.
+    """Clips the parameters that a step leads to, not the step itself: u ← clip(w + u) - w.
 
-    Put it last, after the learning rate. What may be long is said by the clip:
+    Put it last, after the learning rate. The clip determines the constraint:
 
-    - `clip_by_leaf_norm(c)`: a cap on the norm of each leaf, the projection on a ball;
-    - `clip_by(c, scope=scopes.units())`: one for each unit, the max-norm constraint of Dropout's
-      authors, Keras's `MaxNorm`;
-    - `clip_by(c, norm=norms.rms, scope=scopes.leaf)`: one that leaves of all sizes can share;
+    - `clip_by_leaf_norm(c)`: a cap on the norm of each leaf, the projection onto a ball;
+    - `clip_by(c, scope=scopes.units())`: a cap for each unit, the max-norm constraint of the
+      Dropout paper, Keras's `MaxNorm`;
+    - `clip_by(c, norm=norms.rms, scope=scopes.leaf)`: a cap that leaves of all sizes can share;
     - `spectral_clip(c)`: a cap on singular values, and so on how much a layer can amplify;
-    - `clip(c)`: each parameter into [-c, c], as of the critic of a Wasserstein GAN.
+    - `clip(c)`: each parameter limited to [-c, c], as in the critic of a Wasserstein GAN.
 
     Args:
-      clip: the clip, a transformation of ours or Optax's. Scope, `exclude=` and `axis_names=` are
-        its own, and so are its metrics: they speak of parameters.
+      clip: a clip of this library or of Optax. Its own scope, `exclude=` and `axis_names=` apply,
+        and its metrics describe parameters.
 
     Returns:
       A transformation with the state of `clip`, whose update needs `params`. Leaves within their
       bound get their updates unchanged, bit for bit.
 
     Raises:
-      ValueError: if `clip` is no transformation, or has `nonfinite="zero"`, which would set
-        parameters to zero (skip such steps: `skip_nonfinite(optimizer)`); at the update, without
-        `params`.
+      ValueError: if `clip` is not a transformation, or has `nonfinite="zero"`, which would set
+        parameters to zero (use `skip_nonfinite(optimizer)` to skip such steps); at the update,
+        without `params`.
 
-    Deviations: parameters are clipped in float32 at least, but updates keep their dtype. To add
-    them rounds, so that parameters may be over their bound by a rounding error.
+    Deviations: parameters are clipped in at least float32, but updates keep their dtype. Adding
+    them rounds, so parameters may exceed their bound by a rounding error.
 
     References:
       Srivastava et al., `Dropout <https://jmlr.org/papers/v15/srivastava14a.html>`_, 2014
@@ -65,19 +65,21 @@ def clip_params(clip: optax.GradientTransformation) -> optax.GradientTransformat
 
     def update_fn(updates, state, params=None, **extra_args):
         steps = trees.select(updates)
-        # In float32: the sum of two bfloat16 numbers would lose most of the smaller one.
-        own = [xla.widen(w) for w in trees.match_params(steps, params, None, call)]
-        ends = [xla.widen(u) + w for u, w in zip(steps.arrays, own, strict=True)]
+        pairs = zip(trees.match_params(steps, params, None, call), steps.arrays, strict=True)
+        # In at least float32: a bfloat16 sum would lose most of the smaller number.
+        own = [xla.widen(xla.widen(w), u.dtype) for w, u in pairs]
+        ends = [xla.widen(u, w.dtype) + w for u, w in zip(steps.arrays, own, strict=True)]
         clipped, state = clip.update(steps.rebuild(ends), state, params, **extra_args)
         each = zip(steps.arrays, own, ends, trees.select(clipped).arrays, strict=True)
         return steps.rebuild([_way_to(*leaf) for leaf in each]), state
 
-    # Without `inner`: to `check` the clip inside would be one of updates.
+    # Without `inner`, because `check` would take the clip inside for one of updates.
     annotate(update_fn, description=Description(kind="other", name=call))
     return optax.GradientTransformationExtraArgs(clip.init, update_fn)
 
 
 def _way_to(step: jax.Array, own: jax.Array, end: jax.Array, clipped: jax.Array) -> Any:
-    """The step from a leaf's parameters to the clipped ones."""
-    # Not the difference where nothing was clipped: w + u - w has lost the last digits of u.
-    return xla.as_dtype_of(step, jnp.where(clipped == end, xla.widen(step), clipped - own))
+    """Computes the step from the parameters of a leaf to the clipped ones."""
+    wide = xla.widen(step, own.dtype)
+    # If nothing was clipped, not the difference: w + u - w loses the last digits of u.
+    return xla.as_dtype_of(step, jnp.where(clipped == end, wide, clipped - own))

@@ -1,4 +1,4 @@
-"""SPECTRA: an optimizer whose updates are clipped by singular value."""
+"""SPECTRA: clips the updates of an optimizer by singular value."""
 
 from __future__ import annotations
 
@@ -33,27 +33,29 @@ def spectra(
 ) -> optax.GradientTransformationExtraArgs:
     """SPECTRA: w ← (1 - λη)·w - αη·H(u), u the update of an optimizer, H a spectral clip at c.
 
-    Softly, as by default, σ ← σ / √(1 + σ²/c²). α = √max(1, n/m) for a kernel that leads from m
+    By default the clip is soft: σ ← σ / √(1 + σ²/c²). α = √max(1, n/m) for a kernel that maps m
     features to n, and 1 for a vector.
 
     Args:
-      inner: what makes u of gradients, without learning rate and weight decay:
-        `optax.scale_by_adam()`, `optax.contrib.scale_by_ademamix()`.
+      inner: the transformation of gradients into u, without learning rate and weight decay, such as
+        `optax.scale_by_adam()` or `optax.contrib.scale_by_ademamix()`.
       learning_rate: η, a number or a schedule.
-      max_singular_value: c: a number or schedule; without warm-up any threshold. The authors' runs
-        have 5 and 10; in some it falls to 0 as the learning rate does, which is a schedule.
-      warmup_steps: T, those in which the learning rate rises. There c is larger, so that c·η is
-        what it will be at T: cₜ = c·η_T/ηₜ. So early updates, which the small rate makes harmless,
-        are hardly clipped.
+      max_singular_value: c, a number or schedule; without warm-up anything that `spectral_clip`
+        takes. The authors use 5 and 10; in some runs c falls to 0 with the learning rate, which you
+        can write as a schedule.
+      warmup_steps: T, the steps over which the learning rate rises. During these c is larger, so
+        that c·η is already what it will be at T: cₜ = c·η_T/ηₜ. Early updates, which the small rate
+        makes harmless, are therefore hardly clipped.
       weight_decay, mask: λ, and which leaves decay, as in `optax.add_decayed_weights`.
       method, exclude, axis_names, stacked: as in `spectral_clip`.
 
     Raises:
-      ValueError: for a bad `inner`, number, method or `stacked`, or a warm-up of a threshold.
+      ValueError: for a bad `inner`, number, method or `stacked`; with a warm-up, for a rate that is
+        not a schedule, or a bound that is neither a number nor a schedule.
 
-    Deviations: vectors are clipped softly like matrices (in the authors' code those up to c are
-    left alone). m and n are read off a kernel as Flax has it, the last axis being n; of an
-    embedding, of shape (vocabulary, features), the authors' code takes the vocabulary for n.
+    Deviations: vectors are clipped softly like matrices (the authors' code leaves vectors up to c
+    alone). m and n are read from a kernel in Flax's layout, with n last; for an embedding of shape
+    (vocabulary, features) the authors' code takes the vocabulary for n.
 
     References:
       Jiang, Semenov and Stich, `SPECTRA <https://arxiv.org/abs/2603.14315>`_, 2026, and its `code
@@ -70,30 +72,33 @@ def spectra(
     validate.steps(warmup_steps=warmup_steps)
     validate.nonnegative(weight_decay=weight_decay)
     bound = max_singular_value
-    # A constant rate has no warm-up, whatever the number of steps.
-    if warmup_steps and callable(learning_rate):
+    if warmup_steps:
         bound = _hold_product(bound, learning_rate, warmup_steps)
     form = {"method": method, "exclude": exclude, "axis_names": axis_names, "stacked": stacked}
     return chain(
         inner,
-        # Before decay and rate: the decay is not clipped, and c is in units of u.
+        # Before decay and rate, because the decay is not clipped, and c is in units of u.
         spectral_clip(bound, **form),
-        # After the clip, which would cut α off with the rest.
+        # After the clip, which would otherwise clip α as well.
         _scale_by_shape(scopes.leaf if stacked is None else scopes.stacked(stacked), exclude),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def _hold_product(bound: Any, rate: optax.Schedule, steps: int) -> optax.Schedule:
-    """A bound whose product with the rate is, during a warm-up, that of its end."""
-    if validate.is_transformation(bound):
-        must = "max_singular_value must be a number or a schedule, if there are warmup_steps"
+def _hold_product(bound: Any, rate: optax.ScalarOrSchedule, steps: int) -> optax.Schedule:
+    """Makes a bound whose product with the rate is constant during the warm-up."""
+    # A rate from `optax.inject_hyperparams` is a number, which the bound would silently not follow.
+    if not callable(rate):
+        raise validate.fail("learning_rate must be a schedule if there are warmup_steps", rate)
+    # Refuses thresholds and bounds by leaf, which are containers.
+    if not jax.tree_util.all_leaves([bound]):
+        must = "max_singular_value must be a number or a schedule if there are warmup_steps"
         raise validate.fail(must, bound)
 
     def at(step: Any) -> jax.Array:
         peak, now = jnp.asarray(rate(steps)), jnp.asarray(rate(step))
-        # A rate of 0, with which warm-ups begin, would make the bound infinite or NaN.
+        # Warm-ups begin at a rate of 0, which would make the bound infinite or NaN.
         factor = jnp.where(step < steps, peak / jnp.maximum(now, 1e-10 * peak), 1)
         return factor * (bound(step) if callable(bound) else bound)
 
@@ -101,7 +106,7 @@ def _hold_product(bound: Any, rate: optax.Schedule, steps: int) -> optax.Schedul
 
 
 def _scale_by_shape(scope: Scope, exclude: Exclude) -> optax.GradientTransformation:
-    """Each kernel times √max(1, n/m), for n features out of m."""
+    """Multiplies each kernel by √max(1, n/m), where it maps m features to n."""
 
     def factor(shape: tuple[int, int]) -> float:
         m, n = shape

@@ -2,9 +2,10 @@
 
 The mathematics of a clip is one sum of squares and one multiply per leaf. How these are written
 decides whether XLA reads the gradients once or four times, launches 40 kernels or 800, and whether
-a GPU waits for its host. This package holds those forms behind three functions:
+a GPU waits for its host. This package holds those forms behind four functions:
 
     measure(norm, arrays, layout)          the norms of all blocks, in one read
+    count_reaching(arrays, layout, sizes)  how many elements of each block are how large
     scale(arrays, factors, layout, ...)    each leaf times the factor of its block
     find_span(arrays, paths, axis_names)   over which devices each leaf is spread
 
@@ -14,6 +15,7 @@ leaves are sharded. docs/performance.md has the numbers; `tests/benchmarks/accel
 reproduces them.
 """
 
+from optaxclip.xla.counts import count_reaching
 from optaxclip.xla.layout import Layout, lay_out
 from optaxclip.xla.lengths import counts_of, join_lengths, measure
 from optaxclip.xla.mesh import (
@@ -38,6 +40,7 @@ __all__ = [
     "apart",
     "as_dtype_of",
     "call_in_auto_axes",
+    "count_reaching",
     "counts_of",
     "find_span",
     "is_names",

@@ -180,18 +180,18 @@ def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
     if layout.blocks.names is None:
         pools = pools.sum(axis=1) if norm.pool == "sum" else pools.max(axis=1, initial=0)
     else:
-        pools = _segments(norm, layout, pools, first)
+        pools = pool_blocks(norm.pool, layout, pools, first)
     return span.pool(pools, norm.pool)
 
 
-def _segments(norm: Norm, layout: Layout, pools: jax.Array, first: list[int]) -> jax.Array:
+def pool_blocks(how: str, layout: Layout, pools: jax.Array, first: list[int]) -> jax.Array:
     """(S, P) to (S, B): combines the pools of each block."""
     count = len(layout.blocks.names or ())
     blocks = np.array([block for leaf in first for block in layout.blocks_of(leaf)], int)
     order = np.argsort(blocks, kind="stable")
     if np.array_equal(blocks[order], np.arange(count)):
         return pools if np.array_equal(blocks, blocks[order]) else pools[:, order]
-    meet = jax.ops.segment_sum if norm.pool == "sum" else jax.ops.segment_max
+    meet = jax.ops.segment_sum if how == "sum" else jax.ops.segment_max
     meet = functools.partial(meet, segment_ids=blocks[order], num_segments=count)
     return jax.vmap(functools.partial(meet, indices_are_sorted=True))(pools[:, order])
 

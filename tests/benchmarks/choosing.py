@@ -5,8 +5,9 @@ docs/choosing.md.
         [--methods zclip ...] [--tasks char_rnn ...] [--seeds 12] [--into docs/choosing.md]
 
 The setting and the rate are picked on three seeds and judged on others, with clean batches and with
-bad ones. What is done is kept in a file, one line per task and method; the next run goes on from
-there. All runs of a method on a task are one compiled program, vmapped.
+bad ones. What is done is kept in a file, one line per task and method, and the next run goes on
+from there: remove it after a change of a task or a method. All runs of a method on a task are one
+compiled program, vmapped.
 """
 
 import argparse
@@ -98,6 +99,15 @@ METHODS = {
 METHODS["skip_spikes"] = Method("z", (6.0, 1.5, 2.0, 3.0, 4.0, 8.0, 12.0, 24.0), skip)
 
 
+class Key(NamedTuple):
+    """One line of the file of what is done."""
+
+    task: str
+    method: str
+    seeds: int
+    steps: int
+
+
 class Run(NamedTuple):
     """One training, or arrays of many."""
 
@@ -166,14 +176,26 @@ def measure(task: Training, method: Method, seeds: int, steps: int, bar) -> dict
     return picked | {"picking": picking.tolist(), "judged": judged.reshape(-1, seeds).tolist()}
 
 
-def load(path: pathlib.Path) -> dict[tuple, dict[str, Any]]:
-    """What was measured before, by task, method, seeds and steps."""
+def load(path: pathlib.Path) -> dict[Key, dict[str, Any]]:
+    """What was measured before."""
     lines = path.read_text().splitlines() if path.exists() else []
-    found = map(json.loads, lines)
-    return {tuple(line[k] for k in ("task", "method", "seeds", "steps")): line for line in found}
+    return {Key(*(line[k] for k in Key._fields)): line for line in map(json.loads, lines)}
 
 
-def main(argv=None):
+def measure_all(tasks: dict[str, Training], keys: list[Key], path: pathlib.Path) -> None:
+    """Measures, and adds each line to the file as soon as it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tasks = {key.task: prepare(tasks[key.task], PICKING + key.seeds) for key in keys}
+    with tqdm(total=2 * sum(key.steps for key in keys), unit="step") as bar:
+        for key in keys:
+            bar.set_description(f"{key.task}: {key.method}")
+            task, method = tasks[key.task], METHODS[key.method]
+            line = key._asdict() | measure(task, method, key.seeds, key.steps, bar)
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -181,28 +203,29 @@ def main(argv=None):
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", type=int, default=12, help="that judge")
     parser.add_argument("--steps", type=int, help="of every run; by default each task's own number")
-    parser.add_argument("--cache", type=pathlib.Path, default="build/choosing.jsonl")
+    parser.add_argument(
+        "--kept", type=pathlib.Path, default="build/choosing.jsonl", help="the file of what is done"
+    )
+    parser.add_argument("--no-more", action="store_true", help="only write what is done")
     parser.add_argument("--into", help="a document between whose marks the tables are put")
-    args = parser.parse_args(argv)
-    tasks = {name: prepare(TASKS[name](), PICKING + args.seeds) for name in args.tasks}
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    tasks = {name: TASKS[name]() for name in args.tasks}
     keys = [
-        (name, method, args.seeds, args.steps or tasks[name].steps)
+        Key(name, method, args.seeds, args.steps or task.steps)
         for method in dict.fromkeys([*args.methods, REFERENCE])
-        for name in args.tasks
+        for name, task in tasks.items()
     ]
-    done = load(args.cache)
-    args.cache.parent.mkdir(parents=True, exist_ok=True)
-    left = [key for key in keys if key not in done]
-    with tqdm(total=2 * sum(key[-1] for key in left), unit="step") as bar:
-        for key in left:
-            name, method, seeds, steps = key
-            bar.set_description(f"{name}: {method}")
-            done[key] = dict(zip(("task", "method", "seeds", "steps"), key, strict=True))
-            done[key] |= measure(tasks[name], METHODS[method], seeds, steps, bar)
-            with args.cache.open("a") as file:
-                file.write(json.dumps(done[key]) + "\n")
+    left = [key for key in keys if key not in load(args.kept)]
+    if left and not args.no_more:
+        measure_all(tasks, left, args.kept)
+    done = load(args.kept)
     numbers = {name: method.number for name, method in METHODS.items()}
-    text = report(tasks, numbers, [done[key] for key in keys])
+    summary, text = report(tasks, numbers, [done[key] for key in keys if key in done])
+    publish(summary, args.into, "summary")
     publish(f"Written with {device()}.\n\n{text}", args.into, "results")
 
 

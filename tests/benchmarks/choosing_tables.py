@@ -4,6 +4,7 @@ A score is a mean over seeds. It is compared with that of the global norm at its
 seed: both runs have the same start and the same batches.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,10 +26,10 @@ def cap(losses, failed: float) -> np.ndarray:
 
 
 def bootstrap(differences: np.ndarray) -> tuple[float, float]:
-    """The interval of 95 % of their mean."""
+    """The interval of 95 % of their mean, to the two digits that are shown."""
     count = len(differences)
     drawn = np.random.default_rng(0).integers(0, count, (DRAWS, count))
-    low, high = np.quantile(differences[drawn].mean(-1), [0.025, 0.975])
+    low, high = np.quantile(differences[drawn].mean(-1), [0.025, 0.975]).round(2)
     return float(low), float(high)
 
 
@@ -43,7 +44,7 @@ def compare(scores: np.ndarray, reference: np.ndarray) -> str:
     difference = scores - reference
     mark = "≈ " if verdict(scores, reference) == "alike" else ""
     # Plus zero: no number is shown as -0.00.
-    mean, low, high = np.round([difference.mean(), *bootstrap(difference)], 2) + 0.0
+    mean, low, high = np.array([difference.mean().round(2), *bootstrap(difference)]) + 0.0
     return f"{mark}{mean:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
@@ -98,18 +99,17 @@ def total(name: str, judged: list[tuple[Judged, Judged, float]]) -> list[str]:
     return [*cells, f"{lost} of {sum(own.all.size for own, *_ in judged)}"]
 
 
-def report(tasks, numbers: dict[str, str], lines: list[dict[str, Any]]) -> str:
+def report(tasks, numbers: dict[str, str], lines: list[dict[str, Any]]) -> tuple[str, str]:
     """The summary, and two tables for each task; `numbers` says what is tuned of each method."""
     judged = {
         (line["task"], line["method"]): judge(line, tasks[line["task"]].failed) for line in lines
     }
     text, totals = [], {line["method"]: [] for line in lines}
-    for name, task in tasks.items():
-        for kind, title in KINDS.items():
-            rows, norm = [], judged[name, REFERENCE][kind]
-            for line in (line for line in lines if line["task"] == name):
-                own = judged[name, line["method"]][kind]
-                rows.append(row(line, numbers[line["method"]], own, norm, task.failed))
-                totals[line["method"]].append((own, norm, task.failed))
-            text.append(f"### {task.name.split(', bad')[0]}, {title}\n\n{table(HEAD, rows)}")
-    return "\n".join([table(TOTALS, [total(*item) for item in totals.items()]), *text])
+    for (name, task), (kind, title) in itertools.product(tasks.items(), KINDS.items()):
+        rows, norm = [], judged[name, REFERENCE][kind]
+        for line in (line for line in lines if line["task"] == name):
+            own = judged[name, line["method"]][kind]
+            rows.append(row(line, numbers[line["method"]], own, norm, task.failed))
+            totals[line["method"]].append((own, norm, task.failed))
+        text.append(f"### {task.name.split(', bad')[0]}, {title}\n\n{table(HEAD, rows)}")
+    return table(TOTALS, [total(*item) for item in totals.items()]), "\n".join(text)

@@ -1,12 +1,12 @@
 """Tries the clips in projects that nobody here wrote, each in an environment of its own.
 
-    uv run python -m tests.clients                  # all; half an hour
-    uv run python -m tests.clients sbx_ppo ...      # some
-    uv run python -m tests.clients --into docs/in-your-project.md
+    uv run --python 3.12 python -m tests.clients                # all; half an hour
+    uv run --python 3.12 python -m tests.clients sbx_ppo ...    # some
+    uv run --python 3.12 python -m tests.clients --into docs/in-your-project.md
 
-A project that cannot be installed is skipped, and the reason is told. Environments lie in
-`.clients/`, 0.3 to 5 GB each, and go after the test unless `--keep` is given. pytest collects none
-of this.
+What cannot be installed, on this Python or at all, is skipped with its reason. Environments lie in
+`.clients/`, up to 5 GB each (sbx needs PyTorch), and go after the test unless `--keep` is given.
+pytest collects none of this.
 """
 
 import argparse
@@ -26,33 +26,34 @@ FOLDER = pathlib.Path(__file__).parent
 ROOT = FOLDER.parent.parent
 NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py") if path.stem != "common")
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}
-# A head in the form of PEP 723.
+# What a client needs stands at its head, in the form of PEP 723.
 HEAD = re.compile(r"^# /// script\n((?:# .*\n)+)# ///$", re.MULTILINE)
+HEADER = ["client", "versions", "losses", "apart", "steps", "clipped", "`metrics` from"]
 
 
 class SkippedError(Exception):
     """What a project needs cannot be installed here."""
 
 
-def needs(name: str) -> dict[str, Any]:
-    """The head of a client: which Python and which packages it needs."""
+def needs(name: str) -> list[str]:
+    """The packages that a client needs, from its head."""
     found = HEAD.search((FOLDER / f"{name}.py").read_text())
     if not found:
         raise ValueError(f"{name}.py has no head that says what it needs.")
-    return tomllib.loads(re.sub("^# ", "", found[1], flags=re.MULTILINE))
+    return tomllib.loads(re.sub("^# ", "", found[1], flags=re.MULTILINE))["dependencies"]
 
 
 def install(name: str) -> pathlib.Path:
     """The Python of an environment with what the client needs; one that is there is used again."""
-    folder, wanted = ROOT / ".clients" / name, needs(name)
+    folder = ROOT / ".clients" / name
     python = folder / "bin" / "python"
     for command in (
-        ["venv", "--allow-existing", "--python", wanted["requires-python"], folder],
-        ["pip", "install", "--python", python, *wanted["dependencies"]],
+        ["venv", "--allow-existing", "--python", sys.executable, folder],
+        ["pip", "install", "--python", python, *needs(name)],
     ):
         done = subprocess.run(["uv", *command, "--quiet"], capture_output=True, text=True)
         if done.returncode:
-            raise SkippedError(" ".join(done.stderr.split())[:300])
+            raise SkippedError(" ".join(done.stderr.split()))
     return python
 
 
@@ -72,9 +73,11 @@ def describe(name: str, facts: dict[str, Any]) -> list[str]:
     """The row of a table."""
     return [
         f"`{name}`",
-        f"{needs(name)['dependencies'][0].replace('==', ' ')}, jax {facts['jax']}",
-        f"{facts['losses']}, {facts['apart']:.0e}",
-        f"{facts['steps']:.0f}, {facts['clipped']:.0%}",
+        f"{needs(name)[0].replace('==', ' ')}, jax {facts['jax']}",
+        f"{facts['losses']}",
+        f"{facts['apart']:.0e}",
+        f"{facts['steps']:.0f}",
+        f"{facts['clipped']:.0%}",
         "a report" if facts["reports"] else "the state",
     ]
 
@@ -87,10 +90,10 @@ def try_all(names: list[str], keep: bool) -> tuple[list[list[str]], bool]:
         try:
             rows.append(describe(name, train(name, install(name))))
         except SkippedError as reason:
-            rows.append([f"`{name}`", f"skipped: {reason}", "", "", ""])
+            rows.append([f"`{name}`", f"skipped: {reason}"[:200], *[""] * (len(HEADER) - 2)])
         except RuntimeError as failure:
             print(failure, file=sys.stderr)
-            rows.append([f"`{name}`", "FAILED", "", "", ""])
+            rows.append([f"`{name}`", "FAILED", *[""] * (len(HEADER) - 2)])
             good = False
         if not keep:
             shutil.rmtree(ROOT / ".clients" / name, ignore_errors=True)
@@ -109,8 +112,7 @@ def main():
     if unknown:
         parser.error(f"no client is called {', '.join(sorted(unknown))}: {', '.join(NAMES)}")
     rows, good = try_all(args.names or NAMES, args.keep)
-    head = ["client", "versions", "losses, furthest apart", "steps, clipped", "`metrics` from"]
-    publish(table(head, rows), args.into, "clients")
+    publish(table(HEADER, rows), args.into, "clients")
     sys.exit(not good)
 
 

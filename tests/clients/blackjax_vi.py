@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.12"
 # dependencies = ["blackjax==1.7.1", "jax==0.12.0.1"]
 # ///
 """blackjax: mean-field variational inference, four runs side by side under `vmap`."""

@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.12"
 # dependencies = ["diffrax==0.7.2", "jax==0.12.0.1", "optax==0.2.8"]
 # ///
 """Equinox and diffrax: a neural differential equation that learns to oscillate."""

@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.12"
 # dependencies = ["dynamax==1.0.3", "jax==0.12.0.1"]
 # ///
 """dynamax: a linear Gaussian state space model, by `fit_sgd`."""

@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.12"
 # dependencies = ["flax==0.12.12", "jax==0.12.0.1", "optax==0.2.8", "matplotlib", "pip"]
 # ///
 """Flax: its own nnx example of data parallelism on eight devices, from its source archive."""

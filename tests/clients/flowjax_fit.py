@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.12"
 # dependencies = ["flowjax==19.1.2", "jax==0.12.0.1"]
 # ///
 """flowjax: a masked autoregressive flow, fitted to data by maximum likelihood."""

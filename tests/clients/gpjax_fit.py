@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.12"
 # dependencies = ["gpjax==1.0.0", "jax==0.10.2"]
 # ///
 """gpjax: the hyperparameters of a Gaussian process, by its marginal likelihood."""

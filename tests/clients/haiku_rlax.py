@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.12"
 # dependencies = ["dm-haiku==0.0.17", "rlax==0.1.9", "jax==0.12.0.1", "optax==0.2.8"]
 # ///
 """Haiku and rlax: a Q-network that learns from transitions."""

@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.12"
 # dependencies = ["jax-privacy==2.0.0", "jax==0.12.0.1"]
 # ///
 """jax-privacy: our sums of clipped gradients of examples behind its noise, in place of its own."""

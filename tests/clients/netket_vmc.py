@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.12"
 # dependencies = ["netket==3.23.0", "jax==0.12.0.1"]
 # ///
 """netket: natural gradients of a restricted Boltzmann machine with complex parameters."""

@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.12"
 # dependencies = ["numpyro==0.22.0", "jax==0.12.0.1", "optax==0.2.8"]
 # ///
 """numpyro: stochastic variational inference, which wraps the optimizer and holds its state."""

@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.12"
 # dependencies = ["ott-jax[neural]==0.6.0", "jax==0.12.0.1"]
 # ///
 """ott-jax: flow matching of a Flax nnx model, with an `nnx.Optimizer`."""

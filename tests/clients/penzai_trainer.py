@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.12"
 # dependencies = ["penzai==0.2.5", "jax==0.12.0.1", "optax==0.2.8"]
 # ///
 """penzai: named axes and a trainer that holds its state in variables."""

@@ -1,5 +1,4 @@
 # /// script
-# requires-python = ">=3.11"
 # dependencies = ["sbx-rl==0.28.0", "jax==0.10.2"]
 # ///
 """sbx: PPO on CartPole; actor and critic are Flax train states, saved and loaded with the model."""

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from optaxclip.monitoring.findings import Sign, format_number, format_share
+from optaxclip.monitoring.display import format_number, format_share
+from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.history import RecordedRun
 from optaxclip.monitoring.limits import ALWAYS, BEFORE_MEAN, ENOUGH, ENOUGH_FOR_TAILS, RESERVE
 

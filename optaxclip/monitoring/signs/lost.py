@@ -1,4 +1,4 @@
-"""Steps that are not finite, and steps that a wrapper skipped."""
+"""Steps that are lost: not finite, skipped by a wrapper, or without their state kept."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from optaxclip.monitoring.findings import Sign, format_share
+from optaxclip.monitoring.display import format_share
+from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import find_runs
-from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.history import Columns, RecordedRun
 from optaxclip.monitoring.limits import ENOUGH, HALVINGS, SKIPPED
 from optaxclip.monitoring.signs.blocks import first_lost, in_block, step_at
 from optaxclip.wrappers.skip import LOSS, NONFINITE, NORM
@@ -129,13 +130,51 @@ def skipping(run: RecordedRun) -> Iterator[Sign]:
             continue
         first = int(np.argmax(skipped)) if share >= SKIPPED else last[0]
         what, fix = _REASONS.get(int(skip["last_reason"][-1]), ("of no known reason", "see why."))
-        name, step = head.rstrip("/") or "skip", step_at(run, first)
+        name, step, block = head.rstrip("/") or "skip", step_at(run, first), first_lost(run, first)
         yield Sign(
             "every-step-skipped",
             f"{name} skipped {format_share(np.mean(skipped[first:]))} of the steps from step {step}"
-            f" on: {what}.",
+            f" on: {what}{in_block(block)}.",
             {"share": share, "steps": int(skipped.sum()), "first": first},
             fix,
             step,
+            block,
         )
         return
+
+
+def forgetting(run: RecordedRun) -> Iterator[Sign]:
+    """Counters of steps that stand still: the state that an update returns is not kept."""
+    counters = _count_steps(run.watches | run.clips)
+    # In a run that is skipped as a whole a wrapper still counts what it skips.
+    moving = any(np.ptp(x) > 0 for x in (_count_steps(run.skips) | counters).values())
+    steps = max(map(len, counters.values()), default=0)
+    if steps < ENOUGH or moving or _is_explained(run, counters):
+        return
+    name, count = next((name, int(x[0])) for name, x in counters.items())
+    yield Sign(
+        "state-not-kept",
+        f"{name} is {count} at each of {steps} steps: the recorded state never advances, so nothing"
+        " is learned from one step to the next, and what else is recorded is of no use.",
+        {"steps": steps, "count": count},
+        "keep what update returns, updates, state = tx.update(grads, state, params), out of the"
+        " compiled step, too, and record optaxclip.metrics(state) of it. (optax.MultiSteps and"
+        " apply_if_finite hold back the state inside: there record more steps.)",
+    )
+
+
+def _count_steps(parts: dict[str, Columns]) -> dict[str, np.ndarray]:
+    """The counter of each part that has one, where it is known."""
+    counters = {f"{head}steps": part["steps"] for head, part in parts.items() if "steps" in part}
+    return {name: x[np.isfinite(x)] for name, x in counters.items() if np.isfinite(x).any()}
+
+
+def _is_explained(run: RecordedRun, counters: dict[str, np.ndarray]) -> bool:
+    """Whether counters may stand still though the state is kept."""
+    # Rows of several runs side by side are at the same step.
+    together = len(np.unique(run.table.get("run", np.zeros(1)))) > 1
+    # Within one accumulation the norms stand still, too; where a state is dropped they vary.
+    paused = any(x[0] > 0 for x in counters.values()) and len(np.unique(run.norms)) == 1
+    # Steps that `optax.apply_if_finite` rejects leave no trace but their losses.
+    rejected = len(run.losses) > 0 and not np.isfinite(run.losses).any()
+    return together or paused or rejected

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from optaxclip.monitoring.findings import Sign, format_number
+from optaxclip.monitoring.display import format_number
+from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import compare_parts, fit_growth, is_known
 from optaxclip.monitoring.history import RecordedRun
 from optaxclip.monitoring.limits import (
@@ -91,10 +92,11 @@ def growing(run: RecordedRun) -> Iterator[Sign]:
     fit, middle = fit_growth(x), x[len(x) // 2]
     early, late = middle / x[0], x[-1] / middle
     if fit.growth >= GROWN and fit.r2 >= GROWN_R2 and late >= max(early, 1) ** GROWN_LATE:
+        doubling = np.log(2) * (fit.steps - 1) / np.log(fit.growth)
         yield Sign(
             "weights-growing",
             f"the norm of the parameters grows {format_number(fit.growth)}-fold over {fit.steps}"
             f" steps, {format_number(late)}-fold in the second half.",
-            fit.evidence(),
+            {**fit._asdict(), "doubling_steps": float(doubling)},
             "weight decay (optax.adamw); normalization of activations or logits.",
         )

@@ -19,6 +19,7 @@ from optaxclip.monitoring.fits import (
 from optaxclip.monitoring.limits import (
     ENOUGH,
     JUMP,
+    NEIGHBOURS,
     RISE,
     RISE_R2,
     RISE_STEPS,
@@ -79,7 +80,21 @@ def _rise_to(x: np.ndarray, begin: int, at: int, limit: float) -> Rise | None:
     heights = np.log(y[first:] / usual) / np.log(peak / usual)
     if len(heights) == 0 or (len(heights) > 5 and heights.mean() > STILL_RISING):
         return None
-    return Rise(int(where[first]), at, float(usual), float(peak), "broke")
+    return Rise(int(where[_foot(y, first)]), at, float(usual), float(peak), "broke")
+
+
+def _foot(y: np.ndarray, first: int) -> int:
+    """Where a rise began that is out of the noise at step `first`.
+
+    A step before is of it if it is higher than all that were before, by half of the rise, on a log
+    scale, to the next one.
+    """
+    while first > 1:
+        before, low, high = y[max(first - 1 - NEIGHBOURS, 0) : first - 1], y[first - 1], y[first]
+        if low >= high or low <= before.max() or low < np.median(before) * np.sqrt(high / low):
+            break
+        first -= 1
+    return first
 
 
 def _shift(x: np.ndarray, where: np.ndarray) -> Rise | None:
@@ -99,7 +114,7 @@ def _shift(x: np.ndarray, where: np.ndarray) -> Rise | None:
         return None
     start = int(np.flatnonzero(y[: top + 1] <= low + 0.25 * (high - low))[-1]) + 1
     usual, peak = float(np.exp(low)), float(np.exp(high))
-    return Rise(int(where[start]), int(where[top]) + 1, usual, peak, "stays")
+    return Rise(int(where[_foot(x[where], start)]), int(where[top]) + 1, usual, peak, "stays")
 
 
 def _growing(x: np.ndarray, where: np.ndarray) -> Rise | None:

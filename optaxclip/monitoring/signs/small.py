@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from optaxclip.monitoring.findings import Sign, format_number, format_share
+from optaxclip.monitoring.display import format_number, format_share
+from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import (
     compare_parts,
     find_runs,

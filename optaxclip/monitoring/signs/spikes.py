@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from optaxclip.monitoring.findings import Sign, format_number
+from optaxclip.monitoring.display import format_number
+from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import is_known, large_ratio, over_neighbours, tail_index
 from optaxclip.monitoring.history import RecordedRun
 from optaxclip.monitoring.limits import (
@@ -86,10 +87,13 @@ def _spike(run: RecordedRun, where, ratios: np.ndarray, events: list[np.ndarray]
     at, first, largest = int(where[peak]), int(where[peaks[0]]), float(ratios[peak])
     block = first_large(run, at, at + 1)
     more = f", the largest of {len(events)} such spikes" if len(events) > 1 else ""
+    # Of the last event of a record nobody knows yet whether it is the start of an explosion.
+    open_end = peak in events[-1] and events[-1][-1] == len(ratios) - 1
+    after = "the record ends there" if open_end else "then it is as before"
     return Sign(
         "spike",
         f"the norm is {format_number(largest)} times the usual one at step {step_at(run, at)}"
-        f"{in_block(block)}{more}; then it is as before.",
+        f"{in_block(block)}{more}; {after}.",
         {"spikes": len(events), "largest": largest, "at": at, "first": first},
         "look at the batch of this step (watch keeps its tag=); optaxclip.skip_spikes(optimizer)"
         " leaves such steps out.",
