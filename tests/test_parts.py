@@ -1,5 +1,7 @@
 """Each part by itself, against NumPy or by hand, and the errors it raises."""
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -77,6 +79,12 @@ def test_thresholds_by_hand():
     ).tolist() == [2, 4]
     assert bounds(oc.thresholds.at_most(optax.scale(2.0), 3.0), n).tolist() == [2, 3]
     assert bounds(oc.thresholds.at_least(optax.scale(2.0), 3.0), n).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(("floor", "least"), [(0.5, 0.05), (None, np.inf)])
+def test_a_share_of_the_parameters(floor, least):
+    tx, sizes = oc.thresholds.param_relative(0.1, floor), jnp.array([0.0, 2.0])
+    np.testing.assert_allclose(tx.update(sizes, tx.init(sizes), sizes)[0], [least, 0.2])
 
 
 def test_lag_and_its_feeds():
@@ -158,6 +166,7 @@ def test_units_by_layout_and_layer():
     assert norms(oc.scopes.units(...)) == (0, 1, 2)
     assert norms(oc.scopes.units(..., batch_axes=1)) == (1, 2)
     assert norms(oc.scopes.units(axes=-1)) == (2,)
+    assert norms(oc.scopes.units(axes=-3)) == (0,)
     assert norms(oc.scopes.units(axes=(0, 1)), jnp.ones(3)) == (0,)
     assert norms(oc.scopes.units(axes=lambda path: (0, 2))) == (0, 2)
     clipped, _ = oc.clip_by(1.0, scope=oc.scopes.units(batch_axes=1)).update(kernel, None)
@@ -188,8 +197,38 @@ def test_value_clip_keeps_nan_and_takes_schedules():
     )
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("scopes.tree", "scopes.leaf", "scopes.element", "scopes.groups()", "scopes.units()"),
+        *("scopes.units(...)", "scopes.units(-1)", "scopes.units(batch_axes=1)"),
+        *("scopes.units((0, 1), batch_axes=1)", "scopes.stacked('^a', scopes.groups())"),
+        *("scopes.stacked('^a')", "norms.l2", "norms.lp(3)", "feeds.raw", "actions.zero"),
+        *("actions.smooth(2.0)", "actions.band(0.5)", "actions.band(0.5, floor=0.1)"),
+    ],
+)
+def test_a_part_shows_itself_as_one_writes_it(text):
+    assert repr(eval(text, vars(oc))) == text
+
+
+@pytest.mark.parametrize(
+    ("clip", "threshold"),
+    [
+        (oc.zclip, oc.thresholds.zscore),
+        (oc.clip_by_log_zscore, oc.thresholds.log_zscore),
+        (oc.clip_by_median, oc.thresholds.median),
+    ],
+)
+def test_a_threshold_has_the_defaults_of_its_paper(clip, threshold):
+    """Those of the clip, which other tests hold to it."""
+    own, papers = (inspect.signature(call).parameters for call in (threshold, clip))
+    assert {n: own[n].default for n in own if n in papers} == {
+        n: papers[n].default for n in papers if n in own
+    }
+
+
 REFUSED = {
-    "scheduled": (lambda: oc.thresholds.scheduled(1.0), "schedule must be a function"),
+    "scheduled": (lambda: oc.thresholds.scheduled(1.0), "scheduled: schedule must be a function"),
     "constant": (lambda: oc.thresholds.constant(-1.0), "constant: bound must be a number from 0"),
     "constant array": (
         lambda: oc.thresholds.constant(np.array([1.0, -1.0])),
@@ -267,6 +306,10 @@ REFUSED = {
         lambda: oc.clip_by(1.0, scope=oc.scopes.units(3)).update(jnp.ones((2, 2)), None),
         "clip_by: the axes 3 do not fit",
     ),
+    "unit from behind": (
+        lambda: oc.clip_by(1.0, scope=oc.scopes.units(-3)).update(jnp.ones((2, 2)), None),
+        "clip_by: the axes -3 do not fit",
+    ),
     "schedule": (
         lambda: oc.clip_by(lambda step: "1").update(ONE, oc.clip_by(lambda step: 1.0).init(ONE)),
         "clip_by: the value of the schedule must be a number from 0",
@@ -283,6 +326,21 @@ REFUSED = {
 def test_what_cannot_be_is_refused_where_it_is_written(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("thresholds.running(-1.0)", "thresholds.previous(0.5)", "thresholds.quantile(2.0)"),
+        *("thresholds.zscore(-1.0)", "thresholds.log_zscore(-1.0)", "thresholds.norm_ratio(-1.0)"),
+        *("thresholds.window_zscore(-1.0)", "thresholds.percentile(-1.0)", "thresholds.median(-1)"),
+        "thresholds.window_zscore(warmup_steps=0)",
+        *("norms.lp(0.5)", "scopes.groups(1)", "scopes.stacked(1)", "actions.band(-1.0)"),
+    ],
+)
+def test_an_error_names_the_part(call):
+    with pytest.raises(ValueError, match=f"^{call.split('(')[0]}: "):
+        eval(call, vars(oc))
 
 
 @pytest.mark.parametrize("name", sorted(set(oc.thresholds.__all__) - {"Statistic"}))

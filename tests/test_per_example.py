@@ -716,11 +716,48 @@ AUTO = {"ghost": plain, "microbatch": tied}
 def test_auto_counts_parameters(method):
     """A table that is used twice outweighs the layer between: its gradients are formed."""
     loss, params, batch, _ = AUTO[method]()
-    auto, other = (
+    auto, ghost, microbatch = (
         jax.jit(oc.clipped_value_and_grad(loss, 1.0, method=m)).lower(params, batch).as_text()
-        for m in ("auto", method)
+        for m in ("auto", "ghost", "microbatch")
     )
-    assert auto == other
+    assert ghost != microbatch and auto == {"ghost": ghost, "microbatch": microbatch}[method]
+
+
+def look_up(**where):
+    def rows(table, ids):
+        return table.at[ids].get(**where)
+
+    return rows, normal(30, 4), jnp.array([[1, 1, 40], [2, 30, 0]])
+
+
+def convolve(image, kernel):
+    how = {"padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    return jax.lax.conv_general_dilated(image[None], kernel, (2, 1), **how)
+
+
+@pytest.mark.parametrize(
+    ("layer", "weights", "batch"),
+    [
+        look_up(mode="clip"),
+        look_up(mode="fill", fill_value=0),
+        (lambda table, at: table[at[0], at[1]], normal(9, 8, 2), jnp.array([[[1, 2], [3, 0]]] * 2)),
+        (lambda kernel, x: convolve(x, kernel), normal(3, 2, 2, 5), normal(2, 5, 4, 2, seed=1)),
+    ],
+    ids=["ids that the table has not, clipped", "filled", "pairs of ids", "convolution"],
+)
+def test_the_norm_of_one_ghost_is_that_of_its_gradient(layer, weights, batch):
+    ghost, microbatch = (
+        oc.clipped_value_and_grad(lambda p, x: jnp.sum(jnp.sin(layer(p, x))), 0.1, method=method)(
+            weights, batch
+        )[1]
+        for method in ("ghost", "microbatch")
+    )
+    np.testing.assert_allclose(ghost, microbatch, rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_that_are_integers_are_summed_as_floats():
+    (total,), count = oc.per_example_global_norm_clip([jnp.array([[1], [2]])], 1.0)
+    assert total.dtype == jnp.float32 and total[0] == 2 and count == 1
 
 
 def test_the_benchmark_runs(capsys):

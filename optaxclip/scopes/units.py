@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from optaxclip.base import Blocks, Scope
-from optaxclip.validate import called, makes_part, named
+from optaxclip.validate import called, makes_part
 
 # Optax's rule by rank: the input axes of a dense layer (IO) or of a convolution (HWIO, DHWIO). For
 # rank 3 Optax's code uses axis 0, as here; its documentation says otherwise.
@@ -51,7 +51,6 @@ def unit_axes(
 
 
 @makes_part
-@named
 def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = None) -> Scope:
     """One block per unit, a slice of a leaf along `axes`. Norms, bounds, factors: small arrays.
 

@@ -217,8 +217,8 @@ def after_loss_scale(parts, grads, updates, states) -> None:
 def after_multi_steps(parts, grads, updates, states) -> None:
     """Every second step is that of the mean of two."""
     for i, u in enumerate(updates):
-        # Zero times what is not finite is NaN, in Optax.
-        if np.isfinite(lengths_of(grads[: i + 1])).all() and i % 2 == 0:
+        # In Optax it is zero times what the clip made, which is NaN if that is.
+        if (lengths_of(grads[: i + 1]) < 1e36).all() and i % 2 == 0:
             assert not any(np.any(x) for x in u.values())
     np.testing.assert_array_equal(record_of(states).total[:, 0], np.arange(1, len(states) + 1) // 2)
 
