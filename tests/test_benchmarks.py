@@ -1,4 +1,4 @@
-"""The scripts behind the numbers in the documents run; what they measure is not judged here."""
+"""The scripts behind the numbers in the docs run; what they measure is not judged here."""
 
 import jax
 import numpy as np
@@ -16,14 +16,14 @@ QUOTES = ("a", 0, True), ("a", 1), ("b", 0), ("b", 0, True), ("c", 0)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "task", ["digits_cnn", "cartpole", "speech"]
-)  # the others train in the tests of examples and of tuning
+)  # the others are trained in the tests of examples and of tuning
 def test_every_task_trains_is_reported_and_is_not_trained_again(
     task, tmp_path, capsys, monkeypatch
 ):
     document, name = tmp_path / "choosing.md", choosing.REFERENCE
     runs = ["--tasks", task, "--methods", name, "--steps", "2", "--seeds", "3"]
     runs += ["--into", str(document), "--kept", str(tmp_path / "new" / "runs.jsonl")]
-    # Two settings: as many runs pick as judge, so that a task compiles once.
+    # With two settings, choosing and judging have the same number of runs, so a task compiles once.
     few = choosing.METHODS[name]._replace(settings=(1.0, 0.1))
     monkeypatch.setattr(choosing, "METHODS", {name: few})
     texts = []
@@ -69,7 +69,7 @@ def test_digits_are_spoken_long_enough_for_their_labels():
     heard, padding, digits = utterances(4)
     frames = (1 - padding).sum(axis=1)
     assert (np.diff(padding, axis=1) >= 0).all() and (frames >= 2 * digits.shape[1]).all()
-    # Where somebody speaks it is louder than where nobody does.
+    # Frames with speech are louder than those without.
     assert heard[padding == 0].mean() > heard[:, 0].mean() + 0.5
     assert set(digits.ravel()) <= set(range(10)) and np.isfinite(heard).all()
 
@@ -89,7 +89,7 @@ def test_the_first_page_quotes_the_page_of_performance():
     page, readme = ((frontpage.ROOT / name).read_text() for name in PAGES)
     told = readme.split("<!-- cost -->")[1].split("<!-- end cost -->")[0].split("\n")
     rows = [line for line in told if line.startswith("| ")]
-    # Of what is not written there yet nothing is quoted.
+    # Nothing is quoted that is not written there.
     assert len(rows) > 3 and set(rows) <= set(frontpage.cost(page).split("\n"))
 
 

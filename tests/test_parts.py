@@ -1,4 +1,4 @@
-"""Each part alone, against NumPy or by hand, and the errors it gives."""
+"""Each part by itself, against NumPy or by hand, and the errors it raises."""
 
 import chex
 import jax
@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import optaxclip as oc
+from optaxclip.per_example.weights import weigh
 from optaxclip.thresholds.blocks import learns
 from tests import reference
 
@@ -215,6 +216,10 @@ REFUSED = {
     "at_least": (lambda: oc.thresholds.at_least(1.0, -1.0), "at_least: floor must be a number"),
     "at_most": (lambda: oc.thresholds.at_most(1.0, "2"), "at_most: cap must be a number"),
     "lag": (lambda: oc.thresholds.lag(None), "lag: threshold must be a number"),
+    "learned": (
+        lambda: oc.thresholds.learned(oc.thresholds.Statistic(0.0, max, max), warmup_steps=-1),
+        "learned: warmup_steps must be a whole number of steps",
+    ),
     "param_relative": (lambda: oc.thresholds.param_relative(-0.1), "param_relative: ratio must be"),
     "eps": (lambda: oc.clip_by_global_norm(1.0, eps=-1.0), "clip_by_global_norm: eps must be"),
     "smooth": (lambda: oc.actions.smooth(0.5), "smooth: p must be a number of at least 1"),
@@ -280,6 +285,12 @@ def test_what_cannot_be_is_refused_where_it_is_written(call, message):
         call()
 
 
+@pytest.mark.parametrize("name", sorted(set(oc.thresholds.__all__) - {"Statistic"}))
+def test_a_threshold_that_was_not_called_is_refused(name):
+    with pytest.raises(ValueError, match=rf"write {name}\(\.\.\.\), with parentheses"):
+        oc.clip_by(getattr(oc.thresholds, name))
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -293,6 +304,12 @@ def test_what_cannot_be_is_refused_where_it_is_written(call, message):
 def test_what_is_made_of_a_threshold_that_learns_learns(make):
     assert learns(make(oc.thresholds.zscore()).update)
     assert not learns(make(2.0).update)
+
+
+def test_a_negative_bound_of_examples_counts_as_zero():
+    lengths = jnp.array([0.5, 2.0])
+    assert not weigh(oc.actions.rescale, lengths, -1.0).any()
+    assert not weigh(oc.per_example.auto_s(0.1), lengths, -1.0).any()
 
 
 def test_an_example_that_is_not_finite_weighs_nothing():
