@@ -156,7 +156,7 @@ def as_action(action: Action | None) -> Action:
     """
     if action is None:
         return rescale
-    if not (validate.is_function(action) or validate.is_part(action, "actions")):
+    if not (validate.is_function(action) or validate.is_part(action, "actions", "per_example")):
         choices = (
             "actions.rescale, actions.normalize, actions.zero, actions.smooth(p), actions.band(low)"
         )

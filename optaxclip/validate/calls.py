@@ -90,9 +90,9 @@ def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
     return callable(value) and not is_maker(value) and not isinstance(value, Part)
 
 
-def is_part(value: Any, room: str) -> bool:
-    """Whether a value is a part of a namespace, such as `feeds.raw`."""
-    return isinstance(value, Part) and value.name.startswith(f"{room}.")
+def is_part(value: Any, *rooms: str) -> bool:
+    """Whether a value is a part of one of these namespaces, such as `feeds.raw` of "feeds"."""
+    return isinstance(value, Part) and value.name.split(".")[0] in rooms
 
 
 def makes_part(maker: _F) -> _F:

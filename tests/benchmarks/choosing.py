@@ -29,6 +29,7 @@ from tests.benchmarks.reporting import device, publish
 from tests.benchmarks.speech import speech
 from tests.benchmarks.trainings import Training, cartpole, char_rnn, digits_cnn, transformer
 
+# Smaller than for `tuning`: each method trains 144 times on each task.
 TASKS = {
     "char_rnn": lambda: char_rnn(batch=4)._replace(steps=200),
     "transformer": lambda: transformer(batch=4)._replace(steps=150),
@@ -36,8 +37,9 @@ TASKS = {
     "speech": speech,
     "cartpole": cartpole,
 }
-PICKING = 3  # seeds
-BAD = 80  # of each hundred batches this one is bad: by then every method knows what is usual
+PICKING = 3  # seeds, the first ones; others judge
+# Of each hundred batches this one is bad. An earlier one would only measure warm-ups.
+BAD = 80
 
 
 class Method(NamedTuple):

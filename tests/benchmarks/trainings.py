@@ -24,7 +24,7 @@ class Training(NamedTuple):
     Attributes:
       name: what it is.
       init: key -> parameters.
-      loss: (parameters, key, step, bad=False) -> the loss of the batch of a step, and of a bad one.
+      loss: (parameters, key, step, bad=...) -> the loss of the batch of a step, which may be bad.
       evaluate: parameters -> what is reported, the lower the better.
       failed: a run that is reported to be over this has diverged.
       optimizer: learning rate -> transformation.
@@ -77,7 +77,7 @@ def cross_entropy(logits, labels):
 
 
 def spoil(labels, key, bad, kinds):
-    """Of a bad batch the labels are noise, and the loss counts 1,000 times."""
+    """The labels of a batch and the weight of its loss: noise and 1,000 if the batch is bad."""
     noise = jax.random.randint(key, labels.shape, 0, kinds).astype(labels.dtype)
     return jnp.where(bad, noise, labels), jnp.where(bad, 1000.0, 1.0)
 
@@ -116,7 +116,7 @@ def char_rnn(width=48, length=40, batch=8) -> Training:
 
 
 def transformer(width=32, length=32, batch=8) -> Training:
-    """One layer of a transformer on text, Adam; every 40th batch is bad, if nobody says which."""
+    """One layer of a transformer on text, Adam; without `bad`, every 40th batch is bad."""
     train, held_out = library_text()
     causal = np.tril(np.ones((length, length), bool))
 
