@@ -70,6 +70,7 @@ TESTS = {
         EXAMPLES + "gradients_of_any_size",
         EXAMPLES + "the_norm_of_one_ghost_is_that_of_its_gradient",
         EXAMPLES + "gradients_that_are_integers_are_summed_as_floats",
+        EXAMPLES + "a_negative_bound_of_examples_counts_as_zero",
         EXAMPLES + "auto_counts_parameters",
         EXAMPLES + "what_cannot_be_is_refused",
         EXAMPLES + "batch_norm_is_refused",
@@ -83,9 +84,12 @@ EQUIVALENT = {
     "lambda u, count: jnp.where(jnp.abs(u) >= 1, jnp.sign(u), 0), 2.0,": "not read of a maximum",
     'l1 = Norm("norms.l1", jnp.abs, "sum", lambda pool, count: pool, '
     "lambda u, count: jnp.sign(u), 0.0)": "powers of at most 1 are alike",
-    "largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial= -1)": "|x| is positive",
+    "largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial= -1)": "of |x|",
+    'if reduce <= "mean":': "the other choice sorts after it",
     'cut = spike & (target < "threshold")': "the other targets sort before it",
-    'return real and (before.size is after.size or eqn.primitive.name == "slice")': "small ints",
+    "outputs = [get_aval(site.op.eqn.outvars[ -1]) for site in traced.sites]": "there is one",
+    '"conv_general_dilated": (_convolution, 1),': "both operands have one dtype",
+    "return jnp.where(seen <= 0, norm, moved)": "a count is not below 0",
 }
 
 
@@ -113,11 +117,8 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     os.chdir(ROOT)
     warm_up()
-    known = (
-        [json.loads(line) for line in args.log.read_text().splitlines()]
-        if args.log.exists()
-        else []
-    )
+    args.log.touch()
+    known = map(json.loads, args.log.read_text().splitlines())
     done = {Mutant(*row["mutant"]): row["killed"] for row in known}
     everything = [m for m in mutants() if m.path.startswith(args.only)]
     chosen = draw(everything, args.sample, args.seed)
@@ -146,11 +147,8 @@ def warm_up() -> None:
 def mutants() -> list[Mutant]:
     """All mistakes."""
     # Operators with arguments replace variables, which would have to be named.
-    names = [
-        n
-        for n in operator_names()
-        if not n.endswith(("VariableReplacer", "VariableInserter", "NoOp"))
-    ]
+    named = ("VariableReplacer", "VariableInserter", "NoOp")
+    names = [name for name in operator_names() if not name.endswith(named)]
     found = []
     for path in files():
         text = (HOUSE / path).read_text()

@@ -96,6 +96,14 @@ def test_it_has_a_derivative_everywhere():
     assert not grad(jnp.zeros(2)).any()
 
 
+@pytest.mark.parametrize("norm", [1, 1.5, 3, np.inf, oc.norms.rms], ids=str)
+def test_each_norm_has_its_derivative(norm):
+    x = jnp.array([3.0, -4.0, 1.0])
+    p, scale = (2, 3**-0.5) if norm is oc.norms.rms else (norm, 1)
+    want = jax.grad(lambda x: scale * jnp.linalg.norm(x, p))(x)
+    np.testing.assert_allclose(jax.grad(lambda x: oc.global_norm(x, norm=norm))(x), want, rtol=1e-5)
+
+
 LAYOUT = {"in": P("x", "y"), "out": P("y"), "bias": P()}
 GRADS = {
     "in": jnp.arange(32.0).reshape(8, 4) - 9,

@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip.per_example.weights import weigh
 from optaxclip.thresholds.blocks import learns
 from tests import reference
 
@@ -79,6 +78,22 @@ def test_thresholds_by_hand():
     ).tolist() == [2, 4]
     assert bounds(oc.thresholds.at_most(optax.scale(2.0), 3.0), n).tolist() == [2, 3]
     assert bounds(oc.thresholds.at_least(optax.scale(2.0), 3.0), n).tolist() == [3, 4]
+
+
+def test_a_state_made_by_computing_with_norms_moves_as_a_whole():
+    """Which of it is kept per block cannot be known."""
+    last = optax.GradientTransformation(lambda n: n + 1.0, lambda n, state, params=None: (state, n))
+    tx, grads = oc.clip_by(last, scope=oc.scopes.leaf), {"a": jnp.ones(1), "b": 3 * jnp.ones(1)}
+    state = tx.init(grads)
+    for bad, want in ((jnp.nan, [1, 1]), (2.0, [2, 3])):
+        _, state = tx.update({**grads, "a": jnp.array([bad])}, state)
+        np.testing.assert_array_equal(state.threshold, want)
+
+
+def test_a_window_takes_the_largest_floats():
+    tx, norm = oc.thresholds.window_zscore(window=3), jnp.full(1, 3e38)
+    _, state = tx.update(norm, tx.init(norm))
+    np.testing.assert_allclose(tx.update(norm, state)[0], norm, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("floor", "least"), [(0.5, 0.05), (None, np.inf)])
@@ -362,12 +377,6 @@ def test_a_threshold_that_was_not_called_is_refused(name):
 def test_what_is_made_of_a_threshold_that_learns_learns(make):
     assert learns(make(oc.thresholds.zscore()).update)
     assert not learns(make(2.0).update)
-
-
-def test_a_negative_bound_of_examples_counts_as_zero():
-    lengths = jnp.array([0.5, 2.0])
-    assert not weigh(oc.actions.rescale, lengths, -1.0).any()
-    assert not weigh(oc.per_example.auto_s(0.1), lengths, -1.0).any()
 
 
 def test_an_example_that_is_not_finite_weighs_nothing():

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optaxclip as oc
 from optaxclip import per_example
+from optaxclip.per_example.weights import clip_weights, normalizing_weights
 from tests.benchmarks import per_example as benchmark
 from tests.conftest import AS_USERS
 
@@ -753,6 +754,12 @@ def test_the_norm_of_one_ghost_is_that_of_its_gradient(layer, weights, batch):
         for method in ("ghost", "microbatch")
     )
     np.testing.assert_allclose(ghost, microbatch, rtol=1e-4, atol=1e-7)
+
+
+def test_a_negative_bound_of_examples_counts_as_zero():
+    lengths = jnp.array([0.5, 2.0])
+    assert not clip_weights(lengths, -1.0).any()
+    assert not normalizing_weights(lengths, -1.0, 0.1).any()
 
 
 def test_gradients_that_are_integers_are_summed_as_floats():

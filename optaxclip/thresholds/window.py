@@ -156,7 +156,8 @@ def window_zscore(
         # In units of the largest, because the square of a norm of 1e20 would overflow. Absolute
         # values, because losses may be negative.
         largest = jnp.max(jnp.where(known, jnp.abs(ring), 0))
-        unit = jnp.where(largest > 0, largest, 1)
+        # XLA divides by it as a product with its inverse, which has to be a normal number.
+        unit = jnp.minimum(jnp.where(largest > 0, largest, 1), 1 / jnp.finfo(norm.dtype).tiny)
         shares = jnp.where(known, ring, 0) / unit
         mean = jnp.sum(shares) / jnp.maximum(count, 1)
         # Computed from the window. The difference of running sums of squares may be negative, and
