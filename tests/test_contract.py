@@ -451,7 +451,7 @@ def test_a_state_may_have_another_type_with_the_same_fields():
         ({"action": "zero"}, r"action must be actions\.rescale, .*got 'zero'"),
         ({"action": optaxclip.actions.smooth}, r"action must be .*: write smooth\("),
         ({"action": optaxclip.actions.band}, r"action must be .*: write band\("),
-        ({"exclude": ["a"]}, r"exclude must be a regular expression .*got \['a'\]"),
+        ({"exclude": ["a"]}, r"exclude must be a regular expression .*got the list \['a'\]"),
     ],
 )
 def test_parts_that_do_not_exist_are_refused(options, message):

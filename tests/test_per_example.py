@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optaxclip as oc
 from optaxclip import per_example
-from optaxclip.per_example.weights import clip_weights, normalizing_weights
+from optaxclip.per_example.weights import weigh
 from tests.benchmarks import per_example as benchmark
 from tests.conftest import AS_USERS
 
@@ -758,8 +758,8 @@ def test_the_norm_of_one_ghost_is_that_of_its_gradient(layer, weights, batch):
 
 def test_a_negative_bound_of_examples_counts_as_zero():
     lengths = jnp.array([0.5, 2.0])
-    assert not clip_weights(lengths, -1.0).any()
-    assert not normalizing_weights(lengths, -1.0, 0.1).any()
+    assert not weigh(oc.actions.rescale, lengths, -1.0).any()
+    assert not weigh(oc.per_example.auto_s(0.1), lengths, -1.0).any()
 
 
 def test_gradients_that_are_integers_are_summed_as_floats():
