@@ -27,70 +27,11 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
+from tests.mutation_tables import EQUIVALENT, TESTS
+
 ROOT = pathlib.Path(__file__).parent.parent
 HOUSE = ROOT / "optaxclip"
-# For each module the tests that detect its mistakes soonest, after the examples of the file itself.
-PARTS = "tests/test_parts.py"
-CONTRACT = "tests/test_contract.py::test_"
-FIDELITY = "tests/test_fidelity.py::test_"
-EXAMPLES = "tests/test_per_example.py::test_"
-LEARNING = "tests/test_learning.py::test_"
-TESTS = {
-    "core.py": [
-        PARTS,
-        CONTRACT + "parts_that_do_not_exist_are_refused",
-        CONTRACT + "a_norm_or_factor_that_is_no_normal_float_counts_as_not_finite",
-        CONTRACT + "a_negative_tracer_acts_as_zero",
-    ],
-    "engine.py": [
-        "optaxclip/core.py",
-        PARTS,
-        CONTRACT + "update_without_a_state",
-        CONTRACT + "missing_parameters_are_asked_for",
-        CONTRACT + "the_state_of_another_scope_is_named_as_such",
-    ],
-    "norms.py": [PARTS, "tests/test_global_norm.py"],
-    "scopes/": [PARTS, "tests/test_stacked.py"],
-    "thresholds/by_name.py": ["tests/test_by_name.py", "tests/test_stacked.py"],
-    "thresholds/": [
-        PARTS,
-        LEARNING + "bad_numbers_are_refused_by_name",
-        FIDELITY + "variants_follow_their_rule",
-        FIDELITY + "norm_ratio_is_olmos_rule_by_leaf_and_for_the_whole",
-        FIDELITY + "skip_spikes_skips_what_olmos_code_did",
-        FIDELITY + "norms_follow_the_paper",
-        "tests/test_advice.py::test_what_is_of_gradients_is_no_threshold",
-    ],
-    "wrappers/": ["tests/test_skipping.py", PARTS],
-    "per_example/": [
-        EXAMPLES + "without_jit",
-        EXAMPLES + "which_parameters_are_ghosts",
-        EXAMPLES + "an_example_of_weight_two_counts_twice",
-        EXAMPLES + "a_loss_may_want_a_batch_of_one",
-        EXAMPLES + "gradients_of_any_size",
-        EXAMPLES + "the_norm_of_one_ghost_is_that_of_its_gradient",
-        EXAMPLES + "gradients_that_are_integers_are_summed_as_floats",
-        EXAMPLES + "a_negative_bound_of_examples_counts_as_zero",
-        EXAMPLES + "auto_counts_parameters",
-        EXAMPLES + "what_cannot_be_is_refused",
-        EXAMPLES + "batch_norm_is_refused",
-    ],
-}
 SECONDS = 900
-
-
-# Survivors that were read: what became of the line, and why no test can or need see it.
-EQUIVALENT = {
-    "lambda u, count: jnp.where(jnp.abs(u) >= 1, jnp.sign(u), 0), 2.0,": "not read of a maximum",
-    'l1 = Norm("norms.l1", jnp.abs, "sum", lambda pool, count: pool, '
-    "lambda u, count: jnp.sign(u), 0.0)": "powers of at most 1 are alike",
-    "largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial= -1)": "of |x|",
-    'if reduce <= "mean":': "the other choice sorts after it",
-    'cut = spike & (target < "threshold")': "the other targets sort before it",
-    "outputs = [get_aval(site.op.eqn.outvars[ -1]) for site in traced.sites]": "there is one",
-    '"conv_general_dilated": (_convolution, 1),': "both operands have one dtype",
-    "return jnp.where(seen <= 0, norm, moved)": "a count is not below 0",
-}
 
 
 class Mutant(NamedTuple):

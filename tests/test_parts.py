@@ -90,6 +90,14 @@ def test_a_state_made_by_computing_with_norms_moves_as_a_whole():
         np.testing.assert_array_equal(state.threshold, want)
 
 
+@pytest.mark.parametrize("bad", [(), ("a",), ("b",), ("a", "b")], ids=str)
+def test_a_counter_moves_where_any_block_is_finite(bad):
+    tx = oc.clip_by(optax.constant_schedule(1.0), scope=oc.scopes.units())
+    grads = {"a": jnp.ones((2, 2)), "b": jnp.ones((3, 2))}
+    _, state = tx.update({**grads, **{name: jnp.nan * grads[name] for name in bad}}, tx.init(grads))
+    assert int(state.threshold.clip_step) == (len(bad) < 2)
+
+
 def test_a_window_takes_the_largest_floats():
     tx, norm = oc.thresholds.window_zscore(window=3), jnp.full(1, 3e38)
     _, state = tx.update(norm, tx.init(norm))

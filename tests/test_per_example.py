@@ -724,11 +724,11 @@ def test_auto_counts_parameters(method):
     assert ghost != microbatch and auto == {"ghost": ghost, "microbatch": microbatch}[method]
 
 
-def look_up(**where):
+def look_up(width, **where):
     def rows(table, ids):
         return table.at[ids].get(**where)
 
-    return rows, normal(30, 4), jnp.array([[1, 1, 40], [2, 30, 0]])
+    return rows, normal(30, width), jnp.array([[1, 1, 40], [2, 30, 0]])
 
 
 def convolve(image, kernel):
@@ -739,8 +739,8 @@ def convolve(image, kernel):
 @pytest.mark.parametrize(
     ("layer", "weights", "batch"),
     [
-        look_up(mode="clip"),
-        look_up(mode="fill", fill_value=0),
+        look_up(4, mode="clip"),
+        look_up(1, mode="fill", fill_value=0),
         (lambda table, at: table[at[0], at[1]], normal(9, 8, 2), jnp.array([[[1, 2], [3, 0]]] * 2)),
         (lambda kernel, x: convolve(x, kernel), normal(3, 2, 2, 5), normal(2, 5, 4, 2, seed=1)),
     ],
@@ -760,6 +760,12 @@ def test_a_negative_bound_of_examples_counts_as_zero():
     lengths = jnp.array([0.5, 2.0])
     assert not weigh(oc.actions.rescale, lengths, -1.0).any()
     assert not weigh(oc.per_example.auto_s(0.1), lengths, -1.0).any()
+
+
+def test_bounds_of_layers_by_their_sizes():
+    grads = {"one": 9 * jnp.ones((1, 1)), "three": 9 * jnp.ones((1, 3))}
+    sums, _ = per_example.per_example_layer_norm_clip(grads, 2.0, uniform=False)
+    np.testing.assert_allclose(np.concatenate([sums["one"], sums["three"]]), np.ones(4), rtol=1e-6)
 
 
 def test_gradients_that_are_integers_are_summed_as_floats():
