@@ -64,9 +64,8 @@ EQUIVALENT = {
     "locked_out = (verdict.reason != NONFINITE) * (state.consecutive_skips >= most)": "of booleans",
     "rest = sorted(used ^ {site.origin.parameter for site in sites})": "sites are of what is used",
     "dtype = known[ -1].dtype if known else xla.accumulator(leaves.arrays)": "all have one dtype",
-    "return jax.tree.map(lambda a, b: jnp.where(state.over == relearn_after, a, b), fresh, state)": (
-        "counted one by one"
-    ),
+    "return jax.tree.map(lambda a, b: jnp.where(state.over == relearn_after, a, b), "
+    "fresh, state)": "counted one by one",
     "return skip_by(inner, watch, unchecked(math.inf), 0, needs_loss=False)": "none is over inf",
     "return jnp.where(seen <= 0, norm, moved)": "a count is not below 0",
 }
