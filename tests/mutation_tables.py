@@ -14,6 +14,7 @@ TESTS = {
         CONTRACT + "a_negative_tracer_acts_as_zero",
     ],
     "engine.py": [
+        FIDELITY + "clippy_and_larc_follow_the_paper",
         "optaxclip/core.py",
         PARTS,
         CONTRACT + "update_without_a_state",
@@ -43,6 +44,10 @@ TESTS = {
         EXAMPLES + "gradients_that_are_integers_are_summed_as_floats",
         EXAMPLES + "a_negative_bound_of_examples_counts_as_zero",
         EXAMPLES + "bounds_of_layers_by_their_sizes",
+        EXAMPLES + "an_example_of_zeros_weighs_nothing_without_gamma",
+        "tests/test_parts.py::test_defaults_are_the_papers",
+        EXAMPLES + "bad_numbers_are_refused_by_name",
+        EXAMPLES + "the_first_line_of_what_the_loss_says_is_told",
         EXAMPLES + "keys_shared_arguments_and_what_the_loss_returns_beside",
         EXAMPLES + "auto_counts_parameters",
         EXAMPLES + "what_cannot_be_is_refused",
@@ -64,8 +69,17 @@ EQUIVALENT = {
     "locked_out = (verdict.reason != NONFINITE) * (state.consecutive_skips >= most)": "of booleans",
     "rest = sorted(used ^ {site.origin.parameter for site in sites})": "sites are of what is used",
     "dtype = known[ -1].dtype if known else xla.accumulator(leaves.arrays)": "all have one dtype",
-    "return jax.tree.map(lambda a, b: jnp.where(state.over == relearn_after, a, b), "
-    "fresh, state)": "counted one by one",
+    "return jax.tree.map(lambda a, b: jnp.where(state.over == relearn_after, a, b),"
+    " fresh, state)": "counted one by one",
     "return skip_by(inner, watch, unchecked(math.inf), 0, needs_loss=False)": "none is over inf",
+    "fine = jnp.isfinite(norm) * (statistic.signed | (norm > 0))": "of booleans",
+    '"gather": (_table, 0),': "what is looked up has the dtype of the table",
+    "reason, loss_state = jnp.where(over, NORM, -1), state.loss": "any but those of a skip",
+    "if count <= 1:": "no count is 0 there",
+    "@functools.lru_cache(maxsize= 255)": "only slower",
+    "finite = finite * jnp.isfinite(loss)": "of booleans",
+    "threshold = learned(Statistic( -1.0, lambda norm, value, seen: norm, bound),"
+    " feed=feeds.clipped)": "not read before the first norm",
+    "statistic = Statistic(( -1.0, 0.0), learn, bound)": "the first norm has the weight 1",
     "return jnp.where(seen <= 0, norm, moved)": "a count is not below 0",
 }

@@ -98,6 +98,12 @@ def test_a_counter_moves_where_any_block_is_finite(bad):
     assert int(state.threshold.clip_step) == (len(bad) < 2)
 
 
+def test_a_quantile_starts_at_the_first_norm():
+    tx, norm = oc.thresholds.quantile(0.5, 0.2), jnp.array(7.0)
+    _, state = tx.update(norm, tx.init(norm))
+    np.testing.assert_allclose(tx.update(norm, state)[0], 7.0, rtol=1e-6)
+
+
 def test_a_window_takes_the_largest_floats():
     tx, norm = oc.thresholds.window_zscore(window=3), jnp.full(1, 3e38)
     _, state = tx.update(norm, tx.init(norm))
@@ -250,6 +256,18 @@ def test_a_threshold_has_the_defaults_of_its_paper(clip, threshold):
     }
 
 
+@pytest.mark.parametrize(
+    ("call", "name", "default"),
+    [
+        (oc.thresholds.percentile, "percentile", 10.0),  # AutoClip's
+        (oc.thresholds.param_relative, "floor", 1e-3),  # of AGC, in its authors' code
+        (oc.per_example.per_example_normalize, "gamma", 0.01),  # AUTO-S's
+    ],
+)
+def test_defaults_are_the_papers(call, name, default):
+    assert inspect.signature(call).parameters[name].default == default
+
+
 REFUSED = {
     "scheduled": (lambda: oc.thresholds.scheduled(1.0), "scheduled: schedule must be a function"),
     "constant": (lambda: oc.thresholds.constant(-1.0), "constant: bound must be a number from 0"),
@@ -301,6 +319,10 @@ REFUSED = {
         "spectral_clip: exclude must be",
     ),
     "spikes": (lambda: oc.skip_spikes(1.0), "skip_spikes: inner must be an optimizer"),
+    "no skip": (
+        lambda: oc.skip_spikes(optax.sgd(1.0), max_consecutive_skips=0),
+        "skip_spikes: max_consecutive_skips must be",
+    ),
     "not called": (
         lambda: oc.skip_spikes(oc.zclip),
         r"skip_spikes: inner must be .*, got the function zclip: write zclip\(...\), with parenth",
@@ -357,7 +379,7 @@ def test_what_cannot_be_is_refused_where_it_is_written(call, message):
         *("thresholds.running(-1.0)", "thresholds.previous(0.5)", "thresholds.quantile(2.0)"),
         *("thresholds.zscore(-1.0)", "thresholds.log_zscore(-1.0)", "thresholds.norm_ratio(-1.0)"),
         *("thresholds.window_zscore(-1.0)", "thresholds.percentile(-1.0)", "thresholds.median(-1)"),
-        "thresholds.window_zscore(warmup_steps=0)",
+        *("thresholds.window_zscore(warmup_steps=0)", "thresholds.running(relearn_after=0)"),
         *("norms.lp(0.5)", "scopes.groups(1)", "scopes.stacked(1)", "actions.band(-1.0)"),
     ],
 )
@@ -384,7 +406,8 @@ def test_a_threshold_that_was_not_called_is_refused(name):
 )
 def test_what_is_made_of_a_threshold_that_learns_learns(make):
     assert learns(make(oc.thresholds.zscore()).update)
-    assert not learns(make(2.0).update)
+    # It bounds growth, and looks for no spikes.
+    assert not learns(make(2.0).update) and not learns(make(oc.thresholds.previous()).update)
 
 
 def test_an_example_that_is_not_finite_weighs_nothing():

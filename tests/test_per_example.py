@@ -647,6 +647,14 @@ def test_batch_norm_is_refused(method, make):
         step(params, normal(B, 3))
 
 
+def test_the_first_line_of_what_the_loss_says_is_told():
+    def loss(params, example):
+        raise NameError("unbound axis name: batch\nand more")
+
+    with pytest.raises(ValueError, match=r"the loss failed: unbound axis name: batch \S"):
+        oc.clipped_value_and_grad(loss, 1.0)(jnp.ones(1), jnp.ones((2, 1)))
+
+
 def test_batch_norm_with_fixed_statistics_is_fine():
     net = WithBatchNorm()
     variables = net.init(key(0), normal(1, 3))
@@ -728,7 +736,7 @@ def look_up(width, **where):
     def rows(table, ids):
         return table.at[ids].get(**where)
 
-    return rows, normal(30, width), jnp.array([[1, 1, 40], [2, 30, 0]])
+    return rows, normal(30, width), jnp.array([[1, 1, 30, 40], [2, 30, 0, 0]])
 
 
 def convolve(image, kernel):
@@ -742,15 +750,18 @@ def convolve(image, kernel):
         look_up(4, mode="clip"),
         look_up(1, mode="fill", fill_value=0),
         (lambda table, at: table[at[0], at[1]], normal(9, 8, 2), jnp.array([[[1, 2], [3, 0]]] * 2)),
-        (lambda kernel, x: convolve(x, kernel), normal(3, 2, 2, 5), normal(2, 5, 4, 2, seed=1)),
+        (lambda table, at: table[at], normal(30, 4), jnp.array([[1], [2]])),
+        (lambda kernel, x: convolve(x, kernel), normal(3, 2, 2, 5), normal(3, 5, 4, 2, seed=1)),
     ],
-    ids=["ids that the table has not, clipped", "filled", "pairs of ids", "convolution"],
+    ids=["ids that the table has not, clipped", "filled", "pairs of ids", "one id", "convolution"],
 )
 def test_the_norm_of_one_ghost_is_that_of_its_gradient(layer, weights, batch):
+    def loss(weights, example):
+        out = layer(weights, example)
+        return jnp.sum(jnp.sin(out) * jnp.arange(1.0, out.size + 1).reshape(out.shape))
+
     ghost, microbatch = (
-        oc.clipped_value_and_grad(lambda p, x: jnp.sum(jnp.sin(layer(p, x))), 0.1, method=method)(
-            weights, batch
-        )[1]
+        oc.clipped_value_and_grad(loss, 0.1, method=method)(weights, batch)[1]
         for method in ("ghost", "microbatch")
     )
     np.testing.assert_allclose(ghost, microbatch, rtol=1e-4, atol=1e-7)
@@ -760,6 +771,20 @@ def test_a_negative_bound_of_examples_counts_as_zero():
     lengths = jnp.array([0.5, 2.0])
     assert not weigh(oc.actions.rescale, lengths, -1.0).any()
     assert not weigh(oc.per_example.auto_s(0.1), lengths, -1.0).any()
+
+
+def test_an_example_of_zeros_weighs_nothing_without_gamma():
+    np.testing.assert_array_equal(
+        per_example.per_example_normalize(jnp.array([[0.0, 0.0], [3.0, 4.0]]), gamma=0.0),
+        np.float32([0.6, 0.8]),
+    )
+
+
+def test_bad_numbers_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"^per_example_normalize: gamma must"):
+        per_example.per_example_normalize(jnp.ones((1, 1)), gamma=-1.0)
+    with pytest.raises(ValueError, match=r"^per_example_layer_norm_clip: global_l2_norm_clip must"):
+        per_example.per_example_layer_norm_clip(jnp.ones((1, 1)), -1.0)
 
 
 def test_bounds_of_layers_by_their_sizes():
