@@ -22,7 +22,7 @@ HEADS = {
     "nnx.Optimizer": "flax.nnx.optimizer.Optimizer",
     "np": "numpy",
 }
-ROOMS = ("", "typing.", "collections.abc.", "jax.typing.")
+ROOMS = ("", "typing.", "collections.abc.", "jax.sharding.", "jax.typing.")
 NAME = re.compile(r"(?P<name>[A-Za-z_][\w.]*)(\(.*\))?", re.DOTALL)
 SPANS = re.compile(r"^\s*(?:>>>|\.\.\.) .*$|(?P<link>`[^`]+`_)|`(?P<code>[^`]+)`|(?P<bar>\|)", re.M)
 

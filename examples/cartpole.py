@@ -98,9 +98,7 @@ def task(clip):
 
 def main(argv=None):
     args = options(__file__, __doc__, argv, steps=100, rates=(1e-5, 1e-4, 1e-3, 3e-3), seeds=5)
-    goal = Goal(
-        "Length of an episode, of at most 200", failed=100, higher=True, drawn="episode length"
-    )
+    goal = Goal("Length of an episode, of at most 200", failed=100, higher=True)
     return compare({name: task(clip) for name, clip in CLIPS.items()}, goal, args)
 
 

@@ -16,10 +16,15 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-import optaxclip
-
 SHOWN = "loss", "clip/grad_norm", "clip/clipped"  # by the progress bar
-LINES = ("-o", "--s", "-.^", ":d", "-x")
+# Colours that colour-blind people tell apart; in grey print lines and marks differ.
+LOOKS = (
+    ("0.45", "-o"),
+    ("#0072B2", "--s"),
+    ("#D55E00", "-.^"),
+    ("#009E73", ":d"),
+    ("#CC79A7", "--v"),
+)
 
 
 class Task(NamedTuple):
@@ -45,15 +50,11 @@ class Goal(NamedTuple):
       score: what the score is.
       failed: a run that ends worse than this has failed.
       higher: whether high is good.
-      drawn: what to draw of each step, above the norms.
-      norms: what the norms are of.
     """
 
     score: str
     failed: float
     higher: bool = False
-    drawn: str = "loss"
-    norms: str = "gradient norm"
 
 
 class Runs(NamedTuple):
@@ -238,68 +239,37 @@ def table(results: dict[str, Runs], rates: list[float], at: dict[str, int], goal
 
 
 def draw(results: dict[str, Runs], rates: list[float], goal: Goal, path: str) -> None:
-    """Scores against rates; and each step of the first seed at the largest rate."""
-    fig = plt.figure(figsize=(3.2 + 2 * len(results), 4.6), layout="constrained")
-    left, right = fig.subfigures(1, 2, width_ratios=[3.2, 2 * len(results)])
-    plot_scores(results, rates, goal, left.subplots())
-    axes = right.subplots(2, len(results), sharex=True, sharey="row", squeeze=False)
-    for (name, runs), top, bottom in zip(results.items(), *axes, strict=True):
-        seen = {key: x[-1, 0] for key, x in runs.seen.items()}
-        share = seen.get("clip/clipped", np.zeros(1))
-        if np.any(
-            (share > 0) & (share < 1)
-        ):  # of units: the longest beside the smallest bound would say nothing
-            seen = seen | {
-                "clip/clipped": np.round(share),
-                "clip/bound": np.full_like(share, np.inf),
-            }
-        top.plot(seen[goal.drawn], color="black", linewidth=0.9)
-        top.set_title(name, fontsize=9)
-        optaxclip.plots.plot_norms(seen, bottom)
-        bottom.legend(fontsize=6, loc="upper right", framealpha=0.9)
-        bottom.set_ylabel(goal.norms)
-        bottom.label_outer()
-    right.suptitle(f"One run each, at the rate {rates[-1]:g}", fontsize=10)
-    axes[0, 0].set_ylabel(goal.drawn)
-    cut_axes(results, goal, *axes[:, 0])
-    fig.savefig(path, dpi=100)
+    """Scores against rates: which method still works at which rate."""
+    fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for i, ((name, runs), look) in enumerate(zip(results.items(), LOOKS, strict=False)):
+        # Beside one another: bars at the same rate would hide each other.
+        beside = np.array(rates) * 1.06 ** (i - (len(results) - 1) / 2)
+        plot_scores(runs, beside, goal, ax, name, *look)
+    sign = -1 if goal.higher else 1
+    # Where none failed, the line would squeeze all that there is to see.
+    if any((costs(runs, goal) > sign * goal.failed).any() for runs in results.values()):
+        ax.axhline(goal.failed, color="0.6", linewidth=0.8, zorder=0)
+        ax.text(1.01, goal.failed, "failed", transform=ax.get_yaxis_transform(), va="center")
+    ax.set(xscale="log", xlabel="learning rate", ylabel=goal.score)
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.minorticks_off()
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.legend(loc="outside right center", frameon=False)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
     print(f"\nThe picture is in {path}.")
 
 
-def cut_axes(results: dict[str, Runs], goal: Goal, top: Any, bottom: Any) -> None:
-    """Cuts off what has exploded; leaves room for the legends."""
-    if goal.drawn == "loss":
-        start = next(iter(results.values())).seen["loss"][-1, 0, 0]
-        low, high = top.get_ylim()
-        top.set_ylim(low if high < 3 * start else 0, min(high, 3 * start))
-    low, high = bottom.get_ylim()
-    norms = np.stack([runs.seen["clip/grad_norm"][-1, 0] for runs in results.values()])
-    high = min(high, 1e4 * np.median(norms[np.isfinite(norms)]))
-    bottom.set_ylim(low, high * (high / low) ** 0.4)
-
-
-def plot_scores(results: dict[str, Runs], rates: list[float], goal: Goal, ax: Any) -> None:
-    """The median score over seeds against the rate, from the best to the worst; what failed is at
-    the edge, alone.
-    """
+def plot_scores(
+    runs: Runs, beside: np.ndarray, goal: Goal, ax: Any, name: str, color: str, style: str
+) -> None:
+    """The median over seeds, from the best to the worst; what failed lies on its line, alone."""
     sign = -1 if goal.higher else 1
-    for i, ((name, runs), style) in enumerate(zip(results.items(), LINES, strict=False)):
-        cost, beside = costs(runs, goal), np.array(rates) * 1.06 ** (i - len(results) / 2)
-        score, lost = (
-            sign * np.minimum(cost, sign * goal.failed),
-            np.median(cost, axis=1) > sign * goal.failed,
-        )
-        middle = np.median(score, axis=1)
-        spread = np.stack([middle - score.min(axis=1), score.max(axis=1) - middle])
-        look = {"color": "black", "mfc": "white"}
-        ax.errorbar(
-            beside, np.where(lost, np.nan, middle), spread, fmt=style, capsize=2, label=name, **look
-        )
-        ax.plot(beside[lost], middle[lost], style[-1], **look)
-    ax.set(xscale="log", xlabel="learning rate")
-    ax.set_xticks(
-        rates, [f"{rate:g}" for rate in rates], rotation=45, ha="right", rotation_mode="anchor"
-    )
-    ax.minorticks_off()
-    ax.set_title(f"{goal.score}\n(cut at {goal.failed:.3g}: failed)", fontsize=10)
-    ax.legend(fontsize=8)
+    cost, edge = costs(runs, goal), sign * goal.failed
+    score, lost = sign * np.minimum(cost, edge), np.median(cost, axis=1) > edge
+    middle = np.median(score, axis=1)
+    spread = np.stack([middle - score.min(axis=1), score.max(axis=1) - middle])
+    look = {"color": color, "mfc": "white", "mew": 1.5}
+    shown = np.where(lost, np.nan, middle)
+    ax.errorbar(beside, shown, spread, fmt=style, capsize=2, label=name, **look)
+    ax.plot(beside[lost], middle[lost], style[-1], **look)

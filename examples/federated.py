@@ -120,8 +120,6 @@ def main(argv=None):
         "Accuracy on digits never seen",
         failed=0.5,
         higher=True,
-        drawn="share clipped",
-        norms="median update's norm",
     )
     data = digits()
     return compare({name: task(*method, *data) for name, method in METHODS.items()}, goal, args)

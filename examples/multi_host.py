@@ -94,6 +94,14 @@ def trainer(tx, shardings):
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, None))
 
 
+def tell(step, loss, state):
+    """Prints what all processes know."""
+    seen = jax.device_get(optaxclip.metrics(state))
+    if jax.process_index() == 0:
+        norm, skipped = seen["skip/grad_norm"], seen["skip/steps"]
+        print(f"step {step}: loss {loss:.3f}, norm {norm:.3f}, skipped {skipped}", flush=True)
+
+
 def train(args):
     mesh = jax.make_mesh((jax.device_count(),), ("devices",), axis_types=(AxisType.Auto,))
     text, tx = np.asarray(library_text(200_000)[0]), optimizer()
@@ -114,15 +122,7 @@ def train(args):
             )
             params, state, loss = step(params, state, rows, 1e4 if i == args.bad_step else 1.0)
             if i % args.every == args.every - 1:
-                seen = {
-                    key: float(value)
-                    for key, value in optaxclip.metrics(state.spike, prefix="").items()
-                }
-                if jax.process_index() == 0:
-                    said = "step {}: loss {:.3f}, norm {grad_norm:.3f}, skipped {}".format(
-                        i + 1, float(loss), int(state.skipped_steps), **seen
-                    )
-                    print(said, flush=True)
+                tell(i + 1, float(loss), state)
                 manager.save(i + 1, args=ocp.args.StandardSave((params, state)))
             if i + 1 == args.die_after:
                 manager.wait_until_finished()

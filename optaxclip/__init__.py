@@ -7,9 +7,14 @@ states in `base`.
 """
 
 import difflib
+import functools
+import sys
+from types import ModuleType
+from typing import NoReturn
 
 from optaxclip import (
     actions,
+    aggregation,
     base,
     feeds,
     monitoring,
@@ -72,6 +77,7 @@ __version__ = "0.1.0"
 
 _NAMESPACES = (
     actions,
+    aggregation,
     base,
     feeds,
     loggers,
@@ -90,6 +96,7 @@ __all__ = [
     "adagc",
     "adamw_clip",
     "adaptive_grad_clip",
+    "aggregation",
     "autoclip",
     "band_clip",
     "base",
@@ -159,12 +166,17 @@ _CALLED_ELSEWHERE = {
 }
 
 
-def __getattr__(name: str):
-    """An error that names the nearest name, here or in a namespace."""
-    for room in _NAMESPACES:
-        if not name.startswith("_") and hasattr(room, name):
-            raise AttributeError(f"optaxclip has no {name!r}: write {room.__name__}.{name}")
-    near = difflib.get_close_matches(_CALLED_ELSEWHERE.get(name, name), __all__, n=1)
-    raise AttributeError(
-        f"optaxclip has no {name!r}" + (f": did you mean optaxclip.{near[0]}?" if near else "")
-    )
+def _misspelt(here: ModuleType, name: str) -> NoReturn:
+    """An error that says where the name is, or which is the nearest."""
+    names = vars(here).get("__all__", vars(here))
+    rooms = [room for room in _NAMESPACES if name in vars(room)]
+    near = difflib.get_close_matches(_CALLED_ELSEWHERE.get(name, name), names, n=1)
+    hint = f": did you mean {here.__name__}.{near[0]}?" if near else ""
+    if not name.startswith("_") and (rooms or name in __all__):
+        hint = f": write {rooms[0].__name__ if rooms else __name__}.{name}"
+    raise AttributeError(f"{here.__name__} has no {name!r}{hint}")
+
+
+# Set and not defined: of a module with a `__getattr__` type checkers believe that it has any name.
+for _room in (sys.modules[__name__], *_NAMESPACES):
+    setattr(_room, "__getattr__", functools.partial(_misspelt, _room))  # noqa: B010

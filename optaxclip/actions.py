@@ -1,8 +1,8 @@
-"""What is done about a block: `(norms, bounds) -> factors`, by which blocks are multiplied.
+"""What happens to a block: `(norms, bounds) -> factors`, which blocks are multiplied by.
 
-Each action first says how long the block shall be, then divides. A block that already is that long
-gets a factor of exactly 1 and comes back bit for bit. An action is homogeneous: it depends on the
-ratio of norm and bound alone.
+Each action decides how long the block is to be, then divides. A block that already has that length
+gets a factor of exactly 1 and comes back bit for bit. Actions are homogeneous: a factor depends
+only on the ratio of norm and bound.
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ def _action(rule) -> Part:
 def _factor(lengths, norms):
     """`lengths / norms`; exactly 1 where nothing changes, and for blocks of zeros.
 
-    The division never sees a zero, not even where its result is dropped: `0 / 0` there would poison
-    derivatives.
+    The division never sees a zero, not even where its result is not selected: `0 / 0` there would
+    make derivatives NaN.
     """
-    # `n / n` would be 1 as well, but its derivative, 1/n - n/n², is only about 0.
+    # `n / n` would be 1 as well, but its derivative, 1/n - n/n², is only approximately 0.
     same = (lengths == norms) | (norms == 0)
     return jnp.where(same, 1, lengths / jnp.where(same, 1, norms))
+
+
+def _are_free(bounds):
+    """Where there is no bound."""
+    # Not `isinf`: op by op it makes an infinity, which `jax.debug_infs` takes for an overflow.
+    return bounds > jnp.finfo(bounds.dtype).max
 
 
 @_action
@@ -53,7 +59,7 @@ def normalize(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     >>> actions.normalize(jnp.array([0.5, 2.0]), jnp.array([1.0, 1.0]))
     Array([2. , 0.5], dtype=float32)
     """
-    return _factor(jnp.where(jnp.isinf(bounds), norms, bounds), norms)
+    return _factor(jnp.where(_are_free(bounds), norms, bounds), norms)
 
 
 @_action
@@ -72,7 +78,7 @@ def zero(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 
 @_action
 def keep(norms: jax.Array, bounds: jax.Array) -> jax.Array:
-    """Changes nothing: for a clip that only measures."""
+    """Leaves blocks as they are, for a clip that only measures."""
     return jnp.ones_like(norms)
 
 
@@ -91,17 +97,17 @@ def smooth(p: ArrayLike = 2.0) -> Action:
     Array([0.5 , 0.25], dtype=float32)
     """
     validate.at_least(1, p=p)
-    # The formula has the right limit, but a derivative of NaN.
+    # The formula below has the right limit, but its derivative is NaN.
     if not isinstance(p, jax.Array) and p == math.inf:
         return rescale
 
     def rule(norms, bounds):
-        # The smaller over the larger: no power overflows, and b = 0, b = inf and n = 0 need no case
-        # of their own.
+        # The smaller over the larger, so that no power overflows and b = 0, b = inf and n = 0 need
+        # no special case.
         over = norms > bounds
         ratio = _factor(jnp.where(over, bounds, norms), jnp.where(over, norms, bounds))
-        ratio = jnp.where((norms == 0) | jnp.isinf(bounds), 0, ratio)
-        # Cast: p may be a float64 of NumPy's, or a tracer of the dtype of the parameters.
+        ratio = jnp.where((norms == 0) | _are_free(bounds), 0, ratio)
+        # Cast, because p may be a NumPy float64 or a tracer in the dtype of the parameters.
         power = jnp.asarray(p).astype(ratio.dtype)
         shrink = (1 + ratio**power) ** (-1 / power)
         return jnp.where(over, ratio, 1) * shrink
@@ -114,8 +120,8 @@ def smooth(p: ArrayLike = 2.0) -> Action:
 def band(low: ArrayLike = 0.0, *, floor: ArrayLike = 0.0) -> Action:
     """Keeps a block's length between a floor and its bound: clip(n, max(low · b, floor), b) / n.
 
-    The floor lifts vanishing gradients as the bound holds exploding ones. Zeros stay zeros; where
-    floor and bound contradict each other the bound wins.
+    The floor raises vanishing gradients as the bound limits exploding ones. Zeros stay zeros. If
+    the floor is above the bound, the bound wins.
 
     Args:
       low: the floor as a share of the bound, from 0 to 1.
@@ -132,8 +138,8 @@ def band(low: ArrayLike = 0.0, *, floor: ArrayLike = 0.0) -> Action:
     validate.nonnegative(floor=floor)
 
     def rule(norms, bounds):
-        # Without a bound there is no floor relative to it: 0 · inf would be NaN.
-        relative = jnp.asarray(low).astype(norms.dtype) * jnp.where(jnp.isinf(bounds), 0, bounds)
+        # Without a bound there is no relative floor: 0 · inf would be NaN.
+        relative = jnp.asarray(low).astype(norms.dtype) * jnp.where(_are_free(bounds), 0, bounds)
         lowest = jnp.minimum(jnp.maximum(relative, jnp.asarray(floor, norms.dtype)), bounds)
         return _factor(jnp.clip(norms, lowest, bounds), norms)
 
@@ -145,12 +151,12 @@ def as_action(action: Action | None) -> Action:
     """The action; `rescale` for None.
 
     Raises:
-      ValueError: naming the call and what there is, for what is no function, and for `smooth` and
-        `band` not called.
+      ValueError: naming the call and the choices, if it is not a function, or if it is `smooth` or
+        `band` without parentheses.
     """
     if action is None:
         return rescale
-    if not callable(action) or validate.is_maker(action):
+    if not (validate.is_function(action) or validate.is_part(action, "actions", "per_example")):
         choices = (
             "actions.rescale, actions.normalize, actions.zero, actions.smooth(p), actions.band(low)"
         )

@@ -1,15 +1,15 @@
 """The types of every part and every state, with their shapes. Nothing here computes.
 
-A tree of updates has L measured leaves, which a scope cuts into B blocks. Everything that the parts
+A tree of updates has L measured leaves, which a scope cuts into B blocks. Everything the parts
 exchange has the shape of the norms:
 
     tree           ()        one block, a scalar
-    leaf, groups   (B,)      one entry per block, in the order of the tree; of a leaf that stacks
-                             layers, one per layer
-    units          a list    for each set of leaves alike (n leaves, *one entry per unit), and
-                             for all leaves that are one unit (n leaves,)
+    leaf, groups   (B,)      one entry per block, in tree order; a leaf that stacks layers has one
+                             entry per layer
+    units          a list    one array per set of alike leaves, (n leaves, *one entry per unit),
+                             and one (n leaves,) for all leaves that are a single unit
 
-No part but the scope knows which of these it is given.
+Only the scope knows which of these it is given.
 """
 
 from __future__ import annotations
@@ -30,19 +30,18 @@ Norms = Any
 # `(norms, bounds) -> factors`, element by element; a block is multiplied by its factor.
 Action = Callable[[jax.Array, jax.Array], jax.Array]
 
-# `(norms, bounds) -> norms`: what a statistic learns of norms; infinity and NaN stand for
-# "nothing".
+# `(norms, bounds) -> norms`: what a statistic learns from; infinity and NaN mean "nothing".
 Feed = Callable[[jax.Array, jax.Array], jax.Array]
 
 # What may be given as a bound: a number, array or tracer from 0 to inf, a schedule (a function of
-# the step), or an optax transformation of norms into bounds, whose `params` are the parameters'
-# norms.
+# the step), or an optax transformation of norms into bounds, whose `params` are the norms of the
+# parameters.
 Threshold = optax.GradientTransformation | optax.Schedule | ArrayLike
 
 # Which leaves to leave alone: a regular expression searched in the path, or a predicate of paths.
 Exclude = str | Callable[[str], bool] | None
 
-# What becomes of a block that is not finite: all NaN, or all zeros.
+# What a block that is not finite becomes: all NaN, or all zeros.
 Nonfinite = Literal["propagate", "zero"]
 
 # The mesh axes that share one norm: a name, a tuple of names, a function of the path, or a tree.
@@ -60,20 +59,24 @@ Stacked = str | Callable[[str], bool] | Mapping[Any, int | tuple[int, ...]]
 
 
 def annotate(function: _F, **facts: Any) -> _F:
-    """The function, with facts about it as attributes, so that nobody has to read its closure."""
+    """Sets facts about a function as attributes, so that nobody has to read its closure."""
     for name, fact in facts.items():
         setattr(function, name, fact)
     return function
 
 
 class Part:
-    """A part that is a function, and shows itself as one writes it: `feeds.raw`."""
+    """A part that is a function, and whose repr is how one writes it: `feeds.raw`."""
 
     def __init__(self, name: str, rule: Callable[..., Any]):
         functools.update_wrapper(self, rule)
         self.name, self.rule = name, rule
 
     def __call__(self, *args):
+        if not args:  # called where it is to be passed: `actions.zero()`
+            raise TypeError(
+                f"{self.name} is passed as it is: write {self.name}, without parentheses."
+            )
         return self.rule(*args)
 
     def __repr__(self) -> str:
@@ -85,11 +88,12 @@ class Norm(NamedTuple):
 
     Attributes:
       name: how one writes it.
-      lift: `|x|ᵖ`, what each number contributes; real, 0 for 0.
-      pool: how contributions meet, within a leaf and across leaves and devices: "sum" or "max".
+      lift: `|x|ᵖ`, what each number contributes; real, and 0 for 0.
+      pool: how contributions are combined within a leaf and across leaves and devices: "sum" or
+        "max".
       finish: `(pool, count) -> length`, given the number of elements.
       slope: `(x / length, count) -> d length / dx`, element by element.
-      power: p, which tells in what range of x the pool neither overflows nor vanishes.
+      power: p; it determines the range of x in which the pool neither overflows nor underflows.
     """
 
     name: str
@@ -104,10 +108,10 @@ class Norm(NamedTuple):
 
 
 class SizedView(NamedTuple):
-    """A view that asks of the parameters only how large their leaf is, wherever its parts lie.
+    """A view that needs only the size of the parameters of a leaf, however these are sharded.
 
     Attributes:
-      norm: how large.
+      norm: how that size is measured.
       see: `(leaf, size) -> array of the leaf's shape`.
     """
 
@@ -120,10 +124,10 @@ class Blocks(NamedTuple):
 
     Attributes:
       names: (B,) the names of the blocks; None for `tree` and `units`, whose blocks have none.
-      index: (L,) the block of each leaf; of a leaf that stacks layers that of the first layer,
-        behind which those of the others follow; empty for `units`.
-      axes: (L,) the axes of each leaf that one unit or layer spans; None for blocks of whole
-        leaves.
+      index: (L,) the block of each leaf; for a leaf that stacks layers the block of its first
+        layer, which the other layers follow; empty for `units`.
+      axes: (L,) the axes of each leaf that one unit or layer spans; None if blocks are made of
+        whole leaves.
     """
 
     names: tuple[str, ...] | None
@@ -156,15 +160,16 @@ class Scope(NamedTuple):
 class Metrics(NamedTuple):
     """What the last update did, and how often.
 
-    The first six fields have the shape of the norms, for `units` that of all units: they are
-    sharded as the leaf, and reduced only where they are read. A clip that does not measure has None
-    where it would have to.
+    The first six fields have the shape of the norms. For `units` they are sharded like the leaves
+    and reduced only when they are read. Fields that a clip would have to measure for are None if
+    it does not measure.
 
     Attributes:
       grad_norm: the norm before the clip, float32 (float64 for float64 leaves).
-      clip_bound: the bound that it was held against.
+      clip_bound: the bound it was compared with.
       clip_factor: what the block was multiplied by.
-      clipped_share: 1 if the norm was over the bound, else 0; of elements their share.
+      clipped_share: 1 if the norm was over the bound, else 0; for value clipping the share of
+        elements clipped.
       clipped_steps: int32, the steps on which the norm was over the bound.
       nonfinite_steps: int32, the steps on which the norm was NaN or infinite.
       total_steps: int32 scalar, all steps.

@@ -1,24 +1,24 @@
 """Where the four parts meet.
 
-Every clip in this library answers four questions, and each answer is a part of its own:
+Every clip in this library answers four questions, and each answer is a separate part:
 
     scope      which numbers share one norm?          scopes.tree, leaf, groups, stacked,
                                                       units, element
     norm       how long is a block?                   norms.l2, l1, linf, rms, lp(p)
     threshold  how long may it be?                    a number, a schedule, or an optax
                                                       transformation of norms into bounds
-    action     what is done about one that is longer? actions.rescale, normalize, zero,
+    action     what happens to a longer one?          actions.rescale, normalize, zero,
                                                       smooth(p), band(low)
 
-Data goes one way, once: the updates are cut into blocks and measured in one read, the threshold
-makes bounds of the norms, the action makes factors of both, and each leaf is multiplied by the
+Data flows one way, once: the updates are cut into blocks and measured in one read, the threshold
+turns norms into bounds, the action turns both into factors, and each leaf is multiplied by the
 factor of its block.
 
     updates --cut, measure--> norms --threshold--> bounds --action--> factors --multiply--> updates
 
-Norms, bounds and factors have one shape (see `optaxclip.base`), so no part needs to know which
-scope it serves. How the sum and the multiply are written for which compiler is the affair of
-`optaxclip.xla`, and of nobody else.
+Norms, bounds and factors have the same shape (see `optaxclip.base`), so no part needs to know the
+scope. How the sum and the multiply are written for each compiler is decided in `optaxclip.xla` and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -69,33 +69,33 @@ def clip_by(
       scope: which numbers share one norm: `scopes.tree`, `scopes.leaf`, `scopes.groups(label)`,
         `scopes.stacked(where)`, `scopes.units(axes)`, or `scopes.element`, each by itself.
       norm: how long a block is: `norms.l2`, `l1`, `linf`, `rms`, or a number p for the p-norm.
-      action: what is done: `actions.rescale` (None: `optax.inject_hyperparams` takes a function for
-        a schedule, so none is the default), `normalize`, `zero`, `smooth(p)`, `band(low)`, or a
-        function `(norms, bounds) -> factors`.
-      view: what is measured in place of the updates: a function of a leaf and its parameters, both
-        in float32 at least, that returns an array of that shape, such as
-        `lambda g, w: g / (abs(w) + 1e-3)`. Inside `shard_map` it is given the parts on one device;
-        what needs the size of whole leaves is a `base.SizedView`.
+      action: what happens to a block that is too long: `actions.rescale`, `normalize`, `zero`,
+        `smooth(p)`, `band(low)`, or a function `(norms, bounds) -> factors`. None means `rescale`:
+        a function as the default would be taken for a schedule by `optax.inject_hyperparams`.
+      view: what is measured instead of the updates: a function of a leaf and its parameters, both
+        in at least float32, that returns an array of the same shape, such as
+        `lambda g, w: g / (abs(w) + 1e-3)`. Inside `shard_map` it sees the part on one device; a
+        view that needs the size of whole leaves is a `base.SizedView`.
       exclude: leaves to leave alone, neither measured nor changed: a regular expression searched in
         the path, or a predicate of the path.
-      nonfinite: what becomes of a block with NaN or inf in it: "propagate" makes all of it NaN,
-        "zero" makes all of it exact zeros. No statistic of a threshold moves either way. A block
-        whose norm is beyond the largest float, or whose factor is below the smallest normal one
+      nonfinite: what happens to a block that contains NaN or inf: "propagate" makes all of it NaN,
+        "zero" sets all of it to exact zeros. Neither moves the statistics of a threshold. A block
+        whose norm exceeds the largest float, or whose factor is below the smallest normal float
         (1e-38), counts as not finite.
       axis_names: inside `shard_map(check_vma=False)`, `pmap` or `vmap(axis_name=...)`, the mesh
         axes over which the gradients are spread: a name or tuple of names, a function of the path,
         or a tree of these. () if they are already the same on every device. Not needed under plain
-        `jit`, nor where `shard_map` keeps types.
+        `jit`, nor in `shard_map` with `check_vma=True`.
 
     Returns:
       A `GradientTransformationExtraArgs` with a `ClipState`. `update(updates, None)` starts from a
       fresh state where the threshold keeps none.
 
     Raises:
-      ValueError: for a threshold that is negative, NaN, a boolean or a string; for a scope, norm,
-        action, `exclude` or `nonfinite` that is not a valid value; at the update, for the state of
-        something else, if the tree's blocks are not those of `init`, or if the parameters are
-        needed and not passed.
+      ValueError: for a threshold that is negative, NaN, a boolean or a string; for an invalid
+        scope, norm, action, `exclude` or `nonfinite`; at the update, for the state of another
+        transformation, for blocks other than those of `init`, or if parameters are needed but not
+        passed.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> from optaxclip import actions, scopes
@@ -106,7 +106,7 @@ def clip_by(
     """
     threshold, norm, action = as_threshold(threshold=threshold), as_norm(norm), as_action(action)
     validate.choice(("propagate", "zero"), nonfinite=nonfinite)
-    # A Python number: a jax array, made here while somebody traces, would leak into later updates.
+    # A Python number: a jax array made here during a trace would leak into later updates.
     bad = np.nan if nonfinite == "propagate" else 0.0
 
     def measure(leaves: Leaves, layout: xla.Layout) -> Norms:
@@ -114,7 +114,7 @@ def clip_by(
 
     def act(leaves: Leaves, layout: xla.Layout, lengths: Norms, bounds: Norms):
         step = decide(lengths, bounds, action, bad)
-        # 0 · inf is NaN. So exact zeros take a select, for which only this policy has to pay.
+        # 0 · inf is NaN, so exact zeros need a select. Only this policy pays for it.
         return xla.scale(leaves.arrays, step.factors, layout=layout, zeros=bad == 0), step
 
     description = Description(as_scope(scope), norm, threshold, action, view, exclude, nonfinite)
@@ -122,19 +122,19 @@ def clip_by(
 
 
 def decide(norms: Norms, bounds: Norms, action: Action, bad: float) -> Step:
-    """One factor per block; `bad` for one that is not finite. Negative bounds count as 0."""
-    # Units: one array for each set of leaves alike, whose shapes differ.
+    """One factor per block; `bad` if the block is not finite. Negative bounds count as 0."""
+    # Norms of units are one array per set of alike leaves, of different shapes.
     if isinstance(norms, list):
         rows = [decide(n, b, action, bad) for n, b in zip(norms, bounds, strict=True)]
         return Step(*map(list, zip(*rows, strict=True))) if rows else Step([], [], [], [], [])
-    # A threshold of the user's, such as mean - σ, may go below 0, and a negative factor would turn
-    # descent into ascent.
+    # A threshold such as mean - σ may go below 0, and a negative factor would turn descent into
+    # ascent.
     bounds = jnp.maximum(bounds.astype(norms.dtype), 0)
     finite = jnp.isfinite(norms)
-    # Actions never see NaN: its derivative is NaN, even where the factor itself is replaced below.
+    # Actions never see NaN: the derivative would be NaN, even where the factor is replaced below.
     factors = action(jnp.where(finite, norms, 0), bounds).astype(norms.dtype)
-    # XLA flushes a factor below the smallest normal float to zero: the block would vanish in
-    # silence. Whether it is so small is asked of the norm, since of the factor nothing is left.
+    # XLA flushes a factor below the smallest normal float to zero, and the block would silently
+    # vanish. This is read off norm and bound, because the factor itself is already 0.
     vanishes = (bounds > 0) & (bounds < norms * jnp.finfo(norms.dtype).tiny)
     fine = finite & jnp.isfinite(factors) & ~vanishes
     factors = xla.poison(fine, factors) if np.isnan(bad) else jnp.where(fine, factors, 0)

@@ -1,7 +1,7 @@
-"""The one engine: measures, asks the threshold, acts, records.
+"""The engine of every clip: measure, ask the threshold, act, record.
 
-Every clip is this engine with a scope, a threshold and a `Rule`, which says what is measured and
-what is done. An update reads from top to bottom in `build`.
+A clip is this engine with a scope, a threshold and a `Rule`, which says what is measured and how
+the leaves are changed. Read an update from top to bottom in `build`.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from optaxclip.base import (
 )
 from optaxclip.record import Step, fresh_metrics, pack_names, record
 from optaxclip.scopes import leaf, tree
-from optaxclip.states import ParamsMemory, StateGuard
+from optaxclip.states import ParamsMemory, StateGuard, init_inside
 from optaxclip.thresholds.blocks import hold, reads_params
 from optaxclip.trees import Leaves, drop_gradientless, match_params, select
 
 
 class Description(NamedTuple):
-    """What a transformation is made of, for whoever reads a chain: `tx.update.description`.
+    """What a transformation is made of, for code that inspects a chain: `tx.update.description`.
 
     Attributes:
       scope, norm, threshold, action, view, exclude: as given to `clip_by`; None where there is no
         such part.
       nonfinite: as given to `clip_by`.
-      kind: "blocks": each block is multiplied by what `action` says; "elements": each element is
-        put between limits; "other": anything else, such as a clip with a memory.
+      kind: "blocks": each block is multiplied by the factor from `action`; "elements": each
+        element is limited by itself; "other": anything else, such as a clip with memory.
       name: the public call.
       inner: what a wrapper holds.
     """
@@ -60,7 +60,7 @@ class Description(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What tells one clip from another, beside scope and threshold.
+    """What distinguishes one clip from another, besides scope and threshold.
 
     Attributes:
       measure: `(leaves, layout) -> norms`; None if nothing is measured, and the threshold does not
@@ -77,9 +77,9 @@ class Rule(NamedTuple):
 def build(
     about: Description, rule: Rule, axis_names: AxisNames | None
 ) -> optax.GradientTransformationExtraArgs:
-    """The clip that is made of a scope and a threshold, which `about` holds, and a rule."""
+    """Makes a clip from a rule and the scope and threshold in `about`."""
     validate.exclude(about.exclude)
-    # Noted while the public call runs: at the update nobody knows any more which it was.
+    # Read now, while the public call is running: at the update its name is no longer known.
     about = about._replace(name=validate.called())
     memory = ParamsMemory(about.name, needed=about.scope is not tree)
     threshold = about.threshold
@@ -100,28 +100,33 @@ def build(
 
     def clip(leaves: Leaves, arrays: list[jax.Array], rest: tuple[ClipState, Any, dict[str, Any]]):
         leaves, (state, params, extra_args) = leaves._replace(arrays=arrays), rest
-        layout = _lay_out(about, rule, leaves, axis_names)
-        # The dtype of `init`, whose parameters may be wider than the gradients.
+        # Without a measurement devices have nothing to agree on, and no axis names are needed.
+        span = xla.NOWHERE
+        if rule.measure is not None:
+            span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
+        layout = lay_out(about.scope, leaves.paths, leaves.shapes, span)
+        # The dtype chosen at `init`, where the parameters may have been wider than the gradients.
         known = jax.tree.leaves(state.metrics.clip_bound)
         dtype = known[0].dtype if known else xla.accumulator(leaves.arrays)
         norms, param_norms = _measure(about, rule, leaves, layout, params, dtype)
-        # The names for thresholds by name; all that is said to a threshold of its scope.
+        # For thresholds by name. It is all that a threshold is told about the scope.
         extra_args = {**extra_args, "block_names": layout.blocks.names}
         bounds, new = threshold.update(norms, state.threshold, param_norms, **extra_args)
         arrays, done = rule.act(leaves, layout, norms, bounds)
-        # Here, and not in the thresholds: so a NaN moves none of them, the user's and Optax's
-        # included.
+        # Done here and not in each threshold, so that a NaN does not move any of them, including
+        # those of users and of Optax.
         new = hold(threshold.init, norms, new, state.threshold)
         return arrays, ClipState(new, record(state.metrics, done))
 
     annotate(update_fn, description=about)
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """As `optax.chain`, for a public call that returns the whole, and speaks for it."""
+    """`optax.chain` for a public call that returns the whole chain: errors name that call."""
     call, tx = validate.called(), optax.chain(*parts)
-    guard = StateGuard(call, tuple, tx.init)
+    init_fn = functools.partial(init_inside, call, tx)
+    guard = StateGuard(call, tuple, init_fn)
 
     def update_fn(updates, state, params=None, **extra_args):
         like = drop_gradientless(params, updates)
@@ -129,17 +134,17 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
         return tx.update(updates, state, None if params is None else like, **extra_args)
 
     annotate(update_fn, description=Description(kind="other", name=call, inner=tx))
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def description_of(tx: optax.GradientTransformation) -> Description:
-    """How one of our own transformations describes itself."""
+    """The description of a transformation of ours; an empty one for any other."""
     return getattr(tx.update, "description", Description())
 
 
 def _start(about: Description, rule: Rule, params: Any) -> ClipState:
     leaves = select(params, about.exclude)
-    # Devices do not matter yet: they change how many elements a block has, not how many blocks.
+    # Devices do not matter yet: they change the size of a block, not the number of blocks.
     layout = lay_out(about.scope, leaves.paths, leaves.shapes)
     norms = _zeros(layout, xla.accumulator(leaves.arrays))
     names, measured = pack_names(layout.blocks.names or ()), rule.measure is not None
@@ -148,8 +153,8 @@ def _start(about: Description, rule: Rule, params: Any) -> ClipState:
 
 
 def _accept(guard: StateGuard, state: Any, updates: Any) -> ClipState:
-    """The state, if it is one for these updates; for None a fresh one, if no history is lost."""
-    # Optax's own clips are stateless, and code that uses them passes None.
+    """Checks the state; None becomes a fresh state if the threshold has no history to lose."""
+    # Optax's own clips are stateless, and code written for them passes None.
     if state is None:
         fresh = guard.init(updates)
         if not jax.tree.leaves(fresh.threshold):
@@ -158,20 +163,12 @@ def _accept(guard: StateGuard, state: Any, updates: Any) -> ClipState:
     return state
 
 
-# An update that is not jitted would sort the same leaves into blocks at every step. Nothing that is
-# cached holds an array or a tracer. Bounded, as every `scopes.groups()` is a key of its own.
+# Cached, because an update without `jit` would sort the same leaves into blocks at every step. No
+# entry holds an array or a tracer. The size is bounded, as each `scopes.groups()` is a new key.
 @functools.lru_cache(maxsize=256)
 def lay_out(scope: Scope, paths, shapes, span: xla.Span = xla.NOWHERE) -> xla.Layout:
-    """The layout of a tree, cut by a scope; kept, as each update without `jit` asks for it."""
+    """The layout of a tree that is cut by a scope."""
     return xla.lay_out(scope.cut(paths, shapes), paths, shapes, span)
-
-
-def _lay_out(about: Description, rule: Rule, leaves: Leaves, axis_names) -> xla.Layout:
-    # What measures nothing has nothing to agree on with other devices, and needs no axis names.
-    span = xla.NOWHERE
-    if rule.measure is not None:
-        span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
-    return lay_out(about.scope, leaves.paths, leaves.shapes, span)
 
 
 def _measure(about: Description, rule: Rule, leaves: Leaves, layout, params, dtype):
@@ -181,10 +178,10 @@ def _measure(about: Description, rule: Rule, leaves: Leaves, layout, params, dty
         if rule.measure is None:
             return _zeros(layout, dtype)
         norms = rule.measure(leaves._replace(arrays=arrays), layout)
-        # A state that changes its dtype cannot be carried through `lax.scan`.
+        # A state whose dtype changes cannot be carried through `lax.scan`.
         return jax.tree.map(lambda n: n.astype(dtype), norms)
 
-    # A second read of as many bytes as the gradients: only for thresholds that may look at it.
+    # This reads as many bytes again as the gradients, so only for thresholds that may use it.
     read = params is not None and reads_params(about.threshold)
     if about.view is None and not read:
         return norms_of(leaves.arrays), None
@@ -195,11 +192,11 @@ def _measure(about: Description, rule: Rule, leaves: Leaves, layout, params, dty
 
 
 def _look(view: View | SizedView, leaves: Leaves, own: list[jax.Array], span: xla.Span):
-    """What is measured in place of the updates, given their parameters."""
+    """What is measured instead of the updates, given their parameters."""
     wide = [xla.widen(g) for g in leaves.arrays]
     if not isinstance(view, SizedView):
         return [view(g, xla.widen(w)) for g, w in zip(wide, own, strict=True)]
-    # Not by the view: of a leaf that is spread over devices it would see one part.
+    # Not measured by the view itself, which sees only the part of a leaf that is on this device.
     sizes = xla.measure(view.norm, own, lay_out(leaf, leaves.paths, leaves.shapes, span))
     return [view.see(g, size) for g, size in zip(wide, sizes, strict=True)]
 

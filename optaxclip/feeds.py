@@ -1,4 +1,4 @@
-"""What a statistic learns of norms: `(norms, bounds) -> norms`.
+"""What a statistic learns from a norm: `(norms, bounds) -> norms`.
 
 Infinity and NaN mean "nothing".
 """
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from optaxclip.base import Part
 
 
-# A feed says infinity, and not "skip": it is one vector operation for all blocks, of which some
-# learn.
+# "Nothing" is a value, not a branch: a feed is one vector operation for all blocks, and some of
+# them learn.
 def _feed(rule):
     return Part(f"feeds.{rule.__name__}", rule)
 
@@ -34,8 +34,8 @@ def clipped(norms: jax.Array, bounds: jax.Array) -> jax.Array:
 @_feed
 def accepted(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     """Only norms within the bound. A lasting change is not learned: give it `relearn_after`."""
-    # Not `norms > bounds` the other way round: NaN is over no bound, and would pass. Not NaN for
-    # "nothing", which `jax.debug_nans` takes for a fault.
+    # Not the negation of `norms > bounds`, which a NaN would pass. Infinity and not NaN for
+    # "nothing", as `jax.debug_nans` would report a NaN.
     return jnp.where(norms <= bounds, norms, math.inf)
 
 

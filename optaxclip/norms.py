@@ -1,8 +1,8 @@
 """How long a block is.
 
-A norm is what each number contributes, `|x|ᵖ`, how contributions meet, and what makes a length of
-them. Its derivative is stated, not derived: at a block of zeros the norm has a kink, and the slope
-there is 0, so that a clip is the identity near a zero gradient.
+A norm says what each number contributes, `|x|ᵖ`, how contributions are combined, and how the result
+becomes a length. Its derivative is stated explicitly. At a block of zeros, where the norm has a
+kink, the slope is set to 0, so that a clip is the identity near a zero gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from optaxclip.validate import fail, named
 
 
 def _square(x):
-    # Not |x|²: the modulus of a complex number takes a root, which is then squared away.
+    # Not |x|²: the modulus of a complex number would take a root only to square it again.
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
@@ -34,7 +34,8 @@ linf = Norm(
     jnp.abs,
     "max",
     lambda pool, count: pool,
-    lambda u, count: jnp.where(jnp.abs(u) >= 1, jnp.sign(u), 0),
+    # Not `>= 1`: XLA may divide by way of an inverse, which rounds, and then no element is 1.
+    lambda u, count: jnp.where(jnp.abs(u) >= 1 - 2 * jnp.finfo(u.dtype).eps, jnp.sign(u), 0),
     1.0,
 )
 
@@ -43,14 +44,14 @@ rms = Norm(
     "norms.rms",
     _square,
     "sum",
-    # A leaf of size 0 has a norm of 0, as under the other norms, and not 0 / 0.
+    # A leaf of size 0 has a norm of 0, as with the other norms, and not 0 / 0.
     lambda pool, count: jnp.sqrt(pool / jnp.maximum(count, 1)),
     lambda u, count: u / count,
     2.0,
 )
 
 
-# One object for each p: norms are compared where compiled functions are looked up.
+# Cached, because norms are static arguments of jitted functions: a new object would recompile.
 @functools.cache
 def _power(p: float) -> Norm:
     def slope(u, count):

@@ -1,4 +1,4 @@
-"""What a clip did: the record in its state, and how to read it out of any optimizer's state."""
+"""What a clip did: the record in its state, and how to find it in the state of any optimizer."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip.base import Metrics, Norms
-from optaxclip.trees import pack_names, unpack_names
+from optaxclip.trees import is_variable, pack_names, unpack_names
 
 
 class Step(NamedTuple):
-    """What one update did, each in the shape of the norms; None where it was not measured.
+    """What one update did. Each field has the shape of the norms, or is None if not measured.
 
     Attributes:
       norms: of the blocks.
-      bounds: that they were held against.
-      factors: that they were multiplied by.
-      over: 1 where a norm was over its bound, else 0; of elements the share.
+      bounds: what the norms were compared with.
+      factors: what the blocks were multiplied by.
+      over: 1 where a norm was over its bound, else 0; for value clipping the share of elements.
       bad: whether a block counted as not finite.
     """
 
@@ -35,14 +35,14 @@ class Step(NamedTuple):
 def fresh_metrics(
     norms: Norms, blocks: Any, *, measured: bool = True, bounded: bool = True
 ) -> Metrics:
-    """The record before the first update. No two fields share a buffer: states are donated."""
+    """The record before the first update. No two fields share a buffer: it may be donated."""
 
     def fill(value, dtype=None):
         return jax.tree.map(lambda n: jnp.full(n.shape, value, dtype or n.dtype), norms)
 
     return Metrics(
         grad_norm=fill(0) if measured else None,
-        # Not infinity, which `jax.debug_infs` takes for an overflow.
+        # Not infinity, which `jax.debug_infs` would report as an overflow.
         clip_bound=fill(0) if bounded else None,
         clip_factor=fill(1) if measured else None,
         clipped_share=fill(0) if measured else None,
@@ -53,35 +53,24 @@ def fresh_metrics(
     )
 
 
-# Jitted, so that an update that is not dispatches this as one program and not as a dozen; `inline`
-# leaves no trace of that under a `jit` of the user's.
+# Jitted, so that an update without `jit` dispatches one program instead of a dozen. With `inline`
+# nothing of this shows in a program of the user's.
 @functools.partial(jax.jit, inline=True)
 def record(old: Metrics, step: Step) -> Metrics:
     """The record after one more update.
 
-    Nothing is reduced over units here, but where the record is read: on a mesh that would be a
-    collective at every step for each of maximum, minimum and sum.
+    Fields of units are not reduced here but when they are read: on a mesh each maximum, minimum and
+    mean would be a collective at every step.
     """
-
-    # A bound of a foreign threshold may be wider; a state must keep its dtypes to be carried.
-    def cast(new, old):
-        return jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
-
-    # An infinite norm is over every bound, but was not clipped: it counts once, as not finite.
-    def count_clipped(n, over, bad):
-        return _count(n, (over > 0) & ~bad)
-
-    total = _count(old.total_steps, True)
-    if step.norms is None:
-        return old._replace(clip_bound=cast(step.bounds, old.clip_bound), total_steps=total)
+    # A user's threshold may return wider bounds, but the dtypes of a state must not change.
+    seen = jax.tree.map(lambda new, old: new.astype(old.dtype), step[:4], old[:4])
+    # An infinite norm exceeds every bound, but was not clipped: it only counts as not finite.
+    clipped = jax.tree.map(lambda over, bad: (over > 0) & ~bad, step.over, step.bad)
     return Metrics(
-        grad_norm=cast(step.norms, old.grad_norm),
-        clip_bound=cast(step.bounds, old.clip_bound),
-        clip_factor=cast(step.factors, old.clip_factor),
-        clipped_share=cast(step.over, old.clipped_share),
-        clipped_steps=jax.tree.map(count_clipped, old.clipped_steps, step.over, step.bad),
+        *seen,
+        clipped_steps=jax.tree.map(_count, old.clipped_steps, clipped),
         nonfinite_steps=jax.tree.map(_count, old.nonfinite_steps, step.bad),
-        total_steps=total,
+        total_steps=_count(old.total_steps, True),
         blocks=old.blocks,
     )
 
@@ -91,28 +80,23 @@ def _count(count: jax.Array, one_more) -> jax.Array:
     return jnp.where(one_more, optax.safe_increment(count), count)
 
 
-def _is_variable(x: Any) -> bool:
-    # By its attributes: Flax is no dependency, and has renamed the class.
-    return hasattr(type(x), "get_metadata") or hasattr(x, "raw_value")
-
-
 def to_arrays(tree: Any) -> Any:
-    """A tree of arrays, out of the variables that Flax's `nnx.Optimizer` wraps them in."""
-    return jax.tree.map(lambda x: x[...] if _is_variable(x) else x, tree, is_leaf=_is_variable)
+    """Unwraps the variables in which Flax's `nnx.Optimizer` holds the arrays of a state."""
+    return jax.tree.map(lambda x: x[...] if is_variable(x) else x, tree, is_leaf=is_variable)
 
 
 def metrics_of(state: Any) -> Metrics:
-    """The record of a `ClipState`, or of what a checkpoint library restored in its place."""
+    """The record of a `ClipState`, or of what a checkpoint library restored instead of one."""
     return state.metrics
 
 
 def find_nodes(opt_state: Any, *kinds: type) -> list:
-    """All nodes of these kinds in a state, in order, as plain arrays; none inside another."""
+    """All nodes of these types in a state, in order, as plain arrays; not those inside another."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
     return [to_arrays(x) for x in nodes if isinstance(x, kinds)]
 
 
-# For each key of `metrics` the field, and what stands for all of several blocks.
+# For each key of `metrics` the field, and how the values of several blocks become one.
 _KEYS: dict[str, tuple[str, Callable[..., Any]]] = {
     "grad_norm": ("grad_norm", jnp.max),
     "bound": ("clip_bound", jnp.min),
@@ -125,7 +109,7 @@ _KEYS: dict[str, tuple[str, Callable[..., Any]]] = {
 
 def scalars_of(m: Metrics, prefix: str) -> dict[str, jax.Array]:
     """The record of one clip as a flat dict of scalars, each with the shape of a batch of runs."""
-    # The steps are one number per run: what rank they have is that of a `vmap` over runs.
+    # There is one step counter per run, so its rank is that of the batch of runs under `vmap`.
     names, batch = unpack_names(m.blocks), jnp.ndim(m.total_steps)
     total = jnp.maximum(m.total_steps, 1)
     out = {prefix + "steps": m.total_steps}
@@ -134,20 +118,20 @@ def scalars_of(m: Metrics, prefix: str) -> dict[str, jax.Array]:
         if value is None:
             continue
         value = _of_blocks(value, batch)
-        # A tree without a block: there is no maximum of nothing.
+        # A tree without blocks: the maximum of nothing is undefined.
         if not value.size:
             continue
         if key == "clipped_fraction":
             value = value / total.reshape(total.shape + (1,) * (value.ndim - batch))
         out[prefix + key] = reduce(value, axis=-1) if value.ndim > batch else value
-        # Parameters that are one bare array have the path "": the key above has said all.
+        # Parameters that are one bare array have the path "", and the key above says it all.
         if names != ("",):
             out |= {f"{prefix}{key}/{name}": value[..., i] for i, name in enumerate(names)}
     return out
 
 
 def _of_blocks(value: Any, batch: int) -> jax.Array:
-    """A field with one axis of blocks behind those of the batch; of units those of all leaves."""
+    """A field with one axis of blocks after the batch axes; units of all leaves are joined."""
     if not isinstance(value, list | tuple):
         return value
     parts = [x.reshape(*x.shape[:batch], -1) for x in value]
@@ -156,7 +140,7 @@ def _of_blocks(value: Any, batch: int) -> jax.Array:
 
 
 def number_keys(found: list, read: Callable[[Any, str], dict], prefix: str) -> dict[str, jax.Array]:
-    """The scalars of all that was found, numbered behind the prefix if there are several."""
+    """The scalars of everything found, numbered after the prefix if there are several."""
     if len(found) == 1:
         return read(found[0], prefix)
     return {

@@ -1,66 +1,102 @@
-"""States that are not ours are refused in words, before they fail inside JAX."""
+"""Refuses foreign states with a clear error, before they fail inside JAX."""
 
 from __future__ import annotations
 
+import re
+import threading
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import optax
 
 from optaxclip.trees import unpack_names
 
-_ADVICE = (
-    "initialise with state = tx.init(params), and keep what update returns. For a checkpoint from"
-    " before the clip see docs/old-checkpoints.md."
-)
+_ADVICE = "initialise with state = tx.init(params), and keep what update returns."
+_CHECKPOINT = "For a checkpoint from before the clip see docs/old-checkpoints.md."
+# Threads may build clips at the same time, and a set must not change while it is iterated.
+_LOCK = threading.Lock()
+_FILTER = "eqx.filter(model, eqx.is_inexact_array)"
 
 
 class StateGuard:
     """Refuses a state that `init` of the same transformation would not have made.
 
     Compared are the fields and the shapes of all arrays, not types: a checkpoint library may
-    restore another type with the same fields. A state that was accepted once is not looked into
-    again.
+    restore another type with the same fields. What `init` made, or what was accepted once, is known
+    by its structure and shapes, and not compared again.
     """
 
+    # All guards, to name the transformation that made a foreign state. Weak references, because a
+    # guard holds on to its transformation.
+    alive: ClassVar[weakref.WeakSet[StateGuard]] = weakref.WeakSet()
+
     def __init__(self, what: str, kind: type, init: Callable[[Any], Any]):
-        self.what, self.kind, self.init = what, kind, init
-        self.accepted: set[Any] = set()
+        self.what, self.fields, self._make = what, getattr(kind, "_fields", ()), init
+        self.known: set[Any] = set()
+        with _LOCK:
+            self.alive.add(self)
+
+    def init(self, params: Any) -> Any:
+        """The state of `init`, which the first update need not look into."""
+        state = self._make(params)
+        self.known.add(_outline(state, params))
+        return state
 
     def check(self, state: Any, updates: Any) -> None:
         """Raises ValueError unless the state is one for these updates."""
         if state is None:
             raise missing(self.what)
-        if not all(hasattr(state, field) for field in getattr(self.kind, "_fields", ())):
-            raise ValueError(
-                f"{self.what}: this is not the state of a {self.what} but {kind_of(state)}:"
-                f" {_ADVICE}"
-            )
-        # The structure, which holds no array alive. To trace `init` at every step would cost more
-        # than the step, where an update is not jitted.
-        key = jax.tree.structure((state, updates))
-        if key not in self.accepted:
+        if not all(hasattr(state, field) for field in self.fields):
+            but = f"this is not a state of {self.what} but {kind_of(state)}"
+            raise self._refuse(but, state, updates)
+        # To trace `init` would cost more than the step, where an update is not jitted.
+        outline = _outline(state, updates)
+        if outline not in self.known:
             self._compare(state, updates)
-            self.accepted.add(key)
+            self.known.add(outline)
 
     def _compare(self, state: Any, updates: Any) -> None:
-        # Shapes, and closed over: `eval_shape` takes no functions or strings as arguments, which an
-        # unfiltered model has, and returns none.
+        # Shapes, in a closure: as arguments or results `eval_shape` would refuse the functions and
+        # strings of an unfiltered model.
         shapes = jax.tree.map(_shape, updates)
-        fresh = jax.eval_shape(lambda: jax.tree.map(_to_array, self.init(shapes)))
-        # Names first: "new are ['head/bias']" says more than a shape that differs.
+        fresh = jax.eval_shape(lambda: jax.tree.map(_to_array, self._make(shapes)))
+        # Compare names first: "new are ['head/bias']" says more than a shape that differs.
         if hasattr(fresh, "metrics"):
-            check_names(self.what, *(unpack_names(x.metrics.blocks) for x in (fresh, state)))
+            new, known = (unpack_names(x.metrics.blocks) for x in (fresh, state))
+            if bool(new) != bool(known):
+                raise self._refuse(_of_another_scope(named_updates=bool(new)), state, updates)
+            check_names(self.what, new, known)
         want, got = _shapes(fresh), _shapes(state)
         if want != got:
-            wrong = [path for path in (*want, *got) if want.get(path) != got.get(path)]
-            raise ValueError(
-                f"{self.what}: this state was not made by tx.init of this transformation for this"
-                f" tree. At {wrong[0] or 'the top'} it has {got.get(wrong[0], 'nothing')}, and"
-                f" needs {want.get(wrong[0], 'nothing')}: {_ADVICE} Of an Equinox model initialise"
-                " eqx.filter(model, eqx.is_inexact_array)."
+            wrong = next(path for path in (*want, *got) if want.get(path) != got.get(path))
+            has, needs = got.get(wrong, "nothing"), want.get(wrong, "nothing")
+            but = (
+                "this state was not made by tx.init of this transformation for this tree, at"
+                f" {wrong or 'the top'} it has {has}, and needs {needs}"
             )
+            raise self._refuse(but, state, updates)
+
+    def _refuse(self, but: str, state: Any, updates: Any) -> ValueError:
+        """The error for a foreign state, with what it looks like and what to do about it."""
+        outline = _outline(state, updates)
+        with _LOCK:
+            makers = {guard.what for guard in self.alive if outline in guard.known}
+        if makers == {self.what}:
+            but = f"{but}. It is that of another {self.what}, with other arguments"
+        elif makers:
+            but = f"{but}. It looks like a state of {' or '.join(sorted(makers))}"
+        advice = _ADVICE if makers else f"{_ADVICE} {_CHECKPOINT}"
+        if any(map(_is_module, jax.tree.leaves(updates, is_leaf=_is_module))):
+            advice = f"{advice} Of an Equinox model initialise {_FILTER}."
+        return ValueError(f"{self.what}: {but}: {advice}")
+
+
+def _outline(state: Any, tree: Any) -> tuple[Any, ...]:
+    """Structure and shapes of a state and its tree; it must not keep any array alive."""
+    leaves, structure = jax.tree.flatten((state, tree))
+    return structure, *(getattr(leaf, "shape", None) for leaf in leaves)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -77,12 +113,17 @@ def _to_array(x: Any) -> Any:
     return x if hasattr(x, "dtype") or isinstance(x, int | float | complex) else None
 
 
+def _is_module(x: Any) -> bool:
+    """Whether `x` is a model of Equinox's, which is no dependency."""
+    return any(base.__module__.partition(".")[0] == "equinox" for base in type(x).__mro__)
+
+
 def init_inside(call: str, inner: optax.GradientTransformation, params: Any) -> optax.OptState:
-    """The state of what a wrapper holds.
+    """The state of the transformation inside a wrapper.
 
     Raises:
-      ValueError: for a model with functions or strings among its leaves, of which optimizers make
-        zeros.
+      ValueError: for a model with functions or strings among its leaves, as optimizers call
+        `zeros_like` on every leaf.
     """
     try:
         return inner.init(params)
@@ -92,8 +133,8 @@ def init_inside(call: str, inner: optax.GradientTransformation, params: Any) -> 
             raise
         raise ValueError(
             f"{call}: the optimizer inside takes arrays only, and among the leaves are"
-            f" {', '.join(sorted(strange))}. Of an Equinox model write"
-            " tx.init(eqx.filter(model, eqx.is_inexact_array))."
+            f" {', '.join(sorted(strange))}. Pass the arrays alone: of an Equinox model"
+            f" tx.init({_FILTER})."
         ) from error
 
 
@@ -107,20 +148,28 @@ def missing(call: str) -> ValueError:
 
 
 def kind_of(state: Any) -> str:
-    """The type of a state; of a plain tuple, what is in it."""
-    # Not `isinstance`: a NamedTuple is a tuple, too, and has a name to be called by.
-    return f"({', '.join(map(kind_of, state))})" if type(state) is tuple else type(state).__name__
+    """The type of a state, and who makes it if that is Optax; of a plain tuple, what is in it."""
+    # Not `isinstance`: a NamedTuple is a tuple as well, but it has a name of its own.
+    if type(state) is tuple:
+        return f"({', '.join(map(kind_of, state))})"
+    name = type(state).__name__
+    made, own = name.removesuffix("State"), type(state).__module__.startswith("optax.")
+    snake = re.sub("(?<!^)(?=[A-Z])", "_", made).lower()
+    makers = [x for x in (made, snake) if own and x != name and hasattr(optax, x)]
+    return f"{name} of optax.{makers[0]}" if makers else name
+
+
+def _of_another_scope(*, named_updates: bool) -> str:
+    both = ["the updates", "the state"]
+    named, other = both if named_updates else reversed(both)
+    return (
+        f"the blocks of {named} have names, those of {other} have none: this is the state of a clip"
+        " with another scope (or of a tree without gradients)"
+    )
 
 
 def check_names(what: str, new: tuple[str, ...], known: tuple[str, ...]) -> None:
     """Raises unless the blocks of the updates are those that `init` saw."""
-    if bool(new) != bool(known):
-        named, other = ("the updates", "the state") if new else ("the state", "the updates")
-        raise ValueError(
-            f"{what}: the blocks of {named} have names, those of {other} have none: this is the"
-            " state of a clip with another scope (or of a tree without gradients). Initialise with"
-            " tx.init(params) of this clip."
-        )
     added, missing = sorted(set(new) - set(known)), sorted(set(known) - set(new))
     if added or missing:
         raise ValueError(
@@ -130,11 +179,11 @@ def check_names(what: str, new: tuple[str, ...], known: tuple[str, ...]) -> None
 
 
 class ParamsMemory:
-    """What stands for the parameters where Optax gives `init` a placeholder for them.
+    """Replaces the placeholder that `optax.tree.map_params` passes to `init` for the parameters.
 
-    `optax.tree.map_params` asks `init` for the state of a placeholder, and lays that over the real
-    state. How many blocks there are, and their names, a placeholder does not say: the shapes of the
-    last real parameters do. Where all of the tree is one block (`needed` is False) nobody asks.
+    Optax compares the state of a placeholder with the real state. A placeholder does not tell how
+    many blocks there are, and their names: the shapes of the last real parameters do. They are not
+    `needed` if the whole tree is one block.
     """
 
     def __init__(self, call: str, *, needed: bool):
@@ -152,7 +201,7 @@ class ParamsMemory:
                     " this very transformation first."
                 )
             return params if self.shapes is None else self.shapes
-        # Shapes, as arrays would be kept alive, and tracers would leak.
+        # Only shapes: arrays would be kept alive, and tracers would leak.
         self.shapes = jax.tree.map(_shape, params)
         return params
 

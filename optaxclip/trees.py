@@ -1,8 +1,8 @@
-"""Which leaves of a tree are gradients, what they are called, and the way back to the tree.
+"""Which leaves of a tree are gradients, how they are named, and how the tree is rebuilt.
 
-Only leaves that hold real or complex floating-point numbers are gradients. Integers, booleans,
-`float0`, PRNG keys, functions, strings and whatever the user excludes pass through a clip untouched
-and unmeasured.
+Only leaves of real or complex floating-point numbers are gradients. Integers, booleans, `float0`,
+PRNG keys, functions, strings and whatever the user excludes pass through a clip unmeasured and
+unchanged.
 """
 
 from __future__ import annotations
@@ -18,33 +18,31 @@ from optaxclip.base import Exclude
 
 
 class Leaves(NamedTuple):
-    """The measured leaves of a tree, in its order, and the way back to the tree.
+    """The measured leaves of a tree, in tree order, and how to rebuild the tree.
 
     Attributes:
       paths: one string per leaf, such as `blocks/0/attn/kernel`.
+      shapes: of the leaves.
       arrays: the leaves.
       rebuild: takes new arrays, one per measured leaf, and returns the whole tree.
     """
 
     paths: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     arrays: list[Any]
     rebuild: Callable[[list[Any]], Any]
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of the leaves."""
-        return tuple(x.shape for x in self.arrays)
 
 
 def is_measured(leaf: Any) -> bool:
     """Whether a leaf holds floating-point numbers, real or complex, of any width."""
-    # The dtype is asked, not the type: `init` is also given shapes, and NumPy's scalars are leaves.
+    # By dtype, not by type: `init` is also given shapes, and NumPy scalars are leaves, too.
     dtype = getattr(leaf, "dtype", type(leaf) if isinstance(leaf, float | complex) else None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
-def _is_variable(x: Any) -> bool:
+def is_variable(x: Any) -> bool:
     """Whether `x` is a variable of Flax's nnx, which wraps an array in an attribute."""
+    # By its attributes: Flax is not a dependency, and has renamed the class.
     return hasattr(type(x), "get_metadata") and hasattr(type(x), "raw_value")
 
 
@@ -53,22 +51,22 @@ def flatten_with_paths(
 ) -> tuple[list[tuple[str, Any]], Any]:
     """The leaves of a tree with their paths, and its structure.
 
-    Flax's nnx hands `init` its variables and `update` plain arrays: the attribute of a variable in
-    which its array lies (`value`) is no part of the path, so that both name one leaf. A leaf that
-    is called `value`, such as attention's, keeps its name.
+    Flax's nnx passes variables to `init` and plain arrays to `update`. So that a leaf has the same
+    name in both, the attribute of a variable that holds its array (`value`) is left out of the
+    path. A leaf that is itself called `value`, as in attention, keeps its name.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable)
-    variables = {path for path, node in nodes if _is_variable(node)}
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
+    variables = {path for path, node in nodes if is_variable(node)}
+    if variables:
+        flat = [(_skip_attribute(path, variables), leaf) for path, leaf in flat]
+    return [(path_string(path), leaf) for path, leaf in flat], treedef
 
-    def name(path):
-        # The key after that of a variable is the attribute in which its array lies.
-        for n in range(len(path)) if variables else ():
-            if path[:n] in variables:
-                return path_string(path[:n] + path[n + 1 :])
-        return path_string(path)
 
-    return [(name(path), leaf) for path, leaf in flat], treedef
+def _skip_attribute(path, variables):
+    """A path without the attribute of an nnx variable that holds its array."""
+    ends = [n for n in range(len(path)) if path[:n] in variables]
+    return path[: ends[0]] + path[ends[0] + 1 :] if ends else path
 
 
 def path_string(key_path) -> str:
@@ -92,10 +90,10 @@ def matcher(exclude: Exclude) -> Callable[[str], bool]:
 
 
 def select(tree: Any, exclude: Exclude = None) -> Leaves:
-    """The leaves to measure, as they are: arrays, or their shapes where `init` is given shapes."""
+    """The leaves to measure: arrays, or shapes where `init` is given shapes."""
     flat, treedef = flatten_with_paths(tree)
     excluded = matcher(exclude)
-    # By place, not by path: two leaves may have one path, as in `{"a/b": x, "a": {"b": y}}`.
+    # By position, not by path: two leaves may share a path, as in `{"a/b": x, "a": {"b": y}}`.
     picked = {
         i: path for i, (path, leaf) in enumerate(flat) if is_measured(leaf) and not excluded(path)
     }
@@ -104,13 +102,13 @@ def select(tree: Any, exclude: Exclude = None) -> Leaves:
         new = dict(zip(picked, arrays, strict=True))
         return treedef.unflatten([new.get(i, leaf) for i, (_, leaf) in enumerate(flat)])
 
-    # Only Python numbers become arrays; the shapes that `eval_shape` passes cannot.
+    # Only Python numbers are converted; the shapes that `eval_shape` passes cannot be.
     leaves = [x if hasattr(x, "dtype") else jnp.asarray(x) for x in (flat[i][1] for i in picked)]
-    return Leaves(tuple(picked.values()), leaves, rebuild)
+    return Leaves(tuple(picked.values()), tuple(x.shape for x in leaves), leaves, rebuild)
 
 
 def match_params(leaves: Leaves, params: Any, exclude: Exclude, call: str) -> list[jax.Array]:
-    """The parameters of the measured updates, by place in the tree: names are for people.
+    """The parameters of the measured updates, matched by position: paths need not be unique.
 
     Raises:
       ValueError: if there are none, or they are not those of the updates.
@@ -121,12 +119,11 @@ def match_params(leaves: Leaves, params: Any, exclude: Exclude, call: str) -> li
             " tx.update(grads, state)."
         )
     own = select(params, exclude)
-    # Shapes are compared, not structures: Flax's nnx may have variables in one of the trees, and
-    # arrays in the other.
+    # Compare shapes, not structures: with Flax's nnx one tree may hold variables and the other
+    # arrays.
     if own.shapes == leaves.shapes:
         return own.arrays
-    # Parameters that get no gradient (None in an Equinox model) are passed over: what is left is
-    # found by path.
+    # Some parameters get no gradient (None in an Equinox model). The others are found by path.
     known = dict(zip(own.paths, own.arrays, strict=True))
     for path, shape in zip(leaves.paths, leaves.shapes, strict=True):
         if path not in known or known[path].shape != shape:
@@ -139,9 +136,9 @@ def match_params(leaves: Leaves, params: Any, exclude: Exclude, call: str) -> li
 
 
 def drop_gradientless(params: Any, updates: Any) -> Any:
-    """The parameters that have an update, in a tree like that of the updates.
+    """The parameters that have an update, in a tree of the same structure as the updates.
 
-    An Equinox model may be passed whole, with functions and strings, where the updates have None.
+    An Equinox model may be passed unfiltered: it has functions and strings where updates have None.
     """
     if params is None:
         return updates
@@ -156,13 +153,13 @@ def drop_gradientless(params: Any, updates: Any) -> Any:
 
 
 def pack_names(names: Sequence[str]) -> dict[str, Any]:
-    """Names as the keys of nested dicts that hold nothing, one branch a block, in order.
+    """Stores names as the keys of nested dicts without leaves, one branch per block, in order.
 
-    So they ride along in every state and checkpoint without an array, and without a node type of
-    our own that a serializer would have to know. Paths are nested, since a key with "/" does not
-    survive `flatten_dict(sep="/")`; each begins with a number, since two blocks may have one path.
+    This way names are part of every state and checkpoint without an array, and without a custom
+    node type that a serializer would have to know. Paths are nested because a key with "/" does not
+    survive `flatten_dict(sep="/")`. Each begins with a number because two blocks may share a path.
     """
-    # All of one width, as JAX sorts the keys of a dict: "10" would come before "2".
+    # Zero-padded, because JAX sorts the keys of a dict: "10" would come before "2".
     digits = len(str(len(names)))
 
     def branch(parts):
@@ -172,7 +169,7 @@ def pack_names(names: Sequence[str]) -> dict[str, Any]:
 
 
 def unpack_names(blocks: Any) -> tuple[str, ...]:
-    """The reverse of `pack_names`."""
+    """The inverse of `pack_names`."""
 
     def path(branch):
         ((key, below),) = branch.items()

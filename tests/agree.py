@@ -1,4 +1,4 @@
-"""The table of expressions that must be equal: each row two ways to write one thing."""
+"""The table of expressions that must be equal: each row is two ways to write the same thing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARAMS = jax.tree.map(lambda g: jnp.cos(g) + 0.5, GRADS)
 MEAN_SQUARE = thresholds.Statistic(
     0.0,
     lambda g, rms, seen: jnp.hypot(0.9**0.5 * rms, 0.1**0.5 * g),
-    # No bound where all was zero, as in ours of SPAM.
+    # No bound if all gradients were zero, as in `spam_clip`.
     lambda g, rms, seen: jnp.where(rms == 0, jnp.inf, 2 * rms),
     signed=True,
 )
@@ -30,7 +30,7 @@ def rows(path):
     return 0 if path.endswith("bias") else 1
 
 
-# What: (one way, the other). A transformation is run for a few steps, a function is called.
+# Name: (one way, the other). A transformation is run for a few steps, a function is called.
 TRANSFORMATIONS = {
     "clip_by is the global clip": (lambda: oc.clip_by(1.0), lambda: oc.clip_by_global_norm(1.0)),
     "a number is a constant": (

@@ -52,6 +52,10 @@ def no_bound(norm, state):
     return jnp.full_like(norm, jnp.inf), norm
 
 
+def no_bounds(norms, params):
+    return jax.tree.map(lambda norm: jnp.full_like(norm, jnp.inf), norms)
+
+
 def longest(norm, state):
     state = jnp.maximum(norm, state)
     return state, state
@@ -109,7 +113,7 @@ CASES = [
     ),
     Case(
         "at_most lag",
-        by(lambda b: oc.thresholds.at_most(oc.thresholds.lag(optax.scale(jnp.inf)), b)),
+        by(lambda b: oc.thresholds.at_most(oc.thresholds.lag(optax.stateless(no_bounds)), b)),
         history=True,
     ),
     Case(
@@ -219,8 +223,8 @@ ADAPTIVE = [
 ]
 
 
-# Transformations that are not made of a threshold, or hold an optimizer: the laws of states and
-# poison are theirs, too.
+# Transformations that are not made from a threshold. The laws of states and poison hold for them
+# and for `HOLDERS`, too.
 OTHERS = {
     "spam_clip": lambda: oc.spam_clip(warmup_steps=1, every=2),
     "adamw_clip": lambda: oc.adamw_clip(warmup_steps=1),
@@ -239,7 +243,7 @@ def _are_matrices(params):
     return jax.tree.map(lambda p: getattr(p, "ndim", 0) > 1, params)
 
 
-# These hold a part of Optax's, and take the trees that it takes.
+# These contain a transformation of Optax, and accept the trees that it accepts.
 HOLDERS = {
     "larc": lambda: oc.larc(0.1, weight_decay=0.01),
     "larc by mask": lambda: oc.larc(0.1, weight_decay=0.01, mask=_are_matrices),
@@ -248,6 +252,7 @@ HOLDERS = {
     ),
     "skip_spikes": lambda: oc.skip_spikes(optax.trace(0.9)),
     "skip_nonfinite": lambda: oc.skip_nonfinite(optax.trace(0.9)),
+    "clip_params": lambda: oc.wrappers.clip_params(oc.clip_by_leaf_norm(1.0)),
     "dynamic_loss_scale": lambda: oc.wrappers.dynamic_loss_scale(optax.trace(0.9), 1.0),
 }
 
@@ -258,11 +263,12 @@ ROWS: dict[str, Callable[[], Any]] = {
     **{case.name: case.make for case in ADAPTIVE},
     **OTHERS,
     **HOLDERS,
-    # All leaves stack layers: the trees of these laws have other names.
+    # All leaves stack layers, because the trees of these laws have other names.
     "clip_by stacked": lambda: oc.clip_by(1.0, scope=oc.scopes.stacked("")),
     "watch": oc.watch,
     "clip that measures": lambda: oc.clip(1.0, measure=True),
     "clip_by_value": lambda: oc.clip_by_value(-1.0, 2.0),
     "stable_adamw": lambda: oc.stable_adamw(0.1),
     "stable_spam": lambda: oc.stable_spam(0.1),
+    "spectra": lambda: oc.wrappers.spectra(optax.trace(0.9), 0.1),
 }

@@ -1,4 +1,4 @@
-"""How runs fail, as simulated series: for each what `diagnose` must name first, and must not name.
+"""How runs fail, as simulated series: what `diagnose` must name first in each, and must not name.
 
 A case draws a recorded run from a generator, so that rates over many seeds can be counted; see
 `tests/benchmarks/diagnosis.py`.
@@ -12,7 +12,7 @@ import numpy as np
 
 Run = dict[str, np.ndarray]
 LAYERS = 6
-# What would send somebody with an explosion, or any other fault of its own, in another direction.
+# Signs that would mislead somebody whose run has an explosion, or any other fault.
 SILENT = "nothing"
 VANISHING = frozenset({"norms-vanishing", "norms-fall-with-depth", "zero-gradients", "layer-dead"})
 EXPLODING = frozenset({"norms-exploding", "norms-jumped", "learning-rate-too-high"})
@@ -51,7 +51,7 @@ def finish(blocks, losses, weights, bound=None) -> Run:
     """The table of a run: what `metrics` writes for a watch and a clip behind it."""
     blocks = np.asarray(blocks)
     with np.errstate(over="ignore", invalid="ignore"):
-        # Relative to the largest: squares of 1e200 are beyond float64.
+        # Relative to the largest, because squares of 1e200 are beyond float64.
         unit = np.where(np.isfinite(blocks), blocks, 1).max(axis=0) + 1e-300
         total = unit * np.sqrt(np.square(blocks / unit).sum(axis=0))
     known = total[np.isfinite(total)]
@@ -187,7 +187,7 @@ def explosion(rng, length, end):
     run = change(run, lead, layers=[3])
     if not lasting:
         lost = np.where(ended, {"nan": np.nan, "inf": np.inf}[end], 1)
-        # At its first step an infinity; the weights are NaN then, and all is.
+        # Infinity at the first step; from then on the weights, and so everything else, are NaN.
         run = change(run, lost, weights=np.where(ended, np.nan, 1))
     return run
 
@@ -208,7 +208,7 @@ def jump(rng):
 def spike(rng, losses=False):
     steps, start, size = late_and_lasting(rng, 40, 1e5)
     t = np.arange(steps) - start
-    # It fades over up to three steps.
+    # The spike fades over up to three steps.
     shape = np.where(t >= 0, size ** np.clip(1 - t / rng.integers(1, 4), 0, 1), 1)
     run = change(healthy(rng, steps), np.sqrt(shape))
     run = change(run, shape / np.sqrt(shape), loss=np.where(t == 0, 5, 1) if losses else 1.0)
@@ -327,7 +327,7 @@ def unstable(rng):
     growth = 10 ** (rng.uniform(3, 15) * t / length)
     over = np.where(np.arange(steps) >= before + length, np.nan, 1)
     run = healthy(rng, steps, noise=0.1)
-    # Weights are read behind the update, gradients before it.
+    # Weights are read after the update, gradients before it.
     weights = np.r_[growth[1:], growth[-1]] * np.r_[over[1:], over[-1]]
     return change(run, growth * over, loss=growth**2 * over, weights=weights)
 
@@ -375,7 +375,7 @@ def skipped(rng, reason=None):
     norms = run["watch/grad_norm"]
     seen = {"grad_norm": norms, "steps": skips, "consecutive": skips}
     seen |= {"fraction": skips / np.arange(1, steps + 1), "last_reason": reason * (skips > 0)}
-    # The clip inside the wrapper stands still: as at its last step, or as it began.
+    # The clip inside the wrapper does not change: it is as at its last step, or as it began.
     inside = {"clip/clipped": 1.0, "clip/grad_norm": 2.0, "clip/bound": 1.0}
     frozen = {key: np.full(steps, x) for key, x in inside.items()}
     frozen |= {f"skip/{key}": np.asarray(x, float) for key, x in seen.items()}

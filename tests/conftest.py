@@ -1,4 +1,4 @@
-"""Strict JAX for all tests: eight devices, no silent promotion; programs are compiled quickly and
+"""Strict JAX for all tests: eight devices, no silent promotion. Programs are compiled quickly and
 kept between runs.
 """
 
@@ -9,19 +9,19 @@ import pathlib
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# XLA runs simulated devices on a pool of as many threads, each waiting in a collective for the
-# others; where a mesh has two axes, and so collectives that may come in any order, all can wait for
-# ones that find no thread: a deadlock.
+# XLA runs simulated devices on a pool with one thread per device, and a collective waits for all of
+# its devices. On a mesh with two axes collectives may start in any order, so all threads can wait
+# for collectives for which no thread is left: a deadlock.
 os.environ.setdefault("NPROC", "64")
 
 import jax
 import jax.export
 import pytest
 
-# Most of a test's time is XLA's. Programs are compiled without LLVM's optimizations, each as one
-# piece: in parallel pieces it takes twice the CPU time, and CI has two cores. JAX 0.10 has older
-# emitters, too, which are four times as fast; a later one dies of their flag. Tests of costs, and
-# of numbers that must be exact, are compiled as users have it, by `AS_USERS`.
+# Tests spend most of their time in XLA. Programs are compiled without LLVM's optimizations and in
+# one piece: parallel pieces take twice the CPU time, and CI has two cores. Up to JAX 0.10 there are
+# also older emitters, which are four times as fast; later versions crash on their flag. Tests of
+# costs, and of numbers that must be exact, use `AS_USERS` to compile as users do.
 AS_USERS: dict = {}
 if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
     AS_USERS["xla_backend_optimization_level"] = 3
@@ -31,7 +31,7 @@ if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
         quick = f"{quick} --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
 
-# In JAX 0.7 it lies elsewhere, where later versions have it no more.
+# JAX 0.7 has it elsewhere, in a place where later versions no longer have it.
 if not hasattr(jax, "enable_x64"):
     from jax.experimental import enable_x64
 
@@ -52,7 +52,7 @@ def as_users():
 
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
-# Eight devices; CI runs the laws on one, too, which is what most users have.
+# Eight devices. CI also runs the laws on one device, which is what most users have.
 jax.config.update("jax_num_cpu_devices", int(os.environ.get("OPTAXCLIP_TEST_DEVICES", "8")))
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache")
@@ -60,7 +60,7 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 set_promotion("strict", "raise")
 
-# By Python's own thresholds, 5% of the CPU time of 357 tests in one process went into the search
-# for garbage.
+# With Python's default thresholds, garbage collection took 5% of the CPU time of 357 tests in one
+# process.
 gc.freeze()
 gc.set_threshold(100_000, 50, 100)

@@ -1,12 +1,12 @@
-"""Plants mistakes in the library, one at a time, and counts how many of them the tests see.
+"""Plants mistakes in the library, one at a time, and counts how many of them the tests detect.
 
     uv run --group mutation python -m tests.mutation [--sample 300] [--seed 0] [--log FILE]
 
-The mistakes are those of cosmic-ray (another operator, number, comparison; a decorator less ...),
-at places drawn at random, each of which counts once. Cosmic-ray itself would start JAX once more
-for each; here a process that has imported it forks. (mutmut 3 forks, too, but leaves out all
-functions with a decorator, which the public ones are.) Those that the table of `EQUIVALENT` names
-were read, and change nothing. Run by hand; the file of `--log` goes on where it ended.
+The mistakes are those of cosmic-ray (another operator, number or comparison; a removed decorator
+...), at places drawn at random, each of which counts once. Cosmic-ray itself would start JAX again
+for each; here a process that has already imported it forks. (mutmut 3 forks, too, but leaves out
+all functions with a decorator, such as the public ones.) The mistakes in the table `EQUIVALENT`
+were reviewed and change nothing. This is run by hand; `--log` resumes where its file ended.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def warm_up() -> None:
 
 def mutants() -> list[Mutant]:
     """All mistakes."""
-    # Those with arguments replace variables that one has to name.
+    # Operators with arguments replace variables, which would have to be named.
     named = ("VariableReplacer", "VariableInserter", "NoOp")
     names = [name for name in operator_names() if not name.endswith(named)]
     found = []

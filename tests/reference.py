@@ -1,8 +1,8 @@
-"""Each published method retold in NumPy from its paper: one loop, slow and obvious.
+"""Each published method, retold in NumPy from its paper: one loop, slow and obvious.
 
-Two forms. Methods of norms take the norms of one block, step by step, and return its norms after
-the clip. Methods of elements take the gradients of one leaf, `(steps, ...)`, and return what
-becomes of them in that shape.
+There are two forms. Methods of norms take the norms of one block, step by step, and return its
+norms after the clip. Methods of elements take the gradients of one leaf, `(steps, ...)`, and return
+the clipped gradients in the same shape.
 """
 
 import numpy as np
@@ -296,3 +296,37 @@ def larc(grads, params, learning_rate=0.1, trust_coefficient=0.02, weight_decay=
 def per_example_normalize(grads, gamma=0.01):
     """AUTO-S: every example at nearly length 1."""
     return sum(g / (np.linalg.norm(g) + gamma) for g in grads)
+
+
+def clipped_mean(grads, max_norm=1.0):
+    """The mean of what is left of each client's gradient; `grads` is (steps, clients, numbers)."""
+    return np.array([np.mean([shorten(g, max_norm) for g in row], axis=0) for row in grads])
+
+
+def centered_clip(grads, max_norm=1.0, momentum=0.9, iterations=1):
+    """Karimireddy et al. 2021, algorithms 1 and 2, from m = v = 0."""
+    out, m, v = [], np.zeros_like(grads[0]), np.zeros_like(grads[0, 0])
+    for row in grads:
+        m = np.array([momentum * a + (1 - momentum) * g for a, g in zip(m, row, strict=True)])
+        for _ in range(iterations):
+            v = v + np.mean([shorten(a - v, max_norm) for a in m], axis=0)
+        out.append(v)
+    return np.array(out)
+
+
+def clip21_sgd2m(grads, max_norm=1.0, momentum=0.9, rate=1.0):
+    """Islamov et al. 2025, without noise; their β is 1 - momentum, their β̂ is the rate."""
+    out, server = [], np.zeros_like(grads[0, 0])
+    v, shift = np.zeros_like(grads[0]), np.zeros_like(grads[0])
+    for row in grads:
+        v = momentum * v + (1 - momentum) * row
+        sent = np.array([shorten(a - b, max_norm) for a, b in zip(v, shift, strict=True)])
+        shift = shift + rate * sent
+        server = server + rate / len(row) * sent.sum(axis=0)
+        out.append(server)
+    return np.array(out)
+
+
+def shorten(x, max_norm):
+    """A vector, no longer than the bound."""
+    return x * min(1, max_norm / max(np.linalg.norm(x), 1e-300))

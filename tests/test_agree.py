@@ -1,4 +1,4 @@
-"""Two ways to write one thing give one result; what a threshold is given is what the docs say."""
+"""Two ways to write one thing give the same result; thresholds get what the docs say they get."""
 
 import chex
 import jax
@@ -11,7 +11,7 @@ import optaxclip as oc
 from optaxclip import norms, scopes, thresholds
 from tests.agree import GRADS, PARAMS, TRANSFORMATIONS
 
-pytestmark = pytest.mark.usefixtures("as_users")  # transformations of Optax's promote dtypes
+pytestmark = pytest.mark.usefixtures("as_users")  # Optax's transformations promote dtypes
 
 
 def run(tx, steps=4):

@@ -1,30 +1,77 @@
-"""The scripts behind the numbers in the documents run; what they measure is not judged here."""
+"""The scripts behind the numbers in the docs run; what they measure is not judged here."""
 
 import jax
+import numpy as np
 import pytest
 
 from tests.benchmarks import choosing, frontpage, robustness, speed, tuning, watching
+from tests.benchmarks import choosing_tables as tables
+from tests.benchmarks.speech import utterances
 
 PAGES = "docs/performance.md", "README.md"
+MARKS = "summary", "results"
 QUOTES = ("a", 0, True), ("a", 1), ("b", 0), ("b", 0, True), ("c", 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "task", ["digits_cnn", "cartpole"]
-)  # the others train in the tests of examples and of tuning
-def test_every_task_trains_and_is_reported(task, tmp_path, capsys):
-    document = tmp_path / "choosing.md"
-    document.write_text("before\n<!-- results -->\nyesterday\n<!-- end results -->\nafter\n")
-    runs = ["--tasks", task, "--methods", "zclip", "--steps", "2", "--seeds", "1"]
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        choosing.main([*runs, "--into", str(document)])
-    text = document.read_text()
+    "task", ["digits_cnn", "cartpole", "speech"]
+)  # the others are trained in the tests of examples and of tuning
+def test_every_task_trains_is_reported_and_is_not_trained_again(
+    task, tmp_path, capsys, monkeypatch
+):
+    document, name = tmp_path / "choosing.md", choosing.REFERENCE
+    runs = ["--tasks", task, "--methods", name, "--steps", "2", "--seeds", "3"]
+    runs += ["--into", str(document), "--kept", str(tmp_path / "new" / "runs.jsonl")]
+    # With two settings, choosing and judging have the same number of runs, so a task compiles once.
+    few = choosing.METHODS[name]._replace(settings=(1.0, 0.1))
+    monkeypatch.setattr(choosing, "METHODS", {name: few})
+    texts = []
+    for _ in range(2):
+        marks = [f"<!-- {mark} -->\nyesterday\n<!-- end {mark} -->\n" for mark in MARKS]
+        document.write_text(f"before\n{'and'.join(marks)}after\n")
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            choosing.main(runs)
+        texts.append(document.read_text())
+        monkeypatch.setattr(choosing, "measure", None)
+    text = texts[0]
     assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
-    (row,) = (line for line in text.splitlines() if line.startswith("| `zclip` |"))
-    assert row.count("|") == len(choosing.HEAD) + 1
-    written = text.split("<!-- results -->")[1].split("<!-- end results -->")[0]
-    assert written.strip().endswith(capsys.readouterr().out.strip())
+    rows = [line.count("|") for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+    assert rows == [len(tables.TOTALS) + 1, len(tables.HEAD) + 1, len(tables.HEAD) + 1]
+    written = [text.split(f"<!-- {mark} -->")[1].split("<!-- end")[0].strip() for mark in MARKS]
+    assert texts[1] == text and capsys.readouterr().out.strip().endswith("\n\n".join(written))
+
+
+def test_a_difference_is_within_noise_if_its_interval_contains_zero():
+    """The interval against the normal one of a mean; pairs that differ by less than seeds do."""
+    seeds = np.random.default_rng(1).normal(2.0, 0.3, 60)
+    low, high = tables.bootstrap(seeds)
+    half = 1.96 * seeds.std() / np.sqrt(seeds.size)
+    np.testing.assert_allclose([low, high], seeds.mean() + np.array([-half, half]), atol=0.02)
+    noise = np.tile([0.01, -0.01], 30)
+    found = [tables.verdict(seeds + shift + noise, seeds) for shift in (-0.1, 0.0, 0.1)]
+    assert found == ["better", "alike", "worse"]
+    assert tables.compare(seeds + noise, seeds) == "≈ +0.00 (+0.00 to +0.00)"
+    assert tables.compare(seeds + 0.1, seeds) == "+0.10 (+0.10 to +0.10)"
+
+
+def test_a_lost_run_counts_as_one_that_learned_nothing():
+    runs = [[1.0, 1.5], [2.0, 2.5], [np.nan, np.inf], [0.5, 4.0], [0.1, 0.2], [0.3, 0.4]]
+    judged = tables.judge({"judged": runs, "usual": 1}, failed=3.0)
+    assert judged["clean"].default.tolist() == [2.0, 2.5]
+    assert judged["clean"].tuned.tolist() == [0.5, 3.0]
+    assert judged["clean"].all.tolist() == [1.0, 1.5, 2.0, 2.5, 3.0, 3.0]
+    assert judged["bad"].default.tolist() == judged["bad"].all.tolist() == [0.1, 0.2]
+    assert judged["bad"].tuned.tolist() == [0.3, 0.4]
+
+
+def test_digits_are_spoken_long_enough_for_their_labels():
+    heard, padding, digits = utterances(4)
+    frames = (1 - padding).sum(axis=1)
+    assert (np.diff(padding, axis=1) >= 0).all() and (frames >= 2 * digits.shape[1]).all()
+    # Frames with speech are louder than those without.
+    assert heard[padding == 0].mean() > heard[:, 0].mean() + 0.5
+    assert set(digits.ravel()) <= set(range(10)) and np.isfinite(heard).all()
 
 
 @pytest.mark.slow
@@ -42,7 +89,7 @@ def test_the_first_page_quotes_the_page_of_performance():
     page, readme = ((frontpage.ROOT / name).read_text() for name in PAGES)
     told = readme.split("<!-- cost -->")[1].split("<!-- end cost -->")[0].split("\n")
     rows = [line for line in told if line.startswith("| ")]
-    # Of what is not written there yet nothing is quoted.
+    # Nothing is quoted that is not written there.
     assert len(rows) > 3 and set(rows) <= set(frontpage.cost(page).split("\n"))
 
 

@@ -1,5 +1,5 @@
-"""Laws of building, initialising and stepping: every row of the table, as large models and wrappers
-use it.
+"""Laws of building, initializing and stepping: every row of the table, used as large models and
+wrappers use it.
 """
 
 import subprocess
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 import chex
+import cloudpickle
 import equinox as eqx
 import flax.core
 import flax.serialization
@@ -33,7 +34,7 @@ def grads_at(step):
     return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), PARAMS)
 
 
-pytestmark = pytest.mark.usefixtures("as_users")  # transformations of Optax's promote dtypes
+pytestmark = pytest.mark.usefixtures("as_users")  # Optax's transformations promote dtypes
 
 
 def shapes(tree):
@@ -69,6 +70,17 @@ def test_built_inside_jit_it_leaks_nothing(make):
 
     got, want = update_both(grads_at(0))
     chex.assert_trees_all_close(got, want, rtol=1e-6)
+
+
+@each_row
+def test_it_can_be_pickled_after_use(make):
+    """As trainers that save themselves do it, and those that send it to other processes."""
+    tx = make()
+    state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)[1]
+    again = cloudpickle.loads(cloudpickle.dumps(tx))
+    chex.assert_trees_all_equal(
+        tx.update(grads_at(0), state, PARAMS), again.update(grads_at(0), state, PARAMS)
+    )
 
 
 @each_row
@@ -146,13 +158,23 @@ def test_empty_trees_and_groups(make):
     frozen, weight = flax.core.freeze({"w": jnp.ones(3)}), nnx.State({"w": nnx.Param(jnp.ones(3))})
     for params in (frozen, Model(jnp.ones(3)), weight):
         step_in_shapes(optax.masked(tx, jax.tree.map(lambda _: False, params)), params)
-    # A group without members, beside one that has all.
+    # A group without members next to one that has all.
     step_in_shapes(optax.partition({"a": tx, "b": optax.sgd(0.1)}, {"w": "b"}), {"w": jnp.ones(3)})
 
 
 @pytest.mark.parametrize("case", ADAPTIVE, ids=lambda case: case.name)
 def test_learned_bounds_of_no_units(case):
     step_in_shapes(case.make(scope=optaxclip.scopes.units()), {})
+
+
+@each_row
+def test_numbers_of_numpy_and_of_python_are_gradients(make):
+    tx, grads = make(), {"w": np.ones((3, 2), np.float32), "s": 1.0}
+    if make is ROWS["clip_by stacked"]:  # a number has no layers
+        del grads["s"]
+    # Closed over, as `eval_shape` would make tracers of arguments.
+    shapes = jax.eval_shape(lambda: tx.update(grads, tx.init(grads), grads)[0])
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, grads)
 
 
 class Unfiltered(eqx.Module):
@@ -196,8 +218,22 @@ def test_the_state_of_something_else_is_refused(make):
     other = optaxclip.clip_by_leaf_norm(1.0).init({"x": jnp.ones(3)})
     adam = optax.adam(0.1).init(PARAMS)
     for state in (optax.EmptyState(), {}, other, adam, (other, other, other), tx):
-        with pytest.raises(ValueError, match=r"^[\w.]+: [^\n]*init"):
+        with pytest.raises(ValueError, match=r"^[\w.]+: [^\n]*init") as error:
             tx.update(grads_at(0), state, PARAMS)
+        assert "Equinox" not in str(error.value)
+
+
+@each_row
+def test_the_state_of_one_row_is_called_by_its_name(make):
+    """The transformation it is of, as long as that lives; of Optax's always."""
+    tx, other = make(), optaxclip.clip_by_value(0.0, lambda step: 1.0)
+    state, name = tx.init(PARAMS), tx.update.description.name
+    # Not for these two: the first has a state that fits `other`, the second that of its clip.
+    if name not in ("clip_by_value", "clip_params"):
+        with pytest.raises(ValueError, match=rf"state of ([\w. ]* )?{name}\b"):
+            other.update(grads_at(0), state, PARAMS)
+    with pytest.raises(ValueError, match=r"ScaleByAdamState of optax\.scale_by_adam"):
+        other.update(grads_at(0), optax.adam(0.1).init(PARAMS), PARAMS)
 
 
 @each_row

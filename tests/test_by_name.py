@@ -87,5 +87,5 @@ def test_errors(bounds, message):
 
 @pytest.mark.parametrize("scope", [scopes.tree, scopes.units()], ids=repr)
 def test_blocks_without_names_are_refused(scope):
-    with pytest.raises(ValueError, match="clip_by: bounds is by the names of blocks, which have"):
+    with pytest.raises(ValueError, match="clip_by: bounds is a mapping by block name"):
         steps(oc.clip_by(thresholds.by_name({"a": 1.0}), scope=scope), [(1.0, 1.0, 1.0)])

@@ -1,4 +1,4 @@
-"""The linter: every planted mistake is found, its fix is silent, and so are sound chains."""
+"""The linter finds every planted mistake, and reports nothing for its fix or for sound chains."""
 
 import functools
 import inspect
@@ -316,7 +316,7 @@ MISTAKES = {
     "optimizer-as-threshold": [
         (make(optimizer), chain(make(1.0), optimizer))
         for make in (oc.clip_by, oc.clip_by_leaf_norm, oc.clip, oc.u_clip)
-        # All others are refused when the clip is built.
+        # All other optimizers are rejected when the clip is built.
         for optimizer in (optax.inject_hyperparams(optax.sgd)(0.1),)
     ],
     "threshold-as-clip": [
@@ -375,7 +375,7 @@ WRAPPERS = {
     "for some steps": lambda tx: optax.conditionally_mask(tx, lambda step: step < 9),
     "foreign": lambda tx: foreign(tx),
 }
-# The first and the last way in which each is planted: mostly with a clip of Optax's, and of ours.
+# The first and the last way to plant each: mostly with a clip of Optax, and with one of ours.
 ENDS = [(name, i) for name in MISTAKES for i in (0, -1)]
 WITH_A_GUARD = {("spike-test-after-clip", -1), ("idle-exclude", -1)}
 
@@ -383,7 +383,7 @@ WITH_A_GUARD = {("spike-test-after-clip", -1), ("idle-exclude", -1)}
 @pytest.mark.parametrize(("name", "which"), ENDS, ids=[f"{name}{i}" for name, i in ENDS])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_mistake_is_found_wherever_it_is_held(wrapper, name, which):
-    # A guard in MultiSteps is a mistake of its own, but not if there is one around it.
+    # A guard inside MultiSteps is another mistake, unless there is also one around it.
     accumulates = wrapper in ("accumulated", "object")
     if "guard" in name and (accumulates or wrapper in ("finite", "skip")):
         pytest.skip("another mistake, or none")
@@ -454,7 +454,7 @@ SOUND = {
     "cap behind": chain(oc.zclip(), clip(10.0), ADAM),
     "lion": chain(
         clip(1.0), optax.lion(1e-4)
-    ),  # the momentum remembers a spike, which a clip bounds
+    ),  # the momentum remembers a spike, which the clip bounds
     "muon": chain(clip(1.0), MUON),
     "signum": chain(clip(1.0), optax.trace(0.9), optax.sign_sgd(1e-3)),
     "decay between clip and sign": chain(
@@ -575,7 +575,7 @@ def test_reads_well():
     assert finding.where == "chain[1]/clip_by_global_norm"
     assert finding.fix.startswith("the clip before it, optax.chain(clip, optimizer)")
     assert str(finding).startswith(
-        "clip-after-normaliser, at chain[1]/clip_by_global_norm: it clips what"
+        "clip-after-normaliser, at chain[1]/clip_by_global_norm: it clips updates that"
         " chain[0]/chain[0]/scale_by_adam"
     )
     (finding,) = oc.check(MISTAKES["frozen-in-norm"][0][0], PARAMS)
@@ -721,7 +721,7 @@ def test_silent_on_each_of_ours_before_adam(name):
 def run(tx, *grads, params=PARAMS):
     """The updates of a few steps."""
     state, out, update = tx.init(params), [], jax.jit(tx.update)
-    with jax.numpy_dtype_promotion("standard"):  # of Optax's own
+    with jax.numpy_dtype_promotion("standard"):  # Optax needs it
         for g in grads:
             updates, state = update(g, state, params)
             out.append(updates)

@@ -1,4 +1,4 @@
-"""A run that stops and goes on is the run that did not stop, through every way to keep a state on
+"""A run that is stopped and resumed equals the uninterrupted run, for every way to save a state on
 disk.
 """
 
@@ -85,7 +85,7 @@ def by_orbax(state, path):
         )
 
 
-@pytest.mark.filterwarnings("ignore")  # what Orbax warns of is not ours
+@pytest.mark.filterwarnings("ignore")  # Orbax's own warnings
 @pytest.mark.parametrize("keep", [by_pickle, by_flax, by_flax_dict, by_orbax])
 def test_a_run_goes_on_where_it_stopped(keep, tmp_path):
     params, state = steps(PARAMS, optimizer().init(PARAMS), [1.0, 2.0, 0.5])
@@ -175,6 +175,8 @@ FIELDS = {
     ACClipState: "momentum size",
     StableRmsState: "inner clip",
     ResetState: "reset_step inner",
+    optaxclip.per_example.FeedbackState: "error",
+    optaxclip.per_example.QuantileState: "bound key",
     SkipState: "skipped_steps consecutive_skips last_reason spike loss inner",
 }
 

@@ -1,4 +1,4 @@
-"""The table of what "correct" means: each row a law, obeyed by every case, in every dtype."""
+"""What "correct" means: each test is a law that holds for every case, in every dtype."""
 
 import collections
 import contextlib
@@ -76,7 +76,7 @@ def blocks(case, grads):
     if case.block == "leaf":
         return [[x] for x in leaves.values()]
     if case.block in ("unit", "layer"):
-        # The units of a kernel are its columns; its layers, stacked along the first axis, its rows.
+        # Columns of a kernel are its units; rows are its layers, stacked along the first axis.
         cut = {"unit": np.transpose, "layer": list}[case.block]
         parts = {name: cut(x) if name == "kernel" else [x] for name, x in leaves.items()}
         return [[x] for part in parts.values() for x in part]
@@ -101,7 +101,7 @@ def test_within_the_bound_nothing_changes_and_over_it_the_block_gets_that_long(c
         params = params_of_norm_one(case, grads)
         longest = max(length(block, case.norm) for block in blocks(case, grads))
 
-        # As users have it in float32: a factor of 1 is in all dtypes the same program.
+        # Compiled as users do for float32 only: a factor of 1 is the same program in all dtypes.
         @functools.partial(jax.jit, compiler_options=AS_USERS if dtype == "float32" else None)
         def run(bound):
             tx = case.make(bound)
@@ -423,7 +423,7 @@ def test_the_state_of_another_scope_is_named_as_such():
 )
 def test_a_state_that_is_no_clips_is_named(make, state, name):
     with pytest.raises(
-        ValueError, match=f"not the state of a .*clip.* but {name}: .*docs/old-checkpoints.md"
+        ValueError, match=f"not a state of .*clip.* but {name}: .*docs/old-checkpoints.md"
     ):
         make(1.0).update({"a": jnp.ones(2)}, state)
 
@@ -451,7 +451,7 @@ def test_a_state_may_have_another_type_with_the_same_fields():
         ({"action": "zero"}, r"action must be actions\.rescale, .*got 'zero'"),
         ({"action": optaxclip.actions.smooth}, r"action must be .*: write smooth\("),
         ({"action": optaxclip.actions.band}, r"action must be .*: write band\("),
-        ({"exclude": ["a"]}, r"exclude must be a regular expression .*got \['a'\]"),
+        ({"exclude": ["a"]}, r"exclude must be a regular expression .*got the list \['a'\]"),
     ],
 )
 def test_parts_that_do_not_exist_are_refused(options, message):

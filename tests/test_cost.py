@@ -1,5 +1,5 @@
-"""What a clip costs on a CPU, by XLA's programs: a broken fusion, a copy or a second read fails
-here. Nothing is timed.
+"""What a clip costs on a CPU, read from XLA's programs: a broken fusion, a copy or a second read
+fails here. Nothing is timed.
 """
 
 import functools
@@ -119,6 +119,7 @@ def test_the_forms_for_other_platforms_give_the_same_numbers(platform, monkeypat
     """They are run here, on a CPU: nothing but the order of sums may differ."""
     everything = {case.name: case.make(0.7) for case in CASES}
     everything |= {"adagc": optaxclip.adagc(), "zclip": optaxclip.zclip()}
+    everything["watch"] = optaxclip.watch(histogram=True)
     rng = np.random.default_rng(0)
     shapes = {"a": {"kernel": (4, 3), "bias": (3,)}, "b": (5,), "c": (2, 2, 3, 2), "d": (4, 3)}
     arrays = {"is_leaf": lambda x: isinstance(x, tuple)}
@@ -161,7 +162,7 @@ def test_the_forms_for_other_platforms_give_the_same_numbers(platform, monkeypat
         return chosen[-1](*operands)
 
     monkeypatch.setattr(jax.lax, "platform_dependent", form_of)
-    jax.clear_caches()  # of traces with the forms of a CPU
+    jax.clear_caches()  # its traces have the forms for a CPU
     there = jax.jit(lambda *grads: both(*grads))(small, large)
     jax.clear_caches()
     assert chosen

@@ -1,4 +1,4 @@
-"""The signs in a recorded run: each planted one is found; healthy runs have none."""
+"""The signs in a recorded run: each planted one is found, and healthy runs have none."""
 
 import re
 
@@ -67,7 +67,7 @@ PLANTED = {
 }
 
 
-# What comes with it, and is as true.
+# Signs that come with another one, and are true as well.
 ALONG = {"norms-exploding at the end": ["heavy-tail"], "norms-vanishing": ["loss-not-moving"]}
 
 
@@ -85,13 +85,26 @@ def test_the_planted_sign_is_found(case):
         assert sign.name in str(sign) and sign.fix in str(sign)
 
 
+@pytest.mark.parametrize("end", [np.nan, np.inf, None], ids=str)
+@pytest.mark.parametrize("fold", [4.0, 30.0, 1000.0])
+def test_a_steep_explosion_began_at_its_first_step(fold, end):
+    """A step before the rise would be looked at in vain, and one after it is a consequence."""
+    for before in (40, 100):
+        x = (
+            NOISE[:150] ** 0.3
+            * np.r_[np.ones(before), fold ** np.arange(1, 6), np.ones(145 - before)]
+        )
+        x[before + 5 :] *= fold**5 if end is None else end
+        assert oc.diagnose(norms(x))[0].step == before + 1
+
+
 def run_clip(steps, *, keep=True, old=False, wrap=lambda tx: tx, every=1):
     """What a user records who keeps the state, or drops it, or reads one that is out of date."""
     tx = wrap(oc.clip_by_global_norm(100.0))
     state, update = tx.init(jnp.ones(2)), jax.jit(tx.update)
     history = oc.History(every=every)
     for norm in NOISE[:steps]:
-        with jax.numpy_dtype_promotion("standard"):  # of Optax's own
+        with jax.numpy_dtype_promotion("standard"):  # Optax needs it
             _, new = update(jnp.float32([norm, 0.0]), state)
         history.append(oc.metrics(state if old else new))
         state = new if keep else state
@@ -197,13 +210,15 @@ def test_a_history_takes_scalars_only():
     ):
         history.append(state)
     with pytest.raises(
-        ValueError, match=r"one number under each key; not so \{'clip/grad_norm': \(2,\)\}"
+        ValueError, match=r"not these shapes or types: \{'clip/grad_norm': \(2,\)\}"
     ):
         history.append({"clip/grad_norm": jnp.ones(2)})
     for window in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="History: window must be"):
             oc.History(window)
     assert len(history) == 0
+    with pytest.raises(ValueError, match=r"not these shapes or types: \{'phase': 'str'\}"):
+        oc.History().append({"phase": "warm", "loss": 1.0})
 
 
 def test_a_clip_that_does_not_measure_is_not_judged():
@@ -228,6 +243,16 @@ def test_the_catalogue(case):
             assert found[0].block == "layers/3", f"seed {seed}: {found}"
 
 
+def test_of_skipped_steps_the_block_is_named_that_was_first():
+    bad, x = np.arange(60) >= 33, NOISE[:60]
+    lost = np.where(bad, np.nan, x)
+    table = norms(lost) | {"watch/grad_norm/a": x, "watch/grad_norm/b": lost}
+    counts = {"consecutive": np.cumsum(bad), "last_reason": 3 * bad, "grad_norm": lost}
+    (sign,) = oc.diagnose(table | {f"skip/{key}": x for key, x in counts.items()})
+    assert (sign.name, sign.step, sign.block) == ("every-step-skipped", 34, "b")
+    assert "not finite, first in b" in sign.what
+
+
 def test_a_sign_says_where_it_began_and_how_large_it_is():
     x = np.r_[NOISE[:180], 1.9 ** np.arange(1, 13), [np.nan] * 8]
     (sign,) = oc.diagnose(norms(x) | {"watch/steps": np.arange(1001, 1001 + N)})
@@ -236,6 +261,9 @@ def test_a_sign_says_where_it_began_and_how_large_it_is():
     x = np.where(np.arange(N) == 70, 500.0, NOISE)
     (sign,) = oc.diagnose(norms(x))
     assert (sign.name, sign.step) == ("spike", 71) and sign.evidence["largest"] > 300
+    assert "afterwards it is as before" in sign.what
+    (sign,) = oc.diagnose(norms(x[:71]))
+    assert sign.name == "spike" and "the record ends there" in sign.what
 
 
 @pytest.mark.parametrize("prefix", ["", "opt/", "a/b/"])
@@ -286,7 +314,7 @@ def test_a_history_is_bounded_and_keeps_what_stands_out():
     norms = history.arrays()["watch/grad_norm"]
     assert 50 <= len(history) <= 100 and list(history.steps) == sorted(set(history.steps))
     assert history.steps[norms == 1e4] == [1235] and np.isnan(norms).any()
-    # Beside what stands out the run is evenly covered.
+    # Apart from the steps that stand out, the run is covered evenly.
     assert np.diff(history.steps).max() <= 64
     window = oc.History(window=100)
     for i in range(steps):

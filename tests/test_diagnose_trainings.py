@@ -1,6 +1,6 @@
-"""Real trainings that fail as people report it: what is named first.
+"""Real trainings that fail in ways people report: `diagnose` names the right sign first.
 
-Most are one compiled program, whose arguments say what is wrong.
+Most are one compiled program, whose arguments say what goes wrong.
 """
 
 from typing import NamedTuple
@@ -172,7 +172,7 @@ def classify(rate, broken):
         # Units of ReLU die one by one, until no batch reaches any.
         (4.0, 1.0, "layer-dead", 11),
         (10.0, 1.0, "layer-dead", 21),
-        # Logits of 100 make a probability of 0, whose logarithm is taken.
+        # Logits of 100 give a probability of 0, and the loss takes its logarithm.
         (0.3, 100.0, "loss-not-finite", 71),
     ],
     ids=["healthy", "dying ReLU", "dead ReLU", "log(0)"],
@@ -225,7 +225,7 @@ def train_in_half(scale, most, broken):
 )
 def test_float16(scale, most, broken, first):
     seen = train_in_half(*map(np.float32, (scale, most, broken)))
-    # It overflows in all of these.
+    # Norms overflow in all of these.
     assert not np.isfinite(seen["watch/grad_norm"]).all()
     found = oc.diagnose(seen)
     assert (found[0].name if found else SILENT) == first, f"{found}"

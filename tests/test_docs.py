@@ -1,4 +1,4 @@
-"""The site is whole: every name, every algorithm and every page has its place, and it builds
+"""The site is complete: every name, every algorithm and every page is listed, and it builds
 without a warning.
 """
 
@@ -142,7 +142,7 @@ def assert_links_lead_somewhere(root, pages):
 def test_the_site_builds_without_a_warning_and_every_link_leads_somewhere(tmp_path):
     for extension in ("sphinx", "myst_nb", "sphinx_copybutton", "sphinxext.opengraph"):
         pytest.importorskip(extension)
-    # The notebooks are run by a test of their own, one process each.
+    # Another test runs the notebooks, one process each.
     options = ["-W", "--keep-going", "-q", "-D", "nb_execution_mode=off", "-b", "html"]
     places = ["-d", tmp_path / "doctrees", DOCS, tmp_path / "html"]
     command = [sys.executable, "-m", "sphinx", *options, *map(str, places)]

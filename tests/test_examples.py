@@ -1,4 +1,4 @@
-"""The examples run, and show what they claim. Small here; a user runs them at full size."""
+"""The examples run, and show what they claim. They are small here; users run them at full size."""
 
 import importlib
 import pathlib

@@ -1,4 +1,4 @@
-"""Each algorithm follows its paper, retold in NumPy, for 300 steps of warm-up, drift, spikes."""
+"""Each algorithm follows its paper, retold in NumPy, for 300 steps of warm-up, drift and spikes."""
 
 import functools
 import json
@@ -132,7 +132,7 @@ def test_elements_follow_the_paper(name, own):
 def test_the_bounds_that_normalize_by_moments_states_are_reached_and_not_passed():
     spikes = np.array([1.0, 2.0, 3.857, 10.0, 100.0, 1e6])
     steady = np.r_["0,2", np.ones((200, len(spikes))), spikes]
-    # Cauchy and Schwarz: the worst series grows by b2 / b1 a step.
+    # By Cauchy-Schwarz the worst series grows by b2 / b1 per step.
     worst = np.repeat((0.9 / 0.7) ** np.arange(201.0)[:, None] * 1e-20, len(spikes), 1)
     grads = {"steady": jnp.float32(steady.T[..., None]), "worst": jnp.float32(worst.T[..., None])}
     follow = functools.partial(
@@ -228,8 +228,8 @@ def test_zclip_does_what_its_authors_code_did():
 (OLMOS,) = (runs for name, runs in RECORDED.items() if name.startswith("SkipStep"))
 
 
-# The spikes tell a warm-up of one step more or less (63 is the first to be judged), and a window of
-# one norm more or less: what was seen at 63 is in it up to 191.
+# The spikes detect a warm-up that is off by one step (63 is the first to be judged), and a window
+# that is off by one norm: the norm of step 63 is in it up to 191.
 @pytest.mark.parametrize("run", OLMOS, ids=lambda run: " ".join(run["spikes"]))
 def test_skip_spikes_skips_what_olmos_code_did(run):
     norms = np.exp(0.2 * np.random.default_rng(0).normal(size=STEPS))
@@ -289,3 +289,32 @@ def test_qk_clip_scales_weights_not_norms():
     np.testing.assert_array_equal(untouched["kernel"], query["kernel"])
     with pytest.raises(ValueError, match="head_axis"):
         oc.clip_qk(query, key, before[:2])
+
+
+def latent_logits(content, rotary, query, key, shared):
+    """Of Kimi K2's attention: content and rotary parts; all heads share one rotary key."""
+    q = np.einsum("nr,rhd->nhd", content, query)
+    k = np.einsum("nr,rhd->nhd", content, key)
+    logits = np.einsum("nhd,mhd->hnm", q[..., :3], k[..., :3])
+    return (logits + np.einsum("nhd,md->hnm", q[..., 3:], rotary @ shared)).max((1, 2))
+
+
+def test_qk_clip_for_latent_attention_leaves_the_shared_key_and_the_values():
+    rng = np.random.default_rng(0)
+    query, key = rng.normal(size=(5, 4, 3 + 2)), rng.normal(size=(5, 4, 3 + 6))
+    seen = rng.normal(size=(7, 5)), rng.normal(size=(7, 8))
+    shared, most = rng.normal(size=(8, 2)), 40.0
+    before = latent_logits(*seen, query, key, shared)
+    assert (before > most).any() and (before < most).any()
+    # The paper scales q and k of the content by √γ each and the rotary q by γ, and nothing else.
+    gamma = np.minimum(1, most / before)[:, None]
+    want = np.concatenate([query[..., :3] * gamma**0.5, query[..., 3:] * gamma], -1)
+    given = [jnp.asarray(x, jnp.float32) for x in (query, key, before)]
+    got, clipped = oc.clip_qk(*given, most, content_size=3)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(clipped[..., :3], key[..., :3] * gamma**0.5, rtol=1e-5)
+    np.testing.assert_array_equal(clipped[..., 3:], given[1][..., 3:])
+    after = latent_logits(*seen, np.float64(got), np.float64(clipped), shared)
+    np.testing.assert_allclose(after, np.minimum(before, most), rtol=1e-5)
+    with pytest.raises(ValueError, match="content_size must be a whole number from 1 to 5"):
+        oc.clip_qk(*given, most, content_size=6)

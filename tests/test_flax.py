@@ -1,5 +1,5 @@
-"""The same network in nnx, linen and Equinox: the same paths, the same norms, the same training;
-and what only one has.
+"""The same network in nnx, linen and Equinox: the same paths, norms and training, and what only one
+of them has.
 
 `test_training.py` trains a layerwise clip in each; here the three are held against one another.
 """

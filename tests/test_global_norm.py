@@ -1,6 +1,6 @@
-"""`global_norm` alone: the norm that `clip_by_global_norm` clips by, of any tree, on any mesh.
+"""`global_norm` is the norm that `clip_by_global_norm` clips by, for any tree, on any mesh.
 
-That it is so for every p is in `test_agree.py`.
+`test_agree.py` has this for every p.
 """
 
 import contextlib

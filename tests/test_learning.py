@@ -1,5 +1,5 @@
-"""Laws of everything that has a history: its state keeps its form, and nothing that is not finite
-gets into it.
+"""Laws of everything that has a history: its state keeps its structure, and nothing that is not
+finite gets into it.
 """
 
 import contextlib
@@ -95,7 +95,7 @@ def test_nothing_is_learned_from_what_is_not_finite(make):
         chex.assert_tree_all_finite(updates)
 
 
-# The policy is the engine's, and no threshold hears of it: each row has one of the two.
+# The engine applies the policy, unknown to thresholds, so each row is tested with one of the two.
 @pytest.mark.parametrize(
     ("case", "nonfinite"),
     list(zip(ADAPTIVE, itertools.cycle(["propagate", "zero"]))),

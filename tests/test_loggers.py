@@ -1,4 +1,4 @@
-"""The lines of docs/watching.md for loggers that may not be installed are run here."""
+"""Runs the code in docs/watching.md for loggers that may not be installed."""
 
 import csv
 import io
@@ -37,7 +37,7 @@ def run(word, **names):
     return names
 
 
-@pytest.mark.filterwarnings("ignore")  # what tensorboardX warns of is not ours
+@pytest.mark.filterwarnings("ignore")  # tensorboardX's own warnings
 def test_tensorboard(row, tmp_path):
     tensorboard = pytest.importorskip("tensorboardX", exc_type=ImportError)
     names = {"loggers": loggers, "row": row, "step": 3, "folder": str(tmp_path)}
@@ -56,7 +56,7 @@ def test_wandb(row, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     wandb = pytest.importorskip("wandb", exc_type=ImportError)
     run("wandb.init", wandb=wandb, loggers=loggers, row=row, step=3, folder=str(tmp_path))
-    wandb.teardown()  # its service writes the file in its own time, later on a busy machine
+    wandb.teardown()  # its service writes the file later, with more delay on a busy machine
     (log,) = tmp_path.rglob("*.wandb")
     assert b"watch/grad_norm/a" in log.read_bytes()
 

@@ -29,7 +29,7 @@ def test_the_scale_grows_backs_off_and_stays_between_its_limits():
     tx = dynamic_loss_scale(optax.scale(1.0), 8.0, **options)
 
     def step(state, fine):
-        # What a backward pass gives: 3, times the scale.
+        # What a backward pass returns: 3, times the scale.
         grads = jnp.where(fine, 3 * state.loss_scale, jnp.nan)[None]
         updates, state = tx.update(grads, state)
         return state, (updates[0], state.loss_scale)

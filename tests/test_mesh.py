@@ -1,5 +1,5 @@
-"""The same numbers on every mesh: sharded arrays under jit, shard_map with and without types, pmap,
-vmap.
+"""The same numbers on every mesh: sharded arrays under jit, shard_map with and without types, pmap
+and vmap.
 """
 
 import re
@@ -68,9 +68,7 @@ def test_sharded_arrays_cost_one_all_reduce():
     mesh, tx = mesh_of(8), CLIPS["tree"]
     grads = {i: jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("x"))) for i in range(5)}
     text = jax.jit(lambda g: tx.update(g, None)[0]).lower(grads).compile(AS_USERS).as_text()
-    ran = text[
-        text.index("ENTRY") :
-    ]  # the rescue of unusual magnitudes is a branch, which has its own
+    ran = text[text.index("ENTRY") :]  # unusual magnitudes take a branch, which has its own
     assert len(re.findall(r" all-reduce(?:-start)?\(", ran)) == 1
     assert "all-gather" not in text
 
@@ -126,7 +124,7 @@ def test_sizes_of_parameters_are_of_all_parts_and_single_numbers_have_none(make,
     def updates(tx, grad):
         return steps(tx, grad)[0]
 
-    # A leaf of which each device has another part: a decision by element is one of each device.
+    # Each device has another part of the leaf, so it decides for its own elements.
     grad, spec = GRADS["dense"], P("x", "y")
     tx = make() if typed else make(axis_names=("x", "y"))
     run = jax.shard_map(

@@ -1,5 +1,5 @@
-"""All clips at once on meshes of several shapes: one compiled program each gives the numbers of one
-device.
+"""All clips at once on meshes of several shapes: one compiled program for each mesh gives the
+numbers of one device.
 """
 
 import math
@@ -39,7 +39,7 @@ CLIPS |= {
     name: (OTHERS | HOLDERS)[name]()
     for name in (
         *("adamw_clip", "clippy", "smooth_clip", "clip_by_running_max", "spectral_clip"),
-        *("clip_by_median by params", "larc", "skip_spikes"),
+        *("clip_by_median by params", "larc", "skip_spikes", "clip_params"),
     )
 }
 CLIPS |= {
@@ -100,14 +100,14 @@ def test_sharded_under_jit(alone, name):
     )
 
 
-# Units need to be told (see `test_mesh.py`), and matrices must be whole.
+# Units need `axis_names=` (see `test_mesh.py`), and matrices must be whole.
 IN_PARTS = {
     name: tx
     for name, tx in CLIPS.items()
     if name not in ("adaptive_grad_clip", "autoclip units", "spectral_clip")
 }
-# Their states are as large as the parameters: zeros that have yet to vary over devices, which no
-# scan carries.
+# Their states are as large as the parameters and start as zeros that do not vary over devices yet,
+# so a scan cannot carry them.
 LARGE = ("clip_by_momentum_norm", "u_clip", "clip21", "adamw_clip", "skip_spikes")
 
 

@@ -1,4 +1,4 @@
-"""What `metrics` reads: the right values, under their owners' names, out of any nesting."""
+"""`metrics` reads the right values, under the names of their owners, from any nesting."""
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,7 @@ def test_units_and_elements_report_shares_and_extremes():
     seen = after(optaxclip.clip_by(1.0, scope=scopes.units()), 1.0, 0.1, grads={"kernel": kernel})
     matches(
         seen, grad_norm=0.5, bound=1, factor=1, clipped=0, clipped_fraction=0.25, steps=2
-    )  # one of two, once in two
+    )  # one of two units, at one of two steps
     seen = after(optaxclip.clip_by(1.0, scope=scopes.units()), 1.0, grads={"kernel": kernel})
     matches(seen, grad_norm=5, factor=0.2, clipped=0.5)
     for tx in (optaxclip.clip(2.0, measure=True), optaxclip.clip_by_value(-1.0, 2.0, measure=True)):

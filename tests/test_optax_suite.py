@@ -1,10 +1,10 @@
 """Optax's own tests of its clips, run on ours.
 
-Optax ships them in its wheel. They reach the functions under test as attributes of the module
-`_clipping`: the name is bound to a stand-in that holds ours, and the tests run as they are, but for
+Optax ships them in its wheel. They access the functions under test as attributes of the module
+`_clipping`, so that name is bound to a stand-in that holds ours. The tests run unchanged except for
 one digit: seven decimal places near 1 are more than float32 has, and Optax's own
-`clip_by_block_rms` does not hold them either. Their loops go through ten bounds, 1 to 1/10, not
-fifty: each is a clip of its own, which is compiled.
+`clip_by_block_rms` does not reach them either. Their loops go through ten bounds, 1 to 1/10,
+instead of fifty, because each bound is another clip to compile.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""Every optimizer that Optax exports, behind our clips: the same numbers as clipping by hand, in
+"""Every optimizer that Optax exports, after our clips: the same numbers as clipping by hand, in
 NumPy, before it.
 """
 
@@ -26,7 +26,7 @@ NEEDS = {
     "optax.polyak_sgd": {"max_learning_rate": 0.1},
     "optax.noisy_sgd": {"key": jax.random.key(0)},
 }
-# What the update is given besides gradients and parameters, where that is not only the loss.
+# What `update` gets besides gradients and parameters, if that is not only the loss.
 EXTRA_ARGS = {
     "optax.lbfgs": ("value", "grad", "value_fn"),
     "contrib.sophia": ("obj_fn",),
@@ -37,13 +37,13 @@ EXCLUDED = {
     "contrib.dpsgd": "takes the gradient of each example and clips these itself",
     "optax.lookahead": "its parameters are pairs: the clip goes inside, see test_wrappers.py",
 }
-# Optimizers built of others, without a learning rate of their own.
+# Optimizers built from others, without their own learning rate.
 WRAPPERS = {
     "contrib.mechanize": lambda: optax.contrib.mechanize(optax.sgd(0.1)),
     "contrib.sam": lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.01)),
 }
-# Everything else that returns a transformation: parts to build optimizers of. `scale_by_*` belong
-# here, too.
+# Everything else that returns a transformation: parts from which optimizers are built, including
+# `scale_by_*`.
 PARTS = {
     "adaptive_grad_clip",
     "add_decayed_weights",
@@ -179,7 +179,7 @@ CLIPS = {
 }
 PARAMS = {"b": np.float32([0.5, -1.0]), "w": np.float32([[1.0, -0.2], [0.3, 2.0], [-1.5, 0.7]])}
 TARGET = {"b": np.float32([0.0, 1.0]), "w": np.float32([[0.0, 1.0], [1.0, -1.0], [2.0, 0.0]])}
-STEPS = [0.4, 5.0, 1.0]  # each clip changes some of these gradients, and lets another pass
+STEPS = [0.4, 5.0, 1.0]  # each clip changes some of these gradients, and leaves another as it is
 
 
 def loss(params):

@@ -1,5 +1,5 @@
-"""The same results as the frameworks that people come from: compared with the real thing where it
-is installed.
+"""The same results as in other frameworks that people come from, compared with the framework
+itself if it is installed.
 """
 
 import jax
@@ -86,7 +86,7 @@ KERAS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # Keras' own
+@pytest.mark.filterwarnings("ignore")  # Keras's own warnings
 @pytest.mark.parametrize("argument", KERAS)
 @pytest.mark.parametrize("bound", [0.7, 100.0])
 def test_keras(argument, bound):

@@ -1,4 +1,4 @@
-"""Each part alone, against NumPy or by hand, and the errors it gives."""
+"""Each part by itself, against NumPy or by hand, and the errors it raises."""
 
 import inspect
 

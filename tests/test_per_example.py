@@ -1,4 +1,4 @@
-"""Gradients of examples, clipped and summed: every method is as the slow one, on every loss."""
+"""Gradients of examples, clipped and summed: each method agrees with the slow one on every loss."""
 
 import functools
 import operator
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optaxclip as oc
 from optaxclip import per_example
-from optaxclip.per_example.weights import clip_weights, normalizing_weights
+from optaxclip.per_example.weights import weigh
 from tests.benchmarks import per_example as benchmark
 from tests.conftest import AS_USERS
 
@@ -66,7 +66,7 @@ def sequences():
         y = jnp.einsum("td,dp->pt", x, p["a"]).reshape(2, 3, -1)
         return jnp.sum(jnp.tanh(jnp.einsum("hpt,hpd->td", y, p["b"])) @ p["c"].T)
 
-    return loss, params, normal(B, 3, 8, seed=2), {"a", "b"}  # c is smaller than what it meets
+    return loss, params, normal(B, 3, 8, seed=2), {"a", "b"}  # c is smaller than its operand
 
 
 class Net(linen.Module):
@@ -220,7 +220,7 @@ LOSSES = [
     tables,
     convolutions,
 ]
-# Microbatches do not look into the loss: one that is not plain is enough for them.
+# Microbatches do not analyze the loss, so one complicated loss is enough for them.
 RUNS = [(plain, way) for way in WAYS] + [(make, "ghost") for make in LOSSES[1:]]
 RUNS += [(in_nnx, "microbatch of 2"), (in_dicts, "microbatch of 2")]
 
@@ -255,7 +255,9 @@ def test_which_parameters_are_ghosts(make):
 def test_normalized_instead_of_clipped(way):
     loss, params, batch, _ = plain()
     want, _ = oracle(loss, params, batch, 0.5, gamma=0.01)
-    _, grads = jax.jit(oc.clipped_value_and_grad(loss, 0.5, gamma=0.01, **way))(params, batch)
+    _, grads = jax.jit(oc.clipped_value_and_grad(loss, 0.5, action=per_example.auto_s(), **way))(
+        params, batch
+    )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), grads, want)
 
 
@@ -341,7 +343,9 @@ def test_without_jit(method):
         return jnp.sum(jnp.square(jnp.matmul(x, p["w"]) + p["b"]))
 
     params = {"w": normal(3, 2), "b": jnp.ones(2)}
-    step = oc.clipped_value_and_grad(loss, np.float32(1), gamma=0.1, method=method)
+    step = oc.clipped_value_and_grad(
+        loss, np.float32(1), action=per_example.auto_s(0.1), method=method
+    )
     (_, examples), grads = step(params, normal(B, 3))
     assert examples.clipped == B
     assert 0.1 < optax.tree.norm(grads) <= 1
@@ -384,7 +388,7 @@ def assert_close(got, want, rtol=1e-5, atol=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), got, want)
 
 
-# The loss is looked into by ghosts alone.
+# Only ghost clipping analyzes the loss.
 @pytest.mark.parametrize(
     ("make", "way"),
     [(make, "ghost") for make in (plain, sequences, in_equinox, scanned)]
@@ -456,7 +460,7 @@ MASKS = {
 }
 
 
-# What weights may be is no matter of the method; and "auto" is one of them.
+# Which weights are valid does not depend on the method, and "auto" is one of the others.
 @pytest.mark.parametrize(
     ("way", "reduce", "mask"),
     [(way, "mean", "negative and NaN") for way in WAYS if way != "auto"]
@@ -668,7 +672,7 @@ REFUSED = {
     "reduce": ({"reduce": "none"}, {}, "reduce must be one of 'mean', 'sum'"),
     "bound": ({"max_norm": -1.0}, {}, "max_norm must be a number from 0"),
     "bounds": ({"max_norm": jnp.ones(2)}, {}, "max_norm must be one number"),
-    "gamma": ({"gamma": -0.1}, {}, "gamma must be a number from 0"),
+    "action": ({"action": per_example.auto_s}, {}, "action must be .* write auto_s"),
     "microbatch": ({"microbatch_size": 0}, {}, "microbatch_size must be a whole number"),
     "sizes": (
         {},
@@ -685,11 +689,20 @@ REFUSED = {
     "whole numbers": (
         {},
         {"params": {"w": jnp.ones(3), "n": 1}},
-        "floating-point numbers, n does not",
+        "floating-point numbers, but these leaves do not: n",
     ),
+    "a string": ({}, {"batch": {"x": jnp.ones((2, 3)), "y": "train"}}, "batch .*leaf 'y' is of"),
+    "strings": ({}, {"batch": np.array(["a", "b"])}, "batch .*is of type <U1"),
+    "a string for all": ({}, {"shared": ["train"]}, "shared .*functools.partial"),
+    "functions": ({}, {"params": {"w": jnp.ones(3), "act": jnp.tanh}}, "params .*leaf 'act'"),
     "vector": ({"loss": lambda p, x: x}, {}, "one real number for one example.*\\(3,\\)"),
     "pair": ({"loss": lambda p, x: (jnp.sum(x), x)}, {}, "pass has_aux=True"),
     "losses": ({"loss": lambda p, x: {"a": jnp.sum(x)}}, {}, "add the losses up.*has_aux=True"),
+    "aux in words": (
+        {"has_aux": True, "loss": lambda p, x: (jnp.sum(p["w"] * x), "fine")},
+        {},
+        "aux must hold arrays.*'str'",
+    ),
     "no pair": ({"has_aux": True}, {}, "must return a pair"),
 }
 
@@ -700,7 +713,9 @@ def test_what_cannot_be_is_refused(method, make, call, message):
     make = {"loss": lambda p, x: jnp.sum(p["w"] * x), "max_norm": 1.0, "method": method, **make}
     call = {"params": {"w": jnp.ones(3)}, "batch": jnp.ones((2, 3)), **call}
     with pytest.raises(ValueError, match=f"clipped_value_and_grad: .*{message}"):
-        oc.clipped_value_and_grad(**make)(**call)
+        oc.clipped_value_and_grad(**make)(
+            call.pop("params"), call.pop("batch"), *call.pop("shared", ()), **call
+        )
 
 
 AUTO = {"ghost": plain, "microbatch": tied}
@@ -754,8 +769,8 @@ def test_the_norm_of_one_ghost_is_that_of_its_gradient(layer, weights, batch):
 
 def test_a_negative_bound_of_examples_counts_as_zero():
     lengths = jnp.array([0.5, 2.0])
-    assert not clip_weights(lengths, -1.0).any()
-    assert not normalizing_weights(lengths, -1.0, 0.1).any()
+    assert not weigh(oc.actions.rescale, lengths, -1.0).any()
+    assert not weigh(oc.per_example.auto_s(0.1), lengths, -1.0).any()
 
 
 def test_an_example_of_zeros_weighs_nothing_without_gamma():

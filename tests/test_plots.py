@@ -69,7 +69,7 @@ def test_norms_bound_clipped_share_and_bad_steps():
     ax = plots.plot_norms(HISTORY)
     norm, bound, bad = ax.lines
     np.testing.assert_array_equal(norm.get_ydata(), NORMS)
-    np.testing.assert_array_equal(norm.get_xdata(), [1, 2, 3, 4, 5])  # as all else counts
+    np.testing.assert_array_equal(norm.get_xdata(), [1, 2, 3, 4, 5])  # from 1, as elsewhere
     np.testing.assert_array_equal(bound.get_ydata(), [2.0] * 5)
     assert bad.get_xdata().tolist() == [3] and ax.get_yscale() == "log"
     assert labels(ax)[2:] == ["clipped: 40 % of steps", "NaN or infinite: 1 step"]
@@ -243,7 +243,7 @@ def test_a_clip_that_does_not_measure_is_drawn_by_what_the_watch_saw(prefix):
     assert plots.plot_histogram(seen, bins=1).patches[0].get_height() == 1
     assert [label.get_text() for label in plots.plot_layers(seen).get_yticklabels()] == ["w"]
     assert plots.plot_norms(seen).lines[0].get_ydata().tolist() == [3.0]
-    assert len(plots.plot_norms(seen).lines) == 1  # a bound of elements is none of norms
+    assert len(plots.plot_norms(seen).lines) == 1  # a bound on elements is not a bound on norms
     with pytest.raises(ValueError, match="the clip does not measure: pass it measure=True"):
         plots.plot_norms([row])
 
@@ -314,3 +314,16 @@ for extra, call in calls.items():
         raise AssertionError(extra)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_number_between_two_gaps_is_a_dot_and_ticks_are_steps():
+    for ax in (plots.plot_norms(HISTORY[:1]), plots.plot_norms(HISTORY[1:4])):
+        assert ax.lines[0].get_marker() == "." and len(ax.lines[0].get_markevery()) in (1, 2)
+        ax.figure.canvas.draw()
+        assert all(float(tick).is_integer() for tick in ax.get_xticks())
+    assert plots.plot_norms(HISTORY[3:]).lines[0].get_marker() == "None"
+
+
+def test_without_a_norm_there_is_no_colour_bar():
+    ax = plots.plot_layers({"a": np.full(3, np.nan), "b": np.zeros(3)})
+    assert len(ax.figure.axes) == 1

@@ -1,5 +1,5 @@
-"""Several processes are as one: the same parameters, and a killed run goes on bit for bit where it
-was.
+"""Several processes train as one does: the same parameters, and a killed run resumes bit for bit
+where it was.
 """
 
 import os
@@ -27,7 +27,7 @@ def run(folder, name, *options, steps=50, fails=False):
     ]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu"
-    }  # and compiled as quickly as the other tests: see conftest.py
+    }  # compiled as quickly as the other tests, see conftest.py
     done = subprocess.run(
         [*command, "--steps", str(steps)],
         env=environment,

@@ -88,14 +88,14 @@ def test_no_block_is_longer_than_its_bound_and_no_direction_is_lost(scope, grads
         if counts_as_bad(norm, float(bound), 1 - 1e-5):
             assert np.all(np.isnan(after))
             continue
-        # By rounding it may be so, and of units, whose norms are right up to 1e36.
+        # Rounding may make it NaN, and units have the right norms only up to 1e36.
         may_be = counts_as_bad(norm, float(bound), 1 + 1e-5) or (scope == "units" and norm > 1e36)
         if may_be and np.all(np.isnan(after)):
             continue
         assert np.all(np.isfinite(after))
         factor = min(1.0, bound / norm) if norm else 1.0
-        # A float16 or bfloat16 number is rounded once; what is below the smallest normal float32
-        # may be flushed.
+        # A float16 or bfloat16 number is rounded once; numbers below the smallest normal float32
+        # may be flushed to zero.
         smallest = 1e-7 if max(after, default=0) < 7e4 else 0.0
         np.testing.assert_allclose(
             after, before * factor, rtol=0.01, atol=max(smallest, 1.3e-38, 1e-6 * bound)
@@ -116,7 +116,7 @@ def test_the_norm_of_a_tree_is_right_at_any_magnitude(grads):
 @given(grads=trees(), bad=st.sampled_from([np.nan, np.inf, -np.inf]), where=st.integers(0, 2))
 def test_one_bad_number_makes_its_whole_block_bad_and_no_other(grads, bad, where):
     grads[1] = grads[1].at[where].set(bad)
-    bound = np.float32(1e3)  # to which any float can be shortened
+    bound = np.float32(1e3)  # large enough that any float can be shortened to it
     updates, _ = STEPS["leaf"](bound, grads)
     norms = [np.linalg.norm(x) for x in blocks_of("leaf", grads)]
     for i, (norm, leaf) in enumerate(zip(norms, blocks_of("leaf", updates), strict=True)):

@@ -1,4 +1,4 @@
-"""`recommend`: shares as NumPy has them; what is planted is found, and nothing else."""
+"""`recommend`: shares agree with NumPy; planted reasons are found, and nothing else."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +139,7 @@ def test_every_form_of_input_says_the_same():
     )
     watched = [
         row | {"clip/bound": 1.0} for row in watch_rows(layers)
-    ]  # of a clip that does not measure
+    ]  # from a clip that does not measure
     assert optaxclip.recommend(watched) == whole
 
 

@@ -82,7 +82,7 @@ def test_of_runs_at_different_steps_those_that_are_due_report():
     update = jax.jit(jax.vmap(lambda s: tx.update(GRADS, s)[1]))
     update(update(many))
     jax.effects_barrier()
-    # In any order: callbacks of one program are not ordered.
+    # Sorted, because the callbacks of one program are not ordered.
     assert sorted((step, row["run"]) for step, row in seen) == [(1, 0), (3, 1), (3, 2)]
 
 

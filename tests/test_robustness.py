@@ -1,4 +1,4 @@
-"""Laws of adaptive clips: no statistic can be poisoned, and none locks a block out for ever."""
+"""Laws of adaptive clips: no statistic can be poisoned, and none locks a block out forever."""
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,8 @@ def test_constant_norms_for_ten_thousand_steps(case):
         assert case.relative or before / 1.2 < after <= before * (1 + 1e-6), name
 
 
-# These have numbers in the units of the gradient: a cap, a bound at the start, an ε. The
-# moments of norms make a ratio of them, which is as long at any scale.
+# These have numbers in units of the gradient: a cap, an initial bound, an ε. Moments of norms turn
+# a norm into a ratio, which is the same at any scale.
 ABSOLUTE = {"autoclip after", "adagc", "quantile_clip", "normalize_by_moments", "scale_by_acclip"}
 ABSOLUTE |= {"u_clip by element", "smooth_clip", "clippy", "spectral_clip"}
 RELATIVE = (

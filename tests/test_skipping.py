@@ -1,4 +1,4 @@
-"""Wrappers that hold the optimizer: a skipped step moves nothing, and no run is locked out."""
+"""Wrappers of the optimizer: a skipped step changes nothing, and no run is locked out."""
 
 import chex
 import jax

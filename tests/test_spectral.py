@@ -1,10 +1,12 @@
-"""Singular values are clipped as a decomposition in NumPy would."""
+"""Singular values are clipped as by a decomposition in NumPy."""
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
 from tests.conftest import AS_USERS
@@ -53,7 +55,7 @@ def test_singular_values_are_clipped(method, solver):
         )
         for name, shape in SHAPES.items()
     }
-    updates = clipped(oc.spectral_clip(1.0, method=method, solver=solver, batch_axes=1), grads)
+    updates = clipped(oc.spectral_clip(1.0, method=method, solver=solver, stacked=""), grads)
     for name, stack in grads.items():
         error = np.linalg.norm(updates[name] - decomposed(stack, 1.0, method), 2, axis=(1, 2))
         assert (error < np.maximum(1e-4, 1e-7 * np.linalg.norm(stack, axis=(1, 2)))).all(), name
@@ -100,7 +102,7 @@ def test_stacked_layers_and_kernels():
     rng = np.random.default_rng(0)
     stack, kernel = rng.normal(size=(3, 6, 4)), rng.normal(size=(3, 3, 2, 4))
     grads = {"layers": jnp.asarray(stack, jnp.float32), "conv": jnp.asarray(kernel, jnp.float32)}
-    tx = oc.spectral_clip(1.0, batch_axes=lambda path: 1 if path == "layers" else 0)
+    tx = oc.spectral_clip(1.0, stacked="layers")
     updates = clipped(tx, grads)
     for got, x in zip(updates["layers"], stack, strict=True):
         np.testing.assert_allclose(got, decomposed(x, 1.0, "hard"), atol=1e-4)
@@ -145,7 +147,7 @@ def test_the_corners(method):
     np.testing.assert_array_equal(at(jnp.inf, compiled=AS_USERS), x)
     np.testing.assert_array_equal(at(0.0), 0)
     traced = jax.jit(lambda bound: clipped(oc.spectral_clip(bound, method=method), x))
-    np.testing.assert_array_equal(traced(jnp.float32(-1)), 0)  # which nobody can refuse
+    np.testing.assert_array_equal(traced(jnp.float32(-1)), 0)  # a tracer cannot be rejected
     np.testing.assert_array_equal(at(1.0, jnp.zeros((4, 3))), 0)
     if method == "hard":
         np.testing.assert_array_equal(at(100.0, compiled=AS_USERS), x)  # bit for bit
@@ -234,11 +236,7 @@ def test_the_derivative_is_finite(method):
 def test_stacked_by_vmap_or_by_axis():
     stack = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 4)), jnp.float32).at[1].mul(1e5)
     mapped = jax.vmap(lambda g: oc.spectral_clip(1.0).update(g, None)[0])(stack)
-    np.testing.assert_allclose(
-        mapped, clipped(oc.spectral_clip(1.0, batch_axes=1), stack), atol=1e-5
-    )
-    with pytest.raises(ValueError, match=r"batch_axes=4, but the leaf .* \(3, 5, 4\)"):
-        oc.spectral_clip(1.0, batch_axes=4).update(stack, None)
+    np.testing.assert_allclose(mapped, clipped(oc.spectral_clip(1.0, stacked=""), stack), atol=1e-5)
 
 
 def test_a_bound_may_follow_the_parameters():
@@ -248,3 +246,53 @@ def test_a_bound_may_follow_the_parameters():
     np.testing.assert_allclose(np.linalg.norm(updates, 2), 4.0, rtol=1e-3)
     with pytest.raises(ValueError, match=r"tx\.update\(grads, state, params\)"):
         tx.update(params, tx.init(params))
+
+
+SPECS = {
+    "both": P("x", "y"),
+    "one": P(None, ("x", "y")),
+    "layers": P(None, "y"),
+    "whole": P(),
+}
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_in_shard_map_matrices_in_parts_are_clipped_as_whole_ones(typed):
+    rng = np.random.default_rng(0)
+    shapes = {"both": (6, 4), "one": (3, 8), "layers": (2, 4, 3), "whole": (5,)}
+    grads = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+    bound = oc.thresholds.running(0.5, feed=oc.feeds.raw)
+
+    alone = oc.spectral_clip(bound, solver="svd", stacked="layers")  # compiles in less time
+    apart = oc.spectral_clip(bound, solver="svd", stacked="layers", specs=SPECS)
+    first = jax.jit(alone.update)
+    _, state = first(grads, alone.init(grads))
+    want = first(grads, state)
+    run = jax.shard_map(
+        apart.update,
+        mesh=Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y")),
+        in_specs=(SPECS, P()),
+        out_specs=(SPECS, P()),
+        check_vma=typed,
+    )
+    got = jax.jit(run)(grads, state)
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(got[0]["both"], grads["both"], atol=0.1)
+
+
+def test_specs_that_are_none_or_miss_a_leaf_are_refused():
+    with pytest.raises(ValueError, match="specs must be a PartitionSpec, a function of the path"):
+        oc.spectral_clip(1.0, specs={"a": "x"})
+    with pytest.raises(ValueError, match=r"spectral_clip: specs must .* for 'b', got \['a'\]"):
+        oc.spectral_clip(1.0, specs={"a": P()}).update({"b": jnp.ones((2, 2))}, None)
+
+
+def test_layers_on_several_devices_are_refused():
+    run = jax.shard_map(
+        lambda g: oc.spectral_clip(1.0, stacked="", specs=P("x")).update(g, None)[0],
+        mesh=Mesh(np.array(jax.devices()[:2]), ("x",)),
+        in_specs=P("x"),
+        out_specs=P("x"),
+    )
+    with pytest.raises(ValueError, match=r"specs must not cut the leaf .* between its layers"):
+        run(jnp.ones((4, 3, 2)))

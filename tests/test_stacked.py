@@ -1,4 +1,4 @@
-"""A model that stacks its layers is clipped as the same model with its layers in a list."""
+"""A model that stacks its layers is clipped like the same model with its layers in a list."""
 
 import re
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
@@ -82,6 +82,18 @@ def test_each_layer_is_clipped_as_the_layer_of_a_list(name):
         want_updates = jax.tree.map(lambda *xs: jnp.stack(xs), *map(stack, steps))
         chex.assert_trees_all_close(got[name][0], want_updates, rtol=1e-5, custom_message=name)
         chex.assert_trees_all_close(renamed(got[name][1]), seen, rtol=1e-5, custom_message=name)
+
+
+def test_singular_values_by_layer_have_bounds_and_statistics_of_their_own():
+    def make(**stacked):
+        return oc.spectral_clip(oc.thresholds.running(1.2), **stacked)
+
+    want, seen = jax.jit(lambda: run(make(), LIST))()
+    got, metrics = jax.jit(lambda: run(make(stacked={"^blocks": 1}), stack(LIST, 1)))()
+    steps = [jax.tree.map(lambda x, i=i: x[i], want) for i in range(len(FACTORS))]
+    want = jax.tree.map(lambda *xs: jnp.stack(xs), *(stack(step, 1) for step in steps))
+    chex.assert_trees_all_close(got, want, rtol=1e-2, atol=1e-5)
+    chex.assert_trees_all_close(renamed(metrics), seen, rtol=1e-5)
 
 
 BOUNDS = {
@@ -168,7 +180,7 @@ def test_only_norms_travel_between_devices(spec):
     compiled = jax.jit(step).lower(jax.device_put(grads, shardings)).compile(AS_USERS)
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     collectives = re.findall(rf"= (.*) (?:{kinds})(?:-start)?\(", compiled.as_text())
-    # Of one axis each, and no longer than the nine norms, cut into four parts of three.
+    # Each has one axis, and at most the nine norms, padded to four parts of three.
     lengths = [int(n or 1) for shapes in collectives for n in re.findall(r"\[([\d,]*)\]", shapes)]
     assert lengths and max(lengths) <= 12, collectives
     got = compiled(jax.device_put(grads, shardings))
@@ -199,11 +211,11 @@ TREE = {"blocks": jnp.ones((2, 3)), "wide": jnp.ones((3, 3)), "gain": jnp.ones((
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: scopes.stacked(["^blocks"]), r"where must be .* got \['\^blocks'\]"),
+        (lambda: scopes.stacked(["^blocks"]), r"where must be .* got the list \['\^blocks'\]"),
         (lambda: scopes.stacked({"^blocks": "0"}), "where must be"),
         (lambda: scopes.stacked(scopes.groups), r"where must be .*: write groups\("),
         (lambda: scopes.stacked("^b", scopes.tree), "scope must be scopes.leaf, "),
-        (lambda: scopes.stacked("^layers"), r"clip_by: of the leaves \['blocks'.* none stacks"),
+        (lambda: scopes.stacked("^layers"), r"clip_by: none of the leaves \['blocks'.* stacks"),
         (lambda: scopes.stacked("gain"), r"leaf 'gain' of shape \(\) has no axes \(0,\)"),
         (lambda: scopes.stacked({"^b": 0, "s$": 1}), "'blocks' matches several rules"),
         (lambda: scopes.stacked("^b", scopes.stacked("^b")), "scope must be one of whole leaves"),
@@ -243,3 +255,14 @@ def test_a_watch_goes_by_layer():
         np.testing.assert_array_equal(got[name], counts)
     ticks = oc.plots.plot_layers(history).get_yticklabels()
     assert "blocks/kernel[2]" in [tick.get_text() for tick in ticks]
+
+
+def test_histograms_by_layer_on_an_explicit_mesh():
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    grads = {"kernel": jnp.arange(32.0).reshape(4, 4, 2), "kernel_2": jnp.ones((4, 4, 2))}
+    tx = oc.watch(scope=scopes.stacked("kernel"), histogram=True)
+    want = jax.jit(tx.update)(grads, tx.init(grads))[1].histogram
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(grads, NamedSharding(mesh, P("x", "y")))
+        got = jax.jit(tx.update)(spread, tx.init(spread))[1].histogram
+    np.testing.assert_array_equal(got, want)

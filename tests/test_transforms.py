@@ -1,9 +1,10 @@
-"""Laws of JAX's transformations around our rows, and of Optax's wrappers: one compilation does for
+"""Laws of our rows under JAX's transformations and in Optax's wrappers: one compilation tests
 several of them.
 """
 
 import functools
 import inspect
+import re
 
 import chex
 import jax
@@ -13,20 +14,20 @@ import optax
 import pytest
 from flax import nnx
 from jax.experimental import checkify
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
 from tests.cases import CASES, ROWS
 
-# One row of each kind: each costs a second of compilation.
+# One row of each kind, because each costs a second of compilation.
 KINDS = ["clip_by_leaf_norm", "adaptive_grad_clip", "zclip", "skip_spikes", "watch"]
 each_kind = pytest.mark.parametrize("make", [ROWS[name] for name in KINDS], ids=KINDS)
 PARAMS = {"kernel": jnp.ones((3, 2)), "bias": jnp.full(2, 0.5)}
 STEPS = 3
 
 
-pytestmark = pytest.mark.usefixtures("as_users")  # transformations of Optax's promote dtypes
+pytestmark = pytest.mark.usefixtures("as_users")  # Optax's transformations promote dtypes
 
 
 def draw_grads(*batch):
@@ -75,7 +76,7 @@ def test_healthy_gradients_alarm_no_checks_of_floats(name):
     assert all(not np.isnan(x).any() for x in seen.values())
 
 
-# Of clips with a fixed bound one for each scope: thresholds are what computes.
+# Of the clips with a fixed bound only one for each scope: it is thresholds that compute.
 SEARCHED = {
     name: make
     for name, make in ROWS.items()
@@ -91,6 +92,15 @@ def test_op_by_op_healthy_gradients_alarm_no_search_for_nan(make):
         _, state = tx.update(params, tx.init(params), params)
         # A spike and zeros.
         jax.vmap(lambda factor: tx.update(factor * params, state, params))(jnp.array([1e3, 0.0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FIXED - {"at_most"}))  # one of its two bounds is infinite
+def test_op_by_op_fixed_bounds_alarm_no_search_for_infinity(name):
+    tx, params = ROWS[name](), jnp.ones((3, 2))
+    with jax.debug_infs(True), jax.disable_jit():
+        for factor in (1.0, 1e3, 0.0):
+            tx.update(factor * params, tx.init(params), params)
 
 
 each_row = pytest.mark.parametrize("name", ROWS)
@@ -116,8 +126,60 @@ def test_every_row_keeps_its_types_in_all_of_them(name):
     grads = draw_grads(2)
     updates, seen = jax.eval_shape(jax.vmap(train, in_axes=1, axis_name="runs"), grads)
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(lambda g: g.swapaxes(0, 1).shape, grads)
-    # Of a batch of runs, one number for each run.
+    # Each metric is one number per run.
     assert {x.shape for x in seen.values()} <= {(2,)}
+
+
+@pytest.mark.slow
+@each_row
+def test_every_row_is_exported_with_the_shapes_that_it_has(name):
+    tx, grads = ROWS[name](), jnp.ones((3, 2))
+
+    def step(grads):
+        updates, state = tx.update(grads, tx.init(grads), grads)
+        return updates, jax.tree.leaves(state)
+
+    exported = jax.export.export(jax.jit(step))(grads)
+    there = jax.eval_shape(exported.call, grads)
+    assert jax.tree.map(jnp.shape, there) == jax.tree.map(jnp.shape, jax.eval_shape(step, grads))
+
+
+class Layer(nnx.Module):
+    def __init__(self):
+        self.params = nnx.data({name: nnx.Param(p) for name, p in PARAMS.items()})
+
+
+@each_row
+def test_every_row_is_traced_in_nnx_jit(name):
+    def train():
+        model, tx = Layer(), optax.chain(ROWS[name](), optax.scale(-0.1))
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer):
+            optimizer.update(model, nnx.state(model, nnx.Param))
+
+        step(model, optimizer)
+        step(model, optimizer)  # with the state from the first step
+        return model
+
+    assert nnx.to_pure_dict(nnx.state(nnx.eval_shape(train)))["params"].keys() == PARAMS.keys()
+
+
+@each_row
+def test_with_explicit_axes_updates_are_sharded_as_they_came(name):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Explicit,))
+    specs = {"bias": P(), "kernel": P("data")}
+
+    def step(params):
+        params = jax.tree.map(lambda p, spec: jax.sharding.reshard(p, spec), params, specs)
+        updates = update(ROWS[name](), params)
+        for u, p in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+            assert jax.typeof(u).sharding == jax.typeof(p).sharding
+        return updates
+
+    with jax.set_mesh(mesh):
+        jax.eval_shape(step, {"bias": jnp.ones(2), "kernel": jnp.ones((4, 2))})
 
 
 def mesh_of(count):
@@ -134,9 +196,25 @@ def test_over_axes_of_one_device_nothing_need_be_said(name):
     for typed in (True, False):
         spec = {"in_specs": P("data"), "out_specs": P("data")}
         jax.eval_shape(jax.shard_map(step, mesh=mesh_of(1), check_vma=typed, **spec), params)
-    # brax trains so.
+    # brax trains this way.
     each = jax.tree.map(lambda p: p[None], params)
     jax.eval_shape(jax.pmap(step, axis_name="data", devices=jax.devices()[:1]), each)
+
+
+@each_row
+def test_beside_parts_a_replicated_leaf_stays_replicated_by_type(name):
+    tx = ROWS[name]()
+    specs = {"bias": P(), "kernel": P("data")}
+    params = {"bias": jnp.ones(2), "kernel": jnp.ones((4, 2))}
+    # Both updates must have one type, or the second call would fail.
+    twice = lambda params: update(tx, update(tx, params))  # noqa: E731
+    run = jax.shard_map(twice, mesh=mesh_of(2), in_specs=(specs,), out_specs=specs)
+    why = ""
+    try:
+        jax.eval_shape(run, params)
+    except ValueError as error:
+        why = str(error)
+    assert not why or re.match(r"\w+: [^\n]*axis_names", why)
 
 
 @each_row
@@ -154,7 +232,7 @@ def test_where_types_are_silent_it_is_local_or_says_what_to_pass(name):
         assert "axis_names" in inspect.signature(public).parameters
         assert "axis_names=()" in message
     else:
-        # By element: what one device would do with its part it may do.
+        # It clips by element, so each device may treat its own part alone.
         jaxpr = str(program)
         assert not any(word in jaxpr for word in ("reduce_sum", "reduce_max", "dot_general"))
 
@@ -166,7 +244,7 @@ def test_in_vmap_remat_and_cond_it_is_as_alone(make):
     @jax.checkpoint
     def step(state, grads):
         (state, i), take = state, step_of(tx)
-        # A branch without the clip returns the state as it came: its types may not change.
+        # The branch without the clip returns the state unchanged, so the clip must keep its types.
         leave = lambda state, grads: (state, grads)  # noqa: E731
         state, updates = jax.lax.cond(i < STEPS - 1, take, leave, state, grads)
         return (state, i + 1), updates
@@ -196,7 +274,7 @@ def test_in_wrappers_of_optax_and_exported_it_is_as_alone(make):
     wrapped = optax.apply_if_finite(inner, 2)
 
     def both(grads):
-        # Only dicts go through `jax.export`: states are named tuples, that nobody registered.
+        # `jax.export` takes dicts, but states are named tuples that are not registered.
         state, updates = scan(wrapped, grads)
         alone, want = scan(tx, grads)
         read = [optaxclip.metrics(s) if jax.tree.leaves(alone) else {} for s in (state, alone)]

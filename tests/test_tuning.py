@@ -1,4 +1,4 @@
-"""`tune`: one compile, the same numbers as runs one by one, the planted threshold."""
+"""`tune`: one compilation, the same numbers as separate runs, and the planted threshold."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a watch keeps: the right numbers, the planted culprit, and gradients as they were."""
+"""A watch keeps the right numbers, finds the planted culprit, and leaves gradients as they were."""
 
 import pickle
 from types import SimpleNamespace
@@ -132,7 +132,7 @@ def test_a_total_beyond_the_largest_float_is_finite_where_its_blocks_are():
     np.testing.assert_allclose(read(state).top_shares, 0.5)
     _, state = tx.update(
         grads | {"a": jnp.full(4, 3e38)}, state
-    )  # its own norm is no float any more
+    )  # its own norm is beyond the floats
     assert (
         int(read(state).nonfinite.bad_total),
         int(read(state).nonfinite.first),
@@ -149,7 +149,7 @@ def test_the_planted_block_that_is_not_finite_is_found(bad):
         _, state = tx.update(grads, state, tag=step * 11)
     found = read(state).nonfinite
     assert (int(found.bad_total), int(found.at_step), int(found.blocks_hit)) == (1, 3, 3)
-    assert (NAMES[found.first], NAMES[found.last]) == ("layers/2", "layers/10")  # as people count
+    assert (NAMES[found.first], NAMES[found.last]) == ("layers/2", "layers/10")  # by number
     ((step, *_),) = oc.monitoring.bad_steps(state)
     assert step[:1] + step[3:] == (3, "layers/2", pytest.approx(1 / 3), 22) and not np.isfinite(
         step.norm
@@ -281,6 +281,18 @@ def test_the_norms_of_a_long_burst_are_those_of_its_start():
     assert list(early.norms) == [1] and set(early.order().values()) == {1}
 
 
+@pytest.mark.parametrize("steps", [32, 60])
+def test_the_norms_before_an_episode_are_kept_however_soon_it_follows_another(steps):
+    """Nine steps after the one before it: then the eight before it are those of its episode."""
+    series = (1 + np.arange(60, dtype=np.float32) / 100)[:steps]
+    series[[20, 29, 30]] = 20.0
+    episode = oc.monitoring.bad_steps(run(oc.watch(), series)[0])[-1]
+    end = min(steps, 34)
+    assert episode.first.step == 30 and list(episode.norms) == list(range(end - 7, end + 1))
+    got = [row["embed"] for row in episode.norms.values()]
+    np.testing.assert_allclose(got, norm_of(PARAMS["embed"]) * series[end - 8 : end], rtol=1e-5)
+
+
 def test_tags_are_one_integer_or_nothing():
     tx = oc.watch()
     state = tx.init(PARAMS)
@@ -325,11 +337,11 @@ WRONG_STATES = {
     "None": (None, r"watch: update was called with the state None"),
     "of another transformation": (
         optax.adam(0.1).init(PARAMS),
-        "watch: this is not the state of a watch",
+        "watch: this is not a state of watch",
     ),
     "of a clip": (
         oc.clip_by_leaf_norm(1.0).init(PARAMS),
-        "watch: this is not the state of a watch but ClipState",
+        "watch: this is not a state of watch but ClipState",
     ),
     "of other blocks": (
         oc.watch().init({"other": jnp.ones(1)}),
@@ -491,7 +503,7 @@ def test_sharded_and_in_shard_map():
         )
 
 
-@pytest.mark.filterwarnings("ignore")  # what Orbax warns of is not ours
+@pytest.mark.filterwarnings("ignore")  # Orbax's own warnings
 def test_kept_on_disk(tmp_path):
     tx = oc.watch()
     state, _ = run(tx, lengths(20))

@@ -1,5 +1,5 @@
-"""Our clips inside Optax's wrappers and JAX's transformations: each with what it must change, and
-what it must not.
+"""Our clips inside Optax's wrappers and JAX's transformations: what each must change, and what it
+must not.
 """
 
 import chex

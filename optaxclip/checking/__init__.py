@@ -1,1 +1,1 @@
-"""Linting chains: each is read as a list of nodes, to which one rule per mistake is applied."""
+"""Lints chains: reads a chain as a list of nodes and applies one rule per mistake to them."""

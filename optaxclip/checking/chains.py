@@ -1,8 +1,8 @@
 """A chain as a flat list of nodes, in the order in which gradients reach them.
 
-Our transformations describe themselves; of Optax's the closures are read. Each node knows the
-holders around it, which answers "does this one feed that one?". What a foreign wrapper does with
-what goes in and comes out cannot be read, so no node inside it feeds one outside, nor the reverse.
+Our transformations describe themselves; for those of Optax the closures are read. Each node knows
+the holders around it, which answers "does this one feed that one?". What a foreign wrapper does to
+its inputs and outputs cannot be read, so no node inside it feeds one outside, nor the reverse.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from optaxclip.engine import Description
 from optaxclip.trees import flatten_with_paths, is_measured, matcher
 from optaxclip.validate import is_transformation
 
-# Wrappers of Optax that pass on what they get, and return what becomes of it inside: the variable
-# in which they keep the transformation inside.
+# Wrappers of Optax that pass their input to the transformation inside and return its output, each
+# with the variable that holds that transformation.
 _INSIDE = {
     "MultiSteps": "_opt",
     "apply_if_finite": "inner",
@@ -36,11 +36,11 @@ _INSIDE = {
 }
 _SERIES = {"chain", "named_chain"}
 _HOLDERS = _SERIES | _INSIDE.keys() | {"partition", "masked", "inject_hyperparams"}
-# A foreign wrapper may hold itself, directly or by way of others.
+# A foreign wrapper may hold itself, directly or through others.
 _MAX_DEPTH, _MAX_NODES = 64, 10_000
 
 
-# Compared by identity: the same transformation at two places makes two nodes.
+# Nodes are compared by identity: the same transformation at two places makes two nodes.
 @dataclass(frozen=True, eq=False)
 class Node:
     """One transformation of a chain.
@@ -50,8 +50,8 @@ class Node:
         optax or optaxclip; "threshold" for any of our thresholds.
       where: the path to it, such as "chain[1]/partition['decoder']/scale_by_adam".
       about: how it describes itself; None if it is not one of our transformations.
-      facts: the variables of its closures, among them the arguments that it was made with; of our
-        own code none.
+      facts: the variables of its closures, including the arguments that it was made with; empty
+        for our own code.
       module: the module that defines its update function.
       leaves: the paths of the floating-point leaves that it gets; None if they are unknown.
       holders: the nodes around it, outermost first.
@@ -69,7 +69,7 @@ class Node:
 
     @property
     def is_holder(self) -> bool:
-        """Whether it passes what it gets to the nodes inside, and returns what they make of it."""
+        """Whether it passes its input to the nodes inside and returns their output."""
         return self.name in _HOLDERS or (self.about is not None and self.about.inner is not None)
 
     def paths(self, exclude: Exclude = None) -> frozenset[str]:
@@ -79,7 +79,7 @@ class Node:
 
 
 def read_chain(tx: optax.GradientTransformation, params: Any) -> list[Node]:
-    """Lists the nodes of a chain, in the order of gradients, holders before what they hold."""
+    """Lists the nodes in the order in which gradients reach them, holders before what they hold."""
     return list(_walk(tx, params, "", (), itertools.count()))
 
 
@@ -89,7 +89,7 @@ def _walk(tx, params: Any, path: str, holders: tuple[Node, ...], places) -> Iter
     module, name = find_module(tx.update), find_maker(tx.update) if about is None else about.name
     name = "threshold" if module.startswith("optaxclip.thresholds.") else name
     facts: dict[str, Any] = {}
-    # By function, not by transformation: a foreign wrapper may pass on the `init` of one of ours.
+    # Checked per function, because a foreign wrapper may pass on the `init` of one of ours.
     for fn in (tx.init, tx.update):
         facts |= {} if find_module(fn).startswith("optaxclip.") else read_closure(fn)
     node = Node(name, path + name, about, facts, module, leaves, holders, next(places))
@@ -106,16 +106,16 @@ def find_shared(a: Node, b: Node) -> tuple[Node, ...]:
 
 
 def find_description(update: Callable) -> Description | None:
-    """How a transformation describes itself, by its update function; None if it is not ours."""
+    """The description that an update function carries; None if it is not one of ours."""
     update = unwrap(update)
-    # `functools.wraps` copies a description to a foreign wrapper, of which it may not be true.
+    # `functools.wraps` copies the description to a foreign wrapper, where it may not be true.
     return None if hasattr(update, "__wrapped__") else getattr(update, "description", None)
 
 
 def feeds(a: Node, b: Node) -> bool:
-    """Whether what leaves `a` reaches `b`: both are in one chain, no foreign wrapper between."""
+    """Whether the output of `a` reaches `b`: both are in one chain, no foreign wrapper between."""
     shared = find_shared(a, b)
-    # In branches of a partition, or of a foreign wrapper, neither sees what the other returns.
+    # Two branches of a partition, or of a foreign wrapper, do not see each other's output.
     if a.place >= b.place or a in shared or shared[-1].name not in _SERIES:
         return False
     own = (a.holders + b.holders)[len(shared) :]
@@ -137,9 +137,9 @@ def _open(node: Node, params: Any) -> list[tuple[str, Any, Any]]:
         try:
             return _OPEN.get(node.name, _open_wrapper)(node, params)
         except Exception:
-            # A user's factory may fail outside of training: its inside stays unknown.
+            # A user's factory may fail outside of training; its inside then stays unknown.
             return []
-    # A transformation, but of norms: what is inside never meets a gradient.
+    # A threshold transforms norms, so nothing inside it ever sees a gradient.
     if node.name == "threshold":
         return []
     found = [(k, x) for k, v in node.facts.items() for x in _list_items(v) if is_transformation(x)]
@@ -181,7 +181,7 @@ def _open_masked(node: Node, params):
 
 def _open_inject_hyperparams(node: Node, params):
     facts = node.facts
-    # As arrays, as the wrapper passes them: what may change is not mistaken for a constant.
+    # Passed as arrays, as in the wrapper, so that no rule takes what may change for a constant.
     now = {name: schedule(schedule.init()) for name, schedule in facts["sched_hps"].items()}
     arrays = {name: jnp.asarray(value) for name, value in (now | facts["numeric_hps"]).items()}
     return [("", facts["inner_factory"](**facts["other_hps"], **arrays), params)]
@@ -197,16 +197,16 @@ _OPEN = {
 
 
 def _evaluate(tree_or_function: Any, params: Any) -> Any:
-    """Labels or a mask; of the parameters, if they are a function. None if that fails."""
+    """Labels or a mask, applied to the parameters if it is a function. None if that fails."""
     try:
         return tree_or_function(params) if callable(tree_or_function) else tree_or_function
     except Exception:
-        # A user's function may fail outside of training; unknown labels report nothing.
+        # A user's function may fail outside of training; for unknown labels nothing is reported.
         return None
 
 
 def _pick(params: Any, mask: Any) -> Any:
-    """The parameters under a mask, or a prefix of one; None if the mask is unknown or no fit."""
+    """The parameters under a mask or a prefix of one; None if it is unknown or does not fit."""
     try:
         picked = jax.tree.map(lambda m, p: p if m else optax.MaskedNode(), mask, params)
     except (TypeError, ValueError):

@@ -18,7 +18,7 @@ from optaxclip.monitoring.display import code, escape
 from optaxclip.monitoring.findings import Findings
 from optaxclip.validate import is_maker, is_transformation, show_maker
 
-# In the order of the report. A rule needs no access to the others: one mistake, one function.
+# In the order of the report. Each mistake has one function, which does not need the others.
 _RULES: dict[str, Callable[[list[Node]], Found]] = {
     "clip-per-branch": placement.clip_per_branch,
     "frozen-in-norm": placement.frozen_in_norm,
@@ -75,7 +75,7 @@ def check(tx: optax.GradientTransformation, params: Any) -> tuple[Finding, ...]:
         `exclude` are applied.
 
     Returns:
-      A tuple of `Finding`, which prints one below the other; empty if the chain is sound.
+      A tuple of `Finding`, printed one below the other; empty if the chain is sound.
 
     Raises:
       TypeError: if `tx` is not an optax transformation.
@@ -91,8 +91,8 @@ def check(tx: optax.GradientTransformation, params: Any) -> tuple[Finding, ...]:
         got = show_maker(tx) if is_maker(tx) else type(tx).__name__
         raise TypeError(f"check: tx must be an optax transformation, got {got}.")
     nodes = read_chain(tx, params)
-    # Not guarded: a rule that fails must not pass for a chain that is sound.
+    # Exceptions are not caught: if a rule fails, the chain must not count as sound.
     found = [Finding(name, *finding) for name, rule in _RULES.items() for finding in rule(nodes)]
-    # A clip may be part of several pairs: of one mistake at one place, only the first is reported.
+    # A clip may be part of several pairs. Only the first of equal mistakes at a place is reported.
     first = {(finding.name, finding.where): finding for finding in reversed(found)}
     return Findings(reversed(first.values()))

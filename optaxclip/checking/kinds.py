@@ -1,4 +1,4 @@
-"""What the rules ask of a node: which kind of clip it is, or to which family it belongs."""
+"""What the rules need to know about a node: its kind of clip, or the family it belongs to."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ _OPTAX = {
     "clip_by_block_rms": "other",
     "adaptive_grad_clip": "other",
 }
-# Actions that bound a norm, by the names that they show; `normalize` sets it. What an action of the
-# user's does is not known, and it shows none of these.
+# The names shown by actions that bound a norm; `normalize` sets it. What a user's action does is
+# not known, and it shows none of these names.
 _LIMITS = ("actions.rescale", "actions.band", "actions.smooth", "actions.zero", "actions.keep")
 
 Test = Callable[[Node], Any]
-# Of each mistake: where it is, what goes wrong, and what to write instead.
+# For each mistake: where it is, what goes wrong, and what to write instead.
 Found = Iterator[tuple[str, str, str]]
 
 
 class Clip(NamedTuple):
-    """What the rules ask of a clip.
+    """What the rules need to know about a clip.
 
     Attributes:
       block: which numbers share one norm: "tree", "leaf", "element" or "other".
-      bound: the fixed bound, a number, an array or a schedule, of `clip_by_value` both limits; None
-        if it is learned or relative.
-      learned: whether it judges a norm by earlier norms, and so looks for unusual ones.
+      bound: the fixed bound: a number, an array or a schedule, or both limits of `clip_by_value`;
+        None if it is learned or relative.
+      learned: whether it compares a norm with earlier norms, and thus looks for unusual ones.
       hard: whether blocks within the bound are left alone, and others shortened to it.
       l2: whether its norm is the Euclidean norm.
       paths: the leaves that it measures.
@@ -66,7 +66,7 @@ class Clip(NamedTuple):
 
 
 def as_clip(node: Node) -> Clip | None:
-    """The node as a clip; None if it is not a clip, or only measures, by an infinite bound."""
+    """The node as a clip; None if it is not one, or only measures because its bound is infinite."""
     about = node.about
     if about is None:
         bound = node.facts.get("max_norm", node.facts.get("max_delta"))
@@ -78,7 +78,7 @@ def as_clip(node: Node) -> Clip | None:
 
 
 def as_test(node: Node) -> Clip | None:
-    """As `as_clip`, but also for a wrapper that skips steps by their norm."""
+    """Like `as_clip`, but also for a wrapper that skips steps because of their norm."""
     if node.about is None or not is_guard(node):
         return as_clip(node)
     clip = _describe(node.about, node)
@@ -86,11 +86,11 @@ def as_test(node: Node) -> Clip | None:
 
 
 def _describe(about: Description, node: Node) -> Clip:
-    """What one of our own clips is, by its description."""
+    """Tells from its description what one of our own clips is."""
     paths, update = node.paths(about.exclude), about.threshold.update
     bound, learned = getattr(update, "bound", None), learns(update)
     if about.kind == "elements":
-        # Of `clip_by_value`, which may move elements that are within the larger modulus.
+        # `clip_by_value` may move elements that are within the larger modulus.
         two_sided = isinstance(bound, tuple)
         fixed = _require_finite(bound) if two_sided else bound
         return Clip("element", fixed, learned or bound is None, not two_sided, paths=paths)
@@ -98,14 +98,14 @@ def _describe(about: Description, node: Node) -> Clip:
         return Clip("other", hard=False, l2=False, paths=paths)
     action, block = repr(about.action), _name_block(about, paths)
     limits = action.startswith(_LIMITS)
-    # Seen through a view the bound is in other units, and cannot be compared.
+    # With a view the bound is in other units and cannot be compared.
     fixed = bound if limits and about.view is None else None
     hard = action.startswith("actions.rescale")
     return Clip(block, fixed, learned and limits, hard, about.norm is l2, paths)
 
 
 def _name_block(about: Description, paths: frozenset[str]) -> str:
-    """Which numbers share one norm. Groups may turn out to be the whole tree, or single leaves."""
+    """Names what shares one norm. Groups may turn out to be the whole tree, or single leaves."""
     if about.scope == tree:
         return "tree"
     if about.scope is None or not about.scope.named:
@@ -113,11 +113,11 @@ def _name_block(about: Description, paths: frozenset[str]) -> str:
     try:
         blocks = about.scope.cut(tuple(sorted(paths)), ((),) * len(paths)).names or ()
     except Exception:
-        # Labels that do not fit these leaves: the update will say so, which is not our affair.
+        # The labels do not fit these leaves. That is not reported here: the update will raise.
         return "other"
     if len(blocks) == 1:
         return "tree"
-    # A bound on the root mean square of a leaf is one on updates, on purpose: Adafactor's.
+    # Bounding the root mean square of a leaf deliberately bounds updates, as in Adafactor.
     return "leaf" if len(blocks) == len(paths) and about.norm is not rms else "other"
 
 
@@ -165,7 +165,7 @@ def to_number(bound: Any) -> float:
 
 
 def to_constant(value: Any) -> float:
-    """As `to_number`, but NaN for an array, which `optax.inject_hyperparams` may change."""
+    """Like `to_number`, but NaN for an array, which `optax.inject_hyperparams` may change."""
     return math.nan if isinstance(value, jax.Array) else to_number(value)
 
 
@@ -183,7 +183,7 @@ def find_pairs(nodes: list[Node], first: Test, second: Test) -> Iterator[tuple[N
 
 
 def list_between(nodes: list[Node], a: Node, b: Node) -> list[Node]:
-    """Lists the nodes on the way from one to another; of holders only those with a memory."""
+    """Lists the nodes on the way from one to another, but only those holders that have a memory."""
     passed = [c for c in nodes if not c.is_holder and feeds(a, c) and feeds(c, b)]
     own = [h for h in a.holders + b.holders if h not in find_shared(a, b)]
     return passed + [h for h in own if h.name in _HOLDERS_WITH_MEMORY]

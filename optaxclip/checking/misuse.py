@@ -29,7 +29,7 @@ def guard_after_clip(nodes: list[Node]) -> Found:
 
 
 def _name_hidden(node: Node) -> str | None:
-    """What a node turns into finite numbers, in words; None if nothing."""
+    """Says in words what a node turns into finite numbers; None if nothing."""
     if node.name == "zero_nans":
         return "a NaN"
     clip = as_clip(node)
@@ -42,21 +42,21 @@ def _name_hidden(node: Node) -> str | None:
 
 
 def guard_without_optimizer(nodes: list[Node]) -> Found:
-    """A guard that holds only clips, while the optimizer behind it takes the step."""
+    """A guard that holds only clips, while the optimizer after it takes the step."""
     for a, b in find_pairs(nodes, is_guard, is_named(*STATEFUL)):
         inside = [n for n in nodes if a in n.holders and not n.is_holder]
-        # With anything else inside, the guard may protect that: a moment, a schedule.
+        # If anything else is inside, the guard may protect that: a moment, a schedule.
         if inside and all(as_clip(n) for n in inside):
             yield (
                 a.where,
                 f"it holds only a clip, so a skipped step reaches {b.where} as a gradient of zeros:"
                 " moments decay and momentum moves the parameters.",
-                f"the optimizer inside, too: {a.name}(optax.chain(clip, optimizer)).",
+                f"the optimizer inside as well: {a.name}(optax.chain(clip, optimizer)).",
             )
 
 
 def guard_in_accumulation(nodes: list[Node]) -> Found:
-    """A guard that sees only a mean, in which one NaN stays: `(1 - emit) * acc` keeps it."""
+    """A guard that only sees a mean, in which a NaN stays: `(1 - emit) * acc` keeps it."""
     for holder in filter(is_named("MultiSteps"), nodes):
         # By default MultiSteps skips no micro-batch.
         accepts_all = find_maker(holder.facts.get("_should_skip_update_fn", len)) == "MultiSteps"
@@ -65,8 +65,8 @@ def guard_in_accumulation(nodes: list[Node]) -> Found:
         if accepts_all and guards and not any(map(is_guard, holder.holders)):
             yield (
                 guards[0].where,
-                f"{holder.where} keeps a NaN of one micro-batch in its mean for good, so from then"
-                " on this guard skips, or zeroes, every step: training stands still, silently.",
+                f"{holder.where} keeps a NaN of one micro-batch in its mean forever, so from then"
+                " on this guard skips or zeroes every step: training silently stops.",
                 "optax.MultiSteps(..., should_skip_update_fn=optax.skip_not_finite), which drops"
                 " such micro-batches; or the guard outside,"
                 " optaxclip.skip_nonfinite(optax.MultiSteps(...).gradient_transformation()).",
@@ -80,24 +80,24 @@ def threshold_as_clip(nodes: list[Node]) -> Found:
             node.where,
             "it is a threshold, which turns norms into bounds: here each number of a gradient"
             " becomes a bound.",
-            "a clip by it: optaxclip.clip_by(threshold).",
+            "a clip that uses it: optaxclip.clip_by(threshold).",
         )
 
 
 def optimizer_as_threshold(nodes: list[Node]) -> Found:
-    """An optimizer in place of a threshold."""
+    """An optimizer instead of a threshold."""
     for node in nodes:
         if node.about is None or node.about.threshold is None:
             continue
-        # Without parameters: a threshold sees norms, and none of their paths is known.
+        # Read without parameters: a threshold sees norms, and their paths are not known.
         inside = read_chain(node.about.threshold, None)
         steps = [n for n in inside if n.name in NORMALISERS or _flips_sign(n)]
         if steps:
             yield (
                 node.where,
-                f"its bound is what {steps[0].where} makes of the norm: a step, which is negative"
+                f"its bound is the step that {steps[0].where} makes from the norm: it is negative"
                 " or does not depend on the size of the norm.",
-                "a number, a schedule or a threshold as the bound, and the optimizer behind the"
+                "a number, a schedule or a threshold as the bound, and the optimizer after the"
                 " clip: optax.chain(optaxclip.clip_by(1.0), optimizer).",
             )
 
@@ -110,7 +110,7 @@ def _flips_sign(node: Node) -> bool:
     # Optax writes a scheduled rate as `m * learning_rate(count)`, where m is -1 or 1.
     schedule = node.facts.get("step_size_fn", len)
     is_rate = find_maker(schedule) == "scale_by_learning_rate"
-    # Only the sign is asked for, which no schedule of a rate changes.
+    # Only the sign matters, and no schedule of a rate changes it.
     return is_rate and to_constant(read_closure(schedule).get("m")) < 0
 
 
@@ -118,7 +118,7 @@ def idle_exclude(nodes: list[Node]) -> Found:
     """An `exclude` that leaves out no leaf of the parameters, or all of them."""
     for node in nodes:
         exclude = node.about.exclude if node.about is not None else None
-        # In a branch the leaves that are to be excluded may be missing anyway.
+        # In a branch the leaves to exclude may be missing anyway.
         if exclude is None or not node.leaves or node.leaves != nodes[0].leaves:
             continue
         left, example = node.paths(exclude), min(node.leaves)

@@ -1,9 +1,9 @@
 """Rules for clips in the wrong place.
 
 A rule is a function of the nodes of a chain that yields, for each mistake, where it is, what goes
-wrong, and what to write instead. It reports only what is certain: the mistake must follow from what
-the chain is made of, whatever the gradients. What cannot be read (a foreign wrapper, labels that
-cannot be computed) is not reported.
+wrong, and what to write instead. It reports only what is certain: the mistake must follow from the
+chain itself, whatever the gradients. What cannot be read (a foreign wrapper, labels that cannot be
+computed) is not reported.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def clip_per_branch(nodes: list[Node]) -> Found:
             fork = find_shared(a, b)[-1]
             seen.setdefault(fork.where, set()).update(_find_branch(n, fork) for n in (a, b))
     for where, branches in seen.items():
-        # A partition of clips alone is a bound per group, on purpose.
+        # A partition that holds only clips is a bound per group, on purpose.
         count = sum(_holds_more_than_clips(nodes, branch) for branch in branches)
         if count > 1:
             yield (
@@ -50,7 +50,7 @@ def clip_per_branch(nodes: list[Node]) -> Found:
                 " only its own leaves: the norm of all of them together may be"
                 f" √{count} times the bound.",
                 "one clip before the branches, optax.chain(clip, optax.partition(...)); or, if a"
-                " bound for each group is meant, optaxclip.clip_by_group_norm(max_norm, label)"
+                " bound for each group is intended, optaxclip.clip_by_group_norm(max_norm, label)"
                 " there.",
             )
 
@@ -83,11 +83,11 @@ def frozen_in_norm(nodes: list[Node]) -> Found:
         if clip is None or clip.block != "tree":
             continue
         zeroed = [z for z in nodes if _zeroes(z)]
-        # Frozen before the clip, a gradient of zeros adds nothing to the norm.
+        # Leaves frozen before the clip have gradients of zero, which add nothing to the norm.
         already = frozenset().union(*(z.paths() for z in zeroed if feeds(z, a)))
         later = [z for z in zeroed if a in z.holders or feeds(a, z)]
         frozen = (clip.paths & frozenset().union(*(z.paths() for z in later))) - already
-        # Where nothing else is trained there is nobody whose updates could be shortened.
+        # If nothing else is trained, there are no updates that could be shortened.
         if frozen and clip.paths - already - frozen:
             yield (
                 a.where,
@@ -95,8 +95,8 @@ def frozen_in_norm(nodes: list[Node]) -> Found:
                 f" ({_list_some(frozen)}), so they shorten the updates of the others, and a NaN in"
                 " them spoils or skips the step.",
                 "freeze first, optax.chain(optax.freeze(mask), clip, optimizer); or leave them out"
-                " of the norm, exclude= of optaxclip's clips; or move the clip into the branch that"
-                " is trained.",
+                " of the norm with exclude= of optaxclip's clips; or move the clip into the branch"
+                " that is trained.",
             )
 
 
@@ -114,13 +114,13 @@ def clip_after_normaliser(nodes: list[Node]) -> Found:
     """A fixed bound on updates whose size does not depend on the size of the gradients."""
     for a, b in find_pairs(nodes, is_named(*NORMALISERS), has_bound):
         clip = as_clip(b) or Clip("other")
-        # Before the learning rate, updates are about 1 in size, and a bound by element is meant.
+        # Before the learning rate updates are about 1 in size, and a bound by element is intended.
         late = any(n.name in SCALES - {"identity"} for n in list_between(nodes, a, b))
         if (clip.l2 and clip.block in ("tree", "leaf")) or (clip.block == "element" and late):
             yield (
                 b.where,
-                f"it clips what {a.where} has already normalised: the size of that has nothing to"
-                " do with the size of the gradients, so a spike passes and the bound acts on all"
+                f"it clips updates that {a.where} has already normalised: their size does not"
+                " depend on the size of the gradients, so a spike passes and the bound acts on all"
                 " steps alike, or on none.",
                 "the clip before it, optax.chain(clip, optimizer); to bound updates on purpose,"
                 " optaxclip.clip_by_block_rms (as Adafactor does), limit_norm_growth, stable_adamw"
@@ -129,19 +129,19 @@ def clip_after_normaliser(nodes: list[Node]) -> Found:
 
 
 def spike_test_after_clip(nodes: list[Node]) -> Found:
-    """A test for unusual norms behind a clip that has made them usual."""
+    """A test for unusual norms after a clip that has made them usual."""
     for a, b in find_pairs(nodes, is_global, seeks_spikes):
         clip, test = as_clip(a), as_test(b)
-        # Leaves that the clip does not see may still spike, and the test would find them.
+        # Leaves that the clip does not see may still spike, and the test would notice.
         fed = clip and test and clip.l2 and test.paths <= clip.paths
         if fed and only_scales(nodes, a, b):
             yield (
                 b.where,
-                f"it looks for norms that are out of the ordinary, but {a.where} before it shortens"
-                " each to its bound: a spike looks like any clipped step.",
+                f"it looks for unusual norms, but {a.where} before it shortens each to its bound: a"
+                " spike looks like any other clipped step.",
                 "the test first: optaxclip.skip_spikes(optax.chain(clip, optimizer)); or give the"
                 " adaptive clip a cap, as in optaxclip.zclip(max_norm=1.0), or put the fixed clip"
-                " behind it.",
+                " after it.",
             )
 
 
@@ -150,16 +150,16 @@ def watch_after_clip(nodes: list[Node]) -> Found:
     for a, b in find_pairs(nodes, is_global, is_named("watch")):
         clip = as_clip(a)
         fed = clip and clip.l2 and b.about and b.paths(b.about.exclude) <= clip.paths
-        # Beside one before the clip, a second watch is meant to see what the clip leaves.
+        # If one watch is before the clip, a second one is meant to see what the clip leaves.
         both = any(feeds(n, a) for n in nodes if n.name == "watch")
-        # Behind a scale, which may be the learning rate, it is steps that are watched.
+        # After a scale, which may be the learning rate, the watch sees steps.
         if fed and not both and all(as_clip(n) for n in list_between(nodes, a, b)):
             yield (
                 b.where,
                 f"no norm that it sees is over the bound of {a.where} before it: it misses spikes"
                 " and explosions, and its median, quantiles and candidates are those of clipped"
                 " norms.",
-                "the watch first: optax.chain(watch(), clip, optimizer); or behind the optimizer,"
+                "the watch first: optax.chain(watch(), clip, optimizer); or after the optimizer,"
                 " where it sees steps.",
             )
 
@@ -169,9 +169,9 @@ def clip_before_accumulation(nodes: list[Node]) -> Found:
     for a, b in find_pairs(nodes, as_clip, is_named("MultiSteps")):
         yield (
             a.where,
-            f"it clips each micro-batch, before {b.where} accumulates them, not the gradient that"
-            " is applied: what is clipped is mostly the noise of small batches, and how much"
-            " depends on how many there are.",
+            f"it clips each micro-batch before {b.where} accumulates them, not the gradient that"
+            " is applied: it mostly clips the noise of small batches, and how much it clips"
+            " depends on their number.",
             "the clip inside: optax.MultiSteps(optax.chain(clip, optimizer), every_k_schedule).",
         )
 
@@ -181,20 +181,20 @@ def clip_before_unscale(nodes: list[Node]) -> Found:
     for a, b in find_pairs(nodes, has_bound, is_named("dynamic_loss_scale")):
         yield (
             a.where,
-            f"it clips gradients that are still scaled: {b.where} behind it takes the loss scale"
-            " off, so its bound is that many times too small.",
+            f"it clips gradients that are still scaled: {b.where} after it removes the loss"
+            " scale, so its bound is too small by that factor.",
             "the clip inside: dynamic_loss_scale(optax.chain(clip, optimizer)).",
         )
-    # Only before an optimizer that ignores the size of gradients, where a constant factor has no
-    # other use: before any other optimizer it may be part of the learning rate. And only powers of
-    # two, as loss scales are.
+    # Reported only before an optimizer that ignores the size of gradients, where a constant factor
+    # has no other use: before any other optimizer it may be part of the learning rate. Only powers
+    # of two are reported, because loss scales are powers of two.
     for a, b in find_pairs(nodes, has_bound, _unscales):
         normalised = any(feeds(b, n) for n in nodes if n.name in NORMALISERS and n.leaves)
         if normalised and only_scales(nodes, a, b):
             scale = to_constant(b.facts.get("step_size"))
             yield (
                 a.where,
-                f"it clips gradients that are still scaled: {b.where} behind it multiplies them by"
+                f"it clips gradients that are still scaled: {b.where} after it multiplies them by"
                 f" {scale:g}, so its bound is {scale:g} times what it seems to be.",
                 "the scale first: optax.chain(optax.scale(1 / loss_scale), clip, optimizer).",
             )
@@ -209,15 +209,15 @@ def clip_before_sign(nodes: list[Node]) -> Found:
     """A clip right before something that discards the length of the update."""
     for a, b in find_pairs(nodes, has_bound, is_named("scale_by_sign", "normalize_by_update_norm")):
         clip = as_clip(a) or Clip("other")
-        # A sign forgets any scale; a norm of the whole update only a scale that all leaves share.
+        # A sign forgets any scale; a norm of the whole update only one that all leaves share.
         forgets = b.name == "scale_by_sign" or clip.block == "tree"
         if clip.hard and forgets and a.paths() <= b.paths() and only_scales(nodes, a, b):
             yield (
                 a.where,
-                f"it has no effect: {b.where} keeps the direction only, or the signs, whatever the"
+                f"it has no effect: {b.where} keeps only the direction or the signs, whatever the"
                 " length, and nothing between them has a memory.",
                 "no clip; or a momentum between them, optax.chain(clip, optax.trace(0.9),"
-                " optax.scale_by_sign(), ...), since a clip bounds the share of a spike in it; or"
+                " optax.scale_by_sign(), ...), since a clip bounds a spike's share of it; or"
                 " optaxclip.skip_spikes(optimizer).",
             )
 
@@ -226,7 +226,7 @@ def clip_twice(nodes: list[Node]) -> Found:
     """Two consecutive clips of the same kind, so that the larger bound has no effect."""
     for a, b in find_pairs(nodes, is_global, is_global):
         one, two = as_clip(a) or Clip("other"), as_clip(b) or Clip("other")
-        # NaN if they are not constant, which is not equal to itself.
+        # If they are not constant they are NaN, which is not equal to itself.
         x, y = to_constant(one.bound), to_constant(two.bound)
         alike = one._replace(bound=None) == two._replace(bound=None) and one.hard and one.l2
         if alike and x == x and y == y and not list_between(nodes, a, b):

@@ -1,1 +1,1 @@
-"""One file a paper: a docstring and a composition of parts."""
+"""One file per paper: a docstring and a composition of parts."""

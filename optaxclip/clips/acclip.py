@@ -1,4 +1,4 @@
-"""ACClip: momentum, each element clipped to the running mean of its gradients' size."""
+"""ACClip: momentum with each element clipped to the running mean of its gradients' size."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ def scale_by_acclip(
     *,
     exclude: Exclude = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Momentum, clipped element by element: u = m · min(1, τ / (|m| + ε)).
+    """Clips momentum element by element: u = m · min(1, τ / (|m| + ε)).
 
-    m ← b1·m + (1 - b1)·g, and τᵅ ← b2·τᵅ + (1 - b2)·|g|ᵅ. Place it before the learning rate, in
-    place of an optimizer.
+    m ← b1·m + (1 - b1)·g, and τᵅ ← b2·τᵅ + (1 - b2)·|g|ᵅ. Place it before the learning rate,
+    instead of an optimizer.
 
     Args:
       b1: the decay of m.
       b2: the decay of τᵅ.
       alpha: α, larger than 0.
       eps: ε, in the units of the gradient.
-      exclude: leaves that pass as they are, as in `optaxclip.clip_by`.
+      exclude: leaves that pass unchanged, as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for numbers out of range.
 
-    Deviations: an element that is not finite comes out as NaN, and leaves no trace in m and τ. The
-    authors' code has α = 2 and divides by Adam's root mean square too, unless told otherwise; that
-    is not the paper's method.
+    Deviations: an element that is not finite becomes NaN and leaves no trace in m and τ. The
+    authors' code by default has α = 2 and also divides by Adam's root mean square, which is not the
+    paper's method.
 
     References:
       Zhang et al., `Why are Adaptive Methods Good for Attention Models?
@@ -67,7 +67,7 @@ def scale_by_acclip(
     validate.nonnegative(eps=eps)
 
     def init_fn(params):
-        # Neither mean is bias-corrected, as in the paper. τ grows more slowly than m, so the first
+        # As in the paper, neither mean is bias-corrected. τ grows more slowly than m, so the first
         # steps are short.
         return ACClipState(start_carry(params, exclude), start_carry(params, exclude, real=True))
 
@@ -84,26 +84,26 @@ def scale_by_acclip(
 
     about = Description(exclude=exclude, kind="other", name=call)
     annotate(update_fn, description=about)
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _step(g, m, size, *numbers):
-    """The update of a leaf, and its m and τ."""
+    """Computes the update of a leaf, and its new m and τ."""
     rest, pace, power, least = (like(x, size) for x in numbers)
     wide, fine = xla.widen(g), jnp.isfinite(g)
-    # By `where` on the results: zeros in place of what is not finite would be learned as gradients.
+    # `where` on the results: replacing what is not finite by zeros would learn them as gradients.
     moved = jnp.where(fine, m + xla.times(wide - m, rest), m)
     grown = jnp.where(fine, _mean_of_powers(size, jnp.abs(wide), pace, power), size)
-    # With eps = 0 and all zeros it would be 0 / 0.
+    # Otherwise eps = 0 and all zeros would give 0 / 0.
     longest = jnp.maximum(jnp.abs(moved) + least, jnp.finfo(size.dtype).tiny)
     out = xla.times(moved, jnp.minimum(1, grown / longest))
-    # An element, not a block: NaN here tells of a fault that m and τ have already left out.
+    # Per element, not per block: NaN reports a fault that m and τ have already left out.
     return xla.as_dtype_of(g, xla.poison(fine, out)), moved, grown
 
 
 def _mean_of_powers(size, modulus, pace, power):
-    """((1 - pace)·sizeᵖ + pace·modulusᵖ)^(1/p)."""
-    # In units of the larger of both, so that no power overflows.
+    """Computes ((1 - pace)·sizeᵖ + pace·modulusᵖ)^(1/p)."""
+    # In units of the larger of the two, so that no power overflows.
     larger = jnp.maximum(size, modulus)
     unit = jnp.where(larger > 0, larger, 1)
     mean = (1 - pace) * (size / unit) ** power + pace * (modulus / unit) ** power

@@ -1,4 +1,4 @@
-"""AdaGC: each leaf is held to a little more than the running mean of its own norms."""
+"""AdaGC: each leaf is clipped to a little more than the running mean of its own norms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import feeds, scopes, validate
+from optaxclip import feeds, scopes, validate, xla
+from optaxclip.actions import rescale
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
 from optaxclip.thresholds.blocks import new_threshold
@@ -31,30 +32,30 @@ def adagc(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each leaf to λ·γ, γ the running mean of its own norms after the clip.
+    """Clips each leaf to λ·γ, where γ is the running mean of its own norms after the clip.
 
-    In the warm-up the tree is clipped to a global norm of `max_norm`, and γ is the smallest norm of
+    During warm-up the tree is clipped to a global norm of `max_norm`, and γ is the smallest norm of
     the leaf after that clip; from then on γ ← β·γ + (1 - β)·min(n, λ·γ).
 
     Args:
-      ratio: λ, larger than 1. The bound can grow by a factor of β + (1 - β)·λ a step: 1.001 by
+      ratio: λ, larger than 1. The bound can grow by a factor of β + (1 - β)·λ per step: 1.001 by
         default.
       decay: β.
-      warmup_steps: how many norms a block learns from in the warm-up.
-      max_norm: the global norm of the warm-up.
-      relearn_after: a block that was over its bound on this many consecutive steps is reset; None:
-        never. With the defaults a tenfold rise takes 2,300 steps to follow.
+      warmup_steps: how many norms a block learns from during warm-up.
+      max_norm: the global norm during warm-up.
+      relearn_after: resets a block that was over its bound on this many consecutive steps; None:
+        never. With the defaults, following a tenfold rise takes 2,300 steps.
       scope: which numbers share one norm; the paper's is `scopes.leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for a ratio of at most 1, with which bounds could only fall, a decay outside [0,
-        1), a bad `max_norm`.
+        1), or a bad `max_norm`.
 
-    Deviations: a norm of zero is not learned (in the authors' code one exactly zero gradient in the
-    warm-up, as that of a LoRA matrix, freezes the leaf for ever), so a leaf's warm-up counts its
-    own gradients. The authors' code takes the smallest norm before the global clip, and ratio and
-    decay 1.03 and 0.98, later 1.04 and 0.99.
+    Deviations: a norm of zero is not learned (in the authors' code one exactly zero gradient during
+    warm-up, such as that of a LoRA matrix, freezes the leaf forever), so a leaf's warm-up counts
+    its own gradients. The authors' code takes the smallest norm before the global clip, and a ratio
+    and decay of 1.03 and 0.98, later 1.04 and 0.99.
 
     References:
       Wang et al., `AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient Clipping
@@ -72,16 +73,16 @@ def adagc(
     validate.share(decay=decay)
 
     def learn(norm, mean, seen):
-        # The first norm also where there is no warm-up: an average of infinity and a norm is no
-        # number, and a mean that started at 0 would hold the leaf there for ever.
+        # Starts at the first norm even without warm-up: an average with infinity would be NaN, and
+        # a mean that started at 0 would hold the leaf there forever.
         old = jnp.where(seen == 0, norm, mean)
         moved = old + like(1 - decay, norm) * (norm - old)
         return jnp.where(seen < warmup_steps, jnp.minimum(old, norm), moved)
 
     threshold = learned(
         Statistic(math.inf, learn, lambda norm, mean, seen: like(ratio, norm) * mean),
-        # The paper's order: the clip of the warm-up comes before the minimum. The authors' code
-        # learns the norms before it.
+        # The paper's order: the warm-up clip comes before the minimum. The authors' code learns the
+        # norms before that clip.
         feed=feeds.clipped,
         warmup_steps=warmup_steps,
         warmup=_share_of_global(as_threshold(max_norm=max_norm)),
@@ -93,10 +94,10 @@ def adagc(
 
 
 def _share_of_global(max_norm: optax.GradientTransformationExtraArgs):
-    """Holds each block to its share of a global norm: n · min(1, max_norm / ‖n‖)."""
+    """Bounds each block by its share of a global norm: n · min(1, max_norm / ‖n‖)."""
 
     def init_fn(norms):
-        # The bound is one for all blocks, so its state must not have the shape of the norms.
+        # All blocks share one bound, so its state must not have the shape of the norms.
         dtype = jax.tree.leaves(norms)[0].dtype if jax.tree.leaves(norms) else jnp.float32
         return max_norm.init(jnp.zeros((), dtype))
 
@@ -105,12 +106,12 @@ def _share_of_global(max_norm: optax.GradientTransformationExtraArgs):
         if not rows:
             return norms, state
         largest = jnp.max(jnp.stack([jnp.max(n, initial=0) for n in rows]))
-        # In units of the largest, so that no square overflows.
+        # In units of the largest norm, so that no square overflows.
         unit = jnp.where(largest > 0, largest, 1)
-        whole = unit * jnp.sqrt(sum(jnp.sum(jnp.square(n / unit)) for n in rows))
-        # The norm, not its square, which a port of AdaGC divides by.
+        whole = unit * xla.root(jnp.asarray(sum(jnp.sum(jnp.square(n / unit)) for n in rows)))
+        # The norm, not its square, by which a port of AdaGC divides.
         bound, state = max_norm.update(whole, state, params, **extra_args)
-        share = jnp.minimum(1, jnp.asarray(bound) / jnp.where(whole > 0, whole, 1))
+        share = rescale(whole, jnp.asarray(bound))
         return jax.tree.map(lambda n: n * share, norms), state
 
     return new_threshold(init_fn, update_fn, max_norm)

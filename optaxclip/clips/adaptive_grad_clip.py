@@ -34,21 +34,21 @@ def adaptive_grad_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each unit to a share of its parameters' norm: ‖gᵢ‖ ≤ clipping · max(‖wᵢ‖, eps).
 
-    A unit is what feeds one output: a column of a dense kernel, a filter of a convolution. `update`
-    needs `params`.
+    A unit is the part of a leaf that feeds one output: a column of a dense kernel, a filter of a
+    convolution. `update` needs `params`.
 
     Args:
       clipping: the largest ratio of a unit's norm to that of its parameters: a number or a
         schedule; 0.01 in the paper, less for large batches. DreamerV3 clips whole leaves
         (`axis=...`) at 0.3.
-      eps: the norm that parameters count for at least, so that a unit of zeros can move (at first
-        by clipping · eps).
+      eps: a lower limit on the norm of the parameters, which lets a unit of zeros move (at first by
+        clipping · eps).
       axis: the axes that a unit spans: None for Optax's convention by rank (kernels in the layouts
         IO, HWIO, DHWIO), an axis or a tuple, `...` for whole leaves, or a function of the path.
-        Vectors are one unit, but for `()`, with which each element is one.
+        A vector is one unit, except with `()`, which makes each element a unit.
       batch_axes: how many leading axes number stacked layers (`nn.scan`), or a function of the
         path.
-      norm: another norm than the Euclidean one.
+      norm: a norm other than the Euclidean one.
       exclude: leaves to leave alone, as in `optaxclip.clip_by`. The paper excludes the last,
         linear, layer: `exclude="^head/"`.
       nonfinite, axis_names: as in `optaxclip.clip_by`.
@@ -57,10 +57,10 @@ def adaptive_grad_clip(
       ValueError: for an argument that is negative, NaN, a boolean or a string; at the update, if
         `params` is missing, if axes do not fit a leaf, or if its rank has no convention.
 
-    Deviations from `optax.adaptive_grad_clip`: norms in float32 at least, and results in the
-    gradient's dtype (Optax promotes to the parameters'); no `div_eps` of 1e-6, which clips tiny
-    gradients too much; an `axis` for kernels does not fail at biases. As in its code (not its
-    docstring), a unit of a rank-3 kernel spans axis 0.
+    Deviations from `optax.adaptive_grad_clip`: norms are in float32 at least, and results in the
+    gradient's dtype (Optax promotes to the parameters'); there is no `div_eps` of 1e-6, which clips
+    tiny gradients too much; an `axis` for kernels does not fail on biases. As in Optax's code (not
+    its docstring), a unit of a rank-3 kernel spans axis 0.
 
     References:
       Brock et al., `High-Performance Large-Scale Image Recognition Without Normalization
@@ -74,11 +74,11 @@ def adaptive_grad_clip(
     """
     validate.nonnegative(eps=eps)
     return clip_by(
-        # A floor under ‖w‖, but none under ‖g‖: with Optax's 1e-6 there a tiny gradient that is
-        # over its bound becomes shorter than the bound.
+        # A floor under ‖w‖ but not under ‖g‖, where Optax's 1e-6 makes a tiny gradient that is
+        # over its bound shorter than the bound.
         param_relative(as_threshold(clipping=clipping), eps),
-        # Where layers are stacked, axis 0 numbers them: Optax's rule by rank mixes their norms
-        # without an error.
+        # If layers are stacked along axis 0, Optax's rule by rank mixes their norms without an
+        # error.
         scope=scopes.units(axis, batch_axes=batch_axes),
         norm=norm,
         exclude=exclude,
@@ -89,7 +89,7 @@ def adaptive_grad_clip(
 
 @validate.named
 def unitwise_norm(x: ArrayLike, axis: int | tuple[int, ...] | None = None) -> jax.Array:
-    """The Euclidean norm of each unit of an array, in the shape of the array.
+    """Computes the Euclidean norm of each unit of an array, in the shape of the array.
 
     Args:
       x: an array.
@@ -108,7 +108,7 @@ def unitwise_norm(x: ArrayLike, axis: int | tuple[int, ...] | None = None) -> ja
     blocks = scopes.units(axis).cut(["x"], [x.shape])
     layout = xla.lay_out(blocks, ["x"], [x.shape])
     (norms,) = xla.spread(xla.measure(l2, [x], layout), layout)
-    # As in Optax, whose `unitwise_norm` has the shape of the array: `unitwise_clip` asks for that.
+    # The shape of the array, as in Optax: `unitwise_clip` requires it.
     return jnp.broadcast_to(norms, x.shape)
 
 
@@ -121,7 +121,7 @@ def unitwise_clip(
 ) -> jax.Array:
     """Scales `grad` by max_norm / max(g_norm, div_eps) where `g_norm` is over `max_norm`.
 
-    The three arrays have one shape.
+    The three arrays have the same shape.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> norms = jnp.array([5.0, 0.5])
@@ -132,10 +132,10 @@ def unitwise_clip(
     if not g_norm.shape == max_norm.shape == grad.shape:
         shapes = f"{g_norm.shape}, {max_norm.shape} and {grad.shape}"
         raise ValueError(
-            f"unitwise_clip: g_norm, max_norm and grad must have one shape, got {shapes}."
+            f"unitwise_clip: g_norm, max_norm and grad must have the same shape, got {shapes}."
         )
     dtype = jnp.promote_types(g_norm.dtype, jnp.float32)
     norms = jnp.maximum(g_norm.astype(dtype), jnp.asarray(div_eps, dtype))
-    # Compared before `div_eps` counts: under it max_norm / div_eps would shorten what is within.
+    # Compared without `div_eps`: below it, max_norm / div_eps would shorten units within the bound.
     factor = jnp.where(g_norm <= max_norm, 1, rescale(norms, max_norm.astype(dtype)))
     return (grad * factor.astype(grad.dtype)).astype(grad.dtype)

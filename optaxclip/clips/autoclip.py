@@ -29,28 +29,28 @@ def autoclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips to the p-th percentile of the last norms: τ = min(percentileₚ(n₁ … nₜ), max_norm).
 
-    With the paper's p = 10 nine steps in ten are clipped, and updates have nearly one length; p =
-    95 clips outliers.
+    With the paper's p = 10, nine steps in ten are clipped and all updates have nearly the same
+    length; p = 95 clips outliers.
 
     Args:
       percentile: p, from 0 (the smallest norm so far) to 100 (no clipping).
       window: how many norms are remembered, a Python int: two float32 numbers each, per block.
-      update_first: whether a norm is among those that its own bound is taken from, as in the paper.
-      max_norm: a cap on the bound, and the bound of the warm-up.
-      warmup_steps: how many norms must have been seen; None: 1, without `update_first` the whole
-        window.
+      update_first: whether a norm counts toward its own bound, as in the paper.
+      max_norm: a cap on the bound, and the bound during warm-up.
+      warmup_steps: how many norms must have been seen; None: 1, or the whole window without
+        `update_first`.
       scope: which numbers share one norm: `scopes.tree`, `leaf`, `groups()`, `units()`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for a percentile outside [0, 100], a window that is not a whole number of at least
-        1, a negative cap.
+        1, or a negative cap.
 
-    Deviations: a window in place of the whole history, which grows without end; norms that are zero
-    or not finite are not remembered (in the authors' code one NaN stays for ever). `autoclip(95.0,
+    Deviations: a window instead of the whole history, which grows without end; norms that are zero
+    or not finite are not remembered (in the authors' code one NaN stays forever). `autoclip(95.0,
     update_first=False, max_norm=1.0)` is the variant of TRELLIS.
 
-    With a high percentile an explosion that lasts is followed upwards; give `max_norm`.
+    With a high percentile the bound follows a lasting explosion upwards; `max_norm` prevents that.
 
     References:
       Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source Separation Networks
@@ -64,20 +64,19 @@ def autoclip(
     >>> updates
     Array([3.], dtype=float32)
     """
-    # Where a norm is part of its own history, the first already has a percentile: itself. TRELLIS,
-    # which decides first, holds to `max_norm` alone until its window is full.
+    # If a norm is part of its own history, the first one already has a percentile: itself. TRELLIS,
+    # which decides first, uses only `max_norm` until its window is full.
     if warmup_steps is None:
         warmup_steps = 1 if update_first else window
     threshold = thresholds.percentile(
-        # Linear between neighbours, as NumPy's; bitsandbytes takes the nearest rank of squared
-        # norms.
+        # Interpolated linearly, as in NumPy; bitsandbytes takes the nearest rank of squared norms.
         percentile,
         window,
         update_first=update_first,
         warmup_steps=warmup_steps,
     )
     return clip_by(
-        # The cap bounds the warm-up, too, in which the percentile is infinite.
+        # The cap also bounds the warm-up, during which the percentile is infinite.
         at_most(threshold, as_threshold(max_norm=max_norm)),
         scope=scope,
         exclude=exclude,

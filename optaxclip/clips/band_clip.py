@@ -27,25 +27,25 @@ def band_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps each group's norm between low · S and high · S.
 
-    S is the running mean of its norms after the clip. Groups that explode are held, groups that
-    vanish are lifted, each by its own measure. The first norm is free.
+    S is the running mean of its norms after the clip. Groups that explode are shortened and groups
+    that vanish are lengthened, each relative to its own mean. The first norm is not limited.
 
     Args:
       low: the floor, from 0 (none) to 1.
       high: the ceiling, larger than 1.
-      decay: of the running mean.
-      scope: which numbers share one norm; None: `scopes.groups()`, a module's leaves. The paper's
-        is the type of a module, through all layers: `scopes.groups(lambda path:
+      decay: the decay of the running mean.
+      scope: which numbers share one norm; None: `scopes.groups()`, a module's leaves. The paper
+        groups by the type of a module, across all layers: `scopes.groups(lambda path:
         path.split("/")[-2])`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for a `low` outside [0, 1], or a `high` of at most 1.
 
-    Deviations: the authors' scripts have a ceiling below the mean and a floor over the ceiling,
-    with which every gradient is scaled by 0.9; here the band must hold the mean. S is corrected for
-    its start: theirs begins at 0, and with it the band. No schedule for the band, and no cap on one
-    scaling.
+    Deviations: the authors' scripts have a ceiling below the mean and a floor above the ceiling,
+    which scales every gradient by 0.9; here the band must contain the mean. S is bias-corrected:
+    theirs starts at 0, and so does the band. There is no schedule for the band, and no cap on a
+    single scaling.
 
     References:
       Li, Wu and Chang, `AGGC: Adaptive Group Gradient Clipping
@@ -60,16 +60,16 @@ def band_clip(
     {'a': Array([0.5], dtype=float32), 'b': Array([2.], dtype=float32)}
     """
     validate.between(0, 1, low=low)
-    # Below 1, the mean would be fed what was cut below the mean, and fall to 0.
+    # Below 1, the mean would learn norms cut below the mean, and fall to 0.
     validate.above(1, high=high)
     validate.share(decay=decay)
 
     def learn(norm, mean, seen):
-        # Debiased: the authors' mean starts at 0, and with it the band.
+        # Debiased: the authors' mean starts at 0, and so does the band.
         return mean + debiased_weight(decay, norm, seen) * (norm - mean)
 
     def hold(norms, bounds):
-        # Before the first norm there is no bound, and a share of infinity would be no floor.
+        # Before the first norm the bound is infinite, and a share of infinity is not a floor.
         lowest = jnp.where(jnp.isinf(bounds), 0, bounds * like(low / high, norms))
         return jnp.clip(norms, lowest, bounds)
 
@@ -77,7 +77,7 @@ def band_clip(
     return clip_by(
         learned(statistic, feed=hold),
         scope=scopes.groups() if scope is None else scope,
-        # The floor as a share of the bound, which is high · S: actions know no mean.
+        # The floor is a share of the bound, high · S, because actions do not know the mean.
         action=band(low / high),
         exclude=exclude,
         nonfinite=nonfinite,

@@ -20,8 +20,8 @@ def clip_by_block_rms(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each leaf by its root mean square: u ← u / max(1, RMS(u) / threshold).
 
-    It is Adafactor's update clipping. Place it after what preconditions the update and before the
-    learning rate; Adafactor's threshold is 1.
+    This is Adafactor's update clipping. Place it after the preconditioner and before the learning
+    rate; Adafactor's threshold is 1. docs/algorithms.md combines it with the relative step.
 
     Args:
       threshold: the bound: a number, array, tracer, schedule or threshold.
@@ -39,9 +39,9 @@ def clip_by_block_rms(
     >>> tx.update(updates, tx.init(updates))[0]
     Array([1., 1.], dtype=float32)
     """
-    # Root mean square and not norm: one bound fits leaves of all sizes.
-    # A rescale by min(1, threshold / RMS). One port of Adafactor holds RMS / threshold to at most 1
-    # and divides by that: it never shortens, and lengthens what is short.
+    # Root mean square, not norm: one bound fits leaves of all sizes.
+    # Scales by min(1, threshold / RMS). One port of Adafactor divides by min(1, RMS / threshold)
+    # instead, which never shortens long updates but lengthens short ones.
     return clip_by(
         threshold,
         scope=scopes.leaf,

@@ -1,4 +1,4 @@
-"""One bound for each leaf, by a tree of bounds."""
+"""One bound per leaf, from a tree of bounds."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from optaxclip.thresholds.fixed import as_threshold
 
 
 def bound_leaves(exclude: Exclude, **argument: Any) -> optax.GradientTransformationExtraArgs:
-    """The bounds of leaves as one threshold.
+    """Combines the bounds of leaves into one threshold.
 
     Args:
       exclude: leaves whose bounds do not count.
-      **argument: by the name of the argument, a threshold of all leaves, or a number, schedule or
+      **argument: by the name of the argument, a threshold for all leaves, or a number, schedule or
         threshold for each: a tree of them like the updates, or a mapping of paths.
     """
     ((name, bounds),) = argument.items()
@@ -31,35 +31,35 @@ def bound_leaves(exclude: Exclude, **argument: Any) -> optax.GradientTransformat
     excluded = trees.matcher(exclude)
     flat, _ = trees.flatten_with_paths(bounds, validate.is_transformation)
     kept = [(path, bound) for path, bound in flat if not excluded(path)]
-    # The scope's own names: a tree of bounds and one of updates then tell equal paths apart alike.
+    # The scope's own names, which distinguish equal paths in bounds and updates in the same way.
     names = scopes.leaf.cut([path for path, _ in kept], [()] * len(kept)).names
     named = dict(zip(names or (), (bound for _, bound in kept), strict=True))
     return each_by_name(**{name: named})
 
 
 def _is_tree(bounds: Any) -> bool:
-    """Whether `bounds` is a container, and no threshold (a tuple of two functions)."""
+    """Checks whether `bounds` is a container but not a threshold (a tuple of two functions)."""
     if bounds is None or validate.is_transformation(bounds):
         return False
-    # A function, though a container to JAX.
+    # A function, although JAX treats it as a container.
     if isinstance(bounds, jax.tree_util.Partial):
         return False
     return not jax.tree_util.all_leaves([bounds])
 
 
 def _refuse_vector(argument: str, bounds: Any) -> optax.GradientTransformationExtraArgs:
-    """The threshold that refuses norms for bounds that are a bare vector.
+    """Makes a threshold that refuses norms because its bounds are a bare vector.
 
-    It has to wait for a tree, since only that can tell which number would be whose.
+    It has to wait for a tree, because only the tree names the leaves for the error.
     """
 
     def update_fn(norms, state, params=None, *, block_names=(), **extra_args):
         names = list(block_names or ())
         raise ValueError(
             f"{validate.called()}: {argument} is a bare array of shape {bounds.shape}, which does"
-            " not say which number is whose. Pass a tree of bounds with the structure of the"
-            f" updates, or a mapping of paths, such as {dict.fromkeys(names[:2], 1.0)}. The paths"
-            f" are, in order: {names}."
+            " not say which leaf each number is for. Pass a tree of bounds with the structure of"
+            f" the updates, or a mapping of paths, such as {dict.fromkeys(names[:2], 1.0)}. The"
+            f" paths are, in order: {names}."
         )
 
     return new_threshold(lambda norms: optax.EmptyState(), update_fn)

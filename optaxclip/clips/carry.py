@@ -14,18 +14,18 @@ from optaxclip.record import metrics_of
 
 
 def start_carry(params: Any, exclude: Exclude, *, real: bool = False) -> Any:
-    """A tree of zeros like the parameters, in float32 at least where they are measured.
+    """Makes a tree of zeros like the parameters, in float32 at least for leaves that are measured.
 
-    Zeros stand for the other arrays, too, so that whatever has the structure of the parameters
-    (shardings, say) has that of the state.
+    Other arrays get zeros too, so that anything with the structure of the parameters (shardings,
+    say) has the structure of the state.
 
     Args:
       params: arrays, or their shapes.
       exclude: as in `clip_by`.
-      real: whether what is kept of complex numbers is real.
+      real: whether the zeros for complex numbers are real.
     """
     zeros = trees.select(jax.tree.map(_zeros, params), exclude)
-    # Wide: a carry in bfloat16 would lose what is below 1/256 of it at every step.
+    # Wide: at every step a carry in bfloat16 would lose additions below 1/256 of itself.
     wide = [xla.widen(x) for x in zeros.arrays]
     return zeros.rebuild([x.real for x in wide] if real else wide)
 
@@ -33,16 +33,17 @@ def start_carry(params: Any, exclude: Exclude, *, real: bool = False) -> Any:
 def _zeros(x: Any) -> Any:
     dtype = getattr(x, "dtype", None)
     numeric = dtype is not None and jnp.issubdtype(dtype, jnp.number)
-    # Random keys and static fields have no zero; they stay, so that the trees match.
+    # Random keys and static fields have no zero; they are kept, so that the trees match.
     return jnp.zeros_like(x) if numeric or trees.is_measured(x) else x
 
 
 def can_learn(state: optax.OptState, *, zeros: bool = True) -> jax.Array:
-    """Whether all that a clip has measured was finite and, without `zeros`, not all zero.
+    """Checks whether all norms of a clip were finite and, without `zeros`, not all zero.
 
-    One decision for the whole tree, which so is that of one step. It is made of norms, which are
-    the same on all devices; gradients may be parts.
+    The whole tree on all devices gets one decision, so a step is learned as a whole or not at all.
     """
     norms = jax.tree.leaves(metrics_of(state).grad_norm)
     finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(n)) for n in norms]))
-    return finite & (zeros | jnp.any(jnp.array([jnp.any(n > 0) for n in norms])))
+    zero = jnp.all(jnp.array([jnp.all(n == 0) for n in norms]))
+    # Norms of units differ between devices that hold different units.
+    return xla.hold_everywhere(finite) & (zeros | ~xla.hold_everywhere(zero))

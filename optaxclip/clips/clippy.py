@@ -29,7 +29,7 @@ def clippy(
 
     Args:
       relative: λ.
-      absolute: a, larger than 0: by how much a parameter of zero may move. One such parameter holds
+      absolute: a, larger than 0: how far a parameter of zero may move. One such parameter limits
         its whole leaf, so with the 1e-7 of the authors' code a fresh bias or embedding stays where
         it is.
       scope: which numbers are shortened together; the paper's is `scopes.leaf`.
@@ -37,11 +37,11 @@ def clippy(
 
     Raises:
       ValueError: for a negative λ, or an a that is not positive; at the update, if `params` is
-      missing.
+        missing.
 
-    Deviations: without the code's third term, which needs Adagrad's accumulator.
+    Deviations: the third term of the authors' code, which needs Adagrad's accumulator, is left out.
 
-    The norm in the metrics is the largest ratio |Δᵢ| / (λ|wᵢ| + a), the bound is 1.
+    The norm in the metrics is the largest ratio |Δᵢ| / (λ|wᵢ| + a), and the bound is 1.
 
     References:
       Tang et al., `Improving Training Stability for Multitask Ranking Models in Recommender Systems
@@ -54,14 +54,14 @@ def clippy(
     Array([1.  , 0.05], dtype=float32)
     """
     validate.nonnegative(relative=relative)
-    # At 0, one weight of exactly zero would hold its whole leaf for ever.
+    # At 0, one weight of exactly zero would freeze its whole leaf forever.
     validate.positive(absolute=absolute)
 
     def ratio(update, param):
         size = jnp.abs(param)
-        # Cast, not `float(...)`: under `inject_hyperparams` both are tracers.
+        # Cast instead of `float(...)`, because under `inject_hyperparams` both are tracers.
         share, least = (jnp.asarray(x).astype(size.dtype) for x in (relative, absolute))
-        # The inverse of the paper's ratio, so that an element that does not move is 0 and not 0/0.
+        # The inverse of the paper's ratio, so that an element that does not move gives 0, not 0/0.
         return jnp.abs(update) / (share * size + least).astype(update.real.dtype)
 
     return clip_by(

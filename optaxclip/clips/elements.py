@@ -1,4 +1,4 @@
-"""Clipping each element between limits: it changes the gradient's direction, and needs no norm."""
+"""Clipping each element between limits: it changes the gradient's direction and needs no norm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from optaxclip.norms import l1, linf
 from optaxclip.record import Step
 from optaxclip.thresholds.blocks import Fixed, new_threshold
 
-# The lower and the upper limit of the elements of a leaf: scalars, or arrays of its shape.
+# The lower and upper limits of the elements of a leaf: scalars, or arrays of its shape.
 Limits = tuple[jax.Array, jax.Array]
 
 
@@ -26,14 +26,14 @@ def clip_elements(
     exclude: Exclude,
     axis_names: AxisNames | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips all elements between the limits that a threshold makes of the largest modulus.
+    """Clips all elements between the limits that a threshold derives from the largest modulus.
 
-    That modulus is not free: it is taken, and recorded, if a threshold is not fixed or `measure`
-    says so.
+    Measuring the modulus has a cost, so it is measured and recorded only if the threshold is not
+    fixed or `measure` is True.
 
     Args:
-      threshold: as any, but that it returns `Limits` in place of a bound.
-      measure: whether to record the largest modulus, and the share of elements clipped.
+      threshold: any threshold that returns `Limits` instead of a bound.
+      measure: whether to record the largest modulus and the share of elements clipped.
       exclude, axis_names: as in `clip_by`.
     """
 
@@ -52,17 +52,17 @@ def clip_elements(
 def clip_each(
     *, measure: bool, exclude: Exclude, axis_names: AxisNames | None
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each leaf between limits of its own.
+    """Clips each leaf between its own limits.
 
-    They are passed to `update`, as `limits=`, a list of `Limits`. Without `measure` nothing is
-    recorded but the number of steps: the largest limit is not free, either.
+    They are passed to `update` as `limits=`, a list of `Limits`. Without `measure` only the number
+    of steps is recorded, because finding the largest limit also has a cost.
     """
 
     def act(leaves, layout, norm, limits):
         clipped = clip_all(leaves.arrays, limits)
         if not measure:
             return clipped, Step(None, None, None, None, None)
-        # The largest limit of all, the same on all devices like the norm.
+        # The largest limit overall, the same on all devices, like the norm.
         bound = xla.measure(linf, [_size(pair) for pair in limits], layout).astype(norm.dtype)
         return clipped, _observe(leaves.arrays, limits, layout, norm, bound)
 
@@ -79,18 +79,18 @@ def _largest(leaves, layout) -> jax.Array:
 
 
 def _size(limits: Limits) -> jax.Array:
-    """The largest modulus within limits."""
+    """Returns the largest modulus within limits."""
     return jnp.maximum(jnp.abs(limits[0]), jnp.abs(limits[1]))
 
 
 @functools.partial(jax.jit, inline=True)
 def clip_all(arrays: list[jax.Array], limits: list[Limits]) -> list[jax.Array]:
-    """Clips real numbers to limits, the modulus of complex ones to the upper. NaN stays NaN."""
+    """Clips real numbers to limits, and the modulus of complex ones to the upper. NaN stays NaN."""
     return [_clip(x, *pair) for x, pair in zip(arrays, limits, strict=True)]
 
 
 def _clip(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
-    # In float32 at least: a limit that is first rounded to the leaf's bfloat16 may become larger.
+    # In float32 at least: rounding a limit to the leaf's bfloat16 first may make it larger.
     wide = xla.widen(x)
     lower, upper = (limit.astype(wide.real.dtype) for limit in (lower, upper))
     if not jnp.iscomplexobj(x):
@@ -100,9 +100,9 @@ def _clip(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
 
 
 def _observe(arrays, limits: list[Limits], layout, norm: jax.Array, bound: jax.Array) -> Step:
-    """By how much the largest element was shortened, and the share of elements clipped."""
+    """Measures how much the largest element was shortened, and the share of elements clipped."""
     outside = [_outside(xla.widen(x), *pair) for x, pair in zip(arrays, limits, strict=True)]
-    # Over all devices, as the sum is; at least 1, for trees of empty leaves.
+    # Counted over all devices, like the sum; at least 1, for trees of empty leaves.
     count = jnp.maximum(jnp.asarray(xla.counts_of(layout, norm.dtype)), 1)
     share = xla.measure(l1, outside, layout).astype(norm.dtype) / count
     factor = jnp.where(norm > bound, bound / jnp.where(norm == 0, 1, norm), 1)
@@ -110,8 +110,8 @@ def _observe(arrays, limits: list[Limits], layout, norm: jax.Array, bound: jax.A
 
 
 def _outside(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
-    """1 for each element that limits change, else 0."""
-    # Not `x != clipped`, which a rounded bfloat16 result and every NaN would satisfy.
+    """Returns 1 for each element that limits change, else 0."""
+    # Not `x != clipped`, which holds for a rounded bfloat16 result and for every NaN.
     size = jnp.abs(x) if jnp.iscomplexobj(x) else x
     return ((size > upper.astype(size.dtype)) | (size < lower.astype(size.dtype))).astype(
         size.dtype

@@ -1,4 +1,4 @@
-"""LARC: the rate of each layer is held to a share of the layer's own size."""
+"""LARC: the rate of each layer is limited to a share of the layer's own size."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def larc(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each layer's own rate to the global one.
 
-    g ← (g + λw) · min(1, t·‖w‖ / ((‖g‖ + λ‖w‖ + ε) · η)). Place it before SGD with the same
-    learning rate η; LARS in its clipping form. `update` needs `params`.
+    g ← (g + λw) · min(1, t·‖w‖ / ((‖g‖ + λ‖w‖ + ε) · η)). This is LARS in its clipping form. Place
+    it before SGD with the same learning rate η. `update` needs `params`.
 
     Args:
       learning_rate: η, a number or a schedule: that of the optimizer that follows.
       trust_coefficient: t, the longest step as a share of the layer's norm.
-      weight_decay: λ, added to the gradient here: do not let the optimizer decay, too.
+      weight_decay: λ, added to the gradient here; do not let the optimizer add decay as well.
       eps: ε.
       mask: which leaves decay, as in `optax.add_decayed_weights`; None: all. The others are clipped
-        with a λ of 0, as apex's groups without decay are, by a clip of their own.
-      scope: which numbers share one norm; the paper's is `scopes.leaf`. With a mask, those that
-        decay share none with those that do not.
+        with a λ of 0 by a separate clip, like apex's groups without decay.
+      scope: which numbers share one norm; the paper's is `scopes.leaf`. With a mask, leaves that
+        decay share no norm with leaves that do not.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for numbers out of range; at the update, if `params` is missing.
 
-    Deviations: a layer whose parameters or gradients are all zero is not clipped, as in apex, but
-    its weights decay.
+    Deviations: as in apex, a layer whose parameters or gradients are all zero is not clipped, but
+    here its weights still decay.
 
     References:
       You, Gitman and Ginsburg, `Large Batch Training of Convolutional Networks
@@ -72,13 +72,13 @@ def larc(
         clip = clip_by(
             _share_of_params(rate, trust_coefficient, decay, eps),
             scope=scope,
-            # What is measured is the gradient alone, as it was before the decay.
+            # Measures the gradient alone, as it was before the decay.
             view=lambda update, param: update - like(decay, param.real) * param,
             exclude=exclude,
             nonfinite=nonfinite,
             axis_names=axis_names,
         )
-        # Decay first, as in apex: the factor shortens gradient and decay together.
+        # Decay comes first, as in apex: the factor shortens gradient and decay together.
         return chain(optax.add_decayed_weights(decay), clip)
 
     if mask is None:
@@ -99,7 +99,7 @@ def _share_of_params(
     def bound(norm, size, rate):
         trust, decay, least = (like(x, norm) for x in (trust_coefficient, weight_decay, eps))
         whole = (norm + decay * size + least) * rate
-        # As in apex. But there such a layer misses its weight decay, too; here it is added before.
+        # As in apex, except that there such a layer also misses its weight decay.
         free = (size == 0) | (norm == 0) | (whole == 0)
         return jnp.where(free, math.inf, norm * (trust * size / jnp.where(free, 1, whole)))
 
@@ -107,12 +107,12 @@ def _share_of_params(
         rates, state = rate.update(norms, state, params, **extra_args)
         return jax.tree.map(bound, norms, params, rates), state
 
-    # Not `NormsOnly`, which would keep the norms of the parameters from it.
+    # Not `NormsOnly`, which would not be given the norms of the parameters.
     return new_threshold(rate.init, update_fn, kind=optax.GradientTransformationExtraArgs)
 
 
 def _invert(mask: Any) -> Any:
-    """The mask of all that another leaves out."""
+    """Inverts a mask, or a function that returns one."""
     if callable(mask):
         return lambda params: _invert(mask(params))
     return jax.tree.map(lambda shown: not shown, mask)

@@ -1,4 +1,4 @@
-"""The z-score of the logarithm of the norm: Chorowski's rule of 2014, and the modern form of it."""
+"""The z-score of the logarithm of the norm: Chorowski's rule of 2014 and its modern form."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def clip_by_log_zscore(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips norms over exp(μ + z·σ), μ and σ of log n, to exp(μ), the geometric mean.
+    """Clips norms over exp(μ + z·σ), with μ and σ of log n, to exp(μ), the geometric mean.
 
-    Norms are positive and skewed; their logarithms are nearly normal: a deviation is a factor, the
-    same at any scale.
+    Norms are positive and skewed, and their logarithms are nearly normal. A deviation is then a
+    factor, the same at any scale.
 
     Args:
-      z: how many deviations over the mean make a spike.
+      z: how many deviations above the mean make a spike.
       decay: β; the weight of the t-th norm is max(1 - β, 1/t).
       target: what a spike is shortened to: "mean": exp(μ), as in the paper; "threshold": exp(μ +
         zσ), which does not jump.
-      update_first: whether a norm is learned, as it is, before it is judged, as in the authors'
-        code, where the first few cannot be spikes. If not, it is judged by those before it, and a
-        spike is learned at the length that it is clipped to.
-      warmup_steps: how many norms must have been seen; give some 25 without `update_first`.
+      update_first: whether a norm is learned unclipped before it is judged, as in the authors'
+        code, where the first few cannot be spikes. If not, it is judged by the norms before it, and
+        a spike is learned at the length it is clipped to.
+      warmup_steps: how many norms must have been seen; use about 25 without `update_first`.
       max_norm: a cap on the bound.
       scope: which numbers share one norm: `scopes.tree`, `leaf`, `groups()`, `units()`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
@@ -55,10 +55,10 @@ def clip_by_log_zscore(
     logarithm; the deviation is tracked directly, not as the difference of two large averages.
     Without `update_first` the statistic is reset after 100 consecutive spikes.
 
-    Chorowski et al. and Lingvo differ, and this is the former. Lingvo takes log(n + 1), so that a
-    norm far below 1 is never a spike, and a deviation of at least 1e-3, starts to judge after some
-    277 norms (a decay of 0.995), and skips the step: for its rule, with log n and counted norms,
-    see `optaxclip.skip_spikes`.
+    Chorowski et al. and Lingvo differ, and this is the former. Lingvo uses log(n + 1), so that a
+    norm far below 1 is never a spike, and a deviation of at least 1e-3; it starts to judge after
+    about 277 norms (a decay of 0.995), and skips the step. Its rule, with log n and counted norms,
+    is `optaxclip.skip_spikes`.
 
     References:
       Chorowski et al., `End-to-end Continuous Speech Recognition using Attention-based Recurrent
@@ -78,14 +78,14 @@ def clip_by_log_zscore(
         decay,
         warmup_steps=warmup_steps,
         target=target,
-        # The authors' code learns a norm before it judges it, when there is no bound to clip it to.
+        # The authors' code learns a norm before judging it, so there is no bound to clip it to yet.
         feed=feeds.raw if update_first else feeds.clipped,
         update_first=update_first,
-        # A spike is learned at the length it was clipped to, near the mean: a lasting rise, never.
+        # Spikes are learned at their clipped length, near the mean, so a lasting rise never is.
         relearn_after=None if update_first else 100,
     )
     return clip_by(
-        # Outside of the statistic, which learns what it clipped itself, not what the cap did.
+        # Outside the statistic, which learns what it clipped itself, not what the cap clipped.
         at_most(threshold, as_threshold(max_norm=max_norm)),
         scope=scope,
         exclude=exclude,

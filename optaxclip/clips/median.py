@@ -33,26 +33,26 @@ def clip_by_median(
     """Clips to a multiple of the median of the last norms: τ = scale · median(nₜ₋₁₀₀ … nₜ₋₁).
 
     The bound is refreshed every 100 steps. At the start it is also refreshed after 10, 20 and 40
-    norms, and is twice as large then; before, there is no bound.
+    norms, and is then twice as large; before that there is no bound.
 
     Args:
       scale: the multiple.
       window: how many norms are remembered, a Python int.
-      every: how many steps lie between refreshes of the bound, a Python int.
+      every: the number of steps between refreshes of the bound, a Python int.
       scale_by_params: whether the norm is that of g · rms(w), leaf by leaf, as in ScaledAdam, whose
-        steps are in proportion to the parameters; `update` then needs `params`.
+        steps are proportional to the parameters; `update` then needs `params`.
       max_norm: a cap on the bound.
       scope: which numbers share one norm; ScaledAdam's is a parameter group.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for a negative scale, or a window or period that is not a whole number of at least
-      1.
+        1.
 
     Deviations: norms that are zero or not finite are not remembered; a gradient that is not finite
-    is treated as `nonfinite` says (ScaledAdam: zeros); scalars are not scaled by a rate of their
-    own, and rms(w) is that of the present parameters (ScaledAdam refreshes it every few steps),
-    one per leaf, also where a leaf stacks layers.
+    is handled by `nonfinite` (ScaledAdam: zeros); scalars are not scaled by their own rate, and
+    rms(w) is that of the current parameters (ScaledAdam refreshes it every few steps), one per
+    leaf, even if a leaf stacks layers.
 
     References:
       Yao et al., `Zipformer: A faster and better encoder for automatic speech recognition
@@ -66,10 +66,10 @@ def clip_by_median(
     >>> updates
     Array([6.], dtype=float32)
     """
-    # A flag, not an array: it decides whether `update` needs parameters.
+    # A flag, not an array, because it decides whether `update` needs parameters.
     validate.flag(scale_by_params=scale_by_params)
     return clip_by(
-        # The rule has no bound before its tenth norm; a cap is all that holds the first steps.
+        # The rule has no bound before its tenth norm, so only a cap can limit the first steps.
         at_most(median(scale, window, every), as_threshold(max_norm=max_norm)),
         # Only the norm is that of g · rms(w); the factor is applied to g, as in ScaledAdam.
         view=_BY_RMS if scale_by_params else None,
@@ -84,5 +84,5 @@ def _scale(g: jax.Array, size: jax.Array) -> jax.Array:
     return g * size.astype(g.real.dtype)
 
 
-# Of the leaf, whatever the scope: ScaledAdam keeps one root mean square per tensor.
+# Per leaf, whatever the scope, because ScaledAdam keeps one root mean square per tensor.
 _BY_RMS = SizedView(rms, _scale)

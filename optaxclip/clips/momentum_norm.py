@@ -24,7 +24,7 @@ class MomentumNormState(NamedTuple):
     """State of `clip_by_momentum_norm`.
 
     Attributes:
-      clip_step: int32, the updates that the momentum learned from.
+      clip_step: int32, how many updates the momentum learned from.
       momentum: the running mean of clipped gradients, not bias-corrected, in float32 at least.
       clip: the `ClipState` of the clip.
     """
@@ -46,14 +46,14 @@ def clip_by_momentum_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each leaf to a multiple of its momentum's norm: g ← g · min(1, r·‖m̂‖ / ‖g‖).
 
-    m̂ is the running mean of clipped gradients. Unlike a mean of norms, m̂ is short where gradients
-    point in all directions. No bound until there is momentum.
+    m̂ is the running mean of clipped gradients. Unlike a mean of norms, m̂ is short if gradients
+    point in all directions. There is no bound until there is momentum.
 
     Args:
-      ratio: r. Gradients that are all noise are √((1 + β) / (1 - β)) times as long as their mean of
-        decay β, 4.4 times for 0.9: with a smaller ratio clip and momentum would shrink each other
-        to nothing.
-      decay: of the momentum.
+      ratio: r. Gradients that are pure noise are √((1 + β) / (1 - β)) times as long as their mean
+        of decay β, 4.4 times for 0.9. With a smaller ratio, clip and momentum would shrink each
+        other to nothing.
+      decay: β, the decay of the momentum.
       scope: which numbers share one norm; OLMo's is `scopes.leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
@@ -61,8 +61,8 @@ def clip_by_momentum_norm(
       ValueError: for a decay outside [0, 1), or a ratio below √((1 + β) / (1 - β)).
 
     Deviations: the momentum is the clip's own (an Optax transformation does not see Adam's), and
-    bias-corrected (else the second gradient is held to a tenth of the first). A gradient of zeros,
-    or one that is not finite, leaves it as it is. No 1e-6 is added to the norm.
+    bias-corrected (otherwise the second gradient is clipped to a tenth of the first). A gradient
+    that is all zeros or not finite leaves it unchanged. No 1e-6 is added to the norm.
 
     References:
       An early version of `max_grad_norm_ratio` in the code of `OLMo
@@ -77,11 +77,11 @@ def clip_by_momentum_norm(
     5.0
     """
     validate.share(decay=decay)
-    # In independent noise ‖m̂‖² is (1 - β) / (1 + β) of ‖g‖²: the sum of the squared weights.
+    # For independent noise ‖m̂‖² is (1 - β) / (1 + β) of ‖g‖²: the sum of the squared weights.
     noise = math.sqrt((1 + decay) / (1 - decay)) if validate.is_static(decay) else 1
     validate.at_least(noise, ratio=ratio)
-    # `param_relative` bounds a block by the norm of whatever tree it is given as `params`. Here
-    # that is the momentum, and `update_fn` passes it in their place.
+    # `param_relative` bounds a block by the norm of whatever tree it gets as `params`. Here
+    # `update_fn` passes it the momentum instead.
     shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
     clip = clip_by(param_relative(ratio, floor=None), scope=scope, **shared)
 
@@ -99,22 +99,22 @@ def clip_by_momentum_norm(
         scale = 1 / _seen(state.clip_step, rest)
         momentum = old.rebuild([xla.times(m, scale) for m in old.arrays])
         clipped, clip_state = clip.update(updates, state.clip, momentum, **extra_args)
-        # Zeros would pull the momentum, and with it every later bound, to zero for ever.
+        # Zeros would pull the momentum, and with it every later bound, to zero forever.
         fine = can_learn(clip_state, zeros=False)
         new = _move(old.arrays, select(clipped, exclude).arrays, rest, fine)
         step = jnp.where(fine, optax.safe_increment(state.clip_step), state.clip_step)
         return clipped, MomentumNormState(step, old.rebuild(new), clip_state)
 
     annotate(update_fn, description=description_of(clip)._replace(kind="other"))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _move(momentum: list, gradients: list, rest: jax.Array, fine: jax.Array) -> list:
-    """The momentum after one more gradient."""
+    """Updates the momentum with one more gradient, if it is fine."""
     pairs = zip(gradients, momentum, strict=True)
     return [jnp.where(fine, m + xla.times(xla.widen(g) - m, rest), m) for g, m in pairs]
 
 
 def _seen(step, rest):
-    """The bias correction of a mean of decay 1 - `rest`; for no step at all that of one."""
+    """Computes the bias correction of a mean of decay 1 - `rest`; step 0 counts as 1."""
     return -jnp.expm1(jnp.maximum(step, 1).astype(rest.dtype) * jnp.log1p(-rest))

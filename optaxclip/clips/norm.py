@@ -1,4 +1,4 @@
-"""The clip that everybody means by "gradient clipping", and its siblings by leaf and by group."""
+"""What everybody means by "gradient clipping", and its siblings by leaf and by group."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def global_norm(
     exclude: Exclude = None,
     axis_names: AxisNames | None = None,
 ) -> jax.Array:
-    """The norm of all leaves of a tree together, as `clip_by_global_norm` measures it: ‖g‖.
+    """Computes the norm over all leaves of a tree, ‖g‖, as `clip_by_global_norm` measures it.
 
-    A scalar in float32 (float64 if any leaf is), right from 1e-36 to 1e36 whatever the dtype of the
-    leaves, and with a derivative of 0 at zeros. An empty tree has the norm 0. Sharded arrays are
-    measured where they lie: the norm is that of whole arrays, and none is gathered (as long as
-    layers alike, whose paths differ in numbers only, are cut alike).
+    It is a scalar in float32 (float64 if any leaf is), accurate from 1e-36 to 1e36 for any dtype of
+    the leaves, with a derivative of 0 at zeros. An empty tree has the norm 0. Sharded arrays are
+    measured in place: the norm is that of whole arrays, and none is gathered (as long as similar
+    layers, whose paths differ only in numbers, are sharded alike).
 
     Args:
       tree: gradients, parameters, or any tree. Leaves of real and complex floating-point numbers
@@ -56,7 +56,7 @@ def global_norm(
         `shard_map(check_vma=False)` or `pmap`, without `axis_names`.
 
     Deviations from `optax.global_norm`, which squares in the dtype of the leaves: float16 does not
-    overflow from 256 on; inside `shard_map` the norm is that of all devices' parts.
+    overflow from 256 on; inside `shard_map` the norm covers the parts on all devices.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> optaxclip.global_norm({"w": jnp.array([3.0, 4.0], jnp.float16)})
@@ -64,7 +64,7 @@ def global_norm(
     """
     validate.exclude(exclude)
     norm = as_norm(norm)
-    # Cut, laid out and measured as in a clip: the norm that is logged is the norm clipped by.
+    # Cut, laid out and measured as in a clip, so that the norm logged is the norm clipped by.
     leaves = trees.select(tree, exclude)
     span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
     blocks = scopes.tree.cut(leaves.paths, leaves.shapes)
@@ -72,17 +72,17 @@ def global_norm(
 
 
 def _action(eps: ArrayLike, min_norm: ArrayLike) -> Action:
-    """`rescale` with what is added to the norm, and with a floor under it."""
+    """Makes a `rescale` that adds `eps` to the norm and lengthens updates to `min_norm`."""
     validate.nonnegative(eps=eps, min_norm=min_norm)
-    # The plain action where nothing else is asked for, by which `check` knows a hard clip. A tracer
-    # may be 0 now and not later.
+    # The plain action if possible, because `check` recognizes a hard clip by it. A tracer may be 0
+    # now but not later.
     plain = validate.is_static(min_norm) and min_norm == 0
     action = rescale if plain else band(floor=min_norm)
     if validate.is_static(eps) and eps == 0:
         return action
     # Added before the comparison, as in PyTorch, whose factor is just below 1 at the bound.
     name = f"{action!r} of norms + {eps}"
-    # A `Part` has a name: a bare lambda would be all that a reader of the chain sees.
+    # A `Part` has a name; otherwise a reader of the chain would see only a bare lambda.
     return Part(name, lambda norms, bounds: action(norms + jnp.asarray(eps, norms.dtype), bounds))
 
 
@@ -101,11 +101,11 @@ def clip_by_global_norm(
 
     Args:
       max_norm: the bound: a number, array, tracer, schedule or threshold.
-      norm: another norm than the Euclidean one: `norms.l1`, `norms.linf`, or a number p for the
+      norm: a norm other than the Euclidean one: `norms.l1`, `norms.linf`, or a number p for the
         p-norm.
-      eps: added to the norm before it is compared and divided by. 0, as in Optax; 1e-6 is PyTorch's
+      eps: added to the norm before comparing and dividing. 0 is Optax; 1e-6 is PyTorch's
         `clip_grad_norm_`, whose factor is min(1, max_norm / (‖g‖ + 1e-6)).
-      min_norm: updates shorter than this (but not zero) are lengthened to it: against vanishing
+      min_norm: lengthens updates shorter than this (but not zero) to this norm, against vanishing
         gradients.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
@@ -114,8 +114,8 @@ def clip_by_global_norm(
 
     Deviations from `optax.clip_by_global_norm`: the norm is taken in float32 at least, so float16
     gradients do not overflow and bfloat16 norms are not rounded; zeros at a bound of 0 stay zeros;
-    a norm equal to the bound changes nothing; an infinite gradient makes all updates NaN, not NaN
-    here and 0 elsewhere; the state holds what happened.
+    a norm equal to the bound changes nothing; an infinite gradient makes all updates NaN, not some
+    NaN and the rest 0; the state records what happened.
 
     References:
       Pascanu et al., `On the difficulty of training Recurrent Neural Networks
@@ -128,7 +128,7 @@ def clip_by_global_norm(
     {'w': Array([0.6, 0.8], dtype=float32)}
     """
     return clip_by(
-        # Here and not by `clip_by` alone, whose errors speak of its own argument, `threshold`.
+        # Here, because errors from `clip_by` would name its own argument, `threshold`.
         as_threshold(max_norm=max_norm),
         norm=norm,
         action=_action(eps, min_norm),
@@ -152,21 +152,21 @@ def clip_by_leaf_norm(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each leaf by its own norm: gᵢ ← gᵢ · min(1, max_norm / ‖gᵢ‖).
 
-    Keras calls it `clipnorm`. The direction of the whole gradient changes; under sharding by leaf
-    it needs no communication.
+    Keras calls this `clipnorm`. It changes the direction of the whole gradient. If each leaf is on
+    one device, it needs no communication.
 
     Args:
-      max_norm: the bound of every leaf: a number, tracer, schedule or threshold. Or one for each
-        leaf: a tree of them with the structure of the updates, or a mapping of paths
-        (`blocks/0/kernel`). inf is no bound. See `thresholds.by_name`.
+      max_norm: the bound of every leaf: a number, tracer, schedule or threshold. Or one per leaf: a
+        tree of them with the structure of the updates, or a mapping of paths (`blocks/0/kernel`).
+        inf means no bound. See `thresholds.by_name`.
       norm, eps, min_norm, exclude, nonfinite, axis_names: as in `clip_by_global_norm`.
-      stacked: which leaves stack layers (as by `nn.scan`): each layer has a norm of its own, and in
-        a tree of bounds such a leaf may have a list or vector of them. See `scopes.stacked`.
+      stacked: which leaves stack layers (as by `nn.scan`): each layer has its own norm, and in a
+        tree of bounds such a leaf may have a list or vector of them. See `scopes.stacked`.
 
     Raises:
       ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string; at the
         update, if `max_norm` is a bare vector, or if its paths are not those of the leaves; for
-        `stacked` as `scopes.stacked`.
+        `stacked`, as in `scopes.stacked`.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.clip_by_leaf_norm({"b": 0.1, "w": 1.0})
@@ -201,21 +201,21 @@ def clip_by_group_norm(
     """Clips each group of leaves by the norm of the group, by default a module's kernel and bias.
 
     Args:
-      max_norm: the bound of every group: a number, tracer, schedule or threshold. Or a mapping of
+      max_norm: the bound of every group: a number, tracer, schedule or threshold. Or a mapping from
         the name of each group to one: `{"embed": optax.linear_schedule(10.0, 1.0, 1000),
         "attn": thresholds.zscore(), "rest": 1.0}`. See `thresholds.by_name`.
       label: the group of a leaf, as a function of its path (`blocks/0/attn/kernel`), or a mapping
-        of regular expressions to names; None: the module. See `scopes.groups`.
+        from regular expressions to names; None: the module. See `scopes.groups`.
       norm, eps, min_norm, exclude, nonfinite, axis_names: as in `clip_by_global_norm`.
-      stacked: which leaves stack layers: a group of these has a norm for each layer, and in a
-        mapping of bounds one for all, or a list of them (`{"blocks/attn": [1.0, 0.5], "head":
+      stacked: which leaves stack layers: a group of these has a norm per layer, and in a mapping of
+        bounds either one bound for all or a list of them (`{"blocks/attn": [1.0, 0.5], "head":
         1.0}`). See `scopes.stacked`.
 
     Raises:
       ValueError: for a bound, eps or floor that is negative, NaN, a boolean or a string; for a
-        scope in place of a label; where a tree is first seen, if a leaf matches no pattern, or
-        patterns of several groups; for `stacked` as `scopes.stacked`; at the update, if the names
-        of `max_norm` are not those of the groups.
+        scope instead of a label; when a tree is first seen, if a leaf matches no pattern, or
+        patterns of several groups; for `stacked`, as in `scopes.stacked`; at the update, if the
+        names of `max_norm` are not those of the groups.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> by_part = {"^out": "head", "^hidden": "body"}
@@ -225,10 +225,10 @@ def clip_by_group_norm(
     >>> tx.update(grads, tx.init(grads))[0]["hidden"]
     {'b': Array([0.8], dtype=float32), 'w': Array([0.6], dtype=float32)}
     """
-    # None as default, and not the function: `optax.inject_hyperparams` would call a function, as a
-    # schedule, with the step.
+    # The default is None, not the function: `optax.inject_hyperparams` would take a function for a
+    # schedule and call it with the step.
     scope = scopes.groups(scopes.module_of if label is None else label)
-    # A mapping is bounds by name. Any other tree would be bounds by leaf, which a group has not.
+    # A mapping holds bounds by name. Any other tree would hold bounds by leaf, not by group.
     if isinstance(max_norm, Mapping):
         threshold = each_by_name(max_norm=max_norm)
     else:

@@ -1,4 +1,4 @@
-"""The norm-growth limiter of Fira and APOLLO: a norm may grow by one per cent a step."""
+"""The norm-growth limiter of Fira and APOLLO: a norm may grow by one percent per step."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def limit_norm_growth(
 
     Norms may fall freely.
 
-    The papers place it after what scales the update, before the learning rate.
+    The papers place it after the scaling of the update, before the learning rate.
 
     Args:
       ratio: γ, at least 1.
       min_norm: a floor under the bound. After one tiny gradient (a batch of padding, say) norms
-        grow back by γ a step only, from 1e-8 to 1 in 1,850 steps; with a floor they start there.
+        grow back only by γ per step, from 1e-8 to 1 in 1,850 steps; with a floor they start there.
       scope: which numbers share one norm; the papers' is `scopes.leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for a ratio below 1, or a bad floor.
 
-    Deviations: a norm of exactly zero is passed over, or the leaf would be frozen for ever; no 1e-8
+    Deviations: a norm of exactly zero is ignored, because it would freeze the leaf forever; no 1e-8
     is added to the last norm.
 
     References:
@@ -54,10 +54,10 @@ def limit_norm_growth(
     >>> updates
     Array([3.], dtype=float32)
     """
-    # Of the clipped norm, as `previous` learns it: fed raw, a spike would raise its own next bound.
+    # `previous` learns clipped norms: with raw norms, a spike would raise the next bound.
     return clip_by(
-        # In Fira and APOLLO there is no floor but the 1e-8 that is added to the last norm: after
-        # one batch of zeros, growth of 1 % a step starts from there.
+        # In Fira and APOLLO the only floor is the 1e-8 that is added to the last norm: after one
+        # batch of zeros, growth of 1 % per step starts from there.
         at_least(previous(ratio), as_threshold(min_norm=min_norm)),
         scope=scope,
         exclude=exclude,

@@ -28,8 +28,8 @@ def quantile_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips to a bound C that tracks a quantile of the norms: C ← C · exp(-η · (b - q)).
 
-    b is 1 if the norm was within C, else 0; so C rests where a share q of the norms is within it.
-    It moves by a factor of exp(η) a step at most, and no spike, however long, moves it further.
+    b is 1 if the norm was within C, else 0, so C settles where a share q of the norms is within it.
+    It moves by a factor of at most exp(η) per step, and no spike, however large, moves it further.
 
     Args:
       quantile: q, from 0 to 1.
@@ -43,7 +43,7 @@ def quantile_clip(
       ValueError: for numbers out of range.
 
     Deviations: the paper's b (and γ for q) is a noisy mean over many clients, for privacy; here it
-    is that of one step, without noise. Norms that are zero or not finite do not move C.
+    is from one step, without noise. Norms that are zero or not finite do not move C.
 
     References:
       Andrew et al., `Differentially Private Learning with Adaptive Clipping
@@ -55,10 +55,10 @@ def quantile_clip(
     >>> float(updates[0]), round(float(tx.update(jnp.array([3.0]), state)[0][0]), 4)
     (1.0, 1.1052)
     """
-    # Fed the comparison alone: the size of a spike never enters, so no feed is to be chosen.
+    # C learns only from the comparison, not the size of a spike, so there is no feed to choose.
     return clip_by(
-        # Geometric steps, not C - η(b - q), which the authors also give: those need an η in the
-        # units of the norm, and can make C negative.
+        # Geometric steps, not C - η(b - q), which the authors also give: that needs an η in the
+        # units of the norm and can make C negative.
         at_most(
             thresholds.quantile(quantile, learning_rate, init), as_threshold(max_norm=max_norm)
         ),

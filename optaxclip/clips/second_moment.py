@@ -1,4 +1,4 @@
-"""Clipping each element by the second moment that Adam would have of it: SPAM and AdamWClip."""
+"""Clipping each element by its second moment, as in Adam: SPAM and AdamWClip."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class SecondMomentState(NamedTuple):
     """State of `spam_clip` and `adamw_clip`.
 
     Attributes:
-      clip_step: int32, the updates so far; for `spam_clip` since the last reset.
+      clip_step: int32, how many updates so far; for `spam_clip`, since the last reset.
       rms: √v, the root of the running mean of squares, element by element, in float32 at least.
         (Not v itself: squares of numbers over 1.8e19 overflow.)
-      clip: the `ClipState` of the clip, with what it did.
+      clip: the `ClipState` of the clip, which records what it did.
     """
 
     clip_step: jax.Array
@@ -43,7 +43,7 @@ def _clip_by_rms(
     exclude: Exclude,
     clip: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips to ±bound_of(√v, step). v learns from what is left; it is reset every `every` steps."""
+    """Clips to ±bound_of(√v, step). v learns clipped elements, and is reset every `every` steps."""
 
     def init_fn(params):
         rms = start_carry(params, exclude, real=True)
@@ -52,11 +52,11 @@ def _clip_by_rms(
     guard = StateGuard(validate.called(), SecondMomentState, init_fn)
 
     def learn(x, rms, step):
-        """The bound of each element of a leaf, and √v after it."""
+        """Computes the bound of each element of a leaf, and the new √v."""
         # A select, not a `cond`: counters are tracers, and a reset costs no more than the read.
         old = rms if every is None else jnp.where(step == 0, 0, rms)
         bound, rest = bound_of(old, step), like(1 - decay, rms)
-        # What is left after the clip, as in both codes: a spike enters v at its bound.
+        # The size after the clip, as in both codes: a spike enters v at its bound.
         size = jnp.minimum(jnp.abs(xla.widen(x)), bound)
         # √(β·v + (1 - β)·x²) without a square, which would overflow.
         new = jnp.hypot(jnp.sqrt(1 - rest) * old, jnp.sqrt(rest) * size)
@@ -68,15 +68,14 @@ def _clip_by_rms(
         step = jnp.where(due, 0, state.clip_step)
         leaves, kept = trees.select(updates, exclude), trees.select(state.rms, exclude)
         done = [learn(x, rms, step) for x, rms in zip(leaves.arrays, kept.arrays, strict=True)]
-        # An argument of one clip: a clip built around the limits of a step would be compiled at
-        # each.
+        # Limits are an argument of one clip: a clip built for each step would compile at each step.
         limits = [(-bound, bound) for bound, _ in done]
         clipped, clip_state = clip.update(updates, state.clip, limits=limits)
         rms = kept.rebuild([rms for _, rms in done])
         return clipped, SecondMomentState(advance(step), rms, clip_state)
 
     annotate(update_fn, description=description_of(clip))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 @validate.named
@@ -90,28 +89,28 @@ def spam_clip(
     exclude: Exclude = None,
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips an element whose square is over θ·v, v its running mean square, to ±√(θ·v).
+    """Clips elements whose square is over θ·v, where v is their running mean square, to ±√(θ·v).
 
     SPAM also resets Adam's moments:
     `optax.chain(spam_clip(), reset_moments(optax.scale_by_adam()), ...)`.
 
     Args:
       threshold: θ.
-      decay: of v; that of Adam.
-      warmup_steps: how many updates after each reset pass as they are.
-      every: v is reset every so many updates, together with Adam's moments; None: never.
+      decay: the decay of v; that of Adam.
+      warmup_steps: how many updates after each reset pass unchanged.
+      every: resets v every so many updates, together with Adam's moments; None: never.
       measure: whether to record the largest modulus and the share of elements clipped, which takes
-        two more reads of the gradients; else the metrics have the number of steps only.
+        two more reads of the gradients; otherwise the metrics hold only the number of steps.
       exclude: as in `optaxclip.clip_by`.
       axis_names: as in `optaxclip.clip_by`; needed only with `measure`.
 
     Raises:
       ValueError: for a negative threshold, a decay outside [0, 1), or a negative number of steps.
 
-    Deviations: where v = 0 (a row of an embedding that was not used since the reset) nothing is
-    clipped: in the authors' code such an element stays zero until the next reset. As there, v has
-    no bias correction: after a reset θ acts as if it were smaller. An element that is NaN stays
-    NaN, an infinite one is clipped; v learns from neither.
+    Deviations: an element with v = 0 (in a row of an embedding not used since the reset) is not
+    clipped; in the authors' code it stays zero until the next reset. As in that code, v has no bias
+    correction, so after a reset θ acts as if it were smaller. An element that is NaN stays NaN, and
+    an infinite one is clipped; v learns from neither.
 
     References:
       Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset
@@ -133,7 +132,7 @@ def spam_clip(
         validate.steps(1, every=every)
 
     def bound(rms, step):
-        # In the authors' code v = 0 is a bound of 0, and what is clipped to 0 keeps v at 0.
+        # In the authors' code v = 0 makes a bound of 0, and elements clipped to 0 keep v at 0.
         free = (step < warmup_steps) | (rms == 0)
         return jnp.where(free, math.inf, jnp.sqrt(like(threshold, rms)) * rms)
 
@@ -152,24 +151,24 @@ def adamw_clip(
     exclude: Exclude = None,
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each element to ±max(k·√v̂, floor), v̂ its running mean square, bias-corrected.
+    """Clips each element to ±max(k·√v̂, floor), where v̂ is its bias-corrected running mean square.
 
     Args:
-      ratio: k. Elements can grow by a factor of √(β + (1 - β)·k²) a step, 1.004 with the defaults.
-      decay: β of v; that of Adam.
-      floor: the bound is at least this, in the units of the gradient.
-      warmup_steps: how many updates pass as they are.
+      ratio: k. Elements can grow by a factor of √(β + (1 - β)·k²) per step, 1.004 by default.
+      decay: β, the decay of v; that of Adam.
+      floor: the smallest bound, in the units of the gradient.
+      warmup_steps: how many updates pass unchanged.
       measure, exclude, axis_names: as in `spam_clip`.
 
     Raises:
       ValueError: for a negative ratio, floor or number of steps, or a decay outside [0, 1).
 
     Deviations: there is no bound where v = 0, as at the first update (in the authors' code such an
-    element is held to the floor, and takes thousands of steps to grow from there). v is corrected
-    for the updates that it has seen (the authors' code counts one more). An element that is NaN
-    stays NaN, an infinite one is clipped; v learns from neither. Floor and warm-up are those of the
-    authors' version 0.1.4; earlier ones had a floor of 0.01 under √v̂, with which the scale of the
-    loss matters, and a warm-up of 10 steps.
+    element is clipped to the floor, and takes thousands of steps to grow from there). v is
+    corrected for the updates it has seen (the authors' code counts one more). An element that is
+    NaN stays NaN, and an infinite one is clipped; v learns from neither. Floor and warm-up are
+    those of the authors' version 0.1.4; earlier ones had a floor of 0.01 under √v̂, which made the
+    scale of the loss matter, and a warm-up of 10 steps.
 
     References:
       The code of `AdamWClip <https://github.com/wandeln/AdamWClip>`_; there is no paper.
@@ -188,9 +187,9 @@ def adamw_clip(
     validate.flag(measure=measure)
 
     def bound(rms, step):
-        # At least 1: at step 0 the correction would be 0/0; there v = 0, and nothing is bounded.
+        # At least 1, to avoid 0/0 at step 0, where v = 0 and nothing is bounded.
         seen = like(jnp.maximum(step, 1), rms)
-        # 1 - βᵗ by `expm1`: in float32 the difference loses its digits at β near 1 and small t.
+        # 1 - βᵗ by `expm1`: in float32 the difference loses its digits for β near 1 and small t.
         corrected = rms / jnp.sqrt(-jnp.expm1(seen * jnp.log1p(-like(1 - decay, rms))))
         most = jnp.maximum(like(ratio, rms) * corrected, like(floor, rms))
         return jnp.where((step < warmup_steps) | (rms == 0), math.inf, most)

@@ -1,17 +1,17 @@
 """Functions of singular values, without a decomposition.
 
-Everything is products of matrices, for accelerators.  The polar factor of X = U·Σ·Vᵀ, which is
-U·Vᵀ, comes from an iteration that drives all singular values to 1.  The polar factor of X on top of
-the identity has two blocks, and both clips at 1 follow from them:
+Everything is computed by matrix products, which suit accelerators.  The polar factor of X = U·Σ·Vᵀ,
+which is U·Vᵀ, comes from an iteration that drives all singular values to 1.  The polar factor of X
+stacked on the identity has two blocks, and both clips at 1 follow from them:
 
     Y = X·(XᵀX + I)^-½     singular values y = σ / √(1 + σ²), the soft clip
     Z =   (XᵀX + I)^-½     singular values z = 1 / √(1 + σ²)
     Y / max(Z, Y)          min(σ, 1), the hard clip, because σ = y / z
 
-Here nothing is larger than 1 and nothing that is divided by is smaller than √½.  The usual form of
-the hard clip, ½(O + X - A·polar(A)ᵀ·O) with O = polar(X) and A = O - X, takes the polar factor of X
-itself, which does not converge where X is nearly singular, and subtracts numbers as large as the
-largest singular value.
+Here nothing is larger than 1, and no divisor is smaller than √½.  The usual form of the hard clip,
+½(O + X - A·polar(A)ᵀ·O) with O = polar(X) and A = O - X, needs the polar factor of X itself, which
+does not converge if X is nearly singular, and subtracts numbers as large as the largest singular
+value.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from jax import lax
 
 from optaxclip.actions import rescale, smooth
 from optaxclip.norms import l2
-from optaxclip.xla import times
+from optaxclip.xla import root, times
 
 Method = Literal["hard", "soft"]
 Solver = Literal["polar", "svd"]
 
-# Odd polynomials a·x + b·x³ + c·x⁵, each the best of its degree on what the one before leaves of
-# [0.03, 1.02] (the largest distance from 1 is smallest), scaled to stay within 1; found by linear
-# programming. The first, repeated, lifts small numbers by 4 each time and lets none over 0.03 fall
-# below 0.12; the best polynomials for smaller numbers let them fall almost to 0, which costs
-# digits. The room up to 1.02 keeps rounding from growing; the last is Newton's.
+# Odd polynomials a·x + b·x³ + c·x⁵, found by linear programming. Each has the smallest possible
+# maximum distance from 1 on the interval to which the ones before it map [0.03, 1.02], and is
+# scaled to stay within 1. The first is repeated: each time it multiplies small numbers by 4, and it
+# lets none over 0.03 fall below 0.12. The best polynomials for smaller numbers would let them fall
+# almost to 0, which costs digits. The margin up to 1.02 keeps rounding errors from growing. The
+# last is Newton's.
 _POLYNOMIALS = np.array(
     [
         [4.0579, -10.9990, 7.7287],
@@ -59,31 +60,31 @@ def _adjoint(x: jax.Array) -> jax.Array:
 
 
 def largest_entry(x: jax.Array) -> jax.Array:
-    """Of each matrix, (..., 1, 1): a unit for it. Not finite where the matrix is not."""
+    """The largest entry of each matrix, (..., 1, 1): its unit. Not finite if the matrix is not."""
     entries = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
     return lax.stop_gradient(jnp.max(entries, axis=(-1, -2), keepdims=True, initial=0))
 
 
 def _per(x: jax.Array, unit: jax.Array) -> jax.Array:
-    """`x` in a unit (0: as it is), in two factors: the inverse of a large unit is no float32."""
+    """Divides `x` by `unit` (unless 0) in two steps: float32 cannot hold 1 / a large unit."""
     factor = 1 / jnp.sqrt(jnp.where(unit > 0, unit, 1))
     return times(times(x, factor), factor)
 
 
 def _size(x: jax.Array) -> jax.Array:
-    """The Frobenius norm, (..., 1, 1), which no singular value exceeds; for numbers not large."""
-    return l2.finish(jnp.sum(l2.lift(x), axis=(-1, -2), keepdims=True), 1)
+    """The Frobenius norm, (..., 1, 1), which no singular value exceeds; `x` must not be large."""
+    return root(jnp.sum(l2.lift(x), axis=(-1, -2), keepdims=True))
 
 
 def _polar(x: jax.Array, steps: int) -> jax.Array:
-    """The polar factor of (..., m, n) matrices, m ≥ n, if σ is 0.03 · 4^(5 - steps) to 1."""
+    """The polar factor of (..., m, n) matrices with m ≥ n and σ from 0.03 · 4^(5 - steps) to 1."""
     rows = np.concatenate(
         [_POLYNOMIALS[:1].repeat(steps - len(_POLYNOMIALS), axis=0), _POLYNOMIALS]
     )
 
     def step(x, row):
         a, b, c = row
-        # The smaller Gram matrix: matrices are tall here, `_at_one` has turned the others.
+        # This is the smaller Gram matrix, because `_at_one` has transposed wide matrices.
         gram = _dot(_adjoint(x), x)
         return times(x, a) + _dot(x, times(gram, b) + times(_dot(gram, gram), c)), None
 
@@ -91,7 +92,7 @@ def _polar(x: jax.Array, steps: int) -> jax.Array:
 
 
 def _identity(x: jax.Array) -> jax.Array:
-    """The identity of the columns of each matrix."""
+    """An identity for each matrix, with the same number of columns."""
     return jnp.broadcast_to(
         jnp.eye(x.shape[-1], dtype=x.dtype), (*x.shape[:-2], x.shape[-1], x.shape[-1])
     )
@@ -100,7 +101,7 @@ def _identity(x: jax.Array) -> jax.Array:
 def _blocks(x: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
     """Y and Z: singular values σ / √(1 + σ²) and 1 / √(1 + σ²)."""
     both = jnp.concatenate([x, _identity(x)], axis=-2)
-    # Not the Frobenius norm of both: it grows with the identity's size and would cost convergence.
+    # Not the Frobenius norm of both, which grows with the identity and would slow convergence.
     both = _polar(_per(both, lax.stop_gradient(jnp.sqrt(1 + jnp.square(_size(x))))), steps)
     return both[..., : x.shape[-2], :], both[..., x.shape[-2] :, :]
 
@@ -109,27 +110,27 @@ def _hard(x: jax.Array, steps: int) -> jax.Array:
     """Singular values σ to min(σ, 1): Y · max(Z², I - Z²)^-½."""
     y, z = _blocks(x, steps)
     half, one = jnp.asarray(0.5, x.real.dtype), _identity(x)
-    # Eigenvalues within [-1, 1]; those near 0 need no right sign.
+    # Eigenvalues are within [-1, 1]; the sign of those near 0 does not matter.
     difference = 2 * _dot(_adjoint(z), z) - one
     magnitude = _dot(difference, _polar(difference, steps))
     larger = times(one + times(magnitude + _adjoint(magnitude), half), half)
 
     def newton(root, _):
-        """One step towards the inverse root; from I, as all eigenvalues are in [½, 1]."""
+        """Steps towards the inverse root, starting from I: all eigenvalues are in [½, 1]."""
         return times(_dot(root, 3 * one - _dot(larger, _dot(root, root))), half), None
 
     return _dot(y, lax.scan(newton, times(3 * one - larger, half), None, length=5)[0])
 
 
 def _by_svd(x: jax.Array, method: Method) -> jax.Array:
-    """Either, by decomposition."""
+    """Either clip at 1, by decomposition."""
     u, s, v = jnp.linalg.svd(x, full_matrices=False)
     s = jnp.minimum(s, 1) if method == "hard" else s / jnp.sqrt(1 + jnp.square(s))
     return _dot(times(u, s[..., None, :]), v)
 
 
 def _at_one(x: jax.Array, method: Method, solver: Solver, steps: int) -> jax.Array:
-    """(batch, m, n) matrices, clipped at 1. One of one column is a vector."""
+    """Clips (batch, m, n) matrices at 1. A matrix of one column is a vector."""
     if x.shape[-2] < x.shape[-1]:
         return _adjoint(_at_one(_adjoint(x), method, solver, steps))
     if x.shape[-1] == 1:
@@ -146,7 +147,7 @@ def _at_one(x: jax.Array, method: Method, solver: Solver, steps: int) -> jax.Arr
 def clip_matrices(
     x: jax.Array, bound: jax.Array, method: Method, solver: Solver, steps: int
 ) -> jax.Array:
-    """Clips (batch, m, n) matrices in units of the bound, those far over it scaled down first."""
+    """Clips (batch, m, n) matrices in units of the bound; scales those far over it down first."""
     entry, far = largest_entry(x), 14.0 * 4.0 ** (steps - len(_POLYNOMIALS))
     scaled, own = _per(x, entry), bound / jnp.where(entry > 0, entry, 1)
     size = _size(scaled)
@@ -159,15 +160,15 @@ def clip_matrices(
 
 
 @jax.jit
-def largest_singular_value(x: jax.Array) -> jax.Array:
-    """Of (batch, m, n) matrices the largest of all, by power iteration from fixed random numbers.
+def largest_singular_values(x: jax.Array) -> jax.Array:
+    """Estimates the largest σ of (batch, m, n) matrices, (batch,), by power iteration.
 
-    From the longest row it would stay there if that row were orthogonal to many shorter ones that
-    are alike.
+    It starts from fixed random numbers. If it started from the longest row, it would stay there if
+    that row were orthogonal to many shorter ones that are alike.
     """
     entry = largest_entry(x)
     scaled = _per(x, entry)
-    # A fixed key: the same estimate on all devices, and in each run.
+    # With a fixed key the estimate is the same on all devices and in every run.
     start = jax.random.normal(jax.random.key(0), (x.shape[-1], 1), x.real.dtype).astype(x.dtype)
 
     def step(v, _):
@@ -180,4 +181,4 @@ def largest_singular_value(x: jax.Array) -> jax.Array:
     found = jnp.minimum(
         _size(_dot(scaled, lax.stop_gradient(v))) * entry, jnp.finfo(entry.dtype).max
     )
-    return jnp.max(jnp.where(jnp.isfinite(entry), found, entry), initial=0)
+    return jnp.where(jnp.isfinite(entry), found, entry)[:, 0, 0]

@@ -22,11 +22,11 @@ def smooth_clip(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Shortens every gradient, the more the longer it is: g ← g / (1 + (‖g‖ / max_norm)ᵖ)^(1/p).
+    """Shortens every gradient, long ones more: g ← g / (1 + (‖g‖ / max_norm)ᵖ)^(1/p).
 
-    The norm after it is below `max_norm`, and below ‖g‖. p = 1 is g·τ / (τ + ‖g‖), p = 2 is g / √(1
-    + ‖g‖²/τ²); p = inf is the hard clip. It shortens the small, too: at ‖g‖ = τ by 0.5 for p = 1,
-    0.71 for 2, 0.92 for 8.
+    The resulting norm is below `max_norm` and below ‖g‖. p = 1 is g·τ / (τ + ‖g‖), p = 2 is g / √(1
+    + ‖g‖²/τ²), and p = inf is the hard clip. Small gradients are shortened too: at ‖g‖ = τ the
+    factor is 0.5 for p = 1, 0.71 for 2, and 0.92 for 8.
 
     Args:
       max_norm: τ: a number, array, tracer, schedule or threshold.
@@ -46,11 +46,11 @@ def smooth_clip(
     >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0]
     Array([0.75], dtype=float32)
     """
-    # p = 2 is the map of SPECTRA's soft clip of singular values, on the norm of a block.
+    # p = 2 is SPECTRA's soft clip of singular values, applied to the norm of a block.
     return clip_by(
         as_threshold(max_norm=max_norm),
-        # An action like any other, so that bounds, scopes and metrics are those of the hard clip;
-        # other smooth forms (tanh, arctan) bound the norm alike and have no sharpness to choose.
+        # An action, so that bounds, scopes and metrics are those of the hard clip. Other smooth
+        # forms (tanh, arctan) also bound the norm, but have no sharpness to choose.
         action=smooth(p),
         scope=scope,
         exclude=exclude,

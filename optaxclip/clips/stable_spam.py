@@ -1,4 +1,4 @@
-"""Stable-SPAM's clips: of elements that stand out of their leaf, and of norms, made a ratio."""
+"""Stable-SPAM's clips: one for elements that stand out in their leaf, and one for norms."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def clip_by_running_max(
     nonfinite: Nonfinite = "propagate",
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Shortens elements that stand out of their leaf: g ← g · T̂ / max|g| where |g| > T̂.
+    """Shortens elements that stand out in their leaf: g ← g · T̂ / max|g| where |g| > T̂.
 
-    T̂ is the running mean of max|g|. The elements concerned keep their ratios, and the largest
-    becomes T̂. In the paper it is AdaClip (a name that two other methods have, too).
+    T̂ is the running mean of max|g|. The shortened elements keep their ratios, and the largest
+    becomes T̂. The paper calls it AdaClip (a name that two other methods also have).
 
     Args:
-      decay: of the running mean, which learns the present maximum before it decides.
+      decay: the decay of the running mean, which learns the current maximum before it decides.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
       ValueError: for a decay outside [0, 1).
 
     Deviations: the bias correction counts the maxima that were learned (in the authors' code it is
-    reset with the moments, which makes T̂ 500 times too large: the clip is off most of the time).
+    reset with the moments, which makes T̂ 500 times too large, so the clip is mostly inactive).
 
     References:
       Huang et al., `Stable-SPAM <https://arxiv.org/abs/2502.17055>`_, 2025
@@ -60,8 +60,8 @@ def clip_by_running_max(
     bad = math.nan if nonfinite == "propagate" else 0.0
 
     def learn(largest, mean, seen):
-        # Its own count of maxima: the authors' code divides by 1 - βᵗ of a t that the reset of the
-        # moments sets back, while the mean goes on.
+        # Its own count of maxima: the authors' code divides by 1 - βᵗ with a t that is reset with
+        # the moments, although the mean is not.
         return mean + debiased_weight(decay, largest, seen) * (largest - mean)
 
     def measure(leaves: Leaves, layout: xla.Layout) -> Norms:
@@ -70,7 +70,7 @@ def clip_by_running_max(
     def act(leaves: Leaves, layout: xla.Layout, norms: Norms, bounds: Norms):
         step = decide(norms, bounds, rescale, bad)
         short = xla.scale(leaves.arrays, step.factors, layout=layout, zeros=bad == 0)
-        # Of a leaf that is not finite nothing is within the limit: all of it is `short`, NaN or 0.
+        # In a leaf that is not finite, nothing is within the limit: all of it is `short`, NaN or 0.
         limits = xla.spread(jnp.where(step.bad, -1, step.bounds), layout)
         return list(map(_pick, leaves.arrays, short, limits)), step
 
@@ -81,7 +81,7 @@ def clip_by_running_max(
 
 
 def _pick(x: jax.Array, short: jax.Array, limit: jax.Array) -> jax.Array:
-    """The elements within the limit as they are, the others from the shortened leaf."""
+    """Takes elements within the limit from the leaf, and the others from the shortened leaf."""
     size = jnp.abs(xla.widen(x))
     return jnp.where(size <= limit.astype(size.dtype), x, short)
 
@@ -99,15 +99,15 @@ def normalize_by_moments(
 ) -> optax.GradientTransformationExtraArgs:
     """Gives each leaf the norm m̂ / (√v̂ + ε).
 
-    m̂ and v̂ are the running means of its norm and of the square of its norm. That is about 1,
-    whatever the scale of the gradient (if norms are well over ε), so it belongs before an optimizer
-    that does not mind scale. After steady norms a spike of any size comes out at √(b1²/b2 + (1 -
-    b1)²/(1 - b2)) at most, 1.2019 with the defaults (when it is 3.9 times as long as they; the
-    longest come out at 0.95); after any norms at (1 - b1) / √((1 - b2) · (1 - b1²/b2)) at most,
-    1.4056. In the paper it is AdaGN, later the GradientStabilizer.
+    m̂ and v̂ are the running means of its norm and its squared norm. The result is about 1 at any
+    scale of the gradient (if norms are well above ε), so the clip belongs before an optimizer that
+    does not depend on scale. After steady norms, the result for a spike of any size is at most
+    √(b1²/b2 + (1 - b1)²/(1 - b2)), 1.2019 with the defaults (for a spike 3.9 times as long; for the
+    longest spikes it is 0.95). After any norms it is at most (1 - b1) / √((1 - b2) · (1 - b1²/b2)),
+    1.4056. The paper calls it AdaGN, and later GradientStabilizer.
 
     Args:
-      b1, b2: the decays of m and v; both learn the present norm before they decide.
+      b1, b2: the decays of m and v; both learn the current norm before they decide.
       eps: ε, added to √v̂.
       scope: which numbers share one norm; the paper's is `scopes.leaf`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
@@ -129,10 +129,10 @@ def normalize_by_moments(
 
     def learn(norm, value, seen):
         mean, size = value
-        # m and v are debiased each by its own decay: the authors' bfloat16 runs have a b2 of
+        # m and v are each debiased by their own decay: the authors' bfloat16 runs have a b2 of
         # 0.99999, a memory of 100,000 steps.
         weight = debiased_weight(b2, norm, seen)
-        # The root of v, as squares of norms overflow at 1.8e19.
+        # The root of v, because squares of norms overflow at 1.8e19.
         size = jnp.hypot(jnp.sqrt(1 - weight) * size, jnp.sqrt(weight) * norm)
         return mean + debiased_weight(b1, norm, seen) * (norm - mean), size
 

@@ -1,4 +1,4 @@
-"""Clips that carry over what was cut off (U-Clip), or cut the gradient's change only (Clip21)."""
+"""Clips that carry over what was cut off (U-Clip), or clip only the gradient's change (Clip21)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CarryState(NamedTuple):
     """State of `u_clip` and `clip21`.
 
     Attributes:
-      carry: what is kept of past gradients, a tree like the parameters, in float32 at least.
+      carry: the kept part of past gradients, a tree like the parameters, in float32 at least.
       clip: the `ClipState` of the clip.
     """
 
@@ -34,9 +34,9 @@ class CarryState(NamedTuple):
 
 
 def _remember(clip, exclude: Exclude, step) -> optax.GradientTransformationExtraArgs:
-    """The transformation of one `step(leaves, carry, state, params, **extra_args)`.
+    """Makes a transformation from one `step(leaves, carry, state, params, **extra_args)`.
 
-    It returns the updates, the carry, both lists of arrays, and the new state of the clip.
+    The step returns the updates and the carry, as lists of arrays, and the new state of the clip.
     """
 
     def init_fn(params):
@@ -49,19 +49,19 @@ def _remember(clip, exclude: Exclude, step) -> optax.GradientTransformationExtra
         leaves, old = select(updates, exclude), select(state.carry, exclude)
         out, carry, clip_state = step(leaves, old.arrays, state.clip, params, **extra_args)
         fine = can_learn(clip_state)
-        # One NaN in the carry would stay there for ever, since it is added to every gradient to
-        # come.
+        # One NaN in the carry would stay there forever, because the carry is added to every later
+        # gradient.
         kept = [jnp.where(fine, a, b) for a, b in zip(carry, old.arrays, strict=True)]
         out = list(map(xla.as_dtype_of, leaves.arrays, out))
         return leaves.rebuild(out), CarryState(old.rebuild(kept), clip_state)
 
-    # Its update is no rescaled gradient, so `check` must not reason about its length.
+    # Its update is not a rescaled gradient, so `check` must not reason about its length.
     annotate(update_fn, description=description_of(clip)._replace(kind="other"))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _clip(clip, leaves: Leaves, arrays: list[jax.Array], exclude: Exclude, *rest, **extra_args):
-    """Arrays in the place of the leaves after a clip, and its state."""
+    """Clips arrays that replace the leaves; returns the clipped arrays and the new state."""
     tree, state = clip.update(leaves.rebuild(arrays), *rest, **extra_args)
     return select(tree, exclude).arrays, state
 
@@ -90,7 +90,7 @@ def u_clip(
     Raises:
       ValueError: for a bad bound, or a negative cap.
 
-    Deviations: the cap; a gradient that is not finite leaves Δ as it is.
+    Deviations: the cap; a gradient that is not finite leaves Δ unchanged.
 
     References:
       Elesedy and Hutter, `U-Clip: On-Average Unbiased Stochastic Gradient Clipping
@@ -113,18 +113,18 @@ def u_clip(
     def limit(norms, state, params=None, *, carry_bound, **extra_args):
         return jax.tree.map(lambda bound: like(max_carry, bound) * bound, carry_bound), state
 
-    # Built once, and passed the bound at each update: a new clip for each would compile each time.
+    # Built once, and given the bound at each update: a new clip would compile at each update.
     limits = new_threshold(lambda norms: optax.EmptyState(), limit, kind=Fixed)
     cap = clip_by(limits, scope=scope, **shared)
 
     def step(leaves, carry, state, params, **extra_args):
-        # In float32 at least: what bfloat16 rounds off would be lost, and the carry exists not to
-        # lose it.
+        # In float32 at least: the carry exists to keep what is cut off, and bfloat16 would round
+        # some of it away.
         sums = [xla.widen(g) + c for g, c in zip(leaves.arrays, carry, strict=True)]
         out, state = _clip(clip, leaves, sums, exclude, state, params, **extra_args)
         # From the same wide sums, so that update and carry add up to them.
         rest = [a - b for a, b in zip(sums, out, strict=True)]
-        # The bound of this very step: asking the threshold again would let it learn the norm twice.
+        # The bound from this step: calling the threshold again would let it learn the norm twice.
         bound = state.metrics.clip_bound
         return out, _clip(cap, leaves, rest, exclude, None, carry_bound=bound)[0], state
 
@@ -142,7 +142,7 @@ def clip21(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the change of the gradient: v ← v + clip(g - v), from v = 0, and the update is v.
 
-    Where gradients settle, v settles on them, whatever the bound: clipping does not shift where
+    If gradients settle, v settles on them, whatever the bound: clipping does not shift where
     training converges.
 
     Args:
@@ -153,8 +153,8 @@ def clip21(
     Raises:
       ValueError: for a bad bound.
 
-    Deviations: the paper has many workers, each with a v of its own; this is one of them. A
-    gradient that is not finite leaves v as it is.
+    Deviations: the paper has many workers, each with its own v; this is one of them. A gradient
+    that is not finite leaves v unchanged.
 
     References:
       Khirirat et al., `Clip21: Error Feedback for Gradient Clipping
@@ -183,7 +183,7 @@ def clip21(
         cut, state = _clip(clip, leaves, change, exclude, state, params, **extra_args)
         moved = [v + c for v, c in zip(carry, cut, strict=True)]
         fine = can_learn(state)
-        # Where the gradient is bad the update must say so (NaN or zeros), and not repeat v.
+        # If the gradient is bad, the update must show it (NaN or zeros) and not repeat v.
         out = [jnp.where(fine, new, bad) for new, bad in zip(moved, cut, strict=True)]
         return out, moved, state
 

@@ -28,17 +28,17 @@ def clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each element to [-max_delta, max_delta].
 
-    A complex element is clipped to that modulus, its phase kept. NaN stays NaN, infinity becomes
-    the limit. It costs nothing beyond what the optimizer reads anyway.
+    A complex element is clipped to that modulus and keeps its phase. NaN stays NaN, and infinity
+    becomes the limit. It reads nothing that the optimizer does not read anyway.
 
     Args:
       max_delta: the limit: a number, array, tracer, schedule, or a threshold of the largest
         modulus.
       measure: whether to record the largest modulus and the share of elements clipped, which takes
-        one more read of the gradients; else the metrics have the limit and the number of steps
-        only. A threshold that learns measures in any case.
+        one more read of the gradients; otherwise the metrics hold only the limit and the number of
+        steps. A threshold that learns always measures.
       exclude: as in `optaxclip.clip_by`.
-      axis_names: as in `optaxclip.clip_by`; needed only by what measures.
+      axis_names: as in `optaxclip.clip_by`; needed only if something is measured.
 
     Raises:
       ValueError: for a limit that is negative, NaN, a boolean or a string.
@@ -54,14 +54,14 @@ def clip(
 
     def update_fn(norms, state, params=None, **extra_args):
         bound, state = threshold.update(norms, state, params, **extra_args)
-        # A schedule or threshold may go below 0, and limits that cross would turn signs.
+        # A schedule or threshold may go below 0, and limits that cross would flip signs.
         bound = jnp.maximum(jnp.asarray(bound), 0)
         return (-bound, bound), state
 
-    # Of its kind, which says what it reads.
+    # Of the same kind, because the kind says what a threshold reads.
     limits = new_threshold(threshold.init, update_fn, threshold, kind=type(threshold))
     tx = clip_elements(limits, measure=measure, exclude=exclude, axis_names=axis_names)
-    # What a reader of the chain wants to see is the threshold as it was given.
+    # A reader of the chain wants to see the threshold as it was given.
     annotate(tx.update, description=description_of(tx)._replace(threshold=threshold))
     return tx
 
@@ -75,7 +75,7 @@ def clip_by_value(
     exclude: Exclude = None,
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clips each element to [lower, upper]. NaN stays NaN, infinity becomes a limit.
+    """Clips each element to [lower, upper]. NaN stays NaN, and infinity becomes a limit.
 
     Args:
       lower, upper: the limits: numbers of any sign, scalar arrays, tracers or schedules.
@@ -83,7 +83,7 @@ def clip_by_value(
 
     Raises:
       ValueError: for a limit that is NaN, a boolean or a string, or if lower > upper; at the
-        update, for complex leaves (`clip` takes them, by modulus).
+        update, for complex leaves (`clip` accepts them and clips their modulus).
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.clip_by_value(-1.0, 2.0)
@@ -98,13 +98,13 @@ def clip_by_value(
     if all(map(validate.is_static, known)) and known[0] > known[1]:
         raise validate.fail(f"lower must not be larger than upper, {upper!r}", lower)
     threshold = _limits(lower, upper)
-    # Limits of any sign, so no one bound to record: the larger modulus stands for both.
+    # Limits have any sign, so no single bound can be recorded: the larger modulus stands for both.
     inner = clip_elements(threshold, measure=measure, exclude=exclude, axis_names=axis_names)
     call = validate.called()
 
     def update_fn(updates, state, params=None, **extra_args):
         leaves = trees.select(updates, exclude)
-        # Here and not in `clip_elements`, which clips complex numbers by their modulus.
+        # Checked here and not in `clip_elements`, which clips complex numbers by their modulus.
         wrong = [p for p, x in zip(leaves.paths, leaves.arrays, strict=True) if jnp.iscomplexobj(x)]
         if wrong:
             raise ValueError(
@@ -117,12 +117,12 @@ def clip_by_value(
 
 
 def _limits(*limits: Any) -> optax.GradientTransformationExtraArgs:
-    """The threshold that returns a lower and an upper limit."""
+    """Makes a threshold that returns a lower and an upper limit."""
 
     def at(step, norm: jax.Array):
         each = (limit(step) if callable(limit) else limit for limit in limits)
-        # Arrays only here: made with the clip they would start JAX's backend, or keep a tracer of
-        # the `jit` that the clip is built in.
+        # Arrays are made only here: made with the clip, they would start JAX's backend, or leak a
+        # tracer of the `jit` that the clip is built in.
         return tuple(jnp.asarray(limit).astype(norm.dtype) for limit in each)
 
     def fixed_fn(norms, state, params=None, **extra_args):

@@ -1,4 +1,4 @@
-"""ZClip: a norm too many deviations over the running mean is a spike."""
+"""ZClip: a norm too many deviations above the running mean is a spike."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ def zclip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clips norms whose z-score zₜ = (n - μ) / σ is over z to μ + z²/zₜ · σ.
 
-    μ and σ² are running averages of norms after the clip; the first `warmup_steps` norms, which are
-    not clipped, start them.
+    μ and σ² are running averages of norms after the clip; they start from the first `warmup_steps`
+    norms, which are not clipped.
 
     Args:
-      z: how many deviations over the mean make a spike.
-      decay: of the running mean and variance.
-      warmup_steps: how many norms start them.
+      z: how many deviations above the mean make a spike.
+      decay: the decay of the running mean and variance.
+      warmup_steps: how many norms they start from.
       target: what a spike is shortened to: "adaptive", as above; "mean": μ; "threshold": μ + zσ.
-      eps: σ counts for at least this share of μ.
-      max_norm: a cap on the bound, also during the warm-up. The authors' code caps at 1.0 by
-        default.
-      relearn_after: after this many consecutive spikes mean and deviation are reset; None: never.
+      eps: a lower limit on σ, as a share of μ.
+      max_norm: a cap on the bound, also during warm-up. The authors' code caps at 1.0 by default.
+      relearn_after: resets mean and deviation after this many consecutive spikes; None: never.
       scope: which numbers share one norm: `scopes.tree`, `leaf`, `groups()`, `units()`.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
@@ -51,10 +50,10 @@ def zclip(
       ValueError: for numbers out of range or an unknown target.
 
     Deviations: a norm that is zero or not finite is not learned (one NaN turns the authors' code
-    into a fixed clip for ever); `relearn_after`, because by the paper's rule a lasting rise beyond
-    a few σ is never learned: what enters the mean is clipped to near the mean; `eps` is relative,
-    and not added, so that the scale of the loss does not matter. As in the authors' code, the
-    variance is taken about the mean after its update. For the same in log space, which suits norms
+    into a fixed clip forever); `relearn_after`, because with the paper's rule a lasting rise beyond
+    a few σ is never learned: norms are clipped to near the mean before they enter it; `eps` is
+    relative and not added, so that the scale of the loss does not matter. As in the authors' code,
+    the variance is taken about the updated mean. For the same in log space, which suits norms
     better, see `clip_by_log_zscore`.
 
     References:
@@ -69,14 +68,14 @@ def zclip(
     >>> round(float(updates[0]), 3)
     2.625
     """
-    # Where the authors' code has a `clip_factor`, documented as a multiple of z·σ, it multiplies
-    # the mean, too, and a factor below 1 clips to below the mean: here z alone says how tight.
+    # No `clip_factor`: the authors' code documents it as a multiple of z·σ, but it also multiplies
+    # the mean, and a factor below 1 clips to below the mean. Here z alone sets the tightness.
     threshold = zscore(
         z, decay, warmup_steps=warmup_steps, target=target, eps=eps, relearn_after=relearn_after
     )
     return clip_by(
-        # Around the statistic: what only the cap shortens is learned as it is, as in the authors'
-        # code.
+        # Outside the statistic: a norm that only the cap shortens is learned unclipped, as in the
+        # authors' code.
         at_most(threshold, as_threshold(max_norm=max_norm)),
         scope=scope,
         exclude=exclude,

@@ -1,4 +1,4 @@
-"""What happened in a run: metrics, watches, recorded histories, and what they say in words."""
+"""What happened in a run: metrics, watches, recorded histories, and explanations in words."""
 
 from optaxclip.monitoring.bad import BadStep, Episode, bad_steps
 

@@ -1,4 +1,4 @@
-"""The last bad steps, for a post-mortem: by episode, and which block broke first."""
+"""The last bad steps for a post-mortem: episodes, and which block broke first."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from optaxclip.monitoring.display import format_number, format_share
 from optaxclip.monitoring.episodes import AFTER, KEPT
-from optaxclip.monitoring.findings import Findings, format_number, format_share
+from optaxclip.monitoring.findings import Findings
 from optaxclip.monitoring.reading import check_is_state, find_parts
 from optaxclip.monitoring.state import WatchState, read_numbers
 from optaxclip.record import unpack_names
 
-_BROKEN = 5.0  # times its norm before, from where on a block counts as broken
+_BROKEN = 5.0  # a block counts as broken above this many times its norm before the episode
 
 
 class BadStep(NamedTuple):
@@ -23,11 +24,11 @@ class BadStep(NamedTuple):
     Attributes:
       step: counted from 1.
       norm: the total norm.
-      median_ratio: that norm over the median of the steps before.
+      median_ratio: that norm divided by the median of the steps before.
       block: the first block that was not finite, or the one with the largest share.
-      share: that block's share of the squared norm; if not finite, one over the number of such
-        blocks.
-      tag: what `update` was called with as `tag=`; None for nothing.
+      share: that block's share of the squared norm; at a step that is not finite, one over the
+        number of blocks that are not.
+      tag: the `tag=` that `update` was called with; None if there was none.
     """
 
     step: int
@@ -47,16 +48,16 @@ class BadStep(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """Bad steps that belong together: at most eight steps apart.
+    """A group of bad steps that are at most eight steps apart.
 
     Attributes:
-      first: the first bad step, where to look for the cause.
-      worst: the first that was not finite, or the one furthest above the median.
+      first: the first bad step, which is where to look for the cause.
+      worst: the first that was not finite, or else the one furthest above the median.
       last: the last bad step.
       bad_steps: how many there were.
-      norms: of the last episode, the norms of all blocks, step -> block -> norm, from a few steps
-        before it began to the first step that was not finite, but not more than four steps after it
-        began; {} of earlier episodes.
+      norms: the norms of all blocks, step -> block -> norm, for the last episode only: from a few
+        steps before it began to the first step that was not finite, and at most four steps after it
+        began. {} for earlier episodes.
     """
 
     first: BadStep
@@ -66,10 +67,12 @@ class Episode(NamedTuple):
     norms: Mapping[int, Mapping[str, float]]
 
     def order(self) -> dict[str, int]:
-        """The blocks that broke, in order, and at which step each was not finite any more, or over
-        five times its norm of before; of those at one step the largest first.
+        """Returns the blocks that broke, in order, each with the step at which it broke.
+
+        A block breaks when it is not finite, or above five times its norm before the episode.
+        Blocks that broke at the same step are sorted by that ratio, largest first.
         """
-        # The median of the block, not of the whole: layers differ by orders of magnitude.
+        # The median of the block, not of the whole tree: layers differ by orders of magnitude.
         before = [row for step, row in self.norms.items() if step < self.first.step]
         broke: dict[str, tuple[int, float]] = {}
         for step, row in self.norms.items():
@@ -89,17 +92,18 @@ class Episode(NamedTuple):
 
 
 def bad_steps(opt_state: Any) -> tuple[Episode, ...]:
-    """The last episodes of bad steps that the watches in an optimizer's state have kept.
+    """Returns the last episodes of bad steps that the watches in an optimizer's state have kept.
 
     Args:
       opt_state: the state of an optimizer, or any tree that holds one; on the host, between steps.
 
     Returns:
-      A tuple of `Episode`, oldest first, which prints one below the other. Those that the watch
-      had no room for are lost, oldest first.
+      A tuple of `Episode`, oldest first, that prints one per line. When the watch has no room left,
+      the oldest episodes are dropped.
 
     Raises:
-      ValueError: for the states of several runs at once (`vmap`), and for what cannot be a state.
+      ValueError: for the states of several runs at once (`vmap`), or anything that cannot be a
+        state.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.watch()
@@ -120,41 +124,42 @@ def bad_steps(opt_state: Any) -> tuple[Episode, ...]:
 
 
 def read_episodes(w: WatchState) -> list[Episode]:
-    """The episodes of one watch, oldest first."""
+    """Returns the episodes of one watch, oldest first."""
     seen = jax.device_get(read_numbers(w))
     check_one_run(seen.total_steps)
-    # Of a tree without blocks the culprit is -1: the last name, which is empty.
+    # In a tree without blocks the culprit is -1, which indexes the last name: the empty one.
     kept, names = seen.bad, (*unpack_names(w.blocks), "")
 
     def read(place, size):
         (step, block, tag, *_), (norm, ratio, share) = place.tolist(), size.tolist()
         return BadStep(step, norm, ratio, names[block], share, None if tag < 0 else tag)
 
-    # Row 0 is a copy of the last one; places in the ring say nothing of their order.
+    # Row 0 is a copy of the last episode. Positions in the ring do not give the order.
     found, numbers = [], kept.places[1:, 2, 4]
     for row in 1 + np.argsort(numbers):
         if kept.places[row, 2, 4] > 0:
             first, worst, last = map(read, kept.places[row], kept.sizes[row])
             found.append(Episode(first, worst, last, int(kept.places[row, 2, 3]), {}))
     if found:
-        found[-1] = found[-1]._replace(norms=_read_norms(kept, found[-1], seen.total_steps, names))
+        ring = kept.recent[numbers.max() % 2]
+        found[-1] = found[-1]._replace(norms=_read_norms(ring, found[-1], seen.total_steps, names))
     return found
 
 
-def _read_norms(kept: Any, episode: Episode, steps: Any, names: tuple[str, ...]) -> dict:
-    """The norms of all blocks when the last episode broke, by step."""
-    # Where the ring was frozen follows from the steps, so no counter is kept for it.
+def _read_norms(ring: Any, episode: Episode, steps: Any, names: tuple[str, ...]) -> dict:
+    """Returns the norms of all blocks around the start of the last episode, by step."""
+    # The step at which the ring stopped follows from the other steps, so it needs no counter.
     end = min(episode.first.step + AFTER, int(steps))
     if not np.isfinite(episode.worst.norm):
         end = min(end, episode.worst.step)
     return {
-        step: dict(zip(names, kept.recent[1][step % KEPT].tolist(), strict=False))
+        step: dict(zip(names, ring[step % KEPT].tolist(), strict=False))
         for step in range(max(end - KEPT + 1, 1), end + 1)
     }
 
 
 def check_one_run(steps: Any) -> None:
-    """Raises if a state is that of several runs."""
+    """Raises ValueError for the state of several runs."""
     if np.ndim(steps):
         raise ValueError(
             f"This is the state of several runs, {np.shape(steps)}: pick one, jax.tree.map(lambda"

@@ -1,43 +1,43 @@
-"""Collecting the scalars of each step on the host, without waiting for the device."""
+"""Collects the scalars of each step on the host, without waiting for the device."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from optaxclip import validate
-from optaxclip.monitoring.overview import describe_columns
+from optaxclip.monitoring.display import describe_columns
 from optaxclip.states import kind_of
 
-# Steps that are fetched together: few enough for the device to hold, and enough to share the cost.
+# Steps fetched together: few enough for the device to hold, enough to spread the cost.
 _BATCH = 256
-# The placement of a plain number.
+# The placement of a Python number.
 _HOST: tuple = ((),)
 
 
 class History:
-    """Collects the dict of scalars of each step, on the host, without waiting for the device.
+    """Collects the dict of scalars of each step on the host, without waiting for the device.
 
     The scalars of a step are copied into one array on the device, so that their buffers may be
-    donated to the next step, and fetched together with those of other steps. Memory is bounded: a
-    history that is full keeps every other step, then every fourth and so on, and beside them the
-    steps at which something stands out from the steps around it.
+    donated to the next step, and are fetched together with those of other steps. Memory is bounded:
+    a full history keeps every other step, then every fourth and so on, plus the steps at which
+    something stands out from its neighbours.
 
     Args:
-      window: how many of the last steps to keep, each of them; None: the whole run, thinned out.
-      every: takes in each so many steps; the others cost nothing.
-      max_steps: how many steps to keep of the whole run; at least 64.
+      window: how many of the last steps to keep; None: the whole run, thinned out.
+      every: records one step in this many; the others cost nothing.
+      max_steps: how many steps of the whole run to keep; at least 64.
 
     Attributes:
-      steps: (rows,), for each step that is kept how many were appended up to it.
+      steps: (rows,), the number of each recorded step, counted from 1 in the order of `append`.
 
     Raises:
-      ValueError: for a window, `every` or `max_steps` that is not a whole number, or too small.
+      ValueError: if `window`, `every` or `max_steps` is not a whole number, or is too small.
 
     >>> import optaxclip
     >>> history = optaxclip.History()
@@ -57,15 +57,15 @@ class History:
         self._window, self._every, self._max_steps = window, every, max_steps
         self._appended, self._stride = 0, every
         self._waiting: list[tuple[int, dict[Any, Any]]] = []
-        # Tables of rows, each with its step in the first column; the columns of the keys.
+        # The column of each key, and tables of rows. Column 0 of a table is the step.
         self._columns: dict[str, int] = {}
         self._tables: list[np.ndarray] = []
 
     def append(self, metrics: Mapping[str, Any], **more: Any) -> None:
-        """Takes in one step: `optaxclip.metrics(opt_state)`, and `loss=` or `param_norm=`, say.
+        """Records one step: `optaxclip.metrics(opt_state)`, and for example `loss=`.
 
         Raises:
-          ValueError: for what is not a dict of scalars, such as a state; inside a compiled step.
+          ValueError: for anything but a dict of scalars, such as a state; inside a compiled step.
         """
         if not isinstance(metrics, Mapping):
             raise ValueError(
@@ -77,7 +77,7 @@ class History:
             return
         packed = _pack({**metrics, **more})
         for x in packed.values():
-            # Under way while the device goes on, so that nobody waits for it later.
+            # The copy runs while the device continues, so that nothing waits for it later.
             if isinstance(x, jax.Array):
                 x.copy_to_host_async()
         self._waiting.append((self._appended, packed))
@@ -85,10 +85,10 @@ class History:
             self._fetch()
 
     def _fetch(self) -> None:
-        """Brings what waits on the device to the host, as one more table."""
+        """Brings the waiting steps from the device to the host, as one more table."""
         waiting, self._waiting = self._waiting, []
         read = jax.device_get([packed for _, packed in waiting])
-        # Rows with the same keys in the same groups are filled in together.
+        # Rows with the same keys in the same groups are filled together.
         alike = defaultdict(list)
         for i, packed in enumerate(read):
             alike[tuple(packed)].append(i)
@@ -105,7 +105,7 @@ class History:
             self._tables = [self._join()]
 
     def _join(self) -> np.ndarray:
-        """One table, thinned out if it is full: rows are judged beside their neighbours."""
+        """Joins the tables into one, and thins it out if it is full."""
         width = len(self._columns) + 1
         padded = [
             np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=np.nan)
@@ -115,7 +115,7 @@ class History:
         if self._window:
             return table[-self._window :]
         full, table = len(table) > self._max_steps, _thin(table, self._stride)
-        # To well below what is allowed: thinning at each batch would be of quadratic cost.
+        # To well below the limit: thinning at every batch would have a quadratic cost.
         while full and len(table) > self._max_steps * 3 // 4:
             self._stride *= 2
             table = _thin(table, self._stride)
@@ -130,6 +130,10 @@ class History:
     def steps(self) -> np.ndarray:
         return self._read()[:, 0].astype(np.int64)
 
+    def __getitem__(self, key: Any) -> NoReturn:
+        # Does not return the column: each call would fetch everything that waits on the device.
+        raise TypeError(f"a History has no items: write history.arrays()[{key!r}].")
+
     def __len__(self) -> int:
         return len(self._read())
 
@@ -140,34 +144,34 @@ class History:
         return describe_columns(self.steps, self.arrays(), markdown=True)
 
     def rows(self) -> list[dict[str, float]]:
-        """One dict a step; NaN where a step lacks a key."""
+        """Returns one dict per step, with NaN where a step lacks a key."""
         return [dict(zip(self._columns, row, strict=True)) for row in self._read()[:, 1:].tolist()]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """One array a key, one entry a step; NaN where a step lacks the key."""
+        """Returns one array per key with one entry per step, NaN where a step lacks the key."""
         table = self._read()
         return {key: table[:, column].copy() for key, column in self._columns.items()}
 
 
 def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
-    """A row as few arrays: those on a device by dtype and placement, the rest as one.
+    """Packs a row into few arrays: values on a device by dtype and placement, the rest in one.
 
     Returns:
-      For each group its keys and what they have in common, with the array of their values.
+      For each group, its keys and their common placement -> the array of their values.
     """
-    # Floats only, as in a long list of recorded steps: to ask each where it lies takes longer.
+    # A fast path for rows of floats, as in a long list of recorded steps: it skips `_placement`.
     if set(map(type, row.values())) == {float}:
         return {(tuple(row), _HOST): np.array(list(row.values()))}
     groups: dict[Any, list[str]] = defaultdict(list)
     for key, x in row.items():
         groups[_placement(x)].append(key)
-    # Shapes are known without waiting for the numbers, so this is said at the mistaken call.
+    # Shapes are known without waiting for the numbers, so the mistaken call itself can raise.
     wide = {key: kind[0] for kind, keys in groups.items() if kind[0] for key in keys}
     if wide:
         raise ValueError(
-            "A history takes one number under each key; not so"
-            f" {dict(list(wide.items())[:3])}. Of several runs (vmap) append one each to a History"
-            " of its own; of a lax.scan the stacked dict is a history already."
+            "A history takes one number under each key, not these shapes or types:"
+            f" {dict(list(wide.items())[:3])}. For several runs (vmap), append each to a History of"
+            " its own. The stacked dict that lax.scan returns is a history already."
         )
     packed: dict[Any, Any] = {}
     for kind, keys in groups.items():
@@ -177,15 +181,18 @@ def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
 
 
 def _placement(x: Any) -> tuple:
-    """The shape of a value, and for one on a device what it shares with others of one program."""
+    """Returns the shape of a value, and its dtype and sharding if it is on a device."""
+    if isinstance(x, str):  # not a number; the error comes with those of shapes
+        return ("str",)
     if type(x) is float or not isinstance(x, jax.Array):
         return _HOST if type(x) is float else (np.shape(x),)
     if isinstance(x, jax.core.Tracer):
         raise ValueError(
-            "A history is for the host, between steps: return the metrics from the compiled"
-            " step, and append them there. Of a lax.scan the stacked dict is a history already."
+            "A history is for the host, between steps: return the metrics from the compiled step"
+            " and append them on the host. The stacked dict that lax.scan returns is a history"
+            " already."
         )
-    # One program takes arrays of one placement only; strict promotion wants one dtype.
+    # A jitted function takes arrays of one placement only, and strict promotion needs one dtype.
     return x.shape, x.dtype, x.sharding
 
 
@@ -195,7 +202,7 @@ def _stack(scalars: list[jax.Array]) -> jax.Array:
 
 
 def _thin(table: np.ndarray, stride: int) -> np.ndarray:
-    """Each so many rows by the step in the first column, and a quarter more that stand out."""
+    """Keeps one step in `stride`, and a quarter more: those that stand out."""
     regular = (table[:, 0] - 1) % stride == 0
     if regular.all():
         return table
@@ -206,16 +213,16 @@ def _thin(table: np.ndarray, stride: int) -> np.ndarray:
 
 
 def _stand_out(x: np.ndarray) -> np.ndarray:
-    """How far each row is from its neighbours, in the column where it is farthest."""
+    """Scores how far each row is from its neighbours, in the column where it is farthest."""
     finite = np.isfinite(x)
-    # First and last step of each episode of NaN: what is between them is the same.
+    # The first and last step of each stretch of NaN: those in between are all the same.
     edges = finite[1:] != finite[:-1]
     ends = np.zeros(len(x), bool)
     ends[1:] |= (edges & ~finite[1:]).any(axis=1)
     ends[:-1] |= (edges & ~finite[:-1]).any(axis=1)
     x = np.where(finite, x, 0.0)
     middle = x.copy()
-    # The median of three has no distance to counters and trends, only to single steps.
+    # The median of three follows counters and trends, so that only single steps differ from it.
     low, high = np.minimum(x[:-2], x[2:]), np.maximum(x[:-2], x[2:])
     middle[1:-1] = np.clip(x[1:-1], low, high)
     distance = np.abs(x - middle)

@@ -1,4 +1,4 @@
-"""What happened at the last step, in words, read on the host from any optimizer's state."""
+"""Says in words what happened at the last step, read on the host from any optimizer's state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from optaxclip.base import Metrics
 from optaxclip.monitoring.bad import check_one_run
-from optaxclip.monitoring.display import Report
+from optaxclip.monitoring.findings import Report
 from optaxclip.monitoring.reading import check_is_state, find_parts, total_steps
 from optaxclip.monitoring.state import WatchState, read_numbers
 from optaxclip.monitoring.words import (
@@ -28,20 +28,21 @@ from optaxclip.wrappers.skip import SkipState
 def explain(opt_state: Any, params: Any = None) -> str:
     """Says in words what clips, watches and skip wrappers saw and did at the last step.
 
-    A clip by itself knows its norm, bound and counts. An `optaxclip.watch` before it adds how
-    unusual the norm is, which block most of it is in, which was the first that was not finite, and
+    A clip alone knows its norm, bound and counts. An `optaxclip.watch` before it adds how unusual
+    the norm is, which block holds most of it, which block was the first that was not finite, and
     which steps went wrong.
 
     Args:
       opt_state: the state of an optimizer, or any tree that holds one; on the host, between steps.
-      params: the parameters; if given, their norm is said, and which of them are not finite.
+      params: the parameters; if given, it adds their norm and which of them are not finite.
 
     Returns:
-      Text, one line a fact; in a notebook a list. Steps are counted from 1, shares are of the
-      squared norm, clips are numbered as in `optaxclip.metrics`.
+      Text with one fact per line; in a notebook a list. Steps are counted from 1, shares are of the
+      squared norm, and clips are numbered as in `optaxclip.metrics`.
 
     Raises:
-      ValueError: for the states of several runs at once (`vmap`), and for what cannot be a state.
+      ValueError: for the states of several runs at once (`vmap`), or anything that cannot be a
+        state.
 
     >>> import jax.numpy as jnp, optax, optaxclip
     >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
@@ -60,12 +61,12 @@ def explain(opt_state: Any, params: Any = None) -> str:
     if not parts:
         searched = f"no clip, watch or skip wrapper of optaxclip in {kind_of(opt_state)}"
         return Report("\n".join([f"nothing to explain: {searched}", *describe_params(params)]))
-    # A watch in front of a clip and the clip are one line, if both saw the same norm.
+    # A watch and the clip after it share one line if both saw the same norm.
     partners = [_watch_before(parts, i) for i in range(len(parts))]
     watches = [part for part in parts if isinstance(part, WatchState)]
     lines = []
     for label, part, partner in zip(_labels(parts), parts, partners, strict=True):
-        if not any(part is other for other in partners):  # else its line is that of the clip
+        if not any(part is other for other in partners):  # else it is on the clip's line
             lines.append(label + _describe_part(part, partner))
     history = [line for w in watches for line in describe_history(w)]
     lines += [f"loss scale {float(s.loss_scale):g}" for s in scales]
@@ -73,7 +74,7 @@ def explain(opt_state: Any, params: Any = None) -> str:
 
 
 def _labels(parts: list) -> list[str]:
-    """What the line of each part starts with: its number, where there are several of its kind."""
+    """Returns the start of each part's line: its number, if there are several of its kind."""
     labels = []
     for i, part in enumerate(parts):
         alike = [j for j, other in enumerate(parts) if type(other) is type(part)]
@@ -83,13 +84,13 @@ def _labels(parts: list) -> list[str]:
 
 
 def _watch_before(parts: list, i: int) -> WatchState | None:
-    """The nearest watch before a clip or wrapper, if it saw the same norm at the same step."""
+    """Returns the nearest watch before a clip or wrapper if both saw the same norm at one step."""
     before = [part for part in parts[:i] if isinstance(part, WatchState)]
     part = parts[i]
     seen = part.spike.metrics if isinstance(part, SkipState) else part
     if not before or isinstance(part, WatchState) or seen.grad_norm is None:
         return None
-    # Inside a skip wrapper a clip may be steps behind a watch outside it.
+    # A clip inside a skip wrapper may have seen fewer steps than a watch outside it.
     watched = jax.device_get(read_numbers(before[-1]))
     if int(watched.total_steps) != int(seen.total_steps):
         return None
@@ -101,7 +102,7 @@ def _watch_before(parts: list, i: int) -> WatchState | None:
 
 
 def _describe_part(part: Any, partner: WatchState | None) -> str:
-    """One line on a clip, watch or skip wrapper, with what the watch before it knows."""
+    """Describes a clip, watch or skip wrapper in one line, with what the watch before it knows."""
     steps = int(total_steps(part))
     if isinstance(part, WatchState):
         return f"step {steps}: {describe_watched_norm(part)}"

@@ -1,10 +1,10 @@
-"""What is found, one line below the other, and numbers as one reads them."""
+"""Types of results: signs, findings that print one per line, and reports with a fact per line."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from optaxclip.monitoring.display import bullets, escape
+from optaxclip.monitoring.display import bullets, escape, format_number
 
 
 class Sign(NamedTuple):
@@ -12,11 +12,12 @@ class Sign(NamedTuple):
 
     Attributes:
       name: a short, stable name: "norms-exploding".
-      what: what is seen, in words.
+      what: what was seen, in words.
       evidence: the numbers.
       fix: what to try.
-      step: where it began, counted from 1 as the watch or clip counts; None if it is of all steps.
-      block: the block that was first, or has most of it; "" if it is not of one.
+      step: where it began, counted from 1 as the watch or clip counts; None if it concerns all
+        steps.
+      block: the block that was first, or has most of it; "" if it is not about one block.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Sign(NamedTuple):
 
 
 class Findings(tuple):
-    """A tuple that prints as its entries, one below the other; "nothing found" if it is empty.
+    """A tuple that prints its entries one per line, or "nothing found" if it is empty.
 
     >>> print(Findings(("one", "two")))
     one
@@ -50,7 +51,7 @@ class Findings(tuple):
     def __str__(self) -> str:
         return "\n".join(map(str, self)) or "nothing found"
 
-    # The tuple of an empty one, `()`, says nothing to who has it on the screen.
+    # An empty result would display as `()`, which tells the user nothing.
     __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
@@ -61,21 +62,21 @@ def _to_markdown(entry: Any) -> str:
     return entry._repr_markdown_() if hasattr(entry, "_repr_markdown_") else escape(str(entry))
 
 
-def format_number(x: Any) -> str:
-    """A number in three digits.
+class Report(str):
+    """Text that displays without quotes; in a notebook it is a list with one item per fact.
 
-    >>> [format_number(x) for x in (48.123, 1.0, 512.3, 0.0, 1.5e9)]
-    ['48.1', '1.0', '512', '0', '1.5e+09']
+    >>> Report("step 1: norm 50")
+    step 1: norm 50
     """
-    x = float(x)
-    text = f"{x:.0f}" if 100 <= abs(x) < 1e5 else f"{x:.3g}"
-    return f"{text}.0" if len(text) == 1 and text != "0" else text
 
+    __slots__ = ()
 
-def format_share(share: Any) -> str:
-    """A share in percent.
+    def __repr__(self) -> str:
+        return str(self)
 
-    >>> format_share(0.256)
-    '26 %'
-    """
-    return f"{float(share):.0%}".replace("%", " %")
+    def _repr_markdown_(self) -> str:
+        facts = [line.partition(": ") for line in self.splitlines()]
+        return bullets(
+            f"**{escape(head)}**: {escape(rest)}" if mark else escape(head)
+            for head, mark, rest in facts
+        )

@@ -1,4 +1,4 @@
-"""The statistics on which the rules of `diagnose` rest: linear in the number of steps."""
+"""The statistics that the rules of `diagnose` use, all linear in the number of steps."""
 
 from __future__ import annotations
 
@@ -17,43 +17,33 @@ from optaxclip.monitoring.limits import (
 
 
 class Fit(NamedTuple):
-    """An exponential fit: its growth over the steps, and the share of variance it explains."""
+    """An exponential fit: its growth over the steps, and the share of the variance it explains."""
 
     growth: float
     r2: float
     steps: int
 
-    def evidence(self) -> dict[str, float]:
-        """The numbers of the fit, by name."""
-        doubling = np.log(2) * (self.steps - 1) / np.log(self.growth)
-        return {
-            "growth": self.growth,
-            "doubling_steps": float(doubling),
-            "r2": self.r2,
-            "steps": self.steps,
-        }
-
 
 def fit_growth(x: np.ndarray) -> Fit:
     """Fits an exponential to a positive series."""
     y, t = np.log(x), np.arange(len(x)) - (len(x) - 1) / 2
-    # By hand: `polyfit` solves a system for each of the pieces that are tried.
+    # Written out, because `polyfit` would solve a system for each of the pieces that are tried.
     slope = np.dot(t, y) / np.dot(t, t)
     rest = y - y.mean() - slope * t
     whole = np.sum(np.square(y - y.mean()))
-    # Between the ends of float64, so that the growth of a steep and short piece is a number.
+    # Within the range of float64, so that the growth of a short, steep piece stays finite.
     log_growth = np.clip(slope * (len(x) - 1), -700, 700)
     r2 = 1 - np.sum(np.square(rest)) / whole if whole else 0.0
     return Fit(float(np.exp(log_growth)), float(r2), len(x))
 
 
 def is_known(x: np.ndarray) -> np.ndarray:
-    """Where a norm is finite and not zero."""
+    """Returns where norms are finite and positive."""
     return np.isfinite(x) & (x > 0)
 
 
 def find_runs(where: np.ndarray) -> list[tuple[int, int]]:
-    """The first step of each stretch of consecutive true steps, and the step after its last.
+    """Finds stretches of consecutive true steps: the first step of each, and the one after its end.
 
     >>> find_runs(np.array([True, False, True, True]))
     [(0, 1), (2, 4)]
@@ -63,13 +53,13 @@ def find_runs(where: np.ndarray) -> list[tuple[int, int]]:
 
 
 def zeros_at_end(x: np.ndarray) -> int:
-    """How many of the last steps are zero."""
+    """Counts the zeros at the end of a series."""
     other = np.flatnonzero(x != 0)
     return len(x) - 1 - int(other[-1]) if len(other) else len(x)
 
 
 def medians_around(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each step the median of those before and of those after; NaN where there are none."""
+    """Returns the medians of the steps before and after each step; NaN where there are none."""
     return _medians_before(x), _medians_before(x[::-1])[::-1]
 
 
@@ -82,7 +72,9 @@ def _medians_before(x: np.ndarray) -> np.ndarray:
 
 
 def over_neighbours(x: np.ndarray) -> np.ndarray:
-    """Each norm over the larger of both medians: where a level changes, neither side stands out.
+    """Divides each norm by the larger of the medians before and after it.
+
+    Where the level changes, neither side stands out.
 
     Args:
       x: (steps,), finite and positive.
@@ -92,38 +84,39 @@ def over_neighbours(x: np.ndarray) -> np.ndarray:
 
 
 def large_ratio(ratios: np.ndarray, steps: int) -> float:
-    """How many medians a norm must have so that noise does not reach it within so many steps.
+    """Returns the ratio to the median that noise does not reach within a number of steps.
 
     Args:
-      ratios: norms over medians around them.
-      steps: among how many the largest is sought.
+      ratios: norms over the medians around them.
+      steps: the number of steps.
     """
     if len(ratios) < ENOUGH:
         return LARGE_UNKNOWN
     middle, high = np.quantile(ratios, (0.5, 0.9))
-    # Of a power law x^-a, ln(5) / ln(high / middle) is a: quantiles, so that up to a tenth of the
-    # steps may be the spikes themselves.
+    # For a power law x^-a, ln(5) / ln(high / middle) is a. It uses quantiles, so that up to a tenth
+    # of the steps may be spikes themselves.
     power = np.log(high / middle) / np.log(5)
     return float(np.clip(high * (0.1 * steps / CHANCE) ** power, LARGE, LARGE_FOR_SURE))
 
 
 def find_shift(y: np.ndarray) -> int:
-    """The step at which a series splits best into two levels, by least squares."""
+    """Finds the step that best splits a series into two levels, by least squares."""
     n = np.arange(1, len(y))
     sums = np.cumsum(y - y.mean())[:-1]
     return int(np.argmax(np.square(sums) / (n * (len(y) - n)))) + 1
 
 
 def compare_parts(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """The medians of two parts of a series, and the standard error of their difference."""
-    # Medians throughout: one spike moves a mean more than what is sought. Of normal noise 1.4826
-    # times this is the standard deviation, and a median has 1.25 times the error of a mean.
+    """Returns the medians of two parts of a series, and the standard error of their difference."""
+    # Medians, because one spike moves a mean by more than the difference that is sought. For normal
+    # noise 1.4826 times the median absolute deviation is the standard deviation, and a median has
+    # 1.25 times the error of a mean.
     spread = 1.4826 * np.mean([np.median(np.abs(part - np.median(part))) for part in (a, b)])
     error = 1.25 * spread * np.sqrt(1 / max(len(a), 1) + 1 / max(len(b), 1))
     return float(np.median(a)), float(np.median(b)), float(error)
 
 
 def tail_index(ratios: np.ndarray) -> float:
-    """Hill's estimate from the largest tenth: P(x > s) falls as s to minus this power."""
+    """Hill's estimate a from the largest tenth, for a tail P(x > s) that falls like s^-a."""
     top = np.sort(ratios)[-max(len(ratios) // 10, 2) :]
     return 1 / max(float(np.mean(np.log(top[1:] / top[0]))), 1e-30)

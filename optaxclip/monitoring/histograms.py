@@ -1,4 +1,4 @@
-"""How large the elements of each block are: counts by powers of ten."""
+"""Counts the elements of each block by powers of ten."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optaxclip.base import AxisNames, Exclude, Scope
 from optaxclip.engine import lay_out
 from optaxclip.trees import select
 
-# Below the first lies what float16 flushes to zero, and its overflow above the last.
+# float16 flushes values below the first edge to zero, and overflows above the last.
 _POWERS = np.arange(-8, 6)
 BINS = len(_POWERS) + 1
 
@@ -22,8 +22,8 @@ class Histograms(NamedTuple):
     """Histograms of |g| at one step.
 
     Attributes:
-      edges: (bins + 1,), of the bins: 0, 10⁻⁸, ..., 10⁵, infinity.
-      counts: for each block (bins,), how many elements there are in each bin; NaN is in none.
+      edges: (bins + 1,), the edges of the bins: 0, 10⁻⁸, ..., 10⁵, infinity.
+      counts: for each block (bins,), the number of elements in each bin; NaN is in none.
     """
 
     edges: np.ndarray
@@ -33,35 +33,25 @@ class Histograms(NamedTuple):
 def count_elements(
     updates: Any, scope: Scope, exclude: Exclude, axis_names: AxisNames | None
 ) -> jax.Array:
-    """int32 (B, bins), the elements of each block by size, in one read of the updates."""
+    """Counts the elements of each block by size in one read of the updates: int32 (B, bins)."""
     leaves = select(updates, exclude)
     span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
     layout = lay_out(scope, leaves.paths, leaves.shapes, span)
-    rows, blocks = [jnp.zeros((0, BINS), jnp.int32)], []
-    for leaf, x in enumerate(leaves.arrays):
-        rows.append(span.pool_leaf(_count(x, layout.axes_of(leaf)), leaf, "sum"))
-        blocks.extend(layout.blocks_of(leaf))
-    size = len(layout.blocks.names or ())
-    return jax.ops.segment_sum(jnp.concatenate(rows), np.array(blocks, int), size)
 
+    def count(arrays, _):
+        return arrays, xla.count_reaching(arrays, layout, (0.0, *10.0**_POWERS))
 
-def _count(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """(layers, bins), the elements of each layer of a leaf; of most leaves the one that it is."""
-    size = jnp.abs(xla.widen(x))[..., None]
-    edges = jnp.asarray(np.append(0.0, 10.0**_POWERS), size.dtype)
-    # How many reach each edge, in one fused sum; a scatter into bins is serial on a GPU.
-    above = size >= edges.reshape((1,) * x.ndim + (BINS,))
-    reached = jnp.sum(above, axis=axes, dtype=jnp.int32).reshape(-1, BINS)
-    return reached - jnp.pad(reached[:, 1:], ((0, 0), (0, 1)))
+    _, reached = xla.call_in_auto_axes(count, leaves.arrays, None)
+    return (reached - jnp.pad(reached[1:], ((0, 1), (0, 0)))).T
 
 
 def edges() -> np.ndarray:
-    """The limits of the bins."""
+    """Returns the edges of the bins."""
     return np.concatenate([[0.0], 10.0**_POWERS, [np.inf]])
 
 
 def log_edges(edges: np.ndarray) -> np.ndarray:
-    """The limits of the bins over log10 |g|: on a linear axis all bins but one had no width."""
+    """Returns the edges over log10 |g|, since on a linear axis almost all bins have no width."""
     powers = np.log10(edges[1:-1])
-    # The outer bins reach to 0 and to infinity; here they are as wide as the others.
+    # The outer bins reach to 0 and to infinity, and are drawn as wide as the others.
     return np.concatenate([powers[:1] - 1, powers, powers[-1:] + 1])

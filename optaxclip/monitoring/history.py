@@ -1,4 +1,4 @@
-"""A recorded run: what `metrics` returned at each step, as arrays with one entry a step."""
+"""A recorded run: what `metrics` returned at each step, as arrays with one entry per step."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _NOTHING = np.zeros(0)
 
 
 class RecordedRun(NamedTuple):
-    """A recorded run, sorted by what wrote its keys, under whatever prefix.
+    """A recorded run, sorted by what wrote its keys, under any prefix.
 
-    What the history has not got is an array without entries.
+    Whatever the history lacks is an empty array.
 
     Attributes:
       table: all columns, each (steps,).
       steps: (steps,), the number of each step, counted from 1.
       norms: (steps,), the norm of the whole gradient.
       blocks: for each block (steps,), its norm.
-      clip: the columns of the clip that was asked for.
-      clips, watches, skips: for each such part its prefix, and its columns without it.
+      clip: the columns of the requested clip.
+      clips, watches, skips: for each such part, its prefix -> its columns without the prefix.
     """
 
     table: Columns
@@ -53,21 +53,21 @@ class RecordedRun(NamedTuple):
         return self.table.get("param_norm", _NOTHING)
 
     def measuring_clips(self) -> dict[str, Columns]:
-        """The clips that measure: others have a bound, but no norm that it is one of."""
+        """Returns the clips that measure: the others have a bound but no norm for it."""
         fields = {"grad_norm", "bound", "clipped"}
         return {head: clip for head, clip in self.clips.items() if fields <= clip.keys()}
 
 
 def read_run(history: Recorded, clip: int | None = None, **columns: Any) -> RecordedRun:
-    """A `History`, a dict of scalars for each step, or a dict of arrays, sorted by what wrote it.
+    """Reads a recorded run, and sorts its columns by what wrote them.
 
     Args:
-      history: the recorded steps.
-      clip: the number of the clip whose norms are asked for; None: the norms before all clips.
-      columns: more of them, or others in their place; None is none.
+      history: a `History`, a dict of scalars for each step, or a dict of arrays.
+      clip: the number of the clip whose norms are wanted; None: the norms before all clips.
+      columns: more columns, or replacements for those of the history; None adds nothing.
 
     Raises:
-      ValueError: for what is no history, or one without a step, or with several runs in it.
+      ValueError: for anything but a history, or for one without steps or with several runs in it.
 
     >>> seen = read_run([{"w/grad_norm": 2.0, "w/median_ratio": 1.0, "w/grad_norm/a": 2.0}])
     >>> seen.norms, seen.blocks, seen.clips
@@ -79,9 +79,9 @@ def read_run(history: Recorded, clip: int | None = None, **columns: Any) -> Reco
     parts = _find_parts(table)
     clips, watches, skips = (list(parts[kind].values()) for kind in ("clip", "watch", "skip"))
     asked = {} if clip is None or clip >= len(clips) else clips[clip]
-    # Other clips last: what they measure may be behind another clip.
+    # Other clips come last: they may measure after another clip.
     sources = [asked, *watches, *skips, *clips] if clip is not None else [*watches, *clips, *skips]
-    # What takes a loss scale off measures behind it; the norms before it grow with the scale.
+    # `dynamic_loss_scale` skips after dividing by the scale; norms before that grow with the scale.
     sources = [*skips, *sources] if clip is None and "loss_scale" in table else sources
     return RecordedRun(
         table,
@@ -96,7 +96,7 @@ def read_run(history: Recorded, clip: int | None = None, **columns: Any) -> Reco
 
 
 def _require_steps(table: Columns) -> None:
-    """Raises ValueError, naming the call, unless there are steps, with one number a key each."""
+    """Raises ValueError, naming the call, unless there are steps with one number under each key."""
     call, shapes = validate.called(), {key: x.shape for key, x in table.items()}
     if not any(x.size for x in table.values()):
         raise ValueError(f"{call}: the history is empty: it must have at least one step.")
@@ -107,17 +107,17 @@ def _require_steps(table: Columns) -> None:
         )
     if any(len(shape) != 1 or not shape[0] for shape in shapes.values()):
         raise ValueError(
-            f"{call}: a history has one number a step under each key, and at least one step; got"
-            f" {shapes}."
+            f"{call}: a history must have at least one step, and one number per step under each"
+            f" key; got shapes {shapes}."
         )
 
 
 def _read_table(history: Recorded) -> Columns:
-    """One array a key, on the host; NaN where a step lacks the key."""
+    """Returns one array per key, on the host, with NaN where a step lacks the key."""
     if isinstance(history, History):
         return history.arrays()
     if isinstance(history, Mapping):
-        # A tree comes back sorted by key; the order of layers is that of the history.
+        # `device_get` returns a dict sorted by key, but layers keep the order of the history.
         read = jax.device_get(dict(history))
         return {key: np.asarray(read[key], np.float64) for key in history}
     rows = list(history) if isinstance(history, Iterable) else [history]
@@ -127,7 +127,7 @@ def _read_table(history: Recorded) -> Columns:
             " under each key, or a list with a dict for each step, as optaxclip.metrics(opt_state)"
             f" returns it; got {kind_of(history)}."
         )
-    # Not `device_get` of all: it takes 30 us for each scalar, and a run has 100,000 of them.
+    # Not one `device_get` of everything: it takes 30 us per scalar, and a run has 100,000 of them.
     collected = History(window=max(len(rows), 1))
     for row in rows:
         collected.append(row)
@@ -135,7 +135,7 @@ def _read_table(history: Recorded) -> Columns:
 
 
 def _find_parts(table: Mapping[str, np.ndarray]) -> dict[str, dict[str, Columns]]:
-    """The columns of each clip, watch and skip wrapper, by kind and prefix."""
+    """Finds the columns of each clip, watch and skip wrapper, by kind and prefix."""
     found = (re.match(r"(|.*?/)(grad_norm|bound|clipped)(/|$)", key) for key in table)
     parts: dict[str, dict[str, Columns]] = {"clip": {}, "watch": {}, "skip": {}}
     for head in dict.fromkeys(match[1] for match in found if match):
@@ -145,21 +145,21 @@ def _find_parts(table: Mapping[str, np.ndarray]) -> dict[str, dict[str, Columns]
 
 
 def _kind_of(head: str, columns: Columns) -> str:
-    """What wrote the columns of a prefix, which may be any: each kind has one that only it has."""
+    """Tells what wrote the columns of a prefix, by a column that only this kind has."""
     if "median_ratio" in columns or re.search(r"(^|/)watch/", head):
         return "watch"
     return "skip" if "consecutive" in columns or re.search(r"(^|/)skip/", head) else "clip"
 
 
 def _block_norms(columns: Columns) -> Columns:
-    """The norms by block, if a part has them."""
+    """Returns the norms by block, if a part has them."""
     head = "grad_norm/"
     return {key.removeprefix(head): x for key, x in columns.items() if key.startswith(head)}
 
 
 def _number_steps(history: Recorded, table: Columns, parts: dict) -> np.ndarray:
-    """(steps,), the number of each step, by what counted them: a history may leave steps out."""
-    # Not those of a skip wrapper, which count the steps that it skipped.
+    """Returns (steps,), the recorded number of each step, since a history may leave steps out."""
+    # A skip wrapper's `steps` are not used: they count only the steps that it skipped.
     counters = [x.get("steps") for kind in ("watch", "clip") for x in parts[kind].values()]
     for steps in (table.get("step"), *counters):
         if steps is not None and np.isfinite(steps).all() and (np.diff(steps) > 0).all():

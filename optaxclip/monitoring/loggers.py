@@ -1,7 +1,7 @@
-"""What loggers take: one line, a progress bar, CSV, TensorBoard, Weights & Biases.
+"""Writes metrics to one line, a progress bar, CSV, TensorBoard, or Weights & Biases.
 
 Each `to_...` returns a function of the step and the scalars of `optaxclip.metrics`, on the device
-or not: call it in a training loop, or give it to `optaxclip.report`.
+or not. Call it in a training loop, or pass it to `optaxclip.report`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 
-from optaxclip.monitoring.findings import format_number, format_share
+from optaxclip.monitoring.display import format_number, format_share
 from optaxclip.monitoring.histograms import Histograms, edges, log_edges
 from optaxclip.monitoring.reading import check_is_state, count_blocks
 
@@ -21,30 +21,30 @@ Log = Callable[[int, Mapping[str, Any]], None]
 
 
 def to_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The scalars of one step as Python numbers, and histograms as NumPy arrays, in one transfer.
+    """Reads the scalars of a step as Python numbers, and histograms as arrays, in one transfer.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import loggers
     >>> loggers.to_numbers({"clip/bound": jnp.float32(0.5), "clip/steps": jnp.int32(3)})
     {'clip/bound': 0.5, 'clip/steps': 3}
     """
-    # One call for all: each scalar that is fetched by itself waits for the device.
+    # One call for all of them: each scalar fetched by itself would wait for the device.
     read = jax.device_get(dict(row))
     return {key: x if np.ndim(x) else np.asarray(x).item() for key, x in read.items()}
 
 
 def histograms(opt_state: Any) -> Histograms:
-    """How many elements of each block lie between which powers of ten, at the last step.
+    """Reads how many elements of each block lay between powers of ten at the last step.
 
     Args:
-      opt_state: the state of an optimizer with `optaxclip.watch(histogram=True)` in it.
+      opt_state: the state of an optimizer that contains `optaxclip.watch(histogram=True)`.
 
     Returns:
-      `Histograms`, which `optaxclip.plots.plot_histogram` draws; without counts if no watch made
-      any. `edges` is (bins + 1,), `counts` has (bins,) for each block.
+      `Histograms`, which `optaxclip.plots.plot_histogram` draws, without counts if no watch made
+      any. `edges` is (bins + 1,), and `counts` has (bins,) for each block.
 
     Raises:
-      ValueError: for what cannot be a state.
+      ValueError: for anything that cannot be a state.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> tx = optaxclip.watch(histogram=True)
@@ -58,14 +58,14 @@ def histograms(opt_state: Any) -> Histograms:
 
 
 def postfix(row: Mapping[str, Any]) -> dict[str, str]:
-    """What a progress bar shows: `bar.set_postfix(loggers.postfix(optaxclip.metrics(state)))`.
+    """Formats a row for a progress bar: `bar.set_postfix(loggers.postfix(metrics(state)))`.
 
     Args:
-      row: the scalars of `optaxclip.metrics`, with `loss` if you like; any prefix.
+      row: the scalars of `optaxclip.metrics`, with any prefix, and optionally `loss`.
 
     Returns:
-      As far as they are known the loss, the norm, the bound and the share of steps clipped, and how
-      many steps were skipped or not finite, if any was.
+      The loss, the norm, the bound and the share of steps clipped, as far as they are known, and
+      how many steps were skipped or not finite, if there were any.
 
     >>> from optaxclip import loggers
     >>> loggers.postfix({"clip/grad_norm": 8.0, "clip/bound": 1.0, "clip/clipped_fraction": 0.25})
@@ -74,34 +74,33 @@ def postfix(row: Mapping[str, Any]) -> dict[str, str]:
     row = to_numbers(row)
 
     def find(key, beside=""):
-        """The value of the first clip, watch or wrapper that has a key, and another beside it."""
+        """Finds a key in the first clip, watch or wrapper that has it, and the key `beside`."""
         heads = [k.removesuffix(key) for k in row if k == key or k.endswith(f"/{key}")]
         return next((row[head + key] for head in heads if head + (beside or key) in row), None)
 
-    # A watch first: what it saw is the gradient, which a second clip in the chain does not see.
+    # A watch comes first: it saw the gradient, which a second clip in the chain does not see.
     norm = find("grad_norm", beside="median_ratio")
     norm = find("grad_norm") if norm is None else norm
-    clipped, skipped = find("clipped_fraction"), find("steps", beside="consecutive")
-    bad = find("nonfinite_steps")
     shown = {
-        "loss": None if row.get("loss") is None else format_number(row["loss"]),
-        "norm": None if norm is None else format_number(norm),
-        "bound": None if (bound := find("bound")) is None else format_number(bound),
-        "clipped": None if clipped is None else format_share(clipped),
-        "skipped": str(skipped) if skipped else None,
-        "nonfinite": str(bad) if bad else None,
+        "loss": (row.get("loss"), format_number),
+        "norm": (norm, format_number),
+        "bound": (find("bound"), format_number),
+        "clipped": (find("clipped_fraction"), format_share),
+        # A count of 0 is not worth showing.
+        "skipped": (find("steps", beside="consecutive") or None, str),
+        "nonfinite": (find("nonfinite_steps") or None, str),
     }
-    return {name: text for name, text in shown.items() if text is not None}
+    return {name: write(x) for name, (x, write) in shown.items() if x is not None}
 
 
 def format_line(step: int, row: Mapping[str, Any]) -> str:
-    """One step in one line.
+    """Formats one step in one line.
 
     >>> from optaxclip import loggers
     >>> loggers.format_line(7, {"watch/grad_norm": 2.0, "watch/nonfinite_steps": 1, "loss": 0.5})
     'step 7: loss 0.5, norm 2.0, nonfinite 1'
     """
-    # From `report` under `vmap`: lines of several runs are printed in turn.
+    # `report` under `vmap` prints the lines of several runs in turn.
     run = f", run {row['run']}" if "run" in row else ""
     return f"step {step}{run}: " + ", ".join(f"{name} {x}" for name, x in postfix(row).items())
 
@@ -112,7 +111,7 @@ def to_print(step: int, row: Mapping[str, Any]) -> None:
 
 
 def to_csv(file: TextIO) -> Log:
-    """Writes a table with one row a step: `loggers.to_csv(open("run.csv", "w", newline=""))`.
+    """Writes a table with one row per step: `loggers.to_csv(open("run.csv", "w", newline=""))`.
 
     The columns are those of the first row.
 
@@ -128,19 +127,19 @@ def to_csv(file: TextIO) -> Log:
     def log(step, row):
         nonlocal writer
         row = {"step": step} | {key: x for key, x in to_numbers(row).items() if not np.ndim(x)}
-        # Columns are known with the first row, not when the file is opened.
+        # The columns are not known before the first row.
         if writer is None:
-            # Keys that come later have no place under a head that is written already.
+            # Keys that appear later are ignored, because the header is already written.
             writer = csv.DictWriter(file, list(row), extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
         writer.writerow(row)
-        file.flush()  # a run that is killed leaves its last rows
+        file.flush()  # so that a killed run still leaves its last rows
 
     return log
 
 
 def to_tensorboard(writer: Any) -> Log:
-    """Writes scalars and histograms by the `SummaryWriter` of tensorboardX or PyTorch."""
+    """Writes scalars and histograms with the `SummaryWriter` of tensorboardX or PyTorch."""
 
     def log(step, row):
         for key, x in to_numbers(row).items():
@@ -153,7 +152,7 @@ def to_tensorboard(writer: Any) -> Log:
 
 
 def _add_histogram(writer: Any, key: str, counts: Any, step: int) -> None:
-    # As counts: `add_histogram` counts values itself, and those never leave the device.
+    # Not `add_histogram`, which counts values itself: the values never leave the device.
     limits = log_edges(edges())
     middles = np.convolve(limits, [0.5, 0.5], "valid")
     writer.add_histogram_raw(
@@ -180,13 +179,13 @@ def to_wandb(run: Any) -> Log:
 
 
 def _as_bars(counts: Any) -> Any:
-    import wandb  # an extra of the user's, there if there is a run of it
+    import wandb  # installed by the user, who has passed a run
 
     return wandb.Histogram(np_histogram=(np.asarray(counts), log_edges(edges())))
 
 
 def to_clu(writer: Any) -> Log:
-    """Writes by a `clu.metric_writers` writer, or another with `write_scalars(step, scalars)`."""
+    """Writes with a `clu.metric_writers` writer, or any with `write_scalars(step, scalars)`."""
 
     def log(step, row):
         numbers = to_numbers(row)

@@ -1,4 +1,4 @@
-"""Reading clips, watches and skip wrappers out of any optimizer's state, as scalars."""
+"""Reads clips, watches and skip wrappers out of any optimizer's state, as scalars."""
 
 from __future__ import annotations
 
@@ -21,51 +21,51 @@ from optaxclip.wrappers.skip import SkipState
 def metrics(
     opt_state: Any, prefix: str = "clip/", watch_prefix: str = "watch/", skip_prefix: str = "skip/"
 ) -> dict[str, jax.Array]:
-    """What clips, watches and skip wrappers did at the last step: a flat dict for any logger.
+    """Returns what clips, watches and skip wrappers did at the last step, as a flat dict to log.
 
-    Finds every clip, however deep: in `optax.chain`, `masked`, `partition`, `MultiSteps`,
+    It finds every clip, however deep: in `optax.chain`, `masked`, `partition`, `MultiSteps`,
     `inject_hyperparams`, `apply_if_finite`, a Flax `nnx.Optimizer` (pass `optimizer.opt_state`) or
-    a linen `TrainState`. Safe under `jit`, `scan` and `vmap`; nothing is copied to the host until
-    you look, so log every few steps, not every one. Of a batch of runs (`vmap`) each value has the
-    batch's shape.
+    a linen `TrainState`. It is safe under `jit`, `scan` and `vmap`. Nothing is copied to the host
+    until you look, so log every few steps, not every one. For a batch of runs (`vmap`) each value
+    has the batch's shape.
 
     Args:
       opt_state: the state of an optimizer, or any tree that holds one.
-      prefix: what all keys of clips start with.
-      watch_prefix: what all keys of `optaxclip.watch` start with.
-      skip_prefix: what all keys of `skip_spikes` and `skip_nonfinite` start with.
+      prefix: the start of all keys of clips.
+      watch_prefix: the start of all keys of `optaxclip.watch`.
+      skip_prefix: the start of all keys of `skip_spikes` and `skip_nonfinite`.
 
     Returns:
-      A dict; empty for a state without a clip. With two clips (watches, wrappers) or more, their
+      A dict, empty for a state without a clip. With two or more clips (watches, wrappers), their
       keys start with `clip/0/`, `clip/1/`, in the order of the state.
 
-      Of a clip:
+      For a clip:
 
       - `grad_norm` (before the clip), `bound`, `factor`, `nonfinite_steps` and `steps`;
       - `clipped`: 1 if clipped at this step, else 0; with many blocks, the share of them;
       - `clipped_fraction`: the share of all steps that were clipped;
-      - with several blocks or units these are the largest norm, the smallest bound and factor, the
-        mean shares and the largest count; for blocks with names each but `steps` occurs again as
-        `grad_norm/<block>`, and so on;
+      - with several blocks or units, these are the largest norm, the smallest bound and factor, the
+        mean shares and the largest count; if the blocks have names, each key except `steps` appears
+        again as `grad_norm/<block>`, and so on;
       - a clip that does not measure has only `bound` and `steps`.
 
-      Of a watch:
+      For a watch:
 
       - `grad_norm`, `grad_norm/<block>`, `median_ratio`, `quantile/0.5`, `would_clip/<candidate>`,
         `steps`;
       - `top_block/0` (the number of a block, in tree order), `top_share/0`, and so on;
-      - `nonfinite_steps`, and of the last of them `nonfinite_step` and `nonfinite_block`;
+      - `nonfinite_steps`, and for the last of them `nonfinite_step` and `nonfinite_block`;
         `bad_steps`.
 
-      Of a skip wrapper: `steps` (skipped), `fraction` (of all steps), `consecutive` (skips up to
+      For a skip wrapper: `steps` (skipped), `fraction` (of all steps), `consecutive` (skips up to
         now), `last_reason` (why the last one was skipped: 1 its norm, 2 its loss, 3 not finite; 0
         for none), and what its own test saw, `grad_norm` and `bound`. That test is not numbered as
-        a clip: wrapping a chain changes no key of its clips.
+        a clip, so wrapping a chain does not change the keys of its clips.
 
-      Of `dynamic_loss_scale`: `loss_scale`.
+      For `dynamic_loss_scale`: `loss_scale`.
 
     Raises:
-      ValueError: for an optimizer in place of its state, and for what cannot be a state, such as
+      ValueError: for an optimizer instead of its state, or anything that cannot be a state, such as
         parameters.
 
     >>> import jax.numpy as jnp, optax, optaxclip
@@ -78,7 +78,7 @@ def metrics(
     """
     check_is_state(opt_state, "metrics")
     parts = find_parts(opt_state)
-    # One search for all kinds: what a skip wrapper measures with must be passed over for each.
+    # One search for all kinds, which passes over the clip that a skip wrapper measures with.
     kinds = ((Metrics, scalars_of, prefix), (WatchState, watch_scalars, watch_prefix))
     kinds = (*kinds, (SkipState, _skip_scalars, skip_prefix), (LossScaleState, _scale_scalars, ""))
     found = [
@@ -89,10 +89,10 @@ def metrics(
 
 
 def find_parts(opt_state: Any) -> list[Any]:
-    """What `metrics` reads of a state, in its order: of clips the `Metrics`, of others the state.
+    """Finds what `metrics` reads in a state, in order: `Metrics` of clips, and states of others.
 
-    A wrapper comes before what is inside it. What a skip wrapper measures with is a clip as well,
-      but it clips nothing: only the inside is searched.
+    A wrapper comes before its inside. A skip wrapper measures with a clip of its own, which clips
+    nothing, so only the inside of the wrapper is searched.
     """
     parts, wrappers = [], (SkipState, LossScaleState)
     for part in find_nodes(opt_state, Metrics, WatchState, *wrappers):
@@ -101,7 +101,7 @@ def find_parts(opt_state: Any) -> list[Any]:
 
 
 def count_blocks(opt_state: Any) -> dict[str, jax.Array]:
-    """The histograms of all watches that have them, by block; a numbered head if several have."""
+    """Returns the histograms of all watches by block, numbered if several watches have them."""
     found = [x for x in find_parts(opt_state) if isinstance(x, WatchState)]
     found = [x for x in found if x.histogram is not None]
 
@@ -129,19 +129,19 @@ def _scale_scalars(s: LossScaleState, prefix: str) -> dict[str, jax.Array]:
 
 
 def total_steps(part: Any) -> jax.Array:
-    """How many steps a clip, watch or skip wrapper has seen."""
+    """Returns how many steps a clip, watch or skip wrapper has seen."""
     if isinstance(part, WatchState):
         return read_numbers(part).total_steps
     return part.spike.metrics.total_steps if isinstance(part, SkipState) else part.total_steps
 
 
 def check_is_state(opt_state: Any, call: str) -> None:
-    """Raises ValueError for what cannot hold the state of an optimizer."""
+    """Raises ValueError for anything that cannot hold the state of an optimizer."""
     nodes = jax.tree.leaves(opt_state, is_leaf=validate.is_transformation)
-    # Beside its optimizer a state is welcome: a trainer may hold both.
+    # An optimizer next to its state is allowed, because a trainer may hold both.
     if any(map(validate.is_transformation, nodes)) and not find_parts(opt_state):
         raise ValueError(
-            f"{call}: this is an optimizer, and what it did is in its state: write state ="
+            f"{call}: this is an optimizer, but what it did is recorded in its state: write state ="
             " tx.init(params),"
             f" updates, state = tx.update(grads, state, params), and {call}(state)."
         )
@@ -149,24 +149,22 @@ def check_is_state(opt_state: Any, call: str) -> None:
     if hidden and jax.tree.structure(opt_state).num_nodes > 1 and not find_parts(opt_state):
         raise ValueError(
             f"{call}: no clip, watch or skip wrapper was found in this {kind_of(opt_state)}, and"
-            f" jax.tree, which searches it, does not look into {', '.join(hidden)}: pass the state"
-            " that is held there."
+            f" the search with jax.tree does not look into {', '.join(hidden)}: pass the state that"
+            " is inside."
         )
     if not _may_be_state(opt_state):
         raise ValueError(
-            f"{call}: opt_state must be the state of an optimizer, in which clips, watches and skip"
-            " wrappers are searched,"
-            f" got {_describe(opt_state)}: pass what tx.init and tx.update return, a train state"
-            " that holds it, or optimizer.opt_state of a"
-            " flax.nnx.Optimizer. (A checkpoint that was restored without a template is only dicts"
-            " of arrays.)"
+            f"{call}: opt_state must be the state of an optimizer, got {_describe(opt_state)}: pass"
+            " what tx.init and tx.update return, a train state that holds it, or"
+            " optimizer.opt_state of a flax.nnx.Optimizer. (A checkpoint restored without a"
+            " template contains only dicts of arrays.)"
         )
 
 
 def _may_be_state(tree: Any) -> bool:
-    """Whether there is any node but dicts and lists, of which parameters and gradients are made."""
+    """Whether there is any node other than dicts and lists, which parameters are made of."""
 
-    # A user's state may be a dataclass: any node that parameters are not made of passes.
+    # A user's state may be a dataclass, so every other kind of node passes.
     def is_other(x):
         return isinstance(x, tuple) or not (
             x is None or isinstance(x, Mapping | list) or jax.tree_util.all_leaves([x])

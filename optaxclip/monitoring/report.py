@@ -1,4 +1,4 @@
-"""Reports from inside the compiled step, where the optimizer's state never comes out."""
+"""Reports from inside the compiled step, for loops that never return the optimizer's state."""
 
 from __future__ import annotations
 
@@ -45,28 +45,28 @@ def report(
 ) -> optax.GradientTransformationExtraArgs:
     """Runs an optimizer, and reports its `metrics` from inside the compiled step.
 
-    For training loops that return no state of the optimizer, such as `flowjax.train.fit_to_data` or
-    `gpjax.fit`. It works under `jit`, `scan`, `vmap`, `pmap` and `shard_map`. Between reports
-    nothing is computed or transferred.
+    Use it in training loops that do not return the optimizer's state, such as
+    `flowjax.train.fit_to_data` or `gpjax.fit`. It works under `jit`, `scan`, `vmap`, `pmap` and
+    `shard_map`. Between reports nothing is computed or transferred.
 
     Args:
       inner: the optimizer, with clips, watches or skip wrappers in it.
-      callback: called on the host as `callback(step, row)`, with what `metrics` returns as Python
-        numbers, `loss` if `update` is passed `loss=` or `value=`, and `histogram/<block>` if a
-        watch has histograms; or a `History`; None, or `print`: prints one line. `optaxclip.loggers`
-        has more.
-      every: it reports at the first step, and at all multiples of this.
+      callback: called on the host as `callback(step, row)`, where the row has what `metrics`
+        returns as Python numbers, `loss` if `update` is passed `loss=` or `value=`, and
+        `histogram/<block>` if a watch has histograms. Or a `History`. None or `print` prints one
+        line. `optaxclip.loggers` has more.
+      every: it reports at the first step, and at all multiples of this number.
 
     Returns:
       A transformation with a `ReportState`. The updates are those of `inner`.
 
     Raises:
-      ValueError: for an `inner` that is no optimizer, or `every` below 1; at `init`, if there is
+      ValueError: if `inner` is not an optimizer, or `every` is below 1; at `init`, if there is
         nothing to report.
 
-    Reports come in their own time: `jax.effects_barrier()` waits for the last. Under `vmap` there
-    is one for each run, and `row["run"]` says which, counted from 0. Over several devices the first
-    one reports. Put it around `optax.MultiSteps`, which runs its inside at every small step.
+    Reports are asynchronous: `jax.effects_barrier()` waits for the last. Under `vmap` there is one
+    for each run, and `row["run"]` is its number, counted from 0. Of several devices the first one
+    reports. Put it around `optax.MultiSteps`, which runs its inside at every small step.
 
     >>> import jax, jax.numpy as jnp, optaxclip
     >>> history = optaxclip.History()
@@ -88,7 +88,7 @@ def report(
 
     def init_fn(params):
         state = inner.init(params)
-        # What is inside is known only from a state: optimizers are functions.
+        # Optimizers are functions, so only a state shows what is inside.
         if not find_parts(state):
             raise ValueError(
                 f"{call}: no clip, watch or skip wrapper of optaxclip in this optimizer: write"
@@ -107,11 +107,11 @@ def report(
         return updates, ReportState(step, new)
 
     annotate(update_fn, description=Description(kind="other", name=call, inner=inner))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _as_callback(callback: Any) -> Callback:
-    # `print` itself would be handed the whole dict.
+    # `print` itself would get the whole dict.
     if callback is None or callback is print:
         return to_print
     if isinstance(callback, History):
@@ -124,7 +124,7 @@ def _as_callback(callback: Any) -> Callback:
 
 
 def _send(deliver: Callback, due, step, state, loss) -> None:
-    """Calls back, if it is time. What is reported is computed in the branch, so only then."""
+    """Calls back if a report is due. The metrics are computed in that branch, so only then."""
 
     def send():
         row = metrics(state) | ({} if loss is None else {"loss": jnp.asarray(loss)})
@@ -132,12 +132,12 @@ def _send(deliver: Callback, due, step, state, loss) -> None:
         alike: dict[Any, list[str]] = {}
         for key, x in row.items():
             alike.setdefault((x.dtype, x.shape), []).append(key)
-        # One array for all alike: every operand is a transfer of its own.
+        # One array per dtype and shape, because every operand is a separate transfer.
         packed = [jnp.stack([row[key] for key in keys]) for keys in alike.values()]
         run = _number_runs(jnp.int32(-1), packed)
 
         def receive(due, step, run, *packed):
-            # Of a batch of runs some may not be due.
+            # In a batch of runs some may not be due.
             if not due:
                 return
             pairs = zip(alike.values(), packed, strict=True)
@@ -147,8 +147,8 @@ def _send(deliver: Callback, due, step, state, loss) -> None:
 
         jax.debug.callback(receive, due, step, run, *packed)
 
-    # Not `ordered=True`, which neither `vmap` nor several devices allow.
-    # Not a filter on the host alone: then every step would pay for the metrics and the transfer.
+    # Not `ordered=True`, which works neither under `vmap` nor on several devices.
+    # Not filtered on the host alone: every step would pay for the metrics and the transfer.
     lax.cond(_any(due), send, lambda: None)
 
 
@@ -157,7 +157,7 @@ def _any(due):
     """Whether any of a batch of runs is due.
 
     Under `vmap` a `cond` whose condition differs between runs becomes a select, which runs both
-    branches: it would call back at every step. Here the condition is one for all runs.
+    branches and would call back at every step. Here all runs share one condition.
     """
     return due
 
@@ -169,7 +169,7 @@ def _any_of_batch(size, batched, due):
 
 @jax.custom_batching.custom_vmap
 def _number_runs(run, packed):
-    """The number of a run in the batch; -1 without one. `packed` says whether there is a batch."""
+    """Returns the number of a run in the batch, or -1 if `packed` shows that there is no batch."""
     return run
 
 
@@ -177,14 +177,14 @@ def _number_runs(run, packed):
 def _number_runs_of_batch(size, batched, run, packed):
     inside = run if batched[0] else jnp.broadcast_to(run, (size, *run.shape))
     ours = jnp.arange(size, dtype=np.int32).reshape(size, *(1,) * (inside.ndim - 1))
-    # The innermost `vmap` comes first: what is there counts the runs inside one of ours.
+    # The innermost `vmap` comes first, so the number so far counts the runs inside one of ours.
     return _number_runs(jnp.maximum(inside, 0) + ours * (inside.size // size), packed), True
 
 
 def _is_first_device():
-    """Whether this is the first of the devices that run the step side by side.
+    """Whether this is the first of the devices that run the step in parallel.
 
-    Under plain `jit` one of them calls back anyhow; in `shard_map` and `pmap` each would.
+    Under plain `jit` only one of them calls back; in `shard_map` and `pmap` each would.
     """
     first = [lax.axis_index(axis) == 0 for axis in manual_axes()]
     return jnp.all(jnp.stack([jnp.bool_(True), *first]))

@@ -1,4 +1,4 @@
-"""One step in numbers: the share of each block, which one is to blame, what to keep."""
+"""Summarizes one step: the share of each block, which one is to blame, what to keep."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from optaxclip.norms import l2
 
 
 class NotFinite(NamedTuple):
-    """The last step whose gradients were not finite; -1 where there was none.
+    """The last step whose gradients were not finite; -1 if there was none.
 
-    First and last are meant as people count, `layers/2` before `layers/10`.
+    First and last are in natural order, `layers/2` before `layers/10`.
 
     Attributes:
       bad_total: int32, the number of such steps.
       at_step: int32, the last of them, counted from 1.
       first: int32, the first block that was not finite, by its number in tree order.
-      last: int32, the last such block, whose gradient backpropagation computed before the others.
+      last: int32, the last such block, whose gradient backpropagation computed first.
       blocks_hit: int32, the number of such blocks.
     """
 
@@ -40,12 +40,12 @@ class Summary(NamedTuple):
     """One step.
 
     Attributes:
-      norms: (B,), of the blocks.
-      total: of all blocks together.
+      norms: (B,), the norms of the blocks.
+      total: the norm of all blocks together.
       culprit, share: int32, the block with the largest share of the squared norm, and that share;
-        of a step that is not finite, the first such block, and one over their number.
-      first, last, hit: int32, the first and the last block that is not finite, -1 for none, and
-        their number.
+        if some blocks are not finite, the first of them, and one over their number.
+      first, last, hit: int32, the first and the last block that is not finite (-1 if there is
+        none), and their number.
     """
 
     norms: jax.Array
@@ -58,7 +58,7 @@ class Summary(NamedTuple):
 
 
 def natural_key(name: str) -> list:
-    """A key that sorts names as people count: `layers/2` before `layers/10`.
+    """A key that sorts names in natural order: `layers/2` before `layers/10`.
 
     >>> sorted(["layers/10", "layers/2", "embed"], key=natural_key)
     ['embed', 'layers/2', 'layers/10']
@@ -67,14 +67,14 @@ def natural_key(name: str) -> list:
 
 
 def summarize(norms: jax.Array, names: tuple[str, ...]) -> Summary:
-    """A step, given the norms of its blocks."""
+    """Summarizes a step, given the norms of its blocks."""
     bad = ~jnp.isfinite(norms)
     first, last, hit = _find_ends(bad, names)
-    # Blocks at the edge of what is a float may be beyond it together, and are finite all the same.
+    # Blocks near the largest float may overflow together, but each of them is finite.
     finite_total = jnp.minimum(xla.join_lengths(l2, norms), jnp.finfo(norms.dtype).max)
-    # A sum of norms keeps NaN and infinity apart, as the blocks have them.
+    # A sum of norms keeps the difference between NaN and infinity.
     total = jnp.where(hit > 0, jnp.sum(norms), finite_total)
-    # The largest only, and no order of all: a sort is a kernel by itself, and is done when read.
+    # Only the largest: sorting all of them is a kernel by itself, and is done when they are read.
     largest = jnp.argmax(norms).astype(jnp.int32) if names else jnp.int32(-1)
     part = jnp.max(norms, initial=0) / jnp.where(total > 0, total, 1)
     even = 1 / jnp.maximum(hit, 1).astype(norms.dtype)
@@ -84,7 +84,7 @@ def summarize(norms: jax.Array, names: tuple[str, ...]) -> Summary:
 
 @functools.partial(jax.jit, static_argnames="top", inline=True)
 def rank_blocks(norms: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
-    """(..., k), the blocks with the largest shares of the squared norm, and these shares."""
+    """Ranks blocks by their share of the squared norm: (..., k), the largest, and these shares."""
     bad = ~jnp.isfinite(norms)
     broken = jnp.any(bad, axis=-1, keepdims=True)
     squares = jnp.square(norms / _unit(norms, broken))
@@ -95,7 +95,7 @@ def rank_blocks(norms: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _unit(norms: jax.Array, broken: jax.Array) -> jax.Array:
-    """What norms are divided by, so that their squares neither overflow nor vanish."""
+    """Returns a divisor for norms, so that their squares neither overflow nor vanish."""
     largest = jnp.max(norms, axis=-1, keepdims=True, initial=0)
     # XLA may turn `x / unit` into `x * (1 / unit)`, which must not be flushed to zero.
     largest = jnp.minimum(largest, jnp.finfo(norms.dtype).max / 256)
@@ -103,7 +103,7 @@ def _unit(norms: jax.Array, broken: jax.Array) -> jax.Array:
 
 
 def _find_ends(bad: jax.Array, names: tuple[str, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The first and the last bad block as people count, and the number of bad blocks."""
+    """Returns the first and last bad block in natural order, and the number of bad blocks."""
     order = np.array(sorted(range(len(names)), key=lambda i: natural_key(names[i])), np.int32)
     places, hit = np.argsort(order).astype(np.int32), jnp.sum(bad, dtype=jnp.int32)
     first = jnp.min(jnp.where(bad, places, len(names)), initial=len(names))
@@ -114,7 +114,7 @@ def _find_ends(bad: jax.Array, names: tuple[str, ...]) -> tuple[jax.Array, jax.A
 
 
 def update_nonfinite(old: NotFinite, now: Summary, step: jax.Array) -> NotFinite:
-    """The record of the last step that was not finite, after one more step."""
+    """Updates the record of the last step that was not finite."""
     total = jnp.asarray(optax.safe_increment(old.bad_total))
     new = NotFinite(total, step, now.first, now.last, now.hit)
     return jax.tree.map(lambda a, b: jnp.where(now.hit > 0, a, b), new, old)

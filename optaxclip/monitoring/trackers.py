@@ -1,4 +1,4 @@
-"""What a watch learns of the total norm: quantiles, and what thresholds would have done."""
+"""Learns from the total norm: its quantiles, and what candidate thresholds would have done."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Levels = Mapping[str, float]
 Trials = Mapping[str, optax.GradientTransformationExtraArgs]
 
 _RATE = 0.1
-_RUN, _LONGEST_RUN = 8, 1000  # norms on one side that hardly happen by chance; where counting stops
+_RUN, _LONGEST_RUN = 8, 1000  # norms in a row that are unlikely by chance; where counting stops
 
 
 def name_levels(quantiles: Iterable[float]) -> Levels:
-    """The quantiles, by name, in rising order.
+    """Names the quantiles, in rising order.
 
     Raises:
-      ValueError: for one outside [0, 1].
+      ValueError: for a quantile outside [0, 1].
     """
     if not isinstance(quantiles, Iterable):
         raise validate.fail("quantiles must be a list of numbers from 0 to 1", quantiles)
@@ -38,18 +38,17 @@ def name_levels(quantiles: Iterable[float]) -> Levels:
 
 
 def update_trackers(levels: Levels, norm: jax.Array, old: Trackers) -> Trackers:
-    """The trackers after one more norm.
+    """Updates the trackers with one more norm.
 
-    The median's steps start large, and grow again while all norms are on one side of it, as eight
-    in a row hardly are by chance. A high or low quantile that was tracked by itself would follow a
-    change of scale slowly: the one of 5 % rises by a twentieth of the rate at most. As a multiple
-    of the median it has moved when the median has. While the median is on its way, the multiples
-    wait.
+    The median's steps start large. They grow again while norms stay on one side of it, which eight
+    in a row rarely do by chance. A high or low quantile tracked by itself would follow a change of
+    scale slowly: the 5 % quantile rises by at most a twentieth of the rate. As a multiple of the
+    median it moves with the median. While the median is moving, the multiples wait.
     """
     excess = jnp.maximum(jnp.abs(old.run) - _RUN, 0).astype(norm.dtype)
     rate = jnp.clip(_RATE * (1 + excess / 4), 1 / (1 + old.seen.astype(norm.dtype)), 1)
     median, seen = _track(old.median, old.seen, norm, np.asarray(0.5, norm.dtype), rate)
-    # Infinity is "nothing to learn" to a tracker, so the multiples wait without a branch.
+    # A tracker ignores infinity, which lets the multiples wait without a branch.
     wait = (excess > 0) | (old.seen < 2 * _RUN)
     multiple = jnp.where(wait, jnp.inf, norm / jnp.where(median > 0, median, 1))
     shares = np.array(list(levels.values()), norm.dtype)
@@ -58,9 +57,9 @@ def update_trackers(levels: Levels, norm: jax.Array, old: Trackers) -> Trackers:
 
 
 def _track(value, seen, norm, share, rate) -> tuple[jax.Array, jax.Array]:
-    """The rule of `thresholds.quantile`, C ← C · exp(η · (q - b)), with a varying rate η.
+    """Applies the rule of `thresholds.quantile`, C ← C · exp(η · (q - b)), with a varying rate η.
 
-    Not that threshold itself: it would have to be built, and its rate checked, at every step.
+    The threshold itself would have to be built, and its rate checked, at every step.
     """
     moved = value * jnp.exp(rate * (share - (norm <= value).astype(norm.dtype)))
     fine = jnp.isfinite(norm) & (norm > 0)
@@ -69,22 +68,22 @@ def _track(value, seen, norm, share, rate) -> tuple[jax.Array, jax.Array]:
 
 
 def _count_run(norm: jax.Array, old: Trackers) -> jax.Array:
-    """The number of consecutive norms on this side of the median."""
+    """Counts the consecutive norms on one side of the median."""
     side = jnp.where(norm > old.median, 1, -1)
     run = jnp.where(side * old.run > 0, jnp.clip(old.run + side, -_LONGEST_RUN, _LONGEST_RUN), side)
     return jnp.where(jnp.isfinite(norm) & (norm > 0) & (old.seen > 0), run, old.run)
 
 
 def name_candidates(candidates: Candidates) -> Trials:
-    """The thresholds to try, by name; a number has itself for a name.
+    """Names the thresholds to try; a number is its own name.
 
     Raises:
-      ValueError: for what is no threshold.
+      ValueError: for anything that is not a threshold.
     """
     if not isinstance(candidates, Mapping):
         listed = list(candidates) if isinstance(candidates, Iterable) else [None]
         numbers = [validate.to_concrete(x) for x in listed]
-        # A tracer has no number to be named by.
+        # A tracer has no value to use as its name.
         if not all(map(validate.is_static, numbers)):
             must = "candidates must be a dict of name -> threshold, or a list of numbers"
             raise validate.fail(must, candidates)
@@ -93,18 +92,18 @@ def name_candidates(candidates: Candidates) -> Trials:
 
 
 def start_candidates(trials: Trials, dtype) -> tuple:
-    """The states of the candidates before the first norm."""
+    """Returns the states of the candidates before the first norm."""
     return tuple(threshold.init(jnp.zeros((), dtype)) for threshold in trials.values())
 
 
 def try_candidates(
     trials: Trials, norm, states: tuple, params, extra_args
 ) -> tuple[jax.Array, tuple]:
-    """(c,), which candidates would clip this norm, and their new states."""
+    """Returns which candidates would clip this norm, (c,), and their new states."""
     over, new = [], []
     for threshold, old in zip(trials.values(), states, strict=True):
         bound, state = threshold.update(norm, old, params, **extra_args)
-        # As in a clip: an infinite norm counts as not finite, not as clipped.
+        # As in a clip, an infinite norm counts as not finite and not as clipped.
         over.append((norm > bound) & jnp.isfinite(norm))
         new.append(hold(threshold.init, norm, state, old))
     return (jnp.stack(over) if over else jnp.zeros(0, bool)), tuple(new)

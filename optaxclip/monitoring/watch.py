@@ -1,8 +1,7 @@
-"""Monitoring without clipping: which block, how unusual, what a threshold would do."""
+"""Monitors without clipping: which block, how unusual, what a threshold would do."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,8 +18,7 @@ from optaxclip.core import decide
 from optaxclip.engine import Description, Rule, build
 from optaxclip.monitoring.episodes import update_episodes
 from optaxclip.monitoring.histograms import BINS, count_elements
-from optaxclip.monitoring.packing import pack, unpack
-from optaxclip.monitoring.state import Numbers, WatchState, fresh_numbers
+from optaxclip.monitoring.state import Numbers, WatchState, fresh_numbers, pack, unpack
 from optaxclip.monitoring.summary import Summary, summarize, update_nonfinite
 from optaxclip.monitoring.trackers import (
     Candidates,
@@ -41,7 +39,7 @@ from optaxclip.trees import match_params, select
 
 # The names are keys in users' dashboards.
 _TYPICAL = {"0.1": 0.1, "0.5": 0.5, "1": 1.0, "5": 5.0, "z2.5": zscore(2.5)}
-_KNOWN = 10  # norms that make a median
+_KNOWN = 10  # norms needed for a median
 
 
 @validate.named
@@ -59,40 +57,42 @@ def watch(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the updates as they are, and keeps statistics of their norms: g ← g.
 
-    First in a chain it sees gradients, behind the optimizer steps. Behind a clip it would see no
-    norm over the bound: put it before. It reads the gradients once, and
-    nothing goes to the host. Norms are Euclidean; the share of block i is ‖gᵢ‖² / Σ‖gⱼ‖². Each
-    quantile is tracked in one number, which is within about a tenth of the true one, and follows a
-    lasting 100-fold change within 100 steps. No NaN, infinity or zero enters it, and no spike moves
-    it by more than one step.
+    First in a chain it sees gradients, after the optimizer it sees steps. Put it before any clip:
+    after one it would see no norm over the bound. It reads the gradients once, and nothing goes to
+    the host. Norms are Euclidean; the share of block i is ‖gᵢ‖² / Σ‖gⱼ‖². Each quantile is tracked
+    in one number, which is within about a tenth of the true one and follows a lasting 100-fold
+    change within 100 steps. NaN, infinity and zero do not enter it, and a spike moves it by at most
+    one step.
 
     Args:
-      scope: which numbers share one norm: `scopes.leaf`, `scopes.groups(label)`, or, layer by layer
-        where leaves stack layers, `scopes.stacked(where)`.
-      top: how many blocks to keep of those with the largest share.
+      scope: which numbers share one norm: `scopes.leaf`, `scopes.groups(label)`, or
+        `scopes.stacked(where)` for single layers of leaves that stack layers.
+      top: how many of the blocks with the largest share to keep.
       quantiles: which quantiles of the total norm to track.
       candidates: thresholds to try without clipping, by name: numbers, schedules, or thresholds
-        such as `thresholds.zscore(2.5)`; or a list of numbers. Kept is the share of steps on which
-        a clip of the whole tree by them would have clipped. None: 0.1, 0.5, 1, 5 and `zscore(2.5)`.
+        such as `thresholds.zscore(2.5)`; or a list of numbers. For each it records the share of
+        steps at which a clip of the whole tree would have clipped. None: 0.1, 0.5, 1, 5 and
+        `zscore(2.5)`.
       bad_steps: how many of the last episodes of bad steps to keep: the first, worst and last step
         of each, with norm, culprit and tag. Eight good steps end an episode.
-      spike_factor: a step is bad if its norm is not finite, or over this many times the median of
-        at least ten norms.
+      spike_factor: a step is bad if its norm is not finite, or more than this many times the median
+        of at least ten norms.
       histogram: whether to count the elements of each block by powers of ten, at each step, for
-        `optaxclip.loggers.histograms`. It takes a second pass over the gradients.
+        `optaxclip.loggers.histograms`. On a CPU this needs a second read of the gradients.
       exclude, axis_names: as in `optaxclip.clip_by`.
 
     Returns:
       A transformation with a `WatchState`. Its `update` takes `tag=`, an integer such as the number
-      of the batch, which is kept with a bad step; other arguments (the loss, say) go to the
+      of the batch, which is kept with a bad step; other arguments, such as the loss, go to the
       candidates.
 
     Raises:
-      ValueError: for numbers out of range, a scope without named blocks, or a bad `exclude`; at the
-        update, for the state None or that of something else, or a tag that is not one integer.
+      ValueError: for numbers out of range, a scope without named blocks, or an invalid `exclude`;
+        at the update, for the state None or another transformation's, or a tag that is not one
+        integer.
 
-    Under `optax.MultiSteps` it sees what is applied if it is inside. `skip_spikes(optimizer)`
-    restores the state of everything inside it: to see the steps that it skips, write
+    Inside `optax.MultiSteps` it sees what is applied. `skip_spikes(optimizer)` restores the state
+    of everything inside it: to see the steps that it skips, write
     `optax.chain(watch(), skip_spikes(optimizer))`.
 
     >>> import jax.numpy as jnp, optax, optaxclip
@@ -116,15 +116,20 @@ def watch(
     whole = _meter(tree, exclude, axis_names)
 
     def start(norms):
-        """The numbers before the first step, and the states of the candidates."""
+        """Returns the numbers before the first step, and the states of the candidates."""
         rooms = {"episodes": bad_steps, "quantiles": len(levels), "candidates": len(trials)}
         numbers = fresh_numbers(norms.dtype, blocks=len(norms), **rooms)
         return numbers, start_candidates(trials, norms.dtype)
 
-    # An update that is not jitted would trace `start` at every step.
-    @functools.lru_cache(maxsize=8)
-    def shapes_of(dtype, size):
-        return jax.eval_shape(start, jax.ShapeDtypeStruct((size,), dtype))
+    # Without this an update outside `jit` would trace `start` at every step. Not `lru_cache`, whose
+    # wrapper cannot be pickled: some trainers pickle their optimizer.
+    traced: dict[Any, Any] = {}
+
+    def shapes_of(norms):
+        key = (norms.dtype, norms.shape)
+        if key not in traced:
+            traced[key] = jax.eval_shape(start, jax.ShapeDtypeStruct(norms.shape, norms.dtype))
+        return traced[key]
 
     def init_fn(params):
         norms, names = _start(blocks, params)
@@ -143,16 +148,16 @@ def watch(
 
     def update_fn(updates, state, params=None, *, tag=None, **extra_args):
         norms, names = _measure(blocks, updates)
-        # Before the guard, which compares shapes: names say more.
+        # Before the guard, because it compares shapes, and names say more.
         if isinstance(getattr(state, "blocks", None), dict):
             check_names("watch", names, unpack_names(state.blocks))
         guard.check(state, updates)
         dtype = state.block_norms.dtype
         now = summarize(norms.astype(dtype), names)
-        numbers, shadows = unpack(state.packed, shapes_of(dtype, len(norms)))
+        numbers, shadows = unpack(state.packed, shapes_of(state.block_norms))
         size = None
         if params is not None and reads_params(*trials.values()):
-            # Parameters without a gradient do not count, as in a clip.
+            # As in a clip, parameters without a gradient do not count.
             leaves = select(updates, exclude)
             matched = leaves.rebuild(match_params(leaves, params, exclude, "watch"))
             size = _measure(whole, matched)[0].astype(dtype)
@@ -171,13 +176,13 @@ def watch(
 
     about = Description(scope, l2, exclude=exclude, kind="other", name="watch")
     annotate(update_fn, description=about)
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _meter(
     scope: Scope, exclude: Exclude, axis_names: AxisNames | None
 ) -> optax.GradientTransformationExtraArgs:
-    """A clip that only measures: the engine without an action."""
+    """Builds a clip that only measures: the engine without an action."""
 
     def measure(leaves, layout) -> Norms:
         return xla.measure(l2, leaves.arrays, layout)
@@ -190,7 +195,7 @@ def _meter(
 
 
 def _start(meter: optax.GradientTransformationExtraArgs, params: Any) -> tuple[jax.Array, Any]:
-    """Norms of zero, one a block, and the packed names of the blocks."""
+    """Returns a zero norm for each block, and the packed names of the blocks."""
     metrics = metrics_of(meter.init(params))
     return metrics.grad_norm, metrics.blocks
 
@@ -198,18 +203,18 @@ def _start(meter: optax.GradientTransformationExtraArgs, params: Any) -> tuple[j
 def _measure(
     meter: optax.GradientTransformationExtraArgs, updates: Any
 ) -> tuple[jax.Array, tuple[str, ...]]:
-    """The norms of the blocks of a tree, and their names."""
-    # The fresh state costs nothing under `jit`: the counters of a meter are not read.
+    """Returns the norms of the blocks of a tree, and their names."""
+    # The fresh state costs nothing under `jit`, because the counters of a meter are not read.
     _, state = meter.update(updates, meter.init(updates))
     metrics = metrics_of(state)
     return metrics.grad_norm, unpack_names(metrics.blocks)
 
 
 def _advance(old: Numbers, now: Summary, limit: ArrayLike, tag: jax.Array) -> Numbers:
-    """The numbers after one more step, except for what learns."""
-    # The median of the steps before: a spike is judged before it is learned.
+    """Updates the numbers, except those that learn from norms."""
+    # This is the median of the steps before, so that a spike is judged before it is learned.
     median, known = old.trackers.median, old.trackers.seen
-    # Divided by 1 at first: `checkify` sees a division by zero whose result is not taken.
+    # Divides by 1 at first, because `checkify` reports a division by zero even if it is unused.
     ratio = jnp.where(known > 0, now.total / jnp.where(known > 0, median, 1), 1)
     bad = (now.hit > 0) | ((known >= _KNOWN) & (ratio > jnp.asarray(limit).astype(ratio.dtype)))
     step = jnp.asarray(optax.safe_increment(old.total_steps))
@@ -223,7 +228,7 @@ def _advance(old: Numbers, now: Summary, limit: ArrayLike, tag: jax.Array) -> Nu
 
 
 def as_tag(tag: Any) -> jax.Array:
-    """A tag as int32; -1 for None.
+    """Converts a tag to int32; None becomes -1.
 
     Raises:
       ValueError: if it is not one integer.

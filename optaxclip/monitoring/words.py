@@ -1,4 +1,4 @@
-"""Sentences about what clips, watches and skip wrappers did at the last step; see `explain`."""
+"""Writes sentences about what clips, watches and skip wrappers did at the last step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from optaxclip.base import Metrics
 from optaxclip.monitoring.bad import read_episodes
-from optaxclip.monitoring.findings import format_number, format_share
+from optaxclip.monitoring.display import format_number, format_share
 from optaxclip.monitoring.reading import total_steps
 from optaxclip.monitoring.state import WatchState, read_numbers, read_quantiles, read_top
 from optaxclip.record import scalars_of, unpack_names
@@ -18,12 +18,12 @@ from optaxclip.wrappers.skip import LOSS, NORM, SkipState
 
 
 def describe_watched_norm(w: WatchState) -> str:
-    """How unusual the norm of the last step is, and where most of it is."""
+    """Says how unusual the norm of the last step is, and where most of it is."""
     seen = jax.device_get(read_numbers(w))
     top, share = jax.device_get(read_top(w, seen))
     names = _display_names(w.blocks)
     if not seen.total_steps:
-        return "nothing seen yet"
+        return "no step seen yet"
     if seen.nonfinite.at_step == seen.total_steps:
         first, last = names[seen.nonfinite.first], names[seen.nonfinite.last]
         if len(names) == 1:
@@ -34,7 +34,7 @@ def describe_watched_norm(w: WatchState) -> str:
         more = "" if first == last else f", last in {last}, whose gradient was computed first"
         count = f"{int(seen.nonfinite.blocks_hit)} of {len(names)} blocks"
         return f"not finite in {count}, first in {first}{more}"
-    # Zero has no share and no ratio that would say more, and looks like any small norm.
+    # A zero norm would look like any small norm, and its shares and ratio mean nothing.
     if len(names) and seen.total_norm == 0:
         return "all gradients are zero"
     usual = "" if seen.trackers.seen < 2 else f" = {format_number(seen.median_ratio)} x the median"
@@ -45,13 +45,13 @@ def describe_watched_norm(w: WatchState) -> str:
 
 
 def describe_history(w: WatchState) -> list[str]:
-    """What a watch knows of the steps before: one line each."""
+    """Says what a watch knows about the steps before, one fact per line."""
     episodes = read_episodes(w)
     lines = [f"bad: {bad}" for bad in episodes]
     seen = jax.device_get(read_numbers(w))
     quantiles = jax.device_get(read_quantiles(w, seen))
     order = episodes[-1].order() if episodes else {}
-    # Blocks that broke at one step have no order.
+    # Blocks that broke at the same step have no order.
     if len(set(order.values())) > 1:
         first = ", ".join(f"{block} at step {step}" for block, step in list(order.items())[:3])
         lines.append(f"broke first: {first}")
@@ -70,12 +70,12 @@ def describe_history(w: WatchState) -> list[str]:
 
 
 def _display_names(blocks: Any) -> tuple[str, ...]:
-    """The names of blocks; a top-level array has a name that one can read."""
+    """Returns the names of blocks, with a readable name for a top-level array."""
     return tuple(name or "the top level" for name in unpack_names(blocks))
 
 
 def describe_norm(m: Metrics) -> str:
-    """What a clip knows of the norm by itself."""
+    """Says what a clip alone knows about the norm."""
     if m.grad_norm is None:
         return ""
     seen, names = scalars_of(m, ""), _display_names(m.blocks)
@@ -94,11 +94,11 @@ def describe_norm(m: Metrics) -> str:
 
 
 def describe_clip(m: Metrics) -> str:
-    """What a clip did, and how often."""
+    """Says what a clip did, and how often."""
     seen = {key: float(x) for key, x in scalars_of(m, "").items()}
     if m.grad_norm is None:
         bound = f"bound {format_number(seen['bound'])}; " if "bound" in seen else ""
-        return f"{bound}what it clipped is not measured (see its argument measure=)"
+        return f"{bound}it does not measure what it clips (see its argument measure=)"
     if "grad_norm" not in seen:
         return "no block to clip"
     often, bad = _largest(m.clipped_steps), _largest(m.nonfinite_steps)
@@ -113,7 +113,7 @@ def _largest(counts: Any) -> int:
 
 
 def _describe_blocks(m: Metrics, names: tuple[str, ...]) -> str:
-    """What a clip did to named blocks."""
+    """Says what a clip did to named blocks."""
     norms, factors = np.asarray(m.grad_norm), np.asarray(m.clip_factor)
     over = np.flatnonzero(np.isfinite(norms) & (np.asarray(m.clipped_share) > 0))
     if not len(over):
@@ -124,11 +124,11 @@ def _describe_blocks(m: Metrics, names: tuple[str, ...]) -> str:
 
 
 def _describe_block(seen: dict[str, float]) -> str:
-    """What a clip did to one block, or to all units or elements together."""
+    """Says what a clip did to one block, or to all units or elements together."""
     norm, factor, share = (seen[key] for key in ("grad_norm", "factor", "clipped"))
     bound = seen.get("bound", np.inf)
     if not np.isfinite(norm):
-        return "set to zero" if factor == 0 else "NaN now"
+        return "set to zero" if factor == 0 else "set to NaN"
     if 0 < share < 1:
         lowest = f"the lowest bound {format_number(bound)}"
         return f"{format_share(share)} of units or elements clipped, {lowest}"
@@ -140,22 +140,22 @@ def _describe_block(seen: dict[str, float]) -> str:
 
 
 def describe_skip(s: SkipState) -> str:
-    """Whether a wrapper skipped the step, why, and how often."""
+    """Says whether a wrapper skipped the step, why, and how often."""
     m, skipped, total = s.spike.metrics, int(s.skipped_steps), int(total_steps(s))
-    nothing = ": nothing was applied yet" if skipped == total > 1 else ""
+    nothing = ": no update has been applied yet" if skipped == total > 1 else ""
     counts = f"{skipped} of {total} steps skipped"
     if not s.consecutive_skips:
         return f"step taken ({counts})"
-    reasons = {NORM: f", over {format_number(m.clip_bound)}", LOSS: " for its loss"}
-    # Not finite: if it was the norm, that is said already.
+    reasons = {NORM: f", over {format_number(m.clip_bound)}", LOSS: " because of its loss"}
+    # For a step that was not finite: a norm that is not has been mentioned already.
     lost = "" if not np.isfinite(m.grad_norm) else ": the loss is not finite"
     reason = reasons.get(int(s.last_reason), lost)
     return f"step skipped{reason} ({counts}, {int(s.consecutive_skips)} consecutive){nothing}"
 
 
 def describe_params(params: Any) -> list[str]:
-    """A line on the parameters, if there are any."""
-    # In complex double precision on the host: no overflow, whatever the dtype of a leaf.
+    """Says in one line whether the parameters are finite, or their norm, if there are any."""
+    # Complex double precision on the host does not overflow, whatever the dtype of a leaf.
     leaves = select(params)
     if not leaves.arrays:
         return []

@@ -1,15 +1,15 @@
-"""What becomes of the examples of a batch: their clip, and the report of it."""
+"""Clipping the examples of a batch, and reporting what happened to them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
+from optaxclip.base import Blocks
 from optaxclip.per_example.ghost import Backward
-from optaxclip.per_example.weights import clip_weights, normalizing_weights
 from optaxclip.xla import widen
 
 
@@ -19,11 +19,13 @@ class ClippedExamples(NamedTuple):
     Attributes:
       losses: the loss of each example.
       norms: the norm of the gradient of each example, before the clip, in float32 at least; NaN
-        where it is not finite.
-      clipped: int32, how many examples were shortened.
+        if it is not finite. With blocks, (B, K): one norm per block.
+      clipped: int32, how many examples were shortened in at least one block.
       nonfinite: int32, how many examples were left out because their loss or gradient is NaN or
         inf.
       aux: the aux of each example, with a leading axis; None without `has_aux`.
+      unclipped: the mean (or sum) of the unclipped gradients, without the examples that are not
+        finite; None without `keep_unclipped`.
     """
 
     losses: jax.Array
@@ -31,10 +33,11 @@ class ClippedExamples(NamedTuple):
     clipped: jax.Array
     nonfinite: jax.Array
     aux: Any
+    unclipped: Any = None
 
 
 class _Each(NamedTuple):
-    """What is known of each example: its loss, norm, factor and aux."""
+    """What is known about each example: its loss, norms and factors by block (B, K), and aux."""
 
     losses: jax.Array
     norms: jax.Array
@@ -43,43 +46,49 @@ class _Each(NamedTuple):
 
 
 def clip_some(
-    back: Backward, given: jax.Array, bound: ArrayLike, gamma: ArrayLike | None
-) -> tuple[list[jax.Array], _Each]:
-    """The weighted sums of clipped gradients, or of normalized ones if there is a γ."""
-    # Both are looked at: a loss can be infinite where its gradient is not, as that of `x + inf`.
-    fine = jnp.isfinite(back.norms) & jnp.isfinite(back.losses)
-    # NaN for either, so that counts and losses need to look at the norm only.
-    norms = jnp.where(fine, back.norms, jnp.nan)
-    if gamma is None:
-        factors = clip_weights(norms, bound)
-    else:
-        factors = normalizing_weights(norms, bound, gamma)
-    sums = back.sums(factors * given.astype(factors.dtype))
+    back: Backward,
+    given: jax.Array,
+    weigh: Callable[[jax.Array], jax.Array],
+    keep_unclipped: bool,
+) -> tuple[list[list[jax.Array]], _Each]:
+    """Sums the weighted clipped gradients and, if kept, the unclipped ones."""
+    # Both are checked: a loss can be infinite when its gradient is not, such as `x + inf`.
+    fine = jnp.isfinite(back.losses) & jnp.all(jnp.isfinite(back.norms), axis=1)
+    # NaN in either case, so that counts and losses need to check only the norm.
+    norms = jnp.where(fine[:, None], back.norms, jnp.nan)
+    factors = weigh(norms)
+    kept = [factors, jnp.isfinite(norms).astype(norms.dtype)] if keep_unclipped else [factors]
+    given = given.astype(norms.dtype)[:, None]
+    sums = [back.sums(weights * given) for weights in kept]
     return sums, _Each(back.losses, norms, factors, back.aux)
 
 
 def sum_weights(given: jax.Array) -> jax.Array:
-    """Σw, by which a mean is divided; 1 if no example has a weight."""
+    """Returns Σw, the divisor of a mean; 1 if no example has a weight."""
     total = jnp.sum(given)
     return jnp.where(total > 0, total, 1)
 
 
-def summarize(each: _Each, given: jax.Array, reduce: str) -> tuple[jax.Array, ClippedExamples]:
-    """The value of the batch, and what happened to its examples. Padding does not count."""
-    fine, real = jnp.isfinite(each.norms), given > 0
-    clipped = jnp.sum(real & fine & (each.factors < 1), dtype=jnp.int32)
+def summarize(
+    each: _Each, given: jax.Array, reduce: str, blocks: Blocks
+) -> tuple[jax.Array, ClippedExamples]:
+    """Returns the value of the batch and what happened to its examples. Padding does not count."""
+    fine, real = jnp.all(jnp.isfinite(each.norms), axis=1), given > 0
+    shortened = jnp.any(each.factors < 1, axis=1)
+    clipped = jnp.sum(real & fine & shortened, dtype=jnp.int32)
     nonfinite = jnp.sum(real & ~fine, dtype=jnp.int32)
-    value = _pool_losses(each, given, reduce)
-    return value, ClippedExamples(each.losses, each.norms, clipped, nonfinite, each.aux)
+    value = _pool_losses(each.losses, jnp.where(fine, given, 0), given, reduce)
+    norms = each.norms[:, 0] if blocks.names is None else each.norms
+    return value, ClippedExamples(each.losses, norms, clipped, nonfinite, each.aux)
 
 
-def _pool_losses(each: _Each, given: jax.Array, reduce: str) -> jax.Array:
-    """The weighted sum or mean of the finite losses: 0 of padding only, NaN if none is finite."""
-    wide = widen(each.losses)
-    weights = jnp.where(jnp.isfinite(each.norms), given, 0).astype(wide.dtype)
-    # Selected, not only multiplied: 0 · NaN is NaN.
+def _pool_losses(losses: jax.Array, fine: jax.Array, given: jax.Array, reduce: str) -> jax.Array:
+    """Pools the losses of examples that are fine: 0 for padding alone, NaN if none is fine."""
+    wide = widen(losses)
+    weights = fine.astype(wide.dtype)
+    # Selected, not just multiplied: 0 · NaN is NaN.
     value = jnp.sum(jnp.where(weights > 0, wide, 0) * weights)
     if reduce == "mean":
-        # Examples with weight, but none finite: 0/0 on purpose, as a mean of 0 would look perfect.
+        # If no example with weight is finite, 0/0 is intended: a mean of 0 would look perfect.
         value = value / jnp.where(jnp.any(given > 0), jnp.sum(weights), 1)
-    return value.astype(each.losses.dtype)
+    return value.astype(losses.dtype)

@@ -1,9 +1,9 @@
 """One backward pass for the norms and the weighted sum of the gradients of all examples.
 
 A zero, the probe, is added to the result of every site; its gradient is that of the result, dy. The
-operands of a site and dy give the norms. They also give the weighted sum, by the product of
-matrices that a plain gradient takes, with dyᵢ · weightᵢ in place of dyᵢ. The gradients of
-parameters without a site are formed for each example and summed.
+operands of a site and dy give the norms. They also give the weighted sum, by the same matrix
+product that a plain gradient takes, with dyᵢ · weightᵢ instead of dyᵢ. The gradients of parameters
+without a site are formed for each example and summed.
 
 Bu et al., `Differentially Private Optimization on Large Model at Small Cost
 <https://arxiv.org/abs/2210.00038>`_, 2023
@@ -11,19 +11,21 @@ Bu et al., `Differentially Private Optimization on Large Model at Small Cost
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from optaxclip.base import Blocks
+from optaxclip.per_example.bounds import count_blocks
 from optaxclip.per_example.losses import Loss, vary_like
 from optaxclip.per_example.sites import Site, find_sites
 from optaxclip.per_example.walk import Program, flatten, get_aval
 from optaxclip.per_example.weights import (
     align,
+    block_norms,
     drop_unweighted,
-    example_norms,
     weighted_sum,
 )
 from optaxclip.trees import is_measured, select
@@ -36,9 +38,9 @@ class Backward(NamedTuple):
     Attributes:
       losses: the loss of each example.
       aux: the aux of each example, with a leading axis.
-      norms: the norm of the gradient of each example.
-      sums: `sums(weights)`, the weighted sum of the gradients, one array per parameter, in float32
-        at least.
+      norms: (B, K), the norms of the gradient of each example, one per block.
+      sums: `sums(weights)` for weights (B, K), the weighted sum of the gradients, one array per
+        parameter, in float32 at least.
     """
 
     losses: jax.Array
@@ -47,27 +49,27 @@ class Backward(NamedTuple):
     sums: Callable[[jax.Array], list[jax.Array]]
 
 
-def by_vmap(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
+def by_vmap(loss: Loss, blocks: Blocks, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
     """Forms the gradient of every example."""
     each = jax.vmap(jax.value_and_grad(loss, has_aux=True), (None, 0, *(None for _ in shared)))
     (losses, aux), grads = each(params, batch, *shared)
     leaves = select(grads)
-    norms = _norms(leaves.arrays, leaves.paths, losses)
-    return Backward(losses, aux, norms, lambda w: [weighted_sum(x, w) for x in leaves.arrays])
 
+    def sums(weights):
+        places = zip(leaves.arrays, blocks.index, strict=True)
+        return [weighted_sum(x, weights[:, block]) for x, block in places]
 
-def _norms(arrays: list[jax.Array], paths: Sequence[str], losses: jax.Array) -> jax.Array:
-    """The norm of each example; 0 where no parameter has a gradient."""
-    return example_norms(arrays, paths) if arrays else jnp.zeros_like(widen(losses))
+    norms = _norms_by_block(blocks, leaves.paths, dict(enumerate(leaves.arrays)), {}, losses)
+    return Backward(losses, aux, norms, sums)
 
 
 class Traced(NamedTuple):
-    """A loss, traced for one example.
+    """A loss traced for one example.
 
     Attributes:
       program: its operations.
       sites: one for each parameter whose gradient is not formed.
-      rest: the numbers of the parameters whose gradients are formed.
+      rest: the indices of the parameters whose gradients are formed.
       outputs: the structure of (loss, aux).
     """
 
@@ -87,8 +89,8 @@ def trace(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Traced:
     def read(example):
         found.append(jax.make_jaxpr(loss, return_shape=True)(params, example, *shared))
 
-    # Not of `x[0]`: only inside `vmap` does an example have the type, sharding included, that the
-    # operations will see when they run.
+    # Not traced with `x[0]`: only inside `vmap` does an example have the type, sharding included,
+    # that the operations will see when they run.
     jax.vmap(read, out_axes=None)(batch)
     ((closed, shapes),) = found
     parameters = len(jax.tree.leaves(params))
@@ -100,7 +102,7 @@ def trace(loss: Loss, params: Any, batch: Any, shared: Sequence[Any]) -> Traced:
 
 
 def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
-    """The loss of one example with `probes` added at the sites, (aux, operands of the sites)."""
+    """Runs the loss of one example with `probes` added at the sites: loss, (aux, operands)."""
     number = {site.op.outputs: i for i, site in enumerate(traced.sites)}
     seen: list[Any] = [None] * len(traced.sites)
 
@@ -108,8 +110,7 @@ def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
         i = number.get(op.outputs)
         if i is None:
             return results
-        # Without the parameter itself: as a result of `vmap` there would be a copy for each
-        # example.
+        # Without the parameter itself: returned from `vmap`, it would be copied for each example.
         seen[i] = [
             None if j == traced.sites[i].side else jnp.asarray(x) for j, x in enumerate(operands)
         ]
@@ -120,12 +121,12 @@ def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
 
 
 def _site_sum(site: Site, param: jax.Array, operands, dy: jax.Array, weights: jax.Array):
-    """Σᵢ weightsᵢ · Gᵢ of one site: the transpose of its operation, for all examples at once."""
+    """Computes Σᵢ weightsᵢ · Gᵢ of one site, by transposing its operation for all examples."""
     wide = widen(dy)
     weighted = wide * align(weights.astype(wide.dtype), dy)
-    # Weighted in float32 and rounded once, as the transpose asks for the dtype of the result.
+    # Weighted in float32 and rounded once, because the transpose needs the dtype of the result.
     weighted = drop_unweighted(weighted, weights).astype(dy.dtype)
-    # The operands, too: the transpose multiplies them with dy, and 0 · NaN is NaN.
+    # The operands too: the transpose multiplies them by dy, and 0 · NaN is NaN.
     clean = [drop_unweighted(x, weights) if is_measured(x) else x for x in operands]
 
     def forward(param):
@@ -147,11 +148,13 @@ def is_mostly_ghost(traced: Traced, params: Any) -> bool:
     return at_sites >= sum(sizes[i] for i in traced.rest)
 
 
-def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
+def by_ghost(
+    traced: Traced, blocks: Blocks, params: Any, batch: Any, shared: Sequence[Any]
+) -> Backward:
     """Forms no gradient of a parameter that has a site."""
     leaves = list(map(jnp.asarray, jax.tree.leaves(params)))
     outputs = [get_aval(site.op.eqn.outvars[0]) for site in traced.sites]
-    # Typed like the examples inside `shard_map`, or JAX would sum dy over the devices.
+    # Inside `shard_map`, typed like the examples: otherwise JAX would sum dy over the devices.
     probes = vary_like([jnp.zeros(y.shape, y.dtype) for y in outputs], params)
 
     def probed(rest, probes, example):
@@ -162,28 +165,43 @@ def by_ghost(traced: Traced, params: Any, batch: Any, shared: Sequence[Any]) -> 
 
     each = jax.vmap(jax.value_and_grad(probed, argnums=(0, 1), has_aux=True), (None, None, 0))
     (losses, (aux, operands)), (grads, dys) = each([leaves[i] for i in traced.rest], probes, batch)
-    at_sites = list(zip(traced.sites, operands, dys, strict=True))
+    formed = dict(zip(traced.rest, grads, strict=True))
+    places = [site.origin.parameter for site in traced.sites]
+    at_sites = dict(zip(places, zip(traced.sites, operands, dys, strict=True), strict=True))
 
     def sums(weights):
-        # Zeros for parameters that the loss does not use: they have neither a site nor a gradient.
+        # Zeros for parameters that the loss does not use, which have neither a site nor a gradient.
         total = [jnp.zeros(x.shape, widen(x).dtype) for x in leaves]
-        for i, g in zip(traced.rest, grads, strict=True):
-            total[i] = weighted_sum(g, weights)
-        for site, seen, dy in at_sites:
-            i = site.origin.parameter
-            total[i] = _site_sum(site, leaves[i], seen, dy, weights)
+        for i, g in formed.items():
+            total[i] = weighted_sum(g, weights[:, blocks.index[i]])
+        for i, (site, seen, dy) in at_sites.items():
+            total[i] = _site_sum(site, leaves[i], seen, dy, weights[:, blocks.index[i]])
         return total
 
-    lengths = [site.norms(seen, dy) for site, seen, dy in at_sites]
-    paths = [select(params).paths[i] for i in traced.rest]
-    return Backward(losses, aux, _join_norms(paths, grads, lengths, losses), sums)
+    lengths = {i: site.norms(seen, dy) for i, (site, seen, dy) in at_sites.items()}
+    norms = _norms_by_block(blocks, select(params).paths, formed, lengths, losses)
+    return Backward(losses, aux, norms, sums)
 
 
-def _join_norms(paths: list[str], grads: list[jax.Array], lengths: list[jax.Array], losses):
-    """The norm of each example, of gradients that were formed and norms found at sites."""
-    if lengths:
-        # To stack them, one dtype; as one more array, whose length is that of all sites together.
-        wide = accumulator(lengths)
-        paths = [*paths, "sites"]
-        grads = [*grads, jnp.stack([n.astype(wide) for n in lengths], axis=1)]
-    return _norms(grads, paths, losses)
+def _norms_by_block(
+    blocks: Blocks,
+    paths: Sequence[str],
+    formed: Mapping[int, jax.Array],
+    lengths: Mapping[int, jax.Array],
+    losses: jax.Array,
+) -> jax.Array:
+    """Combines the norms of formed gradients and of those at sites, by parameter, into (B, K)."""
+    count, index = count_blocks(blocks), blocks.index
+    parts = [(paths[i], x, index[i]) for i, x in formed.items()]
+    for block in {index[i] for i in lengths}:
+        parts.append(("sites", _stack([x for i, x in lengths.items() if index[i] == block]), block))
+    if not parts:
+        return jnp.zeros((losses.size, count), widen(losses).dtype)
+    names, arrays, owners = zip(*parts, strict=True)
+    return block_norms(arrays, names, owners, count)
+
+
+def _stack(lengths: list[jax.Array]) -> jax.Array:
+    """Stacks the norms at S sites as one more array, (B, S), whose norm is that of all sites."""
+    wide = accumulator(lengths)
+    return jnp.stack([n.astype(wide) for n in lengths], axis=1)

@@ -1,6 +1,6 @@
 """Norms of sums of outer products, Σₜ xₜ ⊗ dyₜ, without forming the sums.
 
-Each example is measured in a unit of its own, so that squares neither overflow nor vanish.
+Each example is measured in its own unit, so that squares neither overflow nor vanish.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from optaxclip.xla import accumulator
 
 
 def in_unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x` in units of 2ᵉ, with one e per example, and e."""
+    """Returns `x` in units of 2ᵉ, with one e per example, and e."""
     largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0)
-    # So that 2ᵉ and its inverse are both normal numbers: XLA flushes others to zero.
+    # Keeps 2ᵉ and its inverse normal numbers: XLA flushes subnormal ones to zero.
     limit = jnp.finfo(x.dtype).maxexp - 2
     exponents = jnp.clip(jnp.frexp(largest.astype(accumulator([x])))[1], -limit, limit)
-    # A power of two, by which a product rounds nothing.
+    # A power of two, so the product is exact.
     return x * align(jnp.ldexp(jnp.ones((), x.dtype), -exponents), x), exponents
 
 
 def length(squares: jax.Array, exponents: jax.Array) -> jax.Array:
-    """√squares, from units of 2ᵉ back to 1. NaN stays NaN."""
-    # Where the products cancel, rounding can make their sum negative.
+    """Computes √squares, converted from units of 2ᵉ. NaN stays NaN."""
+    # If the products cancel, rounding can make their sum negative.
     return jnp.ldexp(jnp.sqrt(jnp.maximum(squares, 0)), exponents)
 
 
 def total(products: jax.Array) -> jax.Array:
-    """The sum over all axes but that of the examples."""
+    """Sums over all axes except that of the examples."""
     return jnp.sum(products, axis=tuple(range(1, products.ndim)))
 
 
 def product_squares(parts: list[jax.Array], dy: jax.Array, pairs: bool) -> jax.Array:
-    """‖Σₜ xₜ ⊗ dyₜ‖² for dy: (B, T, p), and x: (B, T, d) in parts along d.
+    """Computes ‖Σₜ xₜ ⊗ dyₜ‖² for dy: (B, T, p), and x: (B, T, d) in parts along d.
 
-    Either by pairs of rows, Σₛₜ ⟨xₛ, xₜ⟩ · ⟨dyₛ, dyₜ⟩, or by forming the sum.
+    It uses pairs of rows, Σₛₜ ⟨xₛ, xₜ⟩ · ⟨dyₛ, dyₜ⟩, or forms the sum.
     """
     wide = accumulator([dy, *parts])
     if pairs:
@@ -51,15 +51,15 @@ def product_squares(parts: list[jax.Array], dy: jax.Array, pairs: bool) -> jax.A
 
 
 def row_norms(ids: jax.Array, dy: jax.Array) -> jax.Array:
-    """‖Σₜ onehot(idₜ) ⊗ dyₜ‖ for ids: (B, T) and dy: (B, T, p)."""
+    """Computes ‖Σₜ onehot(idₜ) ⊗ dyₜ‖ for ids: (B, T) and dy: (B, T, p)."""
     dy, e = in_unit(dy)
     return length(total(jnp.where(ids[:, :, None] == ids[:, None, :], _gram(dy), 0)), e)
 
 
 def _gram(x: jax.Array) -> jax.Array:
-    """The inner products of all pairs of rows, (B, T, T); in float32 at least."""
+    """Computes the inner products of all pairs of rows, (B, T, T), in float32 at least."""
     wide = accumulator([x])
-    # A product of matrices of one row is slow.
+    # A product of one-row matrices is slow.
     if x.shape[1] == 1:
         return jnp.sum(jnp.square(x.astype(wide)), axis=2, keepdims=True)
     return jnp.einsum(

@@ -1,15 +1,15 @@
-"""Sites, where a parameter meets an example, and the norm of its gradient there without forming it.
+"""Sites, where a parameter acts on an example, and the norm of its gradient without forming it.
 
-The gradient of a parameter that is used once, by an operation that is linear in it, is made of the
-input x of that operation and the gradient dy of its output:
+The gradient of a parameter that is used once, by an operation that is linear in it, is made from
+the input x of that operation and the gradient dy of its output:
 
     dense, (T, d) by (d, p)      G = Σₜ xₜ ⊗ dyₜ        ‖G‖² = Σₛₜ ⟨xₛ, xₜ⟩ · ⟨dyₛ, dyₜ⟩
     convolution                  the same, where xₜ is the patch that one output position sees
     rows of a table              the same, where xₜ is one-hot: ⟨xₛ, xₜ⟩ = [idₛ = idₜ]
     one slice                    ‖G‖ = ‖dy‖
 
-A site is kept only where this is less work, and takes less memory, than the gradient itself,
-T·(d + p) <= d·p: so nothing is larger than the activations that the backward pass keeps anyway.
+A site is kept only if this takes less work and memory than the gradient itself, T·(d + p) <= d·p.
+Nothing is then larger than the activations that the backward pass keeps anyway.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Site(NamedTuple):
     """The only use of a parameter.
 
     Attributes:
-      origin: the parameter, and how it is rearranged before the use.
+      origin: the parameter, and how it is rearranged before it is used.
       op: the operation, with one result.
-      side: which operand of it is the parameter.
+      side: which of its operands is the parameter.
       norms: `norms(operands, dy)`, one norm per example; operands and dy have a leading axis that
         numbers examples.
     """
@@ -47,7 +47,7 @@ class Site(NamedTuple):
 
 
 def _as_rows(x: jax.Array, row_axes, column_axes) -> jax.Array:
-    """(B, ...) as (B, T, d). Axes are counted without the one of the examples."""
+    """Reshapes (B, ...) to (B, T, d). Axes are counted without that of the examples."""
     order = [0, *(a + 1 for a in row_axes), *(a + 1 for a in column_axes)]
     rows = math.prod(x.shape[a + 1] for a in row_axes)
     columns = math.prod(x.shape[a + 1] for a in column_axes)
@@ -59,7 +59,7 @@ def _rest(ndim: int, axes) -> list[int]:
 
 
 def _pays(rows: int, columns: int, size: int) -> bool:
-    """Whether T·(d + p) is no more than the size of the gradient, given d + p."""
+    """Checks whether T·(d + p) is at most the size of the gradient; `columns` is d + p."""
     return rows * columns <= size
 
 
@@ -69,7 +69,7 @@ def _dense(eqn: core.JaxprEqn, side: int):
     free = _rest(x.ndim, contracted[1 - side])
     rows, outputs = math.prod(x.shape[a] for a in free), w.ndim - len(contracted[side])
     inputs = math.prod(w.shape[a] for a in contracted[side])
-    # With batch axes the gradient is one sum of outer products for each index of them.
+    # With batch axes the gradient is a separate sum of outer products for each of their indices.
     if batched[0] or not _pays(rows, inputs + w.size // max(inputs, 1), w.size):
         return None
     # `dot_general` puts the free axes of its left operand first.
@@ -104,11 +104,11 @@ def _list_taps(x: jax.Array, eqn: core.JaxprEqn) -> list[jax.Array]:
 
 
 def _convolution(eqn: core.JaxprEqn, side: int):
-    # Where pairs of positions do not pay, the gradient is formed after all, but tap by tap: the
-    # convolution that `vmap(grad)` makes of it is slow.
+    # If pairs of positions do not pay, the gradient is formed after all, but tap by tap, because
+    # the convolution that `vmap(grad)` turns it into is slow.
     p, w, y = eqn.params, get_aval(eqn.invars[1]), get_aval(eqn.outvars[0])
     outputs, channel = w.shape[p["dimension_numbers"][1][0]], p["dimension_numbers"][2][1]
-    # In groups an output sees some of the channels only, and its outer product is a block.
+    # With groups an output sees only some of the channels, and its outer product is a block.
     grouped = p["feature_group_count"] > 1 or p["batch_group_count"] > 1
     if side != 1 or grouped or not w.size * y.size:
         return None
@@ -145,7 +145,7 @@ def _table(eqn: core.JaxprEqn, side: int):
         # Clipped ids read the first or last entry, which then gets their gradient.
         if eqn.params["mode"] == lax.GatherScatterMode.CLIP:
             return row_norms(jnp.clip(ids, 0, entries - 1), dy)
-        # The gradient of an entry that is not there goes nowhere.
+        # The gradient of an entry that does not exist is dropped.
         inside = (ids >= 0) & (ids < entries)
         return row_norms(ids, jnp.where(inside[:, :, None], dy, jnp.zeros_like(dy)))
 
@@ -160,7 +160,7 @@ def _slice(eqn: core.JaxprEqn, side: int):
     return None if side else norms
 
 
-# The rule of each operation, and how many of its operands must be real numbers.
+# The rule for each operation, and how many of its operands must be real numbers.
 _RULES = {
     "dot_general": (_dense, 2),
     "conv_general_dilated": (_convolution, 2),
@@ -177,13 +177,13 @@ def _is_real(eqn: core.JaxprEqn, operands: int) -> bool:
 
 
 def _is_used_once(program: Program, uses, origin: Origin) -> bool:
-    """Whether a parameter, and each of its rearrangements, is used exactly once."""
+    """Checks whether a parameter and each of its rearrangements are used exactly once."""
     path = [program.inputs[origin.parameter], *(slot for op in origin.chain for slot in op.outputs)]
     return all(uses[slot] == 1 for slot in path)
 
 
 def find_sites(program: Program) -> list[Site]:
-    """The sites of a program: for each parameter that is used once, if its norm there is cheap."""
+    """Finds the sites of a program: one per parameter that is used once, if its norm is cheap."""
     uses, found = program.uses(), []
     for op in program.ops:
         rule, operands = _RULES.get(op.eqn.primitive.name, (None, 0))
@@ -194,7 +194,7 @@ def find_sites(program: Program) -> list[Site]:
         }
         if rule is None or not origins or not _is_real(op.eqn, operands):
             continue
-        # With a parameter on both sides one of them is the site: the other's gradient is formed.
+        # With parameters on both sides, one of them has the site; the other's gradient is formed.
         side, origin = min(origins.items())
         norms = rule(op.eqn, side) if _is_used_once(program, uses, origin) else None
         if norms is not None:

@@ -10,28 +10,30 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optaxclip import validate
-from optaxclip.per_example.weights import (
-    clip_weights,
-    example_norms,
-    normalizing_weights,
-    weighted_sum,
-)
+from optaxclip.actions import as_action, rescale
+from optaxclip.base import Action
+from optaxclip.per_example.factors import auto_s
+from optaxclip.per_example.weights import example_norms, weigh, weighted_sum
 from optaxclip.trees import Leaves, select
 
 
 @validate.named
-def per_example_global_norm_clip(grads: Any, l2_norm_clip: ArrayLike) -> tuple[Any, jax.Array]:
+def per_example_global_norm_clip(
+    grads: Any, l2_norm_clip: ArrayLike, action: Action | None = None
+) -> tuple[Any, jax.Array]:
     """Sums gradients of examples, each clipped by its global norm: Σᵢ gᵢ · min(1, C / ‖gᵢ‖).
 
     Args:
-      grads: a tree whose leaves all have a leading axis that numbers the examples, as
-        `vmap(grad(loss))` returns it. There may be none: the sum is zeros.
+      grads: a tree whose leaves all have a leading axis that numbers the examples, as returned by
+        `vmap(grad(loss))`. With no examples the sum is zeros.
       l2_norm_clip: C, the largest norm of one example.
+      action: what happens to an example: `actions.rescale` (None), `per_example.auto_s()`,
+        `per_example.psac()`, or any other `(norms, bounds) -> factors`.
 
     Returns:
       The sum, without the leading axis, and the number of examples that were clipped (int32). An
-      example with NaN or inf in it weighs nothing and counts as clipped, so that the sum stays
-      bounded (Optax gives it a weight of 1).
+      example that contains NaN or inf has weight 0 and counts as clipped, so the sum stays bounded
+      (Optax gives it a weight of 1).
 
     Raises:
       ValueError: if a leaf lacks the leading axis, or the bound is negative, NaN, a boolean or a
@@ -51,9 +53,9 @@ def per_example_global_norm_clip(grads: Any, l2_norm_clip: ArrayLike) -> tuple[A
     leaves = _select_batched(grads)
     if not leaves.arrays:
         return grads, jnp.zeros((), jnp.int32)
-    # One weight per example for all of its leaves, found before any leaf is summed.
-    sums, clipped = _clip_and_sum(leaves.arrays, leaves.paths, l2_norm_clip)
-    # A sum, no mean: it is divided after the noise, by a batch size that is not private.
+    # One weight per example for all of its leaves, computed before any leaf is summed.
+    sums, clipped = _clip_and_sum(leaves.arrays, leaves.paths, l2_norm_clip, as_action(action))
+    # A sum, not a mean: it is divided after the noise, by a batch size that is not private.
     return leaves.rebuild(sums), clipped
 
 
@@ -70,8 +72,8 @@ def per_example_layer_norm_clip(
         parameters.
 
     Returns:
-      The sum, and a tree with the number of examples clipped in each leaf. Examples that are not
-      finite weigh nothing in the leaf concerned.
+      The sum, and a tree with the number of examples clipped in each leaf. An example that is not
+      finite in a leaf has weight 0 there.
 
     Raises:
       ValueError: if a leaf lacks the leading axis, or the bound is negative, NaN, a boolean or a
@@ -91,10 +93,12 @@ def per_example_layer_norm_clip(
     validate.bound(global_l2_norm_clip=global_l2_norm_clip, wait=False)
     validate.flag(uniform=uniform)
     leaves = _select_batched(grads)
-    # Either way ΣCᵢ² = C²: all leaves of an example together are within C.
+    # In both cases ΣCᵢ² = C², so the norm of an example over all leaves is within C.
     sizes = [1 if uniform else math.prod(shape[1:]) for shape in leaves.shapes]
     bounds = [global_l2_norm_clip * math.sqrt(size / max(sum(sizes), 1)) for size in sizes]
-    done = [_clip_and_sum([x], ("",), c) for x, c in zip(leaves.arrays, bounds, strict=True)]
+    done = [
+        _clip_and_sum([x], ("",), c, rescale) for x, c in zip(leaves.arrays, bounds, strict=True)
+    ]
     return leaves.rebuild([s for (s,), _ in done]), leaves.rebuild([count for _, count in done])
 
 
@@ -106,11 +110,11 @@ def per_example_normalize(grads: Any, gamma: ArrayLike = 0.01) -> Any:
 
     Args:
       grads: a tree whose leaves all have a leading axis that numbers the examples.
-      gamma: γ. An example much shorter than it keeps its relative length; 0 is AUTO-V.
+      gamma: γ. An example much shorter than γ keeps its relative length; 0 is AUTO-V.
 
     Returns:
-      The sum, without the leading axis; its sensitivity to one example is 1. An example with NaN or
-      inf in it weighs nothing, nor does one of zeros.
+      The sum, without the leading axis; its sensitivity to one example is 1. An example that
+      contains NaN or inf adds nothing, nor does one of zeros.
 
     Raises:
       ValueError: if a leaf lacks the leading axis, or γ is negative, NaN, a boolean or a string.
@@ -124,23 +128,18 @@ def per_example_normalize(grads: Any, gamma: ArrayLike = 0.01) -> Any:
     >>> per_example.per_example_normalize(jnp.array([[3.0, 4.0], [0.0, 2.0]]), gamma=0.0)
     Array([0.6, 1.8], dtype=float32)
     """
-    validate.bound(gamma=gamma, wait=False)
-    leaves = _select_batched(grads)
-    if not leaves.arrays:
-        return grads
-    # A length of 1, not of C: the learning rate absorbs it, which is why nothing is to be tuned.
-    weights = normalizing_weights(example_norms(leaves.arrays, leaves.paths), 1.0, gamma)
-    return leaves.rebuild([weighted_sum(x, weights).astype(x.dtype) for x in leaves.arrays])
+    # A length of 1, not C: the learning rate absorbs it, so there is nothing to tune.
+    return per_example_global_norm_clip(grads, 1.0, auto_s(gamma))[0]
 
 
 def _select_batched(grads: Any) -> Leaves:
-    """The leaves of a tree of gradients of examples.
+    """Selects the leaves of a tree of gradients of examples.
 
     Raises:
       ValueError: naming the shapes, unless all have the same leading axis.
     """
     leaves = select(jax.tree.map(_as_float, grads))
-    # A scalar has `shape[:1] == ()`: several would agree on a leading axis that none of them has.
+    # Scalars have `shape[:1] == ()`: several would agree on a leading axis that none of them has.
     if len({shape[:1] for shape in leaves.shapes}) > 1 or () in leaves.shapes:
         raise validate.fail(
             "every leaf must have a leading axis that numbers the same examples",
@@ -150,13 +149,13 @@ def _select_batched(grads: Any) -> Leaves:
 
 
 def _as_float(x):
-    """Integers as float32: Optax's own tests sum gradients of integers."""
+    """Converts integers to float32: Optax's own tests sum integer gradients."""
     return x.astype(jnp.float32) if jnp.issubdtype(getattr(x, "dtype", bool), jnp.integer) else x
 
 
-def _clip_and_sum(arrays: list[jax.Array], paths, bound: ArrayLike):
-    """The weighted sum of each array over its examples, and how many examples were clipped."""
-    # Optax gives an example with NaN the weight 1, and so poisons the sum; here it is 0, below 1,
-    # and counts as clipped.
-    weights = clip_weights(example_norms(arrays, paths), bound)
+def _clip_and_sum(arrays: list[jax.Array], paths, bound: ArrayLike, action: Action):
+    """Computes the weighted sum of each array over its examples, and counts those clipped."""
+    # Optax gives an example with NaN the weight 1, which poisons the sum; here it gets 0, which is
+    # below 1 and counts as clipped.
+    weights = weigh(action, example_norms(arrays, paths), bound)
     return [weighted_sum(x, weights).astype(x.dtype) for x in arrays], jnp.sum(weights < 1)

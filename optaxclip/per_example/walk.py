@@ -1,8 +1,8 @@
 """A loss as a flat list of operations, and which of them takes which parameter.
 
-The loss is traced for one example. A jitted function that takes a parameter is inlined, so that the
-use inside it is seen; everything else (loops, custom derivatives, rematerialization) stays one
-operation. Running the list runs the loss. Nothing here knows about frameworks.
+The loss is traced for one example. A jitted function that takes a parameter is inlined, to expose
+the use inside it; everything else (loops, custom derivatives, rematerialization) stays one
+operation. Running the list runs the loss. Nothing here depends on a framework.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jax.extend import core
 
 from optaxclip.compat import bind
 
-# Linear, and their transpose keeps the length: the gradient of the input is as long as that of the
-# output.
+# Linear operations whose transpose keeps the length: the gradient of the input has the same norm as
+# that of the output.
 _KEEP_LENGTH = {
     "broadcast_in_dim",
     "convert_element_type",
@@ -34,7 +34,7 @@ _KEEP_LENGTH = {
 
 
 def get_aval(var: Any) -> Any:
-    """The shape and dtype of a variable or literal of a jaxpr."""
+    """Returns the shape and dtype of a variable or literal of a jaxpr."""
     return var.aval
 
 
@@ -46,9 +46,8 @@ class Op(NamedTuple):
     outputs: tuple[int, ...]
 
     def __call__(self, *values):
-        """The results of the operation, a list."""
-        # The mesh and the compute type of the place where it was traced, as JAX's own interpreter
-        # does.
+        """Runs the operation and returns its results as a list."""
+        # Restores the mesh and compute type from tracing, like JAX's own interpreter.
         with self.eqn.ctx.manager:
             out = bind(self.eqn, values)
         return out if self.eqn.primitive.multiple_results else [out]
@@ -59,7 +58,7 @@ class Op(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where a slot with a rearranged parameter comes from: its number, and the operations."""
+    """Where a rearranged parameter comes from: its index, and the operations on it."""
 
     parameter: int
     chain: tuple[Op, ...]
@@ -77,8 +76,8 @@ class Program(NamedTuple):
       ops: the operations that the results need.
       inputs: the slots of the arguments; parameters come first.
       outputs: the slots (or literals) of the results.
-      constants: what the loss closes over, by slot.
-      origins: by slot, where parameters and rearranged parameters come from.
+      constants: the values that the loss closes over, by slot.
+      origins: where parameters and rearranged parameters come from, by slot.
     """
 
     ops: list[Op]
@@ -89,15 +88,15 @@ class Program(NamedTuple):
 
     def uses(self) -> Counter:
         """Counts how often each slot is read."""
-        # A result counts as a use: a parameter in aux, or that is the loss, has a gradient there.
+        # A result counts as a use: a parameter that is in aux or is the loss has a gradient there.
         return Counter(i for op in self.ops for i in op.slots) + Counter(
             i for i in self.outputs if isinstance(i, int)
         )
 
     def run(self, arguments: Iterable[Any], at: Callable[[Op, list, list], list]) -> list[Any]:
-        """The results for `arguments`.
+        """Runs the program and returns its results.
 
-        `at(op, operands, results)` sees every operation, and returns its results or others.
+        `at(op, operands, results)` sees every operation, and returns its results or replacements.
         """
         values = self.constants | dict(zip(self.inputs, arguments, strict=True))
 
@@ -115,7 +114,7 @@ def _keeps_length(eqn: core.JaxprEqn) -> bool:
         return False
     before, after = get_aval(eqn.invars[0]), get_aval(eqn.outvars[0])
     real = jnp.issubdtype(before.dtype, jnp.floating) and jnp.issubdtype(after.dtype, jnp.floating)
-    # A broadcast to more elements uses each of them several times, and their gradients add up.
+    # A broadcast to more elements uses each element several times, and the gradients add up.
     return real and (before.size == after.size or eqn.primitive.name == "slice")
 
 
@@ -145,7 +144,7 @@ class _Flattener:
 
     def step(self, eqn: core.JaxprEqn, inputs: tuple[Any, ...]) -> Iterable[Any]:
         origins = [self.origins.get(i) if isinstance(i, int) else None for i in inputs]
-        # Two names of one primitive: JAX has renamed it.
+        # Both are names of one primitive, which JAX has renamed.
         if eqn.primitive.name in ("jit", "pjit") and any(origins):
             return self.walk(eqn.params["jaxpr"], inputs)
         op = Op(eqn, inputs, tuple(self.slot() for _ in eqn.outvars))
@@ -159,7 +158,7 @@ def _drop_unused(ops: list[Op], outputs: list[Any]) -> list[Op]:
     """Keeps the operations that the outputs need, and those with effects."""
     needed, kept = {i for i in outputs if isinstance(i, int)}, []
     for op in reversed(ops):
-        # An operation with an effect (a debug print, a check) is run for that.
+        # An operation with an effect (a debug print, a check) is kept for its effect.
         if op.eqn.effects or not needed.isdisjoint(op.outputs):
             needed.update(op.slots)
             kept.append(op)
@@ -167,7 +166,7 @@ def _drop_unused(ops: list[Op], outputs: list[Any]) -> list[Op]:
 
 
 def flatten(closed: core.ClosedJaxpr, parameters: int) -> Program:
-    """The program of a traced loss whose first arguments are the parameters."""
+    """Flattens a traced loss whose first arguments are the parameters into a program."""
     flat = _Flattener()
     inputs = [flat.slot() for _ in closed.jaxpr.invars]
     flat.origins.update({slot: Origin(i, ()) for i, slot in enumerate(inputs[:parameters])})

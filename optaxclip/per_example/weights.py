@@ -1,12 +1,10 @@
-"""Norms of the gradients of examples, and their weighted sums.
+"""Norms and weighted sums of the gradients of examples.
 
 Gradients are a list of arrays, one per parameter, with a leading axis that numbers the examples.
 """
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Sequence
 
 import jax
@@ -16,80 +14,113 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from optaxclip import scopes, xla
-from optaxclip.actions import rescale
+from optaxclip.base import Action
 from optaxclip.norms import l2
 
 _EXAMPLES = scopes.units(..., batch_axes=1)
-# On a CPU, units count an array whose squares all underflow as zeros. Next to an array with a norm
-# above this, that changes nothing.
+# On a CPU, units treat an array whose squares all underflow as zeros. Next to an array with a norm
+# above this, that makes no difference.
 _LOST = 1e-10
 _LIFT = 2.0**80
 
 
 def example_norms(arrays: Sequence[jax.Array], paths: Sequence[str]) -> jax.Array:
-    """The norm of each example over all arrays (at least one array), in float32 at least."""
+    """Computes the norm of each example over all arrays (at least one), in float32 at least."""
+    return block_norms(arrays, paths, [0] * len(arrays), 1)[:, 0]
+
+
+def block_norms(
+    arrays: Sequence[jax.Array], paths: Sequence[str], index: Sequence[int], count: int
+) -> jax.Array:
+    """Computes the norm of each example over the arrays of each block, (B, K); 0 if it has none.
+
+    Args:
+      arrays, paths: at least one array.
+      index: the block of each array.
+      count: K.
+    """
 
     def checked(arrays):
-        norms = _norms(arrays, paths)
-        # NaN counts as fine: at another scale it is NaN, too.
+        norms = _norms(arrays, paths, index, count)
+        # NaN counts as fine: it is NaN at any scale.
         fine = ~(norms <= _LOST)
         return lax.cond(
-            jnp.all(fine), lambda: norms, lambda: jnp.where(fine, norms, _tiny_norms(arrays))
+            jnp.all(fine),
+            lambda: norms,
+            lambda: jnp.where(fine, norms, _tiny_norms(arrays, index, count)),
         )
 
-    # On other platforms units are measured at two scales already, and a branch would make a GPU
-    # wait for its host.
-    return lax.platform_dependent(list(arrays), cpu=checked, default=lambda x: _norms(x, paths))
+    # Other platforms already measure units at two scales, and a branch would make a GPU wait for
+    # its host.
+    return lax.platform_dependent(
+        list(arrays), cpu=checked, default=lambda x: _norms(x, paths, index, count)
+    )
 
 
-def _tiny_norms(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Norms of at most 1e-10, which cannot overflow when they are scaled up."""
+def _by_block(each: Sequence[jax.Array], index: Sequence[int], count: int) -> list[list[jax.Array]]:
+    """Groups one value per array, (B,), into a list per block; zeros for one without arrays."""
+    places = list(zip(each, index, strict=True))
+    return [
+        [x for x, k in places if k == block] or [jnp.zeros_like(each[0])] for block in range(count)
+    ]
+
+
+def _tiny_norms(arrays: Sequence[jax.Array], index: Sequence[int], count: int) -> jax.Array:
+    """Computes norms of at most 1e-10, which cannot overflow when they are scaled up."""
 
     def pool(x):
         lifted = xla.times(xla.widen(x), jnp.float32(_LIFT))
         return jnp.sum(l2.lift(lifted), axis=tuple(range(1, x.ndim)), dtype=xla.accumulator(arrays))
 
-    return jnp.sqrt(functools.reduce(operator.add, map(pool, arrays))) / _LIFT
+    blocks = _by_block(list(map(pool, arrays)), index, count)
+    return jnp.sqrt(jnp.stack([sum(own) for own in blocks], axis=1)) / _LIFT
 
 
-def _norms(arrays: Sequence[jax.Array], paths: Sequence[str]) -> jax.Array:
-    """The norm of the norms of each array, by example."""
-    rows = xla.measure(l2, list(arrays), _lay_out(paths, [x.shape for x in arrays]))
-    by_array = jnp.concatenate([row.reshape(row.shape[0], -1) for row in rows]).T
-    return xla.measure(l2, [by_array], _lay_out([""], [by_array.shape]))[0].ravel()
+def _norms(
+    arrays: Sequence[jax.Array], paths: Sequence[str], index: Sequence[int], count: int
+) -> jax.Array:
+    """Combines the norms of the arrays of each block, by example."""
+    blocks = _by_block(_measure(arrays, paths), index, count)
+    several = [jnp.stack(own, axis=1) for own in blocks if len(own) > 1]
+    # All blocks in one call, because each call compiles its own branches.
+    joined = iter(_measure(several, [""] * len(several)))
+    return jnp.stack([next(joined) if len(own) > 1 else own[0] for own in blocks], axis=1)
 
 
-def _lay_out(paths, shapes) -> xla.Layout:
-    return xla.lay_out(_EXAMPLES.cut(paths, shapes), paths, shapes)
+def _measure(arrays: Sequence[jax.Array], paths: Sequence[str]) -> list[jax.Array]:
+    """Computes the norm of each example in each array, (B,)."""
+    if not arrays:
+        return []
+    shapes = [x.shape for x in arrays]
+    layout = xla.lay_out(_EXAMPLES.cut(paths, shapes), paths, shapes)
+    rows = xla.measure(l2, list(arrays), layout)
+    norms = [norm for row in rows for norm in row.reshape(row.shape[0], -1)]
+    order = [i for some in layout.arrays for row in some for i in layout.rows[row]]
+    found = dict(zip(order, norms, strict=True))
+    return [found[i] for i in range(len(arrays))]
 
 
-def clip_weights(norms: jax.Array, bound: ArrayLike) -> jax.Array:
-    """min(1, bound / norm); 0 for an example that is not finite. A negative bound counts as 0."""
+def weigh(action: Action, norms: jax.Array, bounds: ArrayLike) -> jax.Array:
+    """Computes the factors of an action; 0 for norms not finite. A negative bound counts as 0."""
     finite = jnp.isfinite(norms)
-    bounds = jnp.broadcast_to(jnp.asarray(bound).astype(norms.dtype), norms.shape)
-    return jnp.where(finite, rescale(jnp.where(finite, norms, 0), jnp.maximum(bounds, 0)), 0)
-
-
-def normalizing_weights(norms: jax.Array, bound: ArrayLike, gamma: ArrayLike) -> jax.Array:
-    """`bound / (norm + γ)`; 0 for an example that is not finite, or is all zeros."""
-    some = jnp.isfinite(norms) & (norms > 0)
-    longer = norms + jnp.asarray(gamma).astype(norms.dtype)
-    bound = jnp.maximum(jnp.asarray(bound).astype(norms.dtype), 0)
-    return jnp.where(some, bound / jnp.where(some, longer, 1), 0)
+    bounds = jnp.broadcast_to(jnp.asarray(bounds).astype(norms.dtype), norms.shape)
+    # Actions never see NaN: their derivative would be NaN even if the factor itself is replaced.
+    factors = action(jnp.where(finite, norms, 0), jnp.maximum(bounds, 0))
+    return jnp.where(finite, factors.astype(norms.dtype), 0)
 
 
 def align(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """Weights with as many axes as `x`, to multiply it example by example."""
+    """Gives weights as many axes as `x`, to multiply it example by example."""
     return weights.reshape(weights.shape + (1,) * (x.ndim - 1))
 
 
 def drop_unweighted(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """`x` with zeros for the examples of weight 0, since 0 · NaN is NaN."""
+    """Replaces the examples of weight 0 by zeros, because 0 · NaN is NaN."""
     return jnp.where(align(weights, x) == 0, jnp.zeros_like(x), x)
 
 
 def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Σᵢ weightsᵢ · xᵢ in float32 at least; what is in examples of weight 0 does not matter."""
+    """Computes Σᵢ weightsᵢ · xᵢ in float32 at least, ignoring examples of weight 0."""
     wide = xla.widen(x)
     weights = weights.astype(wide.dtype)
     (over, *rest) = jax.typeof(wide).sharding.spec
@@ -98,8 +129,8 @@ def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
         drop_unweighted(wide, weights),
         axes=1,
         precision=lax.Precision.HIGHEST,
-        # Where the type of an array says that examples are spread (on an explicit mesh), a dot over
-        # them has to be told how its result is. A product and a sum need not, but take 9 times as
+        # If the type of an array says that examples are spread (on an explicit mesh), a dot over
+        # them needs the sharding of its result. A product and a sum do not, but take 9 times as
         # long on a CPU.
         out_sharding=None if over is None else PartitionSpec(*rest),
     )

@@ -1,9 +1,9 @@
 """Plots of what clipping does. They need matplotlib: `pip install 'optaxclip[plot]'`.
 
-It is imported when one is drawn. Each takes `ax=` (None: a new figure) and returns the axes that it
-drew on; nothing is shown, saved or closed. Colours are those that colour-blind people can tell, and
-all is legible in black and white: what differs in colour differs in line, marker or hatch as well.
-In a dark style colours are light.
+It is imported when a plot is drawn. Each plot takes `ax=` (None: a new figure) and returns the axes
+that it drew on; nothing is shown, saved or closed. Colour-blind people can tell the colours apart,
+and plots are legible in black and white: things that differ in colour also differ in line, marker
+or hatch. In a dark style the colours are light.
 """
 
 from optaxclip.plots.cliff import plot_cliff

@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optaxclip.monitoring.findings import format_share
+from optaxclip.monitoring.display import format_share
 from optaxclip.monitoring.fits import find_runs
 
 GREY, DARK = "0.55", "black"
-_BINS = 200  # of a band; more are not seen
-_BAND = 0.12  # of the height of the axes
+_BINS = 200  # of a band; more are not visible
+_BAND = 0.12  # its height, as a fraction of the axes
 
 
 class Colors(NamedTuple):
-    """Colours that colour-blind people can tell (after Okabe and Ito), and that differ in grey."""
+    """Colours for colour-blind people too (after Okabe and Ito), which also differ in grey."""
 
     ink: str
     line: str
@@ -24,7 +24,7 @@ class Colors(NamedTuple):
 
 
 def colors_of(ax: Any) -> Colors:
-    """Colours for the background of the axes, which a style may have made dark."""
+    """Returns colours for the background of the axes, which a style may have made dark."""
     from matplotlib.colors import to_rgb
 
     dark = np.dot(to_rgb(ax.get_facecolor()), (0.3, 0.6, 0.1)) < 0.5
@@ -35,17 +35,17 @@ _ON_WHITE = Colors("black", "#0072B2", "#E69F00", "#882000")
 
 
 def axes_or_new(ax: Any, width: float = 7.0, height: float = 3.6) -> Any:
-    """The axes given, or those of a new figure.
+    """Returns the given axes, or those of a new figure.
 
     Raises:
-      ImportError: without matplotlib, the extra `plot`.
+      ImportError: without matplotlib, which the extra `plot` installs.
     """
     plt = import_pyplot()
     return ax if ax is not None else plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
 def import_pyplot() -> Any:
-    """Matplotlib, which is an extra and takes half a second to import."""
+    """Imports matplotlib, which is an extra and takes half a second."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -55,8 +55,21 @@ def import_pyplot() -> Any:
     return plt
 
 
+def draw_over_steps(ax: Any, steps: np.ndarray, values: np.ndarray, **style: Any) -> None:
+    """Draws a line that is broken at NaN; a number between two NaNs is a dot."""
+    gaps = np.r_[True, np.isnan(values), True]
+    alone = np.flatnonzero(~gaps[1:-1] & gaps[:-2] & gaps[2:]).tolist()
+    ax.plot(steps, values, linewidth=1.0, marker="." if alone else None, markevery=alone, **style)
+
+
+def name_axes(ax: Any, ylabel: str, **more: Any) -> None:
+    """Names both axes, and puts no tick between two steps."""
+    ax.set(xlabel="step", ylabel=ylabel, **more)
+    ax.locator_params("x", integer=True, min_n_ticks=1)
+
+
 def draw_legend_above(ax: Any, columns: int = 4, **what: Any) -> None:
-    """A legend over the axes, where it hides nothing."""
+    """Draws a legend above the axes, where it hides nothing."""
     where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
     ax.legend(fontsize=8, framealpha=0.9, ncols=columns, **where, **what)
 
@@ -70,18 +83,18 @@ def draw_bad(ax: Any, steps: np.ndarray, bad: np.ndarray, what: str = "NaN or in
     spans = np.stack([starts - 0.5, ends - starts + 1.0], axis=1)
     style = {"hatch": "////", "linewidth": 0.8, "edgecolor": color, "facecolor": "none"}
     label, over = f"{what}: {_count(bad.sum())}", ax.get_xaxis_transform()
-    # The edge is drawn however narrow the span: one step of 10,000 is no pixel wide.
+    # The edge is always drawn: one step of 10,000 is narrower than a pixel.
     ax.broken_barh(spans, (0, 1), transform=over, zorder=0.5, alpha=0.6, **style)
     mark = {"color": color, "markersize": 6, "linestyle": "", "clip_on": False, "label": label}
     ax.plot(starts, np.ones(len(starts)), "v", transform=over, zorder=5, **mark)
 
 
 def draw_clipped(ax: Any, steps: np.ndarray, clipped: np.ndarray) -> None:
-    """A band below the lines, as high as the share of steps that were clipped around each."""
+    """Draws a band below the lines, as high as the share of steps clipped around each step."""
     share = np.nan_to_num(clipped)
     if not share.any():
         return
-    # Bins, not one bar a step: thousands of bars are slow, and blur to the highest.
+    # Bins, because one bar per step would be slow, and would blur to the highest.
     edges = np.linspace(0, len(steps), min(len(steps), _BINS) + 1).astype(int)
     heights = np.add.reduceat(share, edges[:-1]) / np.diff(edges)
     limits = np.r_[steps[edges[:-1]] - 0.5, steps[-1] + 0.5]
@@ -99,8 +112,8 @@ def draw_clipped(ax: Any, steps: np.ndarray, clipped: np.ndarray) -> None:
 
 
 def _make_room(ax: Any) -> None:
-    """Lowers the lower limit by the height of the band, on whatever scale."""
-    # In the units of the scale: on a log axis a share of its height is a factor.
+    """Lowers the lower limit by the height of the band, on any scale."""
+    # In the units of the scale, because on a log axis a share of the height is a factor.
     scale, (low, high) = ax.yaxis.get_transform(), ax.get_ylim()
     bottom, top = scale.transform([low, high])
     room = (top - bottom) * _BAND / (1 - _BAND)
@@ -112,7 +125,7 @@ def _count(n: int) -> str:
 
 
 def format_ticks(axis: Any) -> None:
-    """Ticks such as 0.4 on a log axis, in place of 4 x 10^-1."""
+    """Formats ticks on a log axis as 0.4 instead of 4 x 10^-1."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
@@ -120,5 +133,5 @@ def format_ticks(axis: Any) -> None:
             return f"{x:g}" if super().__call__(x, pos) else ""
 
     axis.set_major_formatter(Plain())
-    # Only over less than a decade, where there is one major tick, or none, to read a number from.
+    # Shown only on less than a decade, where at most one major tick gives a number.
     axis.set_minor_formatter(Plain(minor_thresholds=(1.0, 0.5)))

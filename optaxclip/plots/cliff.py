@@ -1,4 +1,4 @@
-"""Why clipping works: a loss with a cliff, and descent on it with and without a clip."""
+"""Shows why clipping works: a loss with a cliff, and descent on it with and without a clip."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def unit_loss(point: jax.Array, steps: int = 50) -> jax.Array:
 
     Args:
       point: (2,), w and b.
-      steps: of the net, from x₀ = 0.5.
+      steps: the steps of the net, from x₀ = 0.5.
     """
     w, b = point
-    # A loop, not fifty copies: this is compiled four times, for the surface, slopes and two paths.
+    # A loop, not 50 copies, because it is compiled four times: surface, slopes and two paths.
     last = lax.fori_loop(
         0, steps, lambda _, x: w * jax.nn.sigmoid(x) + b, jnp.asarray(0.5, point.dtype)
     )
@@ -35,7 +35,7 @@ def unit_loss(point: jax.Array, steps: int = 50) -> jax.Array:
 def descend(
     loss: Loss, tx: optax.GradientTransformation, start: tuple[float, float], steps: int
 ) -> np.ndarray:
-    """The points that an optimizer visits, (steps + 1, 2)."""
+    """Returns the points that an optimizer visits, (steps + 1, 2)."""
     points = [jnp.asarray(start, float)]
     state = tx.init(points[0])
 
@@ -64,16 +64,16 @@ def plot_cliff(
     """Draws a loss of two numbers, and gradient descent on it with and without a clip.
 
     The default is the experiment of Pascanu et al.: a recurrent net of one unit over 50 steps. Its
-    loss has a wall, with a valley at its foot; without a clip a step that touches the wall is
+    loss has a wall with a valley at its foot. Without a clip, a step that touches the wall is
     thrown far out of the plot.
 
     Args:
       ax: where to draw; None: a new figure.
-      loss: (2,) -> loss.
+      loss: a function (2,) -> loss.
       clip: any clip; None: `clip_by_global_norm(0.1)`.
-      rate, start, steps: of the descent.
-      window: what is shown, (left, right, bottom, top).
-      resolution: of the surface, in points a side.
+      rate, start, steps: the learning rate, first point and length of the descent.
+      window: the part to show, (left, right, bottom, top).
+      resolution: the points per side of the surface.
 
     Returns:
       The axes, whose first two lines are the paths without and with the clip.
@@ -111,7 +111,7 @@ def plot_cliff(
     ax.plot(*start, "*", color=DARK, markersize=14, label="start", linestyle="", zorder=4)
     _mark_exit(ax, paths[0], window)
     ax.set(xlim=window[:2], ylim=window[2:], xlabel="w", ylabel="b")
-    # The surface is light in every style, so its marks are dark, and need a light legend.
+    # The surface is light in every style, so its marks are dark and need a light legend.
     draw_legend_above(ax, facecolor="white", labelcolor=DARK)
     return ax
 
@@ -126,11 +126,11 @@ def _make_grid(
 def _draw_surface(
     ax: Any, loss: Loss, window: tuple[float, float, float, float], count: int
 ) -> None:
-    """Shades of the loss, light for low, with contour lines."""
+    """Draws shades of the loss, light for low, with contour lines."""
     x, y, points = _make_grid(window, count)
     heights = np.asarray(jax.jit(jax.vmap(loss))(points)).reshape(x.shape)
     low, high = np.nanmin(heights), np.nanmax(heights)
-    # Close to one another in the valley, which the wall would flatten.
+    # Levels are close together in the valley, which the wall would flatten.
     levels = low + (high - low) * np.linspace(0, 1, 16) ** 2
     filled = ax.contourf(x, y, heights, levels=levels, cmap="Greys", vmax=low + 1.6 * (high - low))
     ax.contour(x, y, heights, levels=levels, colors="0.6", linewidths=0.4)
@@ -140,14 +140,14 @@ def _draw_surface(
 def _draw_arrows(
     ax: Any, loss: Loss, window: tuple[float, float, float, float], count: int = 16
 ) -> None:
-    """Which way is down: arrows whose length grows with the logarithm of the gradient's."""
+    """Draws arrows downhill, whose length grows with the logarithm of the gradient's length."""
     x, y, points = _make_grid(window, count + 2)
     slopes = -np.asarray(jax.jit(jax.vmap(jax.grad(loss)))(points))
     length = np.linalg.norm(slopes, axis=1, keepdims=True)
     length = np.where(length > 0, length, 1.0)
-    # Slopes at the wall are thousands of times those in the valley: of true lengths only one shows.
+    # Slopes at the wall are thousands of times those in the valley: true lengths would hide them.
     arrows = slopes / length * np.clip(np.log10(length) + 3.0, 0.3, 4.0)
-    # Arrows at the edge would reach beyond it.
+    # Arrows at the edge would extend beyond it.
     inside = np.zeros(x.shape, bool)
     inside[1:-1, 1:-1] = True
     keep = inside.ravel()
@@ -163,7 +163,7 @@ def _draw_arrows(
 
 
 def _mark_exit(ax: Any, path: np.ndarray, window: tuple[float, float, float, float]) -> None:
-    """Says where a path ends that leaves the plot."""
+    """Labels a path that leaves the plot with its end."""
     left, right, low, high = window
     inside = (
         (path[:, 0] >= left) & (path[:, 0] <= right) & (path[:, 1] >= low) & (path[:, 1] <= high)

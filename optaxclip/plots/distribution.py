@@ -1,4 +1,4 @@
-"""How norms are distributed: over layers, and by size."""
+"""Plots how norms are distributed: over layers, and by size."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from optaxclip import validate
 from optaxclip.monitoring.fits import find_runs
 from optaxclip.monitoring.histograms import Histograms, log_edges
 from optaxclip.monitoring.history import History, Recorded, RecordedRun, read_run
-from optaxclip.plots.axes import axes_or_new, colors_of, draw_legend_above, format_ticks
+from optaxclip.plots.axes import axes_or_new, colors_of, draw_legend_above, format_ticks, name_axes
 from optaxclip.plots.steps import require_norms
 
 LINES = ("-", "--", "-.", ":")
-_NAMES, _LETTERS = 40, 36  # names at the axis, and letters of each, that can be read
+_NAMES, _LETTERS = 40, 36  # how many names at an axis, and letters of each, are readable
 
 
 @validate.named
@@ -24,10 +24,10 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     """Draws the norms of all layers over the steps as a heat map, on a log scale.
 
     Args:
-      history: as for `plot_norms`, of a watch, or of a clip by layer (`clip_by_leaf_norm`,
+      history: as for `plot_norms`, with a watch or a clip by layer (`clip_by_leaf_norm`,
         `clip_by_group_norm`, `scope=`), or a dict of layer -> norms.
       ax: where to draw; None: a new figure, as high as the layers need.
-      columns: at most this many; a column is the largest norm of its steps. Hatched: NaN or
+      columns: the maximum number of columns, each the largest norm of its steps. Hatched: NaN or
         infinite; dotted: zero at all of its steps.
       clip: as for `plot_norms`.
 
@@ -44,13 +44,13 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     layers = run.blocks or _plain_layers(run)
     if not layers:
         raise ValueError(
-            "plot_layers: no norms by layer in the history: put optaxclip.watch() before the clip,"
+            "plot_layers: the history has no norms by layer: put optaxclip.watch() before the clip,"
             " or clip with scope=scopes.leaf or by group."
         )
     height = 1.2 + 0.22 * min(len(layers), _NAMES)
     ax, norms = axes_or_new(ax, 8.0, height), np.stack(list(layers.values()))
     cuts = np.linspace(0, norms.shape[1], min(columns, norms.shape[1]) + 1).astype(int)
-    # The largest norm, not the mean: NaN and spikes of one step must show in their column.
+    # The largest norm, because NaN and spikes of one step must be visible in their column.
     cells = np.maximum.reduceat(norms, cuts[:-1], axis=1)
     edges = np.r_[run.steps[cuts[:-1]] - 0.5, run.steps[-1] + 0.5]
     _draw_heat_map(ax, edges, cells)
@@ -58,30 +58,30 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     rows = np.arange(0, len(layers), every)
     names = list(layers)
     ax.set_yticks(rows + 0.5, [_shorten(names[row]) for row in rows], fontsize=8)
-    ax.set(xlabel="step", ylim=(len(layers), 0))
+    name_axes(ax, "", ylim=(len(layers), 0))
     return ax
 
 
 def _plain_layers(run: RecordedRun) -> dict[str, np.ndarray]:
-    """A dict of layer -> norms, which no part of a state has written."""
+    """Returns the columns of a dict of layer -> norms, which no part of a state has written."""
     return {} if run.clips or run.watches or run.skips else run.table
 
 
 def _shorten(name: str) -> str:
-    """A name with its middle left out: both ends tell layers apart."""
+    """Leaves out the middle of a long name, because both ends tell layers apart."""
     half = _LETTERS // 2
     return name if len(name) <= _LETTERS else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _draw_heat_map(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
-    """The cells on a log scale, with a colour bar; hatched where there is no number."""
+    """Draws the cells on a log scale with a colour bar, hatched where there is no number."""
     from matplotlib.colors import LogNorm
 
     known, rows = np.isfinite(cells) & (cells > 0), np.arange(len(cells) + 1)
     low, high = (cells[known].min(), cells[known].max()) if known.any() else (1.0, 1.0)
     # If all norms are equal, colours still need a range.
     scale, shown = LogNorm(low, max(high, low * 1.01)), np.where(known, cells, np.nan)
-    # Its lightness rises evenly, so it survives grey print, and colour-blind people see all of it.
+    # `cividis` has an even lightness, so it survives grey print and works for the colour-blind.
     mesh = ax.pcolormesh(edges, rows, np.ma.masked_invalid(shown), norm=scale, cmap="cividis")
     colors, hatched = colors_of(ax), {"NaN or infinite": ~np.isfinite(cells), "zero": cells == 0}
     handles = []
@@ -90,12 +90,14 @@ def _draw_heat_map(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
             handles.append(_hatch(ax, edges, cell, hatch, colors.bad, name))
     if handles:
         draw_legend_above(ax, handles=handles)
-    bar = ax.figure.colorbar(mesh, ax=ax, label="gradient norm")
-    format_ticks(bar.ax.yaxis)
+    # Without any norm there are no colours to read.
+    if known.any():
+        bar = ax.figure.colorbar(mesh, ax=ax, label="gradient norm")
+        format_ticks(bar.ax.yaxis)
 
 
 def _hatch(ax: Any, edges: np.ndarray, cells: np.ndarray, hatch: str, color: str, name: str) -> Any:
-    """Hatches runs of cells, and returns what stands for them in a legend."""
+    """Hatches runs of cells, and returns their entry for a legend."""
     from matplotlib.patches import Patch
 
     style = {"facecolor": "none", "edgecolor": color, "linewidth": 0, "hatch": hatch}
@@ -115,18 +117,19 @@ def plot_histogram(
     thresholds: Sequence[float] = (),
     bins: int = 40,
 ) -> Any:
-    """Draws a histogram of norms, with quantiles, and what candidate thresholds would clip.
+    """Draws a histogram of norms, with quantiles, and how much candidate thresholds would clip.
 
     Args:
-      norms: (steps,), or a history as for `plot_norms`; or what `optaxclip.loggers.histograms`
-        returned: then elements are counted, by block, and the rest does not matter.
+      norms: (steps,), or a history as for `plot_norms`; or the result of
+        `optaxclip.loggers.histograms`: then it shows the elements of each block, and only `ax` of
+        the other arguments matters.
       ax: where to draw; None: a new figure.
-      quantiles: marked by lines.
-      thresholds: candidates; what each clips is in the legend.
-      bins: of equal width on a log scale.
+      quantiles: the quantiles to mark by lines.
+      thresholds: candidates; the legend says how much each would clip.
+      bins: the number of bins, of equal width on a log scale.
 
     Raises:
-      ValueError: for a history without norms; if no norm is finite and over zero.
+      ValueError: for a history without norms, or if no norm is finite and positive.
 
     >>> import numpy as np, optaxclip
     >>> norms = np.geomspace(0.1, 10, 101)
@@ -141,9 +144,9 @@ def plot_histogram(
     array = np.asarray(norms, float)
     known = array[np.isfinite(array) & (array > 0)]
     if not known.size:
-        raise ValueError("plot_histogram: no norm is finite and over zero.")
+        raise ValueError("plot_histogram: no norm is finite and positive.")
     ax, low, high = axes_or_new(ax), known.min(), known.max()
-    # Rounded limits could leave the smallest or the largest norm out.
+    # Rounding of exact limits could exclude the smallest or the largest norm.
     edges = np.geomspace(low * 0.99, high * 1.01, bins + 1)
     colors = colors_of(ax)
     ax.hist(known, edges, color=colors.line, alpha=0.45, edgecolor=colors.line, linewidth=0.5)
@@ -157,7 +160,7 @@ def plot_histogram(
             label=f"{100 * q:.3g}% are below {at:.3g}",
         )
     for marker, bound in zip(itertools.cycle("os^Dv"), thresholds, strict=False):
-        # Of all finite norms: zeros are steps, too, and none of those that are clipped.
+        # Among all finite norms: zeros are steps, too, which are never clipped.
         share = np.mean(array[np.isfinite(array)] > bound)
         label = f"{bound:.3g} would clip {share:.0%}"
         style = {"linewidth": 2.0, "marker": marker, "markevery": [1], "markersize": 7}
@@ -169,9 +172,9 @@ def plot_histogram(
 
 
 def _draw_counts(found: Histograms, ax: Any) -> Any:
-    """The share of the elements of each block in each bin, dark for many."""
+    """Draws the share of each block's elements in each bin, dark for few and light for many."""
     names, counts = list(found.counts), np.stack(list(found.counts.values()))
-    # Not the counts: an embedding has thousands of times the elements of a bias.
+    # Shares and not counts, because an embedding has thousands of times the elements of a bias.
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     edges = log_edges(found.edges)
     mesh = ax.pcolormesh(edges, np.arange(len(names) + 1), share, cmap="cividis", vmin=0)

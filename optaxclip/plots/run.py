@@ -1,4 +1,4 @@
-"""A whole run in one figure: loss, norms, clips and layers, with what `diagnose` finds in it."""
+"""Plots a whole run in one figure: loss, norms, clips, layers, and what `diagnose` finds."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SHOWN = 6  # signs
 
 @validate.named
 def plot_run(history: Recorded, figure: Any = None, *, clip: int = 0) -> Any:
-    """Draws what there is of loss, norms with bound, clip share and layers under one another.
+    """Draws the loss, norms with the bound, clip share and layers, as far as recorded, in rows.
 
-    What `optaxclip.diagnose` finds stands below; lines with its numbers mark the steps at which it
-    began.
+    The signs that `optaxclip.diagnose` finds are listed below, and numbered lines mark the steps at
+    which they began.
 
     Args:
       history: as for `plot_norms`, with the loss beside the metrics if there is one.
@@ -40,7 +40,7 @@ def plot_run(history: Recorded, figure: Any = None, *, clip: int = 0) -> Any:
     ['loss', 'gradient norm']
     """
     run = read_run(history, clip)
-    # Read once for all: off the device, and out of a dict for each step.
+    # Read once for all plots: from the device, and from the dicts of all steps.
     history = run.table | {"step": run.steps}
     rows = _choose(run)
     # A heat map needs room for the names of its rows.
@@ -57,7 +57,7 @@ def plot_run(history: Recorded, figure: Any = None, *, clip: int = 0) -> Any:
 
 
 def _choose(run: RecordedRun) -> list[Any]:
-    """What there is to draw."""
+    """Chooses the plots that the run has data for."""
     rows = [plot_loss] if "loss" in run.table else []
     rows += [plot_norms]
     rows += [plot_clipped_share] if "clipped" in run.clip else []
@@ -65,24 +65,27 @@ def _choose(run: RecordedRun) -> list[Any]:
 
 
 def _mark_signs(figure: Any, axes: Any, signs: tuple[Sign, ...]) -> None:
-    """Lines at the steps where signs began, and what they are below all axes."""
+    """Draws lines at the steps where signs began, and lists the signs below all axes."""
     ink = colors_of(axes[0]).ink
     for number, sign in enumerate(signs, start=1):
-        # Some signs are of the whole run.
+        # Some signs concern the whole run.
         if sign.step is None:
             continue
         for ax in axes:
             ax.axvline(sign.step, color=ink, linestyle=":", linewidth=1.2, zorder=4)
         box = {"boxstyle": "circle,pad=0.2", "facecolor": axes[0].get_facecolor(), "edgecolor": ink}
         style = {"ha": "center", "va": "top", "fontsize": 8, "bbox": box, "zorder": 6}
-        # Left of the line, on which a spike may stand.
-        style |= {"xytext": (-10, 0), "textcoords": "offset points"}
-        # Numbers of signs at one step would hide one another.
+        # Beside the line, because there may be a spike on it: on the left, but on the right near
+        # the left end, where the numbers of the axis are.
+        low, high = axes[0].get_xlim()
+        side = -10 if sign.step - low > 0.05 * (high - low) else 10
+        style |= {"xytext": (side, 0), "textcoords": "offset points"}
+        # At different heights, because numbers of signs at one step would hide each other.
         at = 0.95 - 0.15 * ((number - 1) % 5)
         over = axes[0].get_xaxis_transform()
         axes[0].annotate(str(number), (sign.step, at), xycoords=over, color=ink, **style)
     lines = [f"{number} {sign.name}: {sign.what}" for number, sign in enumerate(signs, start=1)]
     text = "\n".join(textwrap.fill(line, 110, subsequent_indent="   ") for line in lines)
-    # Not `figure.text`: room is made only for what the layout knows.
+    # Not `figure.text`, for which the layout makes no room.
     if text:
         figure.supxlabel(text, x=0.02, ha="left", fontsize=8)

@@ -1,4 +1,4 @@
-"""Plots over the steps of a run: norms, losses, bounds, how often it was clipped."""
+"""Plots norms, losses, bounds, and how often a run was clipped, over its steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from optaxclip.plots.axes import (
     draw_bad,
     draw_clipped,
     draw_legend_above,
+    draw_over_steps,
     format_ticks,
+    name_axes,
 )
 
 
@@ -22,15 +24,15 @@ from optaxclip.plots.axes import (
 def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     """Draws the norm before the clip, the bound, and how often it clipped, on a log scale.
 
-    The band at the lower edge is as high as the share of steps that were clipped. Steps whose norm
-    is NaN or infinite are hatched, steps whose norm is zero are marked at the lower edge.
+    The height of the band at the lower edge shows the share of steps that were clipped. Steps whose
+    norm is NaN or infinite are hatched; steps whose norm is zero are marked at the lower edge.
 
     Args:
       history: a `History`, a list with what `optaxclip.metrics` returned at each step, or a dict of
-        arrays with one entry a step; of a clip that measures (value clips do not by default), or of
-        a watch.
+        arrays with one entry per step. It must have a watch, or a clip that measures (value clips
+        do not by default).
       ax: where to draw; None: a new figure.
-      clip: which, if there are several clips in the state.
+      clip: the number of the clip, if there are several in the state.
 
     Returns:
       The axes.
@@ -52,30 +54,29 @@ def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     ax = axes_or_new(ax)
     colors, shown = colors_of(ax), np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)
     label = "norm before the clip" if part else "norm"
-    # A number between two NaNs has no line.
-    mark = "." if len(norms) < 2 or np.isnan(shown[1:] + shown[:-1]).all() else None
-    line = {"color": colors.line, "linewidth": 1.0, "marker": mark, "label": label}
-    ax.semilogy(run.steps, shown, **line)
-    # The bound of a clip that does not measure is one of elements.
+    draw_over_steps(ax, run.steps, shown, color=colors.line, label=label)
+    # The bound of a clip that does not measure is a bound of elements, not of norms.
     bounds = part.get("bound") if "grad_norm" in part else None
     if bounds is not None and np.isfinite(bounds).any():
         bounded = np.where(np.isfinite(bounds) & (bounds > 0), bounds, np.nan)
         style = {"color": colors.ink, "linestyle": "--", "linewidth": 1.2, "label": "bound"}
-        ax.semilogy(run.steps, bounded, **style)
+        ax.plot(run.steps, bounded, **style)
+    # Before the band, whose height depends on the scale of the axes.
+    ax.set_yscale("log")
     draw_clipped(ax, run.steps, part.get("clipped", np.zeros(1)))
     draw_bad(ax, run.steps, ~np.isfinite(norms))
     _draw_zeros(ax, run.steps, norms == 0)
-    ax.set(xlabel="step", ylabel="gradient norm")
+    name_axes(ax, "gradient norm")
     format_ticks(ax.yaxis)
     draw_legend_above(ax)
     return ax
 
 
 def require_norms(run: RecordedRun, call: str) -> np.ndarray:
-    """The norms of a run.
+    """Returns the norms of a run.
 
     Raises:
-      ValueError: naming the call, if it has none.
+      ValueError: naming the call, if the run has no norms.
     """
     if not len(run.norms):
         raise ValueError(
@@ -87,7 +88,7 @@ def require_norms(run: RecordedRun, call: str) -> np.ndarray:
 
 
 def _draw_zeros(ax: Any, steps: np.ndarray, zero: np.ndarray) -> None:
-    """Zeros have no place on a log scale: a mark at its lower edge."""
+    """Marks zeros at the lower edge, because they have no place on a log scale."""
     if zero.any():
         style = {"color": colors_of(ax).bad, "transform": ax.get_xaxis_transform()}
         label = f"zero: {zero.sum()} steps"
@@ -98,13 +99,13 @@ def _draw_zeros(ax: Any, steps: np.ndarray, zero: np.ndarray) -> None:
 def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int = 0) -> Any:
     """Draws the loss, with the share of steps that were clipped, and steps where it is NaN.
 
-    The axis is a log scale where the losses are over zero and more than 100-fold apart.
+    The scale is logarithmic if the losses are positive and span more than a factor of 100.
 
     Args:
-      history: as for `plot_norms`, with the loss beside the metrics: `optaxclip.metrics(state) |
+      history: as for `plot_norms`, with the loss added to the metrics: `optaxclip.metrics(state) |
         {"loss": loss}`.
       ax, clip: as for `plot_norms`.
-      key: what the loss is called.
+      key: the key of the loss.
 
     Raises:
       ValueError: if there is no loss in the history.
@@ -123,17 +124,17 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
     ax, losses = axes_or_new(ax), run.table[key]
     known = losses[np.isfinite(losses)]
     shown = np.where(np.isfinite(losses), losses, np.nan)
-    ax.plot(run.steps, shown, color=colors_of(ax).line, linewidth=1.0, label=key)
-    # A run that learns has losses 2- to 10-fold apart, which people know on a linear axis.
+    draw_over_steps(ax, run.steps, shown, color=colors_of(ax).line, label=key)
+    # Losses of a run that learns are 2- to 10-fold apart, and people expect a linear axis for them.
     if known.size and known.min() > 0 and known.max() > 100 * known.min():
         ax.set_yscale("log")
         format_ticks(ax.yaxis)
     elif known.size and np.ptp(known) > 1e4 * max(np.median(np.abs(known)), 1e-30):
-        # Losses that may be negative, and run away.
+        # Losses that may be negative, and diverge.
         ax.set_yscale("symlog", linthresh=max(float(np.median(np.abs(known))), 1e-30))
     draw_clipped(ax, run.steps, run.clip.get("clipped", np.zeros(1)))
     draw_bad(ax, run.steps, ~np.isfinite(losses))
-    ax.set(xlabel="step", ylabel=key)
+    name_axes(ax, key)
     draw_legend_above(ax)
     return ax
 
@@ -145,11 +146,11 @@ def plot_clipped_share(
     """Draws the share of steps that were clipped, over the last `window` and since the start.
 
     Args:
-      window: in steps; None: a twentieth of the run, at least 10.
+      window: the width of the window in steps; None: a twentieth of the run, at least 10.
       history, ax, clip: as for `plot_norms`.
 
     Raises:
-      ValueError: for an empty history, or one that does not say what was clipped.
+      ValueError: for an empty history, or one that does not record what was clipped.
 
     >>> import numpy as np, optaxclip
     >>> ax = optaxclip.plots.plot_clipped_share({"clipped": np.tile([1.0, 0.0], 50)}, window=10)
@@ -164,26 +165,26 @@ def plot_clipped_share(
         )
     clipped, ax = np.nan_to_num(run.clip["clipped"]), axes_or_new(ax)
     window = window or max(len(clipped) // 20, 10)
-    # Running sums, so that a window costs the same whatever its width.
+    # With running sums the cost does not depend on the width of the window.
     total = np.concatenate([[0.0], np.cumsum(clipped)])
     ends = np.arange(1, len(total))
     starts = np.maximum(ends - window, 0)
     recent, colors = (total[ends] - total[starts]) / (ends - starts), colors_of(ax)
-    # An area as well as a line: in grey print two lines of like slope are one.
+    # An area as well as a line, because in grey print two similar lines look the same.
     ax.fill_between(run.steps, recent, color=colors.clip, alpha=0.3, linewidth=0)
     label = f"of the last {window} steps"
     ax.plot(run.steps, recent, color=colors.clip, linewidth=1.2, label=label)
     style = {"color": colors.ink, "linestyle": "--", "linewidth": 1.2}
     ax.plot(run.steps, total[1:] / ends, label="of all steps so far", **style)
     draw_bad(ax, run.steps, ~np.isfinite(run.clip.get("grad_norm", np.zeros(len(clipped)))))
-    ax.set(xlabel="step", ylabel="share clipped", ylim=(-0.03, 1.03))
+    name_axes(ax, "share clipped", ylim=(-0.03, 1.03))
     draw_legend_above(ax)
     return ax
 
 
 @validate.named
 def plot_bound(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
-    """Draws the bound over the range in which the norms are around each step.
+    """Draws the bound over the range of the norms around each step.
 
     Args:
       history, ax, clip: as for `plot_norms`.
@@ -203,11 +204,11 @@ def plot_bound(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
         raise ValueError("plot_bound: no 'bound' in the history: append optaxclip.metrics(state).")
     ax = axes_or_new(ax)
     colors, window = colors_of(ax), max(len(norms) // 40, 10)
-    # Stretches, not a running window: a window over NaN has no quantiles.
+    # Separate stretches, because a running window over NaN has no quantiles.
     parts = np.array_split(np.arange(len(norms)), max(len(norms) // window, 1))
     kept = [part[np.isfinite(norms[part]) & (norms[part] > 0)] for part in parts]
     middle = [run.steps[part].mean() for part in kept if part.size]
-    # Not the smallest to the largest: one spike would be all that is seen.
+    # Not from the smallest to the largest: a single spike would hide everything else.
     ranges = [np.quantile(norms[part], (0.05, 0.5, 0.95)) for part in kept if part.size]
     low, usual, high = np.array(ranges).reshape(-1, 3).T
     band = {"color": colors.line, "alpha": 0.3, "linewidth": 0}
@@ -216,7 +217,7 @@ def plot_bound(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     shown = np.where(np.isfinite(bounds) & (bounds > 0), bounds, np.nan)
     ax.plot(run.steps, shown, color=colors.ink, linestyle="--", linewidth=1.2, label="bound")
     draw_bad(ax, run.steps, ~np.isfinite(norms))
-    ax.set(xlabel="step", ylabel="gradient norm", yscale="log")
+    name_axes(ax, "gradient norm", yscale="log")
     format_ticks(ax.yaxis)
     draw_legend_above(ax)
     return ax

@@ -1,4 +1,4 @@
-"""A sweep: final loss against threshold, and the clip rate."""
+"""Plots a sweep: the final loss against the threshold, and the clip rate."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from optaxclip.tuning.sweep import Sweep
 def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
     """Draws the final loss against the value, and the clip rate on a second axis.
 
-    Of each value it shows the median over seeds, and the best to the worst.
+    For each value it shows the median over seeds, and a bar from the best to the worst.
 
-    The dotted line is no clip, the star the recommendation, the shade its plateau; a cross at the
-    upper edge says how many runs diverged.
+    The dotted line is without a clip, the star is the recommendation, and the hatched range is its
+    plateau. A cross at the upper edge is labelled with the number of runs that diverged.
 
     Args:
-      sweep: what `optaxclip.tune` returned.
+      sweep: the result of `optaxclip.tune`.
       ax: where to draw; None: a new figure.
 
     Returns:
@@ -38,7 +38,7 @@ def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
     ax = axes_or_new(ax)
     real = np.flatnonzero((sweep.values != sweep.baseline) & np.isfinite(sweep.values))
     values, rows = sweep.values[real], [_summarize_seeds(sweep, int(i)) for i in real]
-    # Without values that lost the median run: an infinite loss has no place on the axis.
+    # A value whose median run diverged gets NaN, because an infinite loss has no place on the axis.
     low, median, high = np.array(rows).T
     bars = np.array([median - low, high - median])
     ax.errorbar(
@@ -53,7 +53,7 @@ def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
     )
     _draw_baseline(ax, sweep)
     _mark_recommended(ax, sweep)
-    # Room for the crosses, which would hide the highest losses.
+    # Makes room for the crosses, which would hide the highest losses.
     bottom, top = ax.get_ylim()
     ax.margins(x=0.08)
     ax.set(xlabel="value", ylabel="final loss", ylim=(bottom, top + 0.2 * (top - bottom)))
@@ -66,9 +66,12 @@ def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
 
 
 def _summarize_seeds(sweep: Sweep, i: int) -> tuple[float, float, float]:
-    """Best, median and worst of those that did not diverge; NaN if the median of all did."""
+    """Returns best, median and worst of the runs; NaN if the median diverged.
+
+    The best and the worst are those of the runs that did not diverge.
+    """
     diverged, final = sweep.diverged[i], sweep.final[i]
-    # Half way between a number and infinity there is none: interpolation would give NaN.
+    # Interpolation halfway between a number and infinity would give NaN.
     median = np.quantile(
         np.where(diverged, np.inf, final), 0.5, method="higher" if diverged.any() else "linear"
     )
@@ -78,11 +81,11 @@ def _summarize_seeds(sweep: Sweep, i: int) -> tuple[float, float, float]:
 
 
 def _draw_clip_rate(ax: Any, values: np.ndarray, rates: np.ndarray) -> None:
-    """The clip rate on a second axis to the right, in one legend with the loss."""
+    """Draws the clip rate on a second axis on the right, in one legend with the loss."""
     beside, (handles, labels) = ax.twinx(), ax.get_legend_handles_labels()
     (line,) = beside.plot(values, rates, "s--", color=GREY, markersize=4, linewidth=1.0)
     beside.set(ylabel="clip rate", ylim=(-0.03, 1.22), yticks=np.linspace(0, 1, 6))
-    # A second axis is drawn over the first, whose marks matter more.
+    # By default the second axis covers the first, whose marks matter more.
     ax.set_zorder(beside.get_zorder() + 1)
     ax.patch.set_visible(False)
     where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 3, "borderaxespad": 0.2}
@@ -99,12 +102,12 @@ def _draw_baseline(ax: Any, sweep: Sweep) -> None:
     if np.isfinite(median):
         ax.axhline(median, color=colors_of(ax).ink, linestyle=":", linewidth=1.3, label=label)
     else:
-        # No height to draw a line at, but the legend says so.
+        # There is no height to draw a line at, but the legend mentions it.
         ax.plot([], [], " ", label=label)
 
 
 def _mark_diverged(ax: Any, values: np.ndarray, diverged: np.ndarray) -> None:
-    """A cross over each value with diverged runs, and their number."""
+    """Draws a cross over each value with diverged runs, and their number."""
     some = np.flatnonzero(diverged.any(axis=1))
     if some.size:
         over = ax.get_xaxis_transform()

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from optaxclip.base import Blocks, Label, Scope
-from optaxclip.validate import called, fail, is_maker, makes_part, named, pattern
+from optaxclip.validate import called, fail, is_function, makes_part, named, pattern
 
 #: One block: all leaves share one norm. Norms, bounds and factors are scalars.
 tree = Scope("scopes.tree", lambda paths, shapes: Blocks(None, (0,) * len(paths)))
@@ -15,15 +15,15 @@ tree = Scope("scopes.tree", lambda paths, shapes: Blocks(None, (0,) * len(paths)
 
 def _by_label(labels: Sequence[str]) -> Blocks:
     """One block for each label, in the order of their first leaves."""
-    # Not sorted: layer 10 would come before layer 2, in every record and plot.
+    # Not sorted: layer 10 would come before layer 2 in every record and plot.
     names = tuple(dict.fromkeys(labels))
     places = {name: i for i, name in enumerate(names)}
     return Blocks(names, tuple(places[label] for label in labels))
 
 
 def _number_repeats(paths: Sequence[str]) -> list[str]:
-    """The paths, numbered from the second of one name on (`{"a/b": x, "a": {"b": y}}`)."""
-    # Blocks are found by their names: two leaves of one name would share a norm.
+    """Numbers paths that occur more than once, as in `{"a/b": x, "a": {"b": y}}`."""
+    # Blocks are identified by name: two leaves with the same name would share a norm.
     seen: Counter = Counter()
     out = []
     for path in paths:
@@ -47,10 +47,10 @@ def module_of(path: str) -> str:
 
 
 def _label_paths(label: Label, paths: Sequence[str]) -> list[str]:
-    """The label of each leaf. Of regular expressions exactly one must match."""
+    """The label of each leaf. Exactly one of the regular expressions must match."""
     if callable(label):
         return [label(path) for path in paths]
-    # The first match does not win: then the order of a mapping would decide, in silence.
+    # Several matches are an error: otherwise the order of the mapping would silently decide.
     matches = [
         {name for pattern, name in label.items() if re.search(pattern, path)} for path in paths
     ]
@@ -89,8 +89,8 @@ def groups(label: Label = module_of) -> Scope:
     >>> by_kind.cut(["0/attn/kernel", "0/mlp/kernel"], [(2,), (2,)]).names
     ('attention', 'rest')
     """
-    # `groups(scopes.units)` is callable, and would fail only where a tree is cut.
-    if is_maker(label) or not (callable(label) or hasattr(label, "items")):
+    # `groups(scopes.units)` is callable, and would fail only when a tree is cut.
+    if not (is_function(label) or hasattr(label, "items")):
         must = "a function of a leaf's path, or a mapping of regular expressions to names"
         raise fail(f"label must be {must}", label)
     if isinstance(label, Mapping):

@@ -10,7 +10,7 @@ import numpy as np
 from optaxclip.base import Blocks, Scope, Stacked
 from optaxclip.scopes.leaves import as_scope, leaf
 from optaxclip.trees import matcher
-from optaxclip.validate import called, fail, is_maker, makes_part, named
+from optaxclip.validate import called, fail, is_function, makes_part, named
 
 
 @makes_part
@@ -20,10 +20,10 @@ def stacked(where: Stacked, scope: Scope = leaf) -> Scope:
 
     `nn.scan`, `nnx.scan`, `jax.vmap` and `lax.scan` over layers give parameters an axis that
     numbers the layers. The leaf `blocks/attn/kernel` of shape (12, 64, 64) is cut into the blocks
-    `blocks/attn/kernel[0]` to `[11]`, each with its own norm, bound and statistics: a clip does
-    what it does to the same model with its layers in a list. Norms, bounds and factors are vectors,
-    one entry per block. Nothing is unstacked. Under `jit` leaves may be sharded over any axis, also
-    that of the layers: only norms travel between devices.
+    `blocks/attn/kernel[0]` to `[11]`, each with its own norm, bound and statistics. A clip then
+    does the same as for a model that keeps its layers in a list. Norms, bounds and factors are
+    vectors, one entry per block. Nothing is unstacked. Under `jit` leaves may be sharded over any
+    axis, including that of the layers: only norms are communicated.
 
     Args:
       where: which leaves stack layers. A regular expression, searched in the path, or a predicate
@@ -56,10 +56,10 @@ def stacked(where: Stacked, scope: Scope = leaf) -> Scope:
             raise fail("scope must be one of whole leaves", scope)
         leaves = zip(paths, shapes, strict=True)
         stacks = [_axes(path, shape, axes_of(path)) for path, shape in leaves]
-        # A misspelt rule would give one norm to all layers of a leaf, in silence.
+        # With a misspelt rule all layers of a leaf would silently share one norm.
         if paths and not any(stacks):
             raise ValueError(
-                f"{called()}: of the leaves {list(paths)} none stacks layers by the rule {where!r}."
+                f"{called()}: none of the leaves {list(paths)} stacks layers by the rule {where!r}."
             )
         labels = [(blocks.names or ())[i] for i in blocks.index]
         each = list(zip(shapes, stacks, strict=True))
@@ -84,7 +84,7 @@ def _stack_axes(where: Stacked) -> Callable[[str], tuple[int, ...]]:
 
     def axes_of(path: str) -> tuple[int, ...]:
         found = {axes for matches, axes in each if matches(path)}
-        # The first rule does not win: then the order of a mapping would decide, in silence.
+        # Several matches are an error: otherwise the order of the mapping would silently decide.
         if len(found) > 1:
             raise ValueError(f"{called()}: {path!r} matches several rules of {where!r}.")
         return next(iter(found), ())
@@ -93,8 +93,8 @@ def _stack_axes(where: Stacked) -> Callable[[str], tuple[int, ...]]:
 
 
 def _is_rule(rule: Any, axes: Any) -> bool:
-    # A function that makes a part, such as `scopes.groups` without parentheses, is no predicate.
-    says = isinstance(rule, str) or (callable(rule) and not is_maker(rule))
+    # A function that makes a part, such as `scopes.groups` without parentheses, is not a predicate.
+    says = isinstance(rule, str) or is_function(rule)
     return says and isinstance(axes, tuple) and all(isinstance(axis, int) for axis in axes)
 
 
@@ -114,7 +114,7 @@ def _by_layer(labels: Sequence[str], lengths: Sequence[tuple[int, ...]]) -> Bloc
     keys, first, names = list(zip(labels, lengths, strict=True)), {}, []
     for label, length in dict.fromkeys(keys):
         other = {n for name, n in first if name == label and n} - {length}
-        # Layer 3 of an encoder and layer 3 of a longer decoder have nothing to share.
+        # Layer 3 of an encoder and layer 3 of a longer decoder should not share a norm.
         if length and other:
             raise ValueError(
                 f"{called()}: the leaves of {label!r} stack {min(other)} and {length} layers: give"

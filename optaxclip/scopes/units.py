@@ -8,8 +8,8 @@ from typing import Any
 from optaxclip.base import Blocks, Scope
 from optaxclip.validate import called, makes_part
 
-# Optax's rule by rank: the input axes of a dense layer (IO), or of a convolution (HWIO, DHWIO). Of
-# rank 3 it is that of Optax's code, axis 0; its documentation says otherwise.
+# Optax's rule by rank: the input axes of a dense layer (IO) or of a convolution (HWIO, DHWIO). For
+# rank 3 Optax's code uses axis 0, as here; its documentation says otherwise.
 _INPUTS = {2: (0,), 3: (0,), 4: (0, 1, 2), 5: (0, 1, 2, 3)}
 
 
@@ -54,17 +54,17 @@ def unit_axes(
 def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = None) -> Scope:
     """One block per unit, a slice of a leaf along `axes`. Norms, bounds, factors: small arrays.
 
-    Norms are right from 1e-36 to 1e36. On a CPU a unit below 1e-19 counts as zeros if another of
-    its leaf is not.
+    Norms are right from 1e-36 to 1e36. On a CPU a unit with a norm below 1e-19 counts as zero if
+    another unit of the same leaf has a larger one.
 
     Args:
       axes: the axes that a unit spans. None: by rank as in Optax, the input axes of a dense layer
         (IO) or convolution (HWIO); an axis or a tuple of axes; `...`: all of them; `()`: none, each
         element is a unit; or a function of the path that returns one of these. Vectors and scalars
-        are one unit, but for `()`.
+        are one unit, except with `()`.
       batch_axes: how many leading axes number layers (as `nn.scan` and `nnx.vmap` stack them), or a
-        function of the path that returns it; None for 0. `axes` do not count them, and no unit
-        spans them: `units(..., batch_axes=1)` gives one norm per layer.
+        function of the path that returns it; None for 0. `axes` are counted after these, and no
+        unit spans them: `units(..., batch_axes=1)` gives one norm per layer.
 
     Raises:
       ValueError: where a tree is cut, naming the leaf, if the axes do not fit or the rank has no
@@ -77,7 +77,7 @@ def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = N
     def cut(paths, shapes):
         pairs = zip(paths, shapes, strict=True)
         spans = tuple(unit_axes(p, s, at(axes, p), at(batch_axes, p) or 0) for p, s in pairs)
-        # No names: a model has thousands of units, and the state would carry a key for each.
+        # No names: a model has thousands of units, and the state would hold a key for each.
         return Blocks(None, (), spans)
 
     given = "" if axes is None else "..." if axes is Ellipsis else repr(axes)
@@ -85,6 +85,6 @@ def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = N
     return Scope(f"scopes.units({', '.join(filter(None, (given, more)))})", cut)
 
 
-#: One block per number. Norms, bounds and factors have the shapes of the leaves, and are sharded as
-#: these; the record of a clip takes 24 bytes a number, to which a threshold adds its statistics.
+#: One block per number. Norms, bounds and factors have the shapes of the leaves, and are sharded
+#: like them. The record of a clip takes 24 bytes per number, plus the statistics of its threshold.
 element = units(())._replace(name="scopes.element")

@@ -1,7 +1,7 @@
-"""Rules for one block, mapped over all blocks, and states that no bad norm can move.
+"""Rules for one block, mapped over all blocks, and states that bad norms do not change.
 
-A threshold is an optax transformation: its updates are the norms of all blocks, what it returns are
-their bounds, and its `params` are the norms of the parameters, in the shape of the norms.
+A threshold is an optax transformation: its updates are the norms of all blocks, it returns their
+bounds, and its `params` are the norms of the parameters, in the same shape.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from optaxclip.base import Norms, annotate
 from optaxclip.validate import named
 
 
-# A type, and not a mark on the function: what `optax.chain` makes of thresholds is of Optax's type,
-# and so counts as one that may read parameters.
+# A type, not an attribute of the function: a chain of thresholds then has Optax's type, and rightly
+# counts as one that may read parameters.
 class NormsOnly(optax.GradientTransformationExtraArgs):
     """A threshold that does not read `params`, so that no clip measures the parameters for it."""
 
@@ -28,13 +28,13 @@ class NormsOnly(optax.GradientTransformationExtraArgs):
 
 
 class Fixed(NormsOnly):
-    """A threshold that does not read the norms either: a clip of elements need not measure."""
+    """A threshold that does not read norms either, so that value clipping need not measure."""
 
     __slots__ = ()
 
 
 def reads_params(*thresholds: optax.GradientTransformation) -> bool:
-    """Whether any of these may read the norms of the parameters, as every foreign one may."""
+    """Whether any of these may read the norms of the parameters; foreign thresholds always may."""
     return not all(isinstance(threshold, NormsOnly) for threshold in thresholds)
 
 
@@ -49,8 +49,8 @@ def new_threshold(
     Args:
       init: `norms -> state`.
       update: `(norms, state, params=None, **extra_args) -> (bounds, state)`.
-      *inside: the thresholds that it is made of.
-      kind: what it reads; None: parameters if one of those inside does, and norms.
+      *inside: the thresholds it is made of.
+      kind: what it reads. None: norms, and parameters if one of those inside reads them.
     """
     if kind is None:
         kind = optax.GradientTransformationExtraArgs if reads_params(*inside) else NormsOnly
@@ -59,20 +59,20 @@ def new_threshold(
 
 
 def learns(*updates: Callable) -> bool:
-    """Whether the thresholds of these functions judge a norm by the norms before it."""
+    """Whether these update functions belong to thresholds that judge a norm by earlier norms."""
     return any(getattr(update, "learns", False) for update in updates)
 
 
 def start_blocks(start: Any, norms: Norms) -> Any:
-    """The state of one block, once per block: each number becomes an array like the norms.
+    """Repeats the state of one block for all blocks: each number becomes an array like the norms.
 
-    Not a state for each array of norms: so laid out, Optax recognizes what is kept per block, as it
-    recognizes moments in the shape of parameters.
+    With one tree of norms per number, not one state per array of norms, Optax recognizes what is
+    kept per block, as it recognizes moments that have the shape of the parameters.
     """
 
     def fill(x):
         x = x if isinstance(x, jax.Array) else np.asarray(x)
-        # NumPy makes int64 of a Python 0; counters are int32, with or without x64.
+        # NumPy turns a Python 0 into int64, but counters are int32 with and without x64.
         whole = np.int32 if jnp.issubdtype(x.dtype, jnp.integer) else x.dtype
 
         def like(norm):
@@ -89,11 +89,11 @@ def over_blocks(
 ) -> tuple[Norms, Any]:
     """Maps `rule(norm, state, ...) -> (bound, state)` over all blocks, as one vector operation."""
 
-    # An axis at a time. A reshape to one axis, and back, would gather the norms of sharded units.
+    # One `vmap` per axis. Reshaping to a single axis and back would gather norms of sharded units.
     def over_array(norm, *rest):
         return functools.reduce(lambda f, _: jax.vmap(f), range(norm.ndim), rule)(norm, *rest)
 
-    # States are kept as one tree of norms for each number; the rule takes one tree of numbers.
+    # The state has one tree of norms per number; the rule takes one tree of numbers per block.
     one, many = jax.tree.structure(start), jax.tree.structure(norms)
     if not many.num_leaves:  # no unit at all, as in an empty group of `optax.partition`
         return norms, state
@@ -107,36 +107,36 @@ def over_blocks(
 def hold(init: Callable[[Norms], Any], norms: Norms, new: Any, old: Any) -> Any:
     """The new state of blocks whose norm is finite, the old state of the others.
 
-    Which state is kept per block is not guessed from shapes: it is what mirrors the norms where
-    `init` is given a placeholder for them. Other state, such as a counter, moves if any norm is
+    Which state is kept per block is not guessed from shapes: it is what mirrors the norms when
+    `init` is given a placeholder for them. Other state, such as a counter, advances if any norm is
     finite.
     """
-    # Plain numbers keep no state: for them none of this is traced.
+    # A plain number has no state, and nothing of this is traced.
     if not jax.tree.leaves(old):
         return new
     fine = jax.tree.map(jnp.isfinite, norms)
-    # Of a tree without leaves nothing is bad.
+    # In a tree without leaves no norm is bad.
     each = [jnp.any(ok) for ok in jax.tree.leaves(fine)] or [jnp.array(True)]
     some = each[0] if len(each) == 1 else jnp.any(jnp.stack(each))
     return jax.tree.map(_pick, _masks(init, old, fine, some), new, old)
 
 
 def _masks(init, state, fine, some):
-    """For each array of a state whether it may move: the masks of its blocks, or one for all."""
+    """For each array of a state whether it may change: a mask per block, or one for all."""
     try:
         return optax.tree.map_params(
             init, lambda _, ok: ok, state, fine, transform_non_params=lambda _: some
         )
     except Exception:
-        # An `init` that computes with its norms takes no placeholder. What is per block is unknown
-        # then: all of the state moves, or none.
+        # An `init` that computes with its norms fails on a placeholder. What is kept per block is
+        # then unknown, and either all of the state changes or none.
         return functools.reduce(jnp.logical_and, [jnp.all(ok) for ok in jax.tree.leaves(fine)])
 
 
 def _pick(fine, new, old):
     def pick(new, old):
         new, old = jnp.asarray(new), jnp.asarray(old)
-        # State per block may have axes of its own behind those of the norms, such as a window.
+        # State per block may have more axes after those of the norms, such as a window.
         mask = jnp.reshape(fine, jnp.shape(fine) + (1,) * (new.ndim - jnp.ndim(fine)))
         return jnp.where(mask, new.astype(old.dtype), old)
 
@@ -150,14 +150,14 @@ def per_block(
     """A threshold from a rule for one block: `step(norm, state) -> (bound, state)`.
 
     The rule is written for a scalar norm and mapped over all blocks at once, as one vector
-    operation. The bound that it returns holds for the norm that it is given (to decide first and
-    learn after, wrap it in `lag`; to write a statistic and the bound that follows from it apart,
-    see `learned`).
+    operation. The bound that it returns is for the norm that it is given. (To decide first and
+    learn after, wrap it in `lag`; to separate a statistic from the bound that follows from it, see
+    `learned`.)
 
     Args:
       init: the state of one block before its first norm, any pytree of numbers.
-      step: the rule. Norms that are not finite are computed with, but the clip drops the state that
-        comes of it.
+      step: the rule. It is called with norms that are not finite as well, but the clip drops the
+        resulting state.
 
     Example, the longest norm so far, times 0.9:
 

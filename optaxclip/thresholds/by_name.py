@@ -21,20 +21,20 @@ from optaxclip.thresholds.fixed import ScheduleState, advance, as_threshold, sta
 def by_name(bounds: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
     """A different threshold for each block, such as `by_name({"encoder": zscore(), "head": 1.0})`.
 
-    Every block needs an entry; there is no default. The names are those in `optaxclip.metrics`:
-    `clip/grad_norm/<name>`. So it is for scopes whose blocks have names. `clip_by_leaf_norm` and
-    `clip_by_group_norm` take the mapping itself.
+    Every block needs an entry; there is no default. The names are those in `optaxclip.metrics`,
+    `clip/grad_norm/<name>`, so the scope must be one whose blocks have names. `clip_by_leaf_norm`
+    and `clip_by_group_norm` take the mapping itself.
 
     Args:
-      bounds: for the name of each block a number, a schedule or a threshold. For a leaf or group
-        that stacks layers one for all of them, or a list or array of one for each
-        (`{"blocks": [1.0, 0.5]}`); a single layer may be named by itself (`blocks[3]`), which goes
-        before. Each threshold keeps its statistics for all blocks, whether or not they are its own:
-        the state has (thresholds) x (blocks) of them.
+      bounds: a number, a schedule or a threshold for the name of each block. For a leaf or group
+        that stacks layers: one for all layers, or a list or array with one per layer
+        (`{"blocks": [1.0, 0.5]}`). An entry for a single layer (`blocks[3]`) takes precedence. Each
+        threshold keeps statistics for all blocks, even those that it does not bound: the state has
+        (thresholds) x (blocks) of them.
 
     Raises:
-      ValueError: for a bound that is none; at the update, if these are not the names of the blocks,
-        or the blocks have none.
+      ValueError: for an invalid bound; at the update, if these are not the names of the blocks, or
+        the blocks have no names.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> from optaxclip import scopes, thresholds
@@ -51,7 +51,7 @@ def by_name(bounds: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
 
 
 def each_by_name(**argument: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-    """As `by_name`, for an argument of any name."""
+    """Like `by_name`, for an argument of any name."""
     ((argument_name, given),) = argument.items()
     bounds = {path: x for name, bound in given.items() for path, x in _by_layer(name, bound)}
     for name, bound in bounds.items():
@@ -66,7 +66,7 @@ def each_by_name(**argument: Mapping[str, Any]) -> optax.GradientTransformationE
 
 
 def _by_layer(name: str, bound: Any) -> Iterator[tuple[str, Any]]:
-    """An entry, or those of its layers, where it is a list or an array."""
+    """An entry, or one entry per layer if it is a list or an array."""
     several = isinstance(bound, list | tuple) and not validate.is_transformation(bound)
     if not several and not getattr(bound, "ndim", 0):
         yield name, bound
@@ -76,18 +76,18 @@ def _by_layer(name: str, bound: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_schedule(bound: Any) -> bool:
-    return callable(bound) and not validate.is_maker(bound)
+    return validate.is_function(bound)
 
 
 def _fixed(argument: str, bounds: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
-    """The threshold of the numbers and schedules; others have no bound by it.
+    """The threshold for numbers and schedules; it does not bound the other blocks.
 
-    One vector, and not a threshold for each: a tree may have a hundred leaves.
+    It makes one vector, not a threshold per entry, as a tree may have hundreds of leaves.
     """
 
     def stack(step: Any, norms: Norms, blocks: Sequence[str] | None):
         entries = _entries(argument, bounds, blocks)
-        # Here and not where the clip is built: an array that is made inside `jit` would outlive it.
+        # Not made when the clip is built: an array made inside `jit` would outlive the trace.
         now = {name: bound(step) if callable(bound) else bound for name, bound in bounds.items()}
         own = [math.inf if validate.is_transformation(now[name]) else now[name] for name in entries]
         return jnp.asarray(own, jnp.result_type(float)).astype(norms.dtype)
@@ -102,7 +102,7 @@ def _fixed(argument: str, bounds: Mapping[str, Any]) -> optax.GradientTransforma
     init, update = (lambda norms: optax.EmptyState()), fixed_fn
     if any(map(_is_schedule, bounds.values())):
         init, update = start_schedule, scheduled_fn
-    # For `check`, which compares bounds without running the clip.
+    # Read by `check`, which compares bounds without running the clip.
     return new_threshold(init, annotate(update, bound=tuple(bounds.values())), kind=Fixed)
 
 
@@ -112,11 +112,11 @@ def _beside(
     fixed: optax.GradientTransformationExtraArgs,
     learners: Mapping[str, optax.GradientTransformationExtraArgs],
 ) -> optax.GradientTransformationExtraArgs:
-    """Fixed bounds, and learned ones for the blocks of these names."""
+    """Fixed bounds, and learned ones for the blocks with these names."""
     inside = (fixed, *learners.values())
 
-    # Each sees all norms, of which it bounds its own: so its state is laid out like the norms, and
-    # that of one block can be held where it is not finite.
+    # Each threshold sees all norms, though it bounds only its own blocks: its state then has the
+    # shape of the norms, and the engine can hold the state of a block that is not finite.
     def init_fn(norms):
         return tuple(threshold.init(norms) for threshold in inside)
 
@@ -135,15 +135,15 @@ def _beside(
 
 
 def _entries(argument: str, bounds: Mapping[str, Any], blocks: Sequence[str] | None) -> list[str]:
-    """For each block the name of its entry: its own, or that of the leaf whose layer it is."""
+    """For each block the name of its entry: its own, or that of the leaf that it is a layer of."""
     if blocks is None:
         raise ValueError(
-            f"{validate.called()}: {argument} is by the names of blocks, which have none here: that"
-            " takes scopes.leaf, scopes.groups(...) or scopes.stacked(...)."
+            f"{validate.called()}: {argument} is a mapping by block name, but the blocks of this"
+            " scope have no names: use scopes.leaf, scopes.groups(...) or scopes.stacked(...)."
         )
     found = [next((x for x in _spellings(block) if x in bounds), None) for block in blocks]
     missing = [block for block, name in zip(blocks, found, strict=True) if name is None]
-    # Both ways: a bound for a leaf that is not there is a misspelt path, whose leaf has none.
+    # An entry for a block that does not exist is an error, too: it is a misspelt path.
     unknown = [name for name in bounds if name not in found]
     if missing or unknown:
         wrong = [f"{missing} are missing"] * bool(missing)

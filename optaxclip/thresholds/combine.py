@@ -19,7 +19,7 @@ from optaxclip.thresholds.fixed import advance, as_threshold
 
 
 class LagState(NamedTuple):
-    """State of `lag`: that of the threshold inside, and the bounds that hold for the next norms."""
+    """State of `lag`: that of the threshold inside, and the bounds for the next norms."""
 
     inner: optax.OptState
     clip_bound: Any
@@ -29,13 +29,12 @@ class LagState(NamedTuple):
 def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransformationExtraArgs:
     """Decides first and learns after: the bound for a norm comes from the norms before it.
 
-    There is no bound (infinity) until the first finite norm was seen. Norms of zero are not learned
-    from.
+    There is no bound (infinity) until the first finite norm. Norms of zero are not learned.
 
     Args:
-      threshold: what makes bounds of norms, for example `optax.chain(optax.ema(0.9),
+      threshold: what turns norms into bounds, for example `optax.chain(optax.ema(0.9),
         optax.scale(2.0))`: twice the running mean.
-      feed: what the threshold learns of a norm, given its bound: `feeds.raw`, `feeds.clipped`,
+      feed: what the threshold learns from a norm, given its bound: `feeds.raw`, `feeds.clipped`,
         `feeds.accepted`, or a function `(norms, bounds) -> norms` in which infinity and NaN
         mean "nothing".
 
@@ -54,16 +53,16 @@ def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransf
         return LagState(inner.init(norms), unbounded)
 
     def feed_on(norms, bounds):
-        # Of a norm of zero (a frozen leaf, an unused expert) every multiple is zero: a bound that
-        # freezes for ever.
+        # Every multiple of a norm of zero (a frozen leaf, an unused expert) is a bound of zero,
+        # which would freeze the block for ever.
         return jnp.where(norms == 0, math.inf, feed(norms, bounds))
 
     def update_fn(norms, state, params=None, **extra_args):
         fed = jax.tree.map(feed_on, norms, state.clip_bound)
-        # The threshold inside, which may be anybody's, gets a number to compute with in any case.
+        # The threshold inside may be anyone's, so it always gets a finite number to compute with.
         safe = jax.tree.map(lambda n: jnp.where(jnp.isfinite(n), n, 1), fed)
         bounds, inner_state = inner.update(safe, state.inner, params, **extra_args)
-        # The engine holds what norms that are not finite would move; a feed may leave out others.
+        # The engine holds the state for norms that are not finite; a feed may leave out others.
         return state.clip_bound, hold(init_fn, fed, LagState(inner_state, bounds), state)
 
     annotate(update_fn, learns=True)
@@ -71,14 +70,14 @@ def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransf
 
 
 def _combine(pick: Callable, *both: optax.GradientTransformationExtraArgs):
-    """The threshold that applies `pick` to the bounds of two."""
+    """A threshold that applies `pick` to the bounds of two others."""
 
     def update_fn(norms, state, params=None, **extra_args):
-        # Both are asked, and learn, whichever bound is taken in the end.
+        # Both are updated, so both learn, whichever bound is used in the end.
         (x, one), (y, two) = (
             t.update(norms, s, params, **extra_args) for t, s in zip(both, state, strict=True)
         )
-        # `jnp.minimum` keeps NaN: a bound that is none makes its block count as not finite.
+        # `jnp.minimum` keeps NaN, and a bound of NaN makes its block count as not finite.
         return jax.tree.map(pick, x, y), (one, two)
 
     return new_threshold(lambda norms: tuple(t.init(norms) for t in both), update_fn, *both)
@@ -99,7 +98,7 @@ def at_most(threshold: Threshold, cap: Threshold) -> optax.GradientTransformatio
 
 @validate.named
 def at_least(threshold: Threshold, floor: Threshold) -> optax.GradientTransformationExtraArgs:
-    """The larger of two bounds: an adaptive threshold that can not shrink to nothing.
+    """The larger of two bounds: an adaptive threshold that cannot shrink to nothing.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import thresholds
@@ -113,7 +112,7 @@ def at_least(threshold: Threshold, floor: Threshold) -> optax.GradientTransforma
 class UntilState(NamedTuple):
     """State of `until`: the updates so far, int32, and the states of both thresholds."""
 
-    # Not `count`, by which Optax users look for the steps of Adam.
+    # Not `count`, the name under which Optax users look up the steps of Adam.
     clip_step: jax.Array
     inner: tuple[optax.OptState, ...]
 
@@ -163,9 +162,9 @@ def param_relative(
     Args:
       ratio: the largest ratio of a block's norm to that of its parameters: a number, array, tracer
         or schedule.
-      floor: the norm that parameters count for at least: a block of zeros (a fresh bias) has to
-        move, too. With the usual 1e-3 and a ratio of 0.01 it starts with a bound of 1e-5: raise the
-        floor if it should start faster. None: no floor, and no bound for blocks of zeros.
+      floor: the smallest norm that parameters count as, so that a block of zeros (a fresh bias) can
+        move. With the usual 1e-3 and a ratio of 0.01 its bound is 1e-5 at first: raise the floor if
+        it should start faster. None: no floor, and no bound for blocks of zeros.
 
     Raises:
       ValueError: if ratio or floor is negative, NaN, a boolean or a string; at the update, without
@@ -175,7 +174,7 @@ def param_relative(
     if floor is not None:
         validate.bound(floor=floor)
 
-    # On zeros a share would be zero, too: such a block would never move.
+    # A share of zero is zero: without this case a block of zeros would never move.
     def bound(ratio, size):
         if floor is None:
             return jnp.where(size == 0, np.asarray(np.inf, size.dtype), ratio * size)
@@ -190,5 +189,5 @@ def param_relative(
         ratios, state = ratio.update(norms, state, params, **extra_args)
         return jax.tree.map(bound, ratios, params), state
 
-    # It reads parameters, though the ratio inside may not.
+    # The kind is given because this reads parameters even if the ratio inside does not.
     return new_threshold(ratio.init, update_fn, ratio, kind=optax.GradientTransformationExtraArgs)

@@ -1,4 +1,4 @@
-"""Thresholds that no gradient moves, which is what plain numbers and schedules mean."""
+"""Thresholds that do not depend on gradients: numbers and schedules."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from optaxclip.thresholds.blocks import Fixed, new_threshold
 
 def _bound_like(bound: Any, norms: jax.Array) -> jax.Array:
     """A number, or one number per block, in the shape and dtype of the norms."""
-    # Nothing is broadcast: bounds (3, 1) for norms (3,) would make factors (3, 3).
+    # No broadcasting: bounds (3, 1) for norms (3,) would make factors (3, 3).
     if jnp.ndim(bound) and jnp.shape(bound) != norms.shape:
         raise ValueError(
             f"{validate.called()}: a bound must be one number, or one number per block: it has"
             f" shape {jnp.shape(bound)}, the norms have shape {norms.shape}."
         )
-    # The bound is rounded, never the norm: a float64 of NumPy's must not widen the updates.
+    # Round the bound, not the norm: a NumPy float64 must not widen the updates.
     return jnp.broadcast_to(jnp.asarray(bound).astype(norms.dtype), norms.shape)
 
 
@@ -34,7 +34,7 @@ def _bound_like(bound: Any, norms: jax.Array) -> jax.Array:
 def constant(bound: ArrayLike) -> optax.GradientTransformationExtraArgs:
     """The same bound at every step: a number, a tracer, or an array with one number per block.
 
-    A plain number, wherever a threshold is taken, means this.
+    A plain number means this wherever a threshold is expected.
 
     Raises:
       ValueError: if the bound is a negative number, NaN, a boolean or a string.
@@ -44,12 +44,12 @@ def constant(bound: ArrayLike) -> optax.GradientTransformationExtraArgs:
 
 
 def unchecked(bound: Any) -> optax.GradientTransformationExtraArgs:
-    """As `constant`, for what has been checked, or is made at every step."""
+    """Like `constant`, for bounds that were checked already, or that are made at every step."""
 
     def update_fn(norms, state, params=None, **extra_args):
         return jax.tree.map(functools.partial(_bound_like, bound), norms), state
 
-    # For `optaxclip.check`, which reads what a bound is, and never asks a closure.
+    # For `optaxclip.check`, which does not look into closures.
     annotate(update_fn, bound=bound)
     return new_threshold(lambda norms: optax.EmptyState(), update_fn, kind=Fixed)
 
@@ -78,10 +78,10 @@ def advance(step: jax.Array) -> jax.Array:
 def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """The bound that `schedule(step)` returns, steps counted from 0.
 
-    A plain function of the step, wherever a threshold is taken, means this.
+    A plain function of the step means this wherever a threshold is expected.
 
     Raises:
-      ValueError: if `schedule` is no function; at the update, if it returns what can be no bound.
+      ValueError: if `schedule` is not a function; at the update, if it returns an invalid bound.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import thresholds
@@ -91,12 +91,12 @@ def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs
     >>> float(bound), float(threshold.update(jnp.array(1.0), state)[0])
     (4.0, 2.0)
     """
-    if not callable(schedule):
+    if not validate.is_function(schedule):
         raise validate.fail("schedule must be a function of the step", schedule)
 
     def update_fn(norms: Norms, state, params=None, **extra_args):
         bound = schedule(state.clip_step)
-        # Its kind is looked at, not its value: that would wait for the device at every step.
+        # Checks the type, not the value, which would wait for the device at every step.
         validate.bound(**{"the value of the schedule": bound}, wait=False)
         bounds = jax.tree.map(lambda n: _bound_like(bound, n), norms)
         return bounds, ScheduleState(advance(state.clip_step))
@@ -106,29 +106,29 @@ def scheduled(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs
 
 
 def is_of_gradients(tx: optax.GradientTransformation) -> bool:
-    """Whether this is a clip or an optimizer, which is a transformation as thresholds are."""
+    """Whether this transforms gradients, as a clip or an optimizer does, and not norms."""
     if hasattr(tx.update, "learns"):  # a threshold of ours
         return False
     return any(map(_is_of_gradients, _functions_in(tx.update))) or _has_moments(tx)
 
 
 def _is_of_gradients(function: Callable[..., Any]) -> bool:
-    """Whether this function is in a clip, or in a step downhill."""
+    """Whether this function belongs to a clip or an optimizer."""
     if not _is_of_optax(function):
         return hasattr(function, "description")  # ours
     maker = find_maker(function)
     if maker == "scale":
-        # A bound is never negative, a learning rate is until it is added.
+        # A bound is never negative; the factor of a learning rate is.
         step = read_closure(function).get("step_size")
         return validate.is_static(step) and step < 0
     return maker.startswith(("clip", "adaptive_grad_clip", "scale_by_learning_rate"))
 
 
 def _functions_in(function: Any) -> Iterator[Callable[..., Any]]:
-    """A function and, if it is Optax's, all those that it closes over: the parts of a chain."""
+    """A function and, if it is Optax's, the functions it closes over: the parts of a chain."""
     if isinstance(function, types.FunctionType):
         yield function
-    # A closure of the user's is none of our affair, and may hold anything.
+    # Do not look into closures of the user's, which may hold anything.
     if _is_of_optax(function):
         for inside in jax.tree.leaves(read_closure(function)):
             yield from _functions_in(inside)
@@ -141,11 +141,11 @@ def _is_of_optax(function: Any) -> bool:
 def _has_moments(tx: optax.GradientTransformation) -> bool:
     """Whether its state is that of an optimizer."""
     try:
-        # Shapes only: to construct must start no backend.
+        # Shapes only: constructing a clip must not start a backend.
         state = jax.eval_shape(tx.init, jax.ShapeDtypeStruct((), jnp.float32))
     except Exception:  # a threshold may take no scalar norms
         return False
-    # Not by `count` or `trace`: `optax.ema` and `optax.trace` make good thresholds.
+    # Not by `count` or `trace`: `optax.ema` and `optax.trace` are useful as thresholds.
     return any(optax.tree.get_all_with_path(state, name) for name in ("mu", "nu"))
 
 
@@ -157,7 +157,7 @@ def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs
     """
     ((name, value),) = argument.items()
     must = f"{name} must be a number, a schedule or a threshold"
-    # A clip is a transformation, too. It would take norms for gradients, and never complain.
+    # A clip is a transformation, too, and would treat norms as gradients without an error.
     if isinstance(value, type):
         raise validate.fail(must, value)
     if hasattr(getattr(value, "update", None), "description"):
@@ -170,7 +170,7 @@ def as_threshold(**argument: Threshold) -> optax.GradientTransformationExtraArgs
             )
             raise validate.fail(f"{must} of norms; {beside}", value)
         return optax.with_extra_args_support(value)
-    if callable(value) and not validate.is_maker(value):
+    if validate.is_function(value):
         return scheduled(value)
     validate.threshold(**argument)
     return unchecked(value)

@@ -1,11 +1,11 @@
 """Thresholds that learn: a statistic of the norms so far, and the bound that follows from it.
 
-What tells most published methods apart is not their statistic but what enters it, and when. So
-`learned` takes the two apart: a `Statistic` is a few lines for one block; what it is fed, whether
-it learns before or after it decides, how it warms up and when it is reset are arguments.
+Most published methods differ not in their statistic but in what enters it, and when. `learned`
+keeps the two apart: a `Statistic` is a few lines for one block; what it is fed, whether it learns
+before or after it decides, how it warms up and when it is reset are arguments.
 
-Nothing enters a statistic that could poison it or lock it for ever: no norm that is not finite, and
-no zero (a frozen leaf, an unused expert), of which every multiple is a bound of zero.
+A statistic never learns from a norm that is not finite, nor from zero (a frozen leaf, an unused
+expert): every multiple of zero would be a bound of zero, and the block would stay locked for ever.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Statistic(NamedTuple):
 
     Attributes:
       start: its value before the first norm, any pytree of numbers.
-      learn: `(norm, value, seen) -> value` takes in one more norm; `seen`, int32, is the number of
-        norms before it.
-      bound: `(norm, value, seen) -> bound` for a norm; most do not look at the norm itself.
-      signed: whether zeros and negative numbers are learned, too: for losses.
+      learn: `(norm, value, seen) -> value` adds one norm; `seen`, int32, is the number of norms
+        before it.
+      bound: `(norm, value, seen) -> bound` for a norm; most do not depend on the norm itself.
+      signed: whether zeros and negative numbers are learned as well, which losses need.
     """
 
     start: Any
@@ -77,18 +77,18 @@ def learned(
     """A threshold from a statistic, for every block at once.
 
     Args:
-      statistic: what is learned of one block, and the bound that follows.
-      feed: what is learned of a norm, given its bound: `feeds.raw`, `feeds.clipped`,
+      statistic: what is learned about one block, and the bound that follows.
+      feed: what is learned from a norm, given its bound: `feeds.raw`, `feeds.clipped`,
         `feeds.accepted`, or a function `(norms, bounds) -> norms` in which infinity and NaN
         mean "nothing".
-      update_first: whether a norm is learned, as it is, before it is judged; else it is judged by
-        those before it.
-      warmup_steps: a block is held to the bound of `warmup` until it has learned from this many
-        norms.
+      update_first: whether a norm is learned, unclipped, before it is judged. If not, it is judged
+        by the norms before it.
+      warmup_steps: a block has the bound of `warmup` until it has learned from this many norms.
       warmup: the threshold of the warm-up; by default there is none.
       relearn_after: a block that was over its bound on this many consecutive steps has changed for
-        good: its statistic is reset to the present norm (and warms up again). None: never. A feed
-        that does not let the statistic follow needs it, or the block is locked out for ever.
+        good: its statistic is reset to the present norm (and warms up again). None: never. It is
+        needed with a feed that does not let the statistic follow; else the block is locked for
+        ever.
 
     Raises:
       ValueError: for numbers out of range; for `update_first` with another feed than `feeds.raw`:
@@ -112,9 +112,9 @@ def learned(
         value, seen, over = state
         if update_first:
             value, seen = _learn(statistic, norm, value, seen)
-        # In one dtype, whatever a user's statistic returns: strict promotion mixes none.
+        # A user's statistic may return another dtype, which strict promotion would not mix.
         bound = statistic.bound(norm, value, seen).astype(norm.dtype)
-        # Both bounds are computed, as blocks warm up one by one: each counts what it has learned.
+        # Both bounds are computed, because blocks warm up one by one: each has its own count.
         bound = jnp.where(seen < warmup_steps, warmup_bound, bound)
         if not update_first:
             value, seen = _learn(statistic, feed(norm, bound), value, seen)
@@ -148,11 +148,11 @@ def _check(feed, update_first, warmup_steps, relearn_after) -> None:
 
 
 def _learn(statistic: Statistic, norm, value, seen):
-    """The statistic and its count after one more norm, as before if that teaches nothing."""
-    # Asked again, after the engine: what a feed makes of a finite norm may be infinite.
+    """The statistic and its count after one more norm; unchanged if there is nothing to learn."""
+    # The engine has checked norms already, but a feed may return infinity for a finite one.
     fine = jnp.isfinite(norm) & (statistic.signed | (norm > 0))
-    # In place of what teaches nothing any number will do: log(0) or inf - inf would be a false
-    # alarm under `jax.debug_nans`, also where nobody takes it.
+    # Replaced by 1 if there is nothing to learn: log(0) or inf - inf would be a false alarm under
+    # `jax.debug_nans`, even if the result is not selected.
     new = statistic.learn(jnp.where(fine, norm, 1), value, seen)
     value = jax.tree.map(lambda new, old: jnp.where(fine, new.astype(old.dtype), old), new, value)
     return value, jnp.where(fine, optax.safe_increment(seen), seen)
@@ -160,7 +160,7 @@ def _learn(statistic: Statistic, norm, value, seen):
 
 def _reset(statistic: Statistic, norm, state: BlockState, relearn_after) -> BlockState:
     """The state; reset to the present norm if too many consecutive ones were over their bounds."""
-    # Computed at every step, and selected: under a `vmap` a `cond` would do the same.
+    # Computed at every step and selected: under `vmap` a `cond` would do the same.
     start = start_blocks(BlockState(statistic.start, 0, 0), norm)
     fresh = BlockState(*_learn(statistic, norm, start.value, start.seen), start.over)
     return jax.tree.map(lambda a, b: jnp.where(state.over >= relearn_after, a, b), fresh, state)
@@ -172,6 +172,6 @@ def like(value: Any, norm: jax.Array) -> jax.Array:
 
 
 def empty(*shape: int) -> np.ndarray:
-    """Room for norms that were not seen yet: infinite, which no norm that is kept can be."""
-    # NumPy's: a constant in a closure that JAX made would start a backend when a clip is built.
+    """Space for norms not seen yet, filled with infinity, which no stored norm can be."""
+    # NumPy, because a JAX constant in a closure would start a backend when a clip is built.
     return np.full(shape, np.inf, np.float32)

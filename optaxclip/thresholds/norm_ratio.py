@@ -17,7 +17,7 @@ def norm_ratio(
     *,
     relearn_after: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A multiple of the running mean of clipped norms, as `max_grad_norm_ratio` in OLMo.
+    """A multiple of the running mean of clipped norms, like `max_grad_norm_ratio` in OLMo.
 
     τ = ratio · m, and m ← β·m + (1 - β)·min(n, τ), from m = n at the first norm, which is free. In
     OLMo each parameter has a norm of its own, `scope=scopes.leaf`; with `scopes.tree` the norm is
@@ -52,10 +52,10 @@ def norm_ratio(
     validate.share(decay=decay)
 
     def learn(norm, mean, seen):
-        # From the first norm, not debiased as in `running`: there the second norm has the weight of
-        # the first, and a spike among the first few raises the bound at once.
+        # Starts from the first norm. With a debiased mean, as in `running`, the second norm would
+        # weigh as much as the first, and an early spike would raise the bound at once.
         return jnp.where(seen == 0, norm, mean + like(1 - decay, norm) * (norm - mean))
 
     statistic = Statistic(0.0, learn, lambda norm, mean, seen: like(ratio, norm) * mean)
-    # Clipped: fed raw, the spike that was just cut would lift the bound of the next.
+    # Fed clipped norms: with raw ones the spike that was just clipped would raise the next bound.
     return learned(statistic, feed=feeds.clipped, relearn_after=relearn_after)

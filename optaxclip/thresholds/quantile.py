@@ -16,8 +16,8 @@ def quantile(
 ) -> optax.GradientTransformationExtraArgs:
     """A quantile of the norms, tracked in one number: C ← C · exp(-η · ([n ≤ C] - q)).
 
-    C settles where a share q of the norms is below it, and moves by a factor of exp(η) a step at
-    most: no spike, however long, moves it further.
+    C settles where a share q of the norms is below it. It moves by a factor of at most exp(η) per
+    step, however large a spike is.
 
     Args:
       quantile: q, the share of norms to be within the bound, from 0 to 1.
@@ -44,10 +44,10 @@ def quantile(
         moved = value * jnp.exp(like(learning_rate, norm) * (like(quantile, norm) - within))
         if init is None:
             return jnp.where(seen == 0, norm, moved)
-        # No factor moves 0 or infinity, either of which `init` may be.
+        # `init` may be 0 or infinity, and multiplying would never change those.
         limits = jnp.finfo(norm.dtype)
         return jnp.clip(moved, limits.tiny, limits.max)
 
-    # Without `init` the first norm is not bounded, so the start is never used as a bound.
+    # Without `init` the first norm is not bounded, so the start value is never used as a bound.
     statistic = Statistic(1.0 if init is None else init, learn, lambda norm, value, seen: value)
     return learned(statistic, warmup_steps=1 if init is None else 0)

@@ -21,9 +21,9 @@ Target = Literal["adaptive", "mean", "threshold"]
 
 
 def debiased_weight(decay, norm, seen):
-    """The weight of the t-th norm in an average of decay β: (1 - β) / (1 - βᵗ), at most 1."""
-    # 1 - β is taken before it is rounded to float32, and 1 - βᵗ by way of logarithms: the float32
-    # difference of two numbers close to 1 has half the digits.
+    """The weight of the t-th norm in an average with decay β: (1 - β) / (1 - βᵗ), at most 1."""
+    # 1 - β is taken before rounding to float32, and 1 - βᵗ by logarithms: a float32 difference of
+    # two numbers close to 1 loses half its digits.
     log = jnp.log1p(-like(1 - decay, norm))
     # Plus 1 after the cast: `seen` stops at the largest int32, and one more would be negative.
     return jnp.minimum(jnp.expm1(log) / jnp.expm1((like(seen, norm) + 1) * log), 1)
@@ -42,13 +42,13 @@ def running(
     Args:
       factor: the multiple.
       decay: β of the mean, from 0 to below 1.
-      feed: what enters the mean. `feeds.clipped` follows a lasting rise by the factor β + (1 - β) ·
-        factor a step at most.
+      feed: what enters the mean. With `feeds.clipped` the mean follows a lasting rise by at most a
+        factor of β + (1 - β) · factor per step.
       relearn_after: as in `learned`; `feeds.accepted` needs it.
 
     Raises:
-      ValueError: for numbers out of range; if the feed is `feeds.clipped` and the factor at most 1:
-        the mean of what was clipped to the mean can only fall.
+      ValueError: for numbers out of range; for a factor of at most 1 with `feeds.clipped`: the mean
+        of norms that are clipped to the mean can only fall.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import thresholds
@@ -59,7 +59,7 @@ def running(
     """
     validate.nonnegative(factor=factor)
     validate.share(decay=decay)
-    # Only of a number: a tracer does not tell.
+    # Only for numbers: a tracer has no value yet.
     if feed is feeds.clipped and validate.is_static(factor) and factor <= 1:
         raise validate.fail(
             "factor must be larger than 1 with the feed clipped (or use feeds.raw)", factor
@@ -74,7 +74,7 @@ def running(
 
 @validate.named
 def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
-    """A multiple of the last norm after its clip: its growth is bounded, it may fall freely.
+    """A multiple of the last norm after its clip: norms may grow only so fast, and fall freely.
 
     Raises:
       ValueError: if ratio is a number below 1, with which norms could only fall.
@@ -92,13 +92,13 @@ def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
         return like(ratio, norm) * value
 
     threshold = learned(Statistic(0.0, lambda norm, value, seen: norm, bound), feed=feeds.clipped)
-    # It bounds growth, and looks for no spikes: `optaxclip.check` has nothing to say of it.
+    # It limits growth and does not look for spikes, so `optaxclip.check` must not judge it as such.
     annotate(threshold.update, learns=False)
     return threshold
 
 
 def _move(norm, value, weight, spread):
-    """Mean and deviation after one more: m + w·d and √((1 - w)·s² + spread·d²), d = norm - m."""
+    """Adds a norm to mean and deviation: m + w·d and √((1 - w)·s² + spread·d²), d = norm - m."""
     mean, deviation = value
     d = norm - mean
     return mean + weight * d, jnp.hypot(jnp.sqrt(1 - weight) * deviation, jnp.sqrt(spread) * d)
@@ -118,16 +118,17 @@ def zscore(
     """Mean plus z deviations of past norms: a norm over m + z·σ is a spike, cut to the target.
 
     Args:
-      z: how many deviations over the mean make a spike.
+      z: how many deviations above the mean make a spike.
       decay: β of the running mean and variance after the warm-up.
-      warmup_steps: the first norms, not bounded, start them: their mean and population variance.
-      target: what a spike is shortened to. "adaptive": m + z²/zₙ · σ, zₙ = (n - m) / σ, the shorter
-        the longer it was; "mean": m; "threshold": m + z·σ.
-      eps: σ counts for at least this share of the mean, so that norms that do not vary are not
-        spikes by rounding.
+      warmup_steps: how many first norms are not bounded; mean and variance start as the mean and
+        population variance of these.
+      target: what a spike is shortened to. "adaptive": m + z²/zₙ · σ with zₙ = (n - m) / σ, which
+        is shorter the longer the spike; "mean": m; "threshold": m + z·σ.
+      eps: σ is at least this share of the mean, so that rounding does not make spikes of norms that
+        do not vary.
       feed: what enters mean and deviation.
-      relearn_after: as in `learned`. With targets so close to the mean a lasting rise is never
-        learned without it.
+      relearn_after: as in `learned`. Without it a lasting rise is never learned, because the
+        targets are so close to the mean.
 
     Raises:
       ValueError: for numbers out of range, or an unknown target.
@@ -149,18 +150,18 @@ def zscore(
     def learn(norm, value, seen):
         warm = seen < warmup_steps
         weight = jnp.where(warm, 1 / like(seen + 1, norm), like(1 - decay, norm))
-        # After the warm-up the deviation is from the mean that has already moved, as in the paper:
-        # hence the square.
+        # After the warm-up the deviation is taken from the updated mean, as in the paper: hence the
+        # square.
         return _move(norm, value, weight, weight * (1 - weight) * jnp.where(warm, 1, 1 - weight))
 
     def bound(norm, value, seen):
         mean, deviation = value
-        # A share of the mean: a fixed eps would be all of the deviation of norms of 1e-8.
+        # Relative to the mean: a fixed eps would dominate the deviation of norms around 1e-8.
         unit = jnp.maximum(deviation, like(eps, norm) * mean)
         most = like(z, norm)
         spike = norm > mean + most * unit
         far = jnp.where(spike, norm - mean, 1)
-        # In this order: σ² would overflow from 1e19 on.
+        # Multiplied in this order, because σ² would overflow from 1e19 on.
         towards = {"adaptive": most * most * unit / far * deviation, "mean": jnp.zeros_like(mean)}
         cut = spike & (target != "threshold")
         return mean + jnp.where(cut, towards.get(target, 0), most * unit)
@@ -183,15 +184,15 @@ def log_zscore(
 ) -> optax.GradientTransformationExtraArgs:
     """Mean plus z deviations of the logarithms of norms, which are less skewed than norms.
 
-    A norm over exp(m + z·s) is a spike, and shortened to exp(m), the geometric mean, or to exp(m +
-    z·s).
+    A norm over exp(m + z·s) is a spike. It is shortened to exp(m), the geometric mean, or to
+    exp(m + z·s).
 
     Args:
-      z: how many deviations over the mean make a spike.
-      decay: β; the weight of the t-th norm is max(1 - β, 1/t), so that the first norms count alike.
+      z: how many deviations above the mean make a spike.
+      decay: β; the t-th norm has weight max(1 - β, 1/t), so that the first norms weigh the same.
       warmup_steps: how many norms must be seen before one is bounded.
       target: "mean" or "threshold": what a spike is shortened to.
-      eps: the variance of logarithms is taken to be at least this.
+      eps: the smallest variance of the logarithms.
       feed, update_first, relearn_after: as in `learned`.
 
     Raises:
@@ -220,7 +221,7 @@ def log_zscore(
         longest = jnp.exp(mean + like(z, norm) * jnp.maximum(deviation, jnp.sqrt(like(eps, norm))))
         if target == "threshold":
             return longest
-        # Not `>`: in TensorFlow's code, too, a norm that is exactly as long counts as a spike.
+        # Not `>`: as in TensorFlow's code a norm exactly at the limit counts as a spike.
         return jnp.where(norm >= longest, jnp.exp(mean), longest)
 
     statistic = Statistic((0.0, 0.0), learn, bound)

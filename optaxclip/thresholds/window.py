@@ -11,17 +11,17 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import validate
+from optaxclip import validate, xla
 from optaxclip.base import Threshold
 from optaxclip.thresholds.learned import Statistic, empty, learned, like
 
 
 class SortedRing(NamedTuple):
-    """The last norms of one block: a ring, which knows the oldest, beside a sorted copy.
+    """The last norms of one block: a ring in order of arrival, and a sorted copy.
 
     Attributes:
-      ring: in order of arrival, from `seen % window` on the oldest; infinite where nothing was seen
-        yet.
+      ring: in order of arrival; the oldest is at `seen % window`. Entries not seen yet are
+        infinite.
       ordered: the same norms, sorted.
     """
 
@@ -34,17 +34,17 @@ def _start_ring(window: int) -> SortedRing:
 
 
 def _find_oldest(window: int, seen: jax.Array) -> jax.Array:
-    """Where in a ring the oldest norm is, which the next one replaces."""
-    # A mask, not `ring.at[i].set`: under the `vmap` over blocks that would become a scatter.
+    """A mask of the oldest norm in a ring, which the next one replaces."""
+    # Not `ring.at[i].set`, which would become a scatter under the `vmap` over blocks.
     return jnp.arange(window, dtype=seen.dtype) == jnp.mod(seen, window)
 
 
 def _push(norm, window: SortedRing, seen) -> SortedRing:
-    """The window with one more norm, in place of the oldest.
+    """Replaces the oldest norm of the window by a new one.
 
-    The sorted copy moves up by one from the old norm on, which drops it, and down by one from the
-    new norm on, which makes room: two passes over the window, without a sort or a search. For 150
-    blocks and a window of 1,000 that is 20 times as fast as to sort.
+    In the sorted copy the entries from the old norm on move up by one, which drops it, and those
+    from the new norm on move down by one, which makes room: two passes over the window without a
+    sort or a search. For 150 blocks and a window of 1,000 this is 20 times as fast as sorting.
     """
     here = _find_oldest(window.ring.shape[0], seen)
     oldest = jnp.sum(jnp.where(here, window.ring, 0), dtype=norm.dtype)
@@ -57,14 +57,14 @@ def _push(norm, window: SortedRing, seen) -> SortedRing:
 
 
 def _percentile(window: SortedRing, q, seen):
-    """The q-th percentile of what was seen, linear between neighbours (as `numpy.percentile`)."""
-    # What was not seen yet is infinite, and so sorted behind the last that was.
+    """The q-th percentile of the norms seen, interpolated linearly as in `numpy.percentile`."""
+    # Entries not seen yet are infinite, so they are sorted after the last one seen.
     last = jnp.maximum(jnp.minimum(seen, window.ring.shape[0]) - 1, 0)
     place = q / 100 * last.astype(q.dtype)
     low = jnp.minimum(place.astype(jnp.int32), last)
     a, b = window.ordered[low], window.ordered[jnp.minimum(low + 1, last)]
     rest = place - low.astype(q.dtype)
-    # Before the first norm both are infinite, and inf - inf is NaN.
+    # Before the first norm both neighbours are infinite, and inf - inf is NaN.
     step = jnp.where(rest > 0, b, 0) - jnp.where(rest > 0, a, 0)
     return a + rest * step
 
@@ -80,9 +80,9 @@ def percentile(
 ) -> optax.GradientTransformationExtraArgs:
     """The p-th percentile of the last `window` norms, exact, linear between neighbours.
 
-    Memory: two numbers per block and norm of the window. Norms enter as they are (a percentile of
-    clipped norms could only fall); a lasting change of scale has filled the window after `window`
-    steps. With a high p an explosion is followed upwards: put a cap on it with `at_most`.
+    Memory: two numbers per block and norm of the window. Norms enter unclipped (a percentile of
+    clipped norms could only fall). A lasting change of scale has filled the window after `window`
+    steps. With a high p the bound follows an explosion upwards: put a cap on it with `at_most`.
 
     Args:
       percentile: p, from 0 (the smallest) to 100 (the largest).
@@ -120,14 +120,14 @@ def window_zscore(
     *,
     signed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Mean plus z deviations of the last `window` norms; spikes enter the window as they are.
+    """Mean plus z deviations of the last `window` norms; spikes enter the window unclipped.
 
     Args:
-      z: how many (unbiased) standard deviations over the mean.
+      z: how many (unbiased) standard deviations above the mean.
       window: how many norms are remembered, a Python int.
-      warmup_steps: no bound before this many were seen; None: one less than half the window, so
-        that the first to be judged fills the half, as in OLMo-core: the 64th of 128.
-      signed: whether zeros and negative numbers are learned, too: for losses.
+      warmup_steps: there is no bound before this many norms. None: one less than half the window,
+        so that the first norm to be judged completes that half, as in OLMo-core: the 64th of 128.
+      signed: whether zeros and negative numbers are learned as well, which losses need.
 
     Raises:
       ValueError: for a negative z, or a window or warm-up that is not a whole number of at least 1.
@@ -146,32 +146,32 @@ def window_zscore(
     if warmup_steps is not None:
         validate.steps(1, warmup_steps=warmup_steps)
 
-    # Not a `SortedRing`: a mean needs no order, and half the memory.
+    # Not a `SortedRing`: a mean needs no order, and this takes half the memory.
     def learn(norm, ring, seen):
         return jnp.where(_find_oldest(window, seen), norm, ring)
 
     def bound(norm, ring, seen):
         known = jnp.isfinite(ring)
         count = jnp.minimum(seen, window).astype(norm.dtype)
-        # In units of the largest: the square of a norm of 1e20 overflows, that of a share does not.
-        # The modulus, as losses may be negative.
+        # In units of the largest, because the square of a norm of 1e20 would overflow. Absolute
+        # values, because losses may be negative.
         largest = jnp.max(jnp.where(known, jnp.abs(ring), 0))
         # XLA divides by it as a product with its inverse, which has to be a normal number.
         unit = jnp.minimum(jnp.where(largest > 0, largest, 1), 1 / jnp.finfo(norm.dtype).tiny)
         shares = jnp.where(known, ring, 0) / unit
         mean = jnp.sum(shares) / jnp.maximum(count, 1)
-        # From the window, and not from running sums of squares: their difference may be negative,
-        # and its root NaN.
+        # Computed from the window. The difference of running sums of squares may be negative, and
+        # its root NaN.
         squares = jnp.sum(jnp.where(known, jnp.square(shares - mean), 0))
         variance = squares / jnp.maximum(count - 1, 1)
-        return (mean + like(z, norm) * jnp.sqrt(variance)) * unit
+        return (mean + like(z, norm) * xla.root(variance)) * unit
 
     steps = max(window // 2, 2) - 1 if warmup_steps is None else warmup_steps
     return learned(Statistic(empty(window), learn, bound, signed), warmup_steps=steps)
 
 
 class MedianState(NamedTuple):
-    """What `median` learns: the window, and the bound of its last refresh."""
+    """The statistic of `median`: the window, and the bound of its last refresh."""
 
     window: SortedRing
     clip_bound: jax.Array | float
@@ -183,7 +183,7 @@ def median(
 ) -> optax.GradientTransformationExtraArgs:
     """A multiple of the median of the last `window` norms, refreshed every `every` steps.
 
-    To start with it is refreshed after 10, 20 and 40 norms too, and is twice as large then.
+    At the start it is also refreshed after 10, 20 and 40 norms, and then is twice as large.
 
     Raises:
       ValueError: for a negative scale, or a window or period that is not a whole number of at least

@@ -1,4 +1,4 @@
-"""What `recommend` returns: thresholds, what stands out, and the line to write."""
+"""What `recommend` returns: thresholds, reasons, and the line to write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from optaxclip.tuning.series import Numbers
 
 
 class Reason(NamedTuple):
-    """A short, stable `name` ("heavy-tail"), `what` was seen, and the `method` that suits."""
+    """A short, stable `name` ("heavy-tail"), `what` was seen, and the `method` that suits it."""
 
     name: str
     what: str
@@ -22,12 +22,12 @@ class Recommendation(NamedTuple):
     """What `recommend` returns; `str` of it is the report.
 
     Attributes:
-      thresholds: share of steps -> the global norm that clips it; without shares for which there
-        are too few steps.
-      layers: layer -> the same for its norm; empty without layers.
+      thresholds: share of steps -> the global norm that clips it; shares for which there are too
+        few steps are left out.
+      layers: layer -> the same for the norm of that layer; empty without layers.
       reasons: what stands out.
-      numbers: the statistics behind them.
-      code: the line to write, with `optimizer` for yours; empty if there are too few steps.
+      numbers: the statistics behind the reasons.
+      code: the line to write, where `optimizer` is yours; empty if there are too few steps.
     """
 
     thresholds: dict[float, float]
@@ -58,7 +58,7 @@ class Recommendation(NamedTuple):
 
 
 def _summarize(n: Numbers) -> str:
-    """The length of the run, its median, and its tail, as far as they are known."""
+    """States the length of the run, its median and its tail, as far as they are known."""
     head = f"{n.steps} steps"
     head += "" if np.isnan(n.median) else f", median norm {n.median:.3g}"
     tail = "" if np.isnan(n.tail_ratio) else f", 99th percentile {n.tail_ratio:.3g} times that"
@@ -66,7 +66,7 @@ def _summarize(n: Numbers) -> str:
 
 
 def _tabulate(whole: dict[float, float], layers: dict[str, dict[float, float]]) -> str:
-    """The norms that clip each share of steps: of the whole, then of each layer."""
+    """Tabulates the norms that clip each share of steps, for the whole and for each layer."""
     rows = [("the whole", whole), *((code(name), bounds) for name, bounds in layers.items())]
     cells = [(name, *(f"{x[s]:.4g}" if s in x else "" for s in whole)) for name, x in rows]
     return markdown_table(("clips", *(f"{s:.0%} of steps" for s in whole)), cells) if whole else ""

@@ -1,8 +1,8 @@
-"""All runs of a sweep side by side, in one compiled program: `vmap` of the user's own train step.
+"""Runs a sweep side by side, in one compiled program: `vmap` of the user's own train step.
 
-The value is a tracer in there, so anything that a clip takes as a number can be swept, and nothing
-is compiled twice. The steps are a Python loop: a `lax.scan` over steps would need all batches at
-once, and is slow on a CPU where the step has a convolution.
+The value is a tracer there, so any number that a clip takes can be swept, and nothing is compiled
+twice. The steps are a Python loop: a `lax.scan` over steps would need all batches at once, and is
+slow on a CPU if the step has a convolution.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Program(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """What n runs side by side did: `first` and `final` have shape (n,), the others (n, steps)."""
+    """Results of n runs: `first` and `final` have shape (n,), the others (n, steps)."""
 
     first: np.ndarray
     final: np.ndarray
@@ -47,15 +47,15 @@ class Runs(NamedTuple):
 
 
 def check_arguments(call: str, name: str, function: Any, *arguments: str) -> None:
-    """Raises unless a function can be called with these."""
+    """Raises unless the function can be called with these arguments."""
     form = f"{name} must be a function of ({', '.join(arguments)})"
     if not callable(function):
         raise validate.fail(form, function, call=call)
-    # Before anything is traced: inside `vmap` the error would be JAX's, and far from the call.
+    # Checked before tracing: inside `vmap` the error would come from JAX, far from the call.
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        # A builtin need not have a signature.
+        # Some builtins have no signature.
         return
     try:
         signature.bind(*arguments)
@@ -64,10 +64,10 @@ def check_arguments(call: str, name: str, function: Any, *arguments: str) -> Non
 
 
 def compile_program(step: TrainStep, init: Init, evaluate: Evaluate | None, call: str) -> Program:
-    """The functions as one program.
+    """Compiles the functions into one program.
 
     Raises:
-      ValueError: for functions that take something else; where they are traced, for such that
+      ValueError: for functions that take other arguments; when they are traced, for functions that
         return something else.
     """
     check_arguments(call, "step", step, "value", "state", "batch")
@@ -83,20 +83,20 @@ def compile_program(step: TrainStep, init: Init, evaluate: Evaluate | None, call
         if not (isinstance(out, tuple) and len(out) == 2 and _is_loss(out[1])):
             raise ValueError(
                 f"{call}: step must return (new state, loss), in this order, the loss a real"
-                " scalar;"
-                f" it returned {_describe(out)}."
+                f" scalar; it returned {_describe(out)}."
             )
         state, loss = out
         return state, {"loss": loss, **_read_clips(state)}
 
-    # The state is donated, or every step would hold all runs twice; batches are shared, not mapped.
+    # Donated, because otherwise every step would hold the state of all runs twice. Batches are
+    # shared by all runs, not mapped.
     stepped = jax.jit(jax.vmap(step_once, (0, 0, None)), donate_argnums=1)
     checked = evaluate and jax.jit(jax.vmap(_check_evaluate(evaluate, call)))
     return Program(call, jax.jit(jax.vmap(start)), stepped, checked)
 
 
 def _check_evaluate(evaluate: Evaluate, call: str) -> Evaluate:
-    """`evaluate`, but that it raises for what is not a loss."""
+    """Makes `evaluate` raise if its result is not a loss."""
 
     def evaluate_once(state):
         loss = evaluate(state)
@@ -121,8 +121,8 @@ def _describe(x: Any) -> str:
 
 
 def _read_clips(state: Any) -> dict[str, jax.Array]:
-    """Norm and clip rate of a step; of several clips the first norm and the largest rate."""
-    # Not `metrics`, which refuses what holds no state of Optax: here the state is the user's.
+    """Reads norm and clip rate of a step; of several clips, the first norm and the largest rate."""
+    # Not `metrics`, which refuses anything but an Optax state: here the state is the user's own.
     clips = [scalars_of(part, "") for part in find_parts(state) if isinstance(part, Metrics)]
     rates, norms = (
         [seen[key] for seen in clips if key in seen] for key in ("clipped", "grad_norm")
@@ -137,8 +137,8 @@ def run(
     batches: Iterable[Any],
     report: Report | None = None,
 ) -> Runs:
-    """Runs side by side, from start to end. Only `report` waits for the device before the end."""
-    # Once: as NumPy arrays they would be sent to the device at every step.
+    """Trains all runs side by side. Only `report` waits for the device before the end."""
+    # Transferred once: NumPy arrays would be sent to the device at every step.
     value = jax.tree.map(jnp.asarray, value)
     state = program.start(value, jnp.asarray(seed))
     first = program.evaluate(state) if program.evaluate else None
@@ -150,7 +150,7 @@ def run(
             report(i, seen["loss"])
     if not steps:
         raise ValueError(f"{program.call}: there must be at least one batch.")
-    # All at once at the end, so that the device is never waited for between steps.
+    # Fetched together at the end, so that no step waits for the device.
     steps = jax.device_get(steps)
     unknown = np.full(len(seed), np.nan)
     losses, clipped, norms = (
@@ -165,18 +165,18 @@ def run(
 def run_in_parts(
     program: Program, value: np.ndarray, seed: np.ndarray, batches: Iterable[Any], size: int
 ) -> Runs:
-    """All runs, `size` at a time; the last part is padded with earlier runs, for one compile."""
-    # Each part goes through the batches, of which an iterator has only one pass.
+    """Trains `size` runs at a time; the last part is padded with earlier runs."""
+    # Each part reads all batches, and an iterator can be read only once.
     if size < len(value):
         batches = list(batches)
-    # Parts of one size are one program: a shorter last part would be compiled again.
+    # Parts of equal size share one program: a shorter last part would be compiled again.
     places = [np.arange(i, i + size) % len(value) for i in range(0, len(value), size)]
     parts = [run(program, value[at], seed[at], batches) for at in places]
     return Runs(*(np.concatenate(field)[: len(value)] for field in zip(*parts, strict=True)))
 
 
 def find_limit(first: np.ndarray) -> float:
-    """The largest loss at the start: what ends above it has diverged."""
-    # An infinite loss at the start would be a limit that nothing exceeds.
+    """Finds the largest loss at the start: a run that ends above it has diverged."""
+    # Finite losses only: nothing would exceed an infinite limit.
     known = first[np.isfinite(first)]
     return float(known.max()) if known.size else np.inf

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# With fewer steps neither a tail nor a drift can be told from noise.
+# With fewer steps, a tail or a drift cannot be told from noise.
 FEWEST = 20
 
 
@@ -15,17 +15,17 @@ class Numbers(NamedTuple):
     """The statistics behind a recommendation.
 
     Attributes:
-      steps: recorded; `nonfinite`, `zeros`: how many of them had a norm that is NaN or infinite, or
-        zero.
-      median: of the norms that are neither.
-      tail_ratio, spike_ratio: the 99th percentile, and the largest norm, over the median, without
-        the drift.
+      steps: the steps recorded.
+      nonfinite, zeros: how many of them had a norm that is NaN or infinite, or zero.
+      median: the median of all other norms.
+      tail_ratio, spike_ratio: the 99th percentile and the largest norm, divided by the median,
+        after the drift is removed.
       tail_index: Hill's estimate α from the largest twentieth, P(n > x) ~ x^(-α): below 2 the
         variance is infinite.
-      drift: the factor by which norms change from one end of the run to the other, on a log scale,
-        without its first tenth; `drift_noise`: its standard error as a factor, from the medians of
-        ten stretches.
-      scale_ratio: the largest median norm of a layer over the smallest; NaN without layers.
+      drift: the factor by which norms change from one end of the run to the other, fitted on a log
+        scale without the first tenth.
+      drift_noise: the standard error of the drift as a factor, from the medians of ten stretches.
+      scale_ratio: the largest median norm of a layer divided by the smallest; NaN without layers.
     """
 
     steps: int
@@ -41,8 +41,8 @@ class Numbers(NamedTuple):
 
 
 def measure_series(norms: np.ndarray, layers: Mapping[str, np.ndarray]) -> Numbers:
-    """The statistics of the norms of the whole gradient and of its layers."""
-    # Zeros have no logarithm, and are counted apart.
+    """Computes the statistics of the norms of the whole gradient and of its layers."""
+    # Zeros have no logarithm and are counted separately.
     known = np.isfinite(norms) & (norms > 0)
     counts = len(norms), int(np.sum(~np.isfinite(norms))), int(np.sum(norms == 0))
     scales = [
@@ -55,7 +55,7 @@ def measure_series(norms: np.ndarray, layers: Mapping[str, np.ndarray]) -> Numbe
         median = float(np.median(norms[known])) if known.any() else np.nan
         return Numbers(*counts, median, np.nan, np.nan, np.nan, np.nan, np.nan, scale_ratio)
     time, logs = log_known(norms)
-    # On logs: norms are positive and skewed, and a drift is a factor.
+    # On logs, because norms are positive and skewed, and a drift is a factor.
     slope, noise = _fit_drift(time, logs)
     level = logs - slope * time
     level = np.sort(level - np.median(level))
@@ -72,12 +72,12 @@ def measure_series(norms: np.ndarray, layers: Mapping[str, np.ndarray]) -> Numbe
 
 
 def _fit_drift(time: np.ndarray, logs: np.ndarray) -> tuple[float, float]:
-    """Slope of the log norm over the run, and its standard error, without the first tenth.
+    """Fits the slope of the log norm over the run, without the first tenth, and its standard error.
 
-    A line through the medians of ten stretches: spikes do not move the medians, and neighbouring
-      steps, which are correlated, do not count as independent observations.
+    Fits a line through the medians of ten stretches: spikes do not move the medians, and
+    neighbouring steps, which are correlated, do not count as independent observations.
     """
-    # Norms fall in the first steps of most runs, which is no drift.
+    # Norms fall in the first steps of most runs, which is not a drift.
     late = time >= 0.1
     stretches = np.array_split(np.flatnonzero(late), 10)
     t = np.array([time[part].mean() for part in stretches])
@@ -89,14 +89,14 @@ def _fit_drift(time: np.ndarray, logs: np.ndarray) -> tuple[float, float]:
 
 
 def _estimate_tail(logs: np.ndarray) -> float:
-    """The tail index from the largest twentieth of sorted logs, at least five of them."""
+    """Estimates the tail index from the largest twentieth of sorted logs, at least five of them."""
     count = max(len(logs) // 20, 5)
-    # Hill's estimator: the mean log excess over the largest value that is not in the tail.
+    # Hill's estimator is the mean log excess over the largest value that is not in the tail.
     excess = float(np.mean(logs[-count:] - logs[-count - 1]))
     return 1 / excess if excess > 0 else np.inf
 
 
 def log_known(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logs of the norms that are finite and not zero, and the time of each, from 0 to 1."""
+    """Takes logs of the norms that are finite and not zero, with the time of each from 0 to 1."""
     logs = np.log(norms[np.isfinite(norms) & (norms > 0)])
     return np.arange(len(logs)) / max(len(logs) - 1, 1), logs

@@ -1,4 +1,4 @@
-"""What a sweep over thresholds found: a table and a recommendation."""
+"""The result of a sweep over thresholds: a table and a recommendation."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Choice(NamedTuple):
     Attributes:
       value: the middle of the plateau; the baseline if every clip is worse; NaN if every run
         diverged.
-      mean: its final loss, the mean over seeds, in which a diverged run counts as no training at
-        all.
+      mean: its final loss, averaged over seeds; a diverged run counts as no training at all.
       error: the standard error of the mean of the best value.
-      low, high: the plateau: neighbours of the best value within one standard error of it.
+      low, high: the ends of the plateau, which is the neighbours of the best value within one
+        standard error of it.
       why: the reason, in words.
     """
 
@@ -37,9 +37,9 @@ class Sweep(NamedTuple):
       values: (V,), including the baseline.
       seeds: (S,).
       final: (V, S), the final loss of each run.
-      losses, clipped, norms: (V, S, steps), the training loss, whether (or what share of blocks)
-        was clipped, and the norm before the clip; the last two are NaN if there is no clip that
-        measures in the state.
+      losses, clipped, norms: (V, S, steps), the training loss, whether the gradient (or what share
+        of its blocks) was clipped, and the norm before the clip; the last two are NaN if the state
+        holds no clip that measures.
       failed: a run that ended above this, or not finite, has diverged.
       baseline: the value that stands for no clip, or None.
     """
@@ -68,23 +68,22 @@ class Sweep(NamedTuple):
     def recommended(self) -> Choice:
         """The middle of the plateau around the best mean final loss.
 
-        Which value is best depends partly on the seeds. Of all within one standard error of the
-        best, the usual rule takes the simplest, here the largest, which interferes least. But loss
-        against threshold rises steeply on that side and gently on the other, so the edge is risky.
-        The middle (of two, the larger) is as far from both ends as the grid can tell. A diverged
-        run counts as no training at all, and not more: otherwise one bad seed would outweigh any
-        gain.
+        Which value is best depends partly on the seeds. Among all values within one standard error
+        of the best, the usual rule takes the simplest, here the largest, which interferes least.
+        But the loss rises steeply on that side and gently on the other, so the edge is risky. The
+        middle (of two, the larger) is as far from both ends as the grid allows. A diverged run
+        counts as no training at all, and no worse: otherwise one bad seed would outweigh any gain.
         """
         return _choose(self)
 
     def name_of(self, value: float) -> str:
-        """A value for a table."""
+        """Formats a value for a table."""
         return "no clip" if value == self.baseline else f"{value:g}"
 
     def __str__(self) -> str:
         return f"{_tabulate(self)}\n\n{self.recommended.why}"
 
-    # The arrays of all runs, which a tuple would show, are no answer.
+    # The repr of a tuple would print the arrays of all runs.
     __repr__ = __str__
 
     def _repr_markdown_(self) -> str:
@@ -92,20 +91,20 @@ class Sweep(NamedTuple):
 
 
 def final_loss(losses: np.ndarray) -> np.ndarray:
-    """The median of the last tenth of the steps; NaN counts as infinite."""
-    # The median of many steps: the loss of the last one is noise of its batch.
+    """Takes the median of the last tenth of the steps; NaN counts as infinite."""
+    # Of many steps, because the loss of a single one depends on its batch.
     last = losses[..., -max(losses.shape[-1] // 10, 1) :]
-    # Sorted as numbers: one NaN would make the median NaN, and no run comparable.
+    # One NaN would make the median NaN, and runs could not be compared.
     return np.median(np.where(np.isnan(last), np.inf, last), axis=-1)
 
 
 def cap_diverged(final: np.ndarray, failed: float) -> np.ndarray:
-    """Final losses in which a diverged run counts as no training at all."""
+    """Makes a diverged run count as no training at all."""
     return np.where(final <= failed, final, failed)
 
 
 def _tabulate(sweep: Sweep, mark: float | None = None) -> str:
-    """A row for each value; that of the value to mark is bold."""
+    """Tabulates one row per value; the row of the value to mark is bold."""
     head = ("value", "final loss: median", "best to worst", "clipped", "diverged")
     rows = [_format_row(sweep, i) for i in range(len(sweep.values))]
     bold = [[f"**{x}**" if x else x for x in row] for row in rows]
@@ -115,7 +114,7 @@ def _tabulate(sweep: Sweep, mark: float | None = None) -> str:
 
 def _format_row(sweep: Sweep, i: int) -> list[str]:
     final = np.where(np.isnan(sweep.final[i]), np.inf, sweep.final[i])
-    # Without a clip that measures there is no rate, which is not a rate of 0.
+    # Without a clip that measures the rate is unknown, which is not a rate of 0.
     rate = "" if np.isnan(sweep.clip_rate[i]) else f"{sweep.clip_rate[i]:.0%}"
     return [
         sweep.name_of(sweep.values[i]),
@@ -127,23 +126,24 @@ def _format_row(sweep: Sweep, i: int) -> list[str]:
 
 
 def _median(final: np.ndarray) -> float:
-    """The median; if some are infinite, the upper of the middle two."""
+    """Takes the median; if some losses are infinite, the upper of the middle two."""
     return float(np.quantile(final, 0.5, method="higher" if np.isinf(final).any() else "linear"))
 
 
 def _choose(sweep: Sweep) -> Choice:
-    # Capped, else a run that reached 1e30 would outweigh all others.
+    # Capped, because otherwise a run that reached 1e30 would outweigh all others.
     scores = cap_diverged(sweep.final, sweep.failed)
     mean, count = scores.mean(axis=1), scores.shape[1]
     if sweep.diverged.all():
         why = "Every run diverged, at any value: lower the learning rate, or try smaller values."
         return Choice(np.nan, np.nan, np.nan, np.nan, np.nan, why)
     best = int(np.argmin(mean))
-    # Of the best value: pooled over all, diverged runs would stretch the plateau over the grid.
+    # The error of the best value only: pooled over all values, diverged runs would stretch the
+    # plateau over the whole grid.
     error = float(scores[best].std(ddof=1) / count**0.5) if count > 1 else 0.0
     near = mean <= mean[best] + error
     low, high = _find_plateau(near, best)
-    # The baseline may be on the plateau, but is no value to recommend for a clip.
+    # The baseline may be on the plateau, but it is not a threshold to recommend.
     inside = [i for i in range(low, high + 1) if sweep.values[i] != sweep.baseline] or [best]
     pick = inside[len(inside) // 2]
     ends = float(sweep.values[inside[0]]), float(sweep.values[inside[-1]])
@@ -152,7 +152,7 @@ def _choose(sweep: Sweep) -> Choice:
 
 
 def _find_plateau(near: np.ndarray, best: int) -> tuple[int, int]:
-    """The ends of the run of True that holds `best`."""
+    """Finds the ends of the run of True that contains `best`."""
     low = high = best
     while low > 0 and near[low - 1]:
         low -= 1
@@ -173,7 +173,7 @@ def _explain_choice(sweep: Sweep, choice: Choice, best: int, near: np.ndarray) -
     text += f" ({numbers})."
     real = [i for i, value in enumerate(sweep.values) if value != sweep.baseline]
     if near[sweep.values == sweep.baseline].any():
-        text += " No clip is as good: here a clip is only insurance."
+        text += " Training without a clip is as good: here a clip is only insurance."
     elif best in (real[0], real[-1]):
-        text += " The best is the last value that was tried on its side: try values beyond it."
+        text += " The best is the last value on its side of the grid: try values beyond it."
     return text if len(sweep.seeds) > 1 else text + " One seed says nothing about the spread."

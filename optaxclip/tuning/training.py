@@ -38,35 +38,33 @@ def tune(
 ) -> Sweep:
     """Trains with every value and seed side by side, in one compiled program.
 
-    A value may be any number in a clip.
-
-    Build the optimizer from the value inside both functions, with `make_tx(value)`: it is a tracer
-    there.
+    A value may be any number in a clip. Build the optimizer from it inside both functions, as with
+    `make_tx(value)` below, since it is a tracer there.
 
     Args:
-      step: (value, state, batch) -> (new state, loss). One of your train steps, without `jit`; the
-        state is any pytree that holds the state of the optimizer, from which the clip rate is read.
+      step: (value, state, batch) -> (new state, loss). Your train step, without `jit`; the state is
+        any pytree that contains the optimizer's state, from which the clip rate is read.
       init: (value, key) -> state.
       values: what to try, in any order.
-      batches: one per step, the same for all runs, so that values are compared on equal terms. For
-        other data for each seed, keep a key in the state, and pass `range(steps)`.
-      seeds: how many keys, or which: the key of a run is `jax.random.key(seed)`.
-      evaluate: state -> loss, the lower the better, taken before the first step and after the last.
+      batches: one per step, the same for all runs, so that values are compared on equal terms. To
+        use different data for each seed, keep a key in the state and pass `range(steps)`.
+      seeds: how many seeds, or a list of them: the key of a run is `jax.random.key(seed)`.
+      evaluate: state -> loss, lower is better; called before the first step and after the last.
         None: the median of the training loss over the last tenth of the steps.
       baseline: the value that stands for no clip, which is run as well. inf is right for all clips
-        but percentiles and quantiles (100 and 1 there); None: no baseline.
+        except percentiles and quantiles (there 100 and 1). None: no baseline.
       failed: a run that ends above this, or not finite, has diverged. None: the largest loss at the
         start.
-      at_once: how many runs side by side, if memory does not hold all; the others follow, without a
-        new compile.
+      at_once: how many runs to train side by side, if not all of them fit in memory; the others
+        follow without a new compile.
 
     Returns:
       A `Sweep`: `print` it for the table and the recommendation, draw it with
-        `optaxclip.plots.plot_sweep`, take `.recommended.value`.
+      `optaxclip.plots.plot_sweep`, or take `.recommended.value`.
 
     Raises:
-      ValueError: for no values or seeds, a value that is NaN, no batches, or functions of another
-        form.
+      ValueError: without values, seeds or batches; for a value that is NaN, or functions that take
+        or return something else.
 
     >>> import jax, jax.numpy as jnp, optax, optaxclip
     >>> def make_tx(value):
@@ -87,10 +85,10 @@ def tune(
     if at_once is not None:
         validate.size(at_once=at_once)
     grid, keys = _read_values(values, baseline), _read_seeds(seeds, "tune")
-    # Values by seeds, flat: one axis for `vmap`, whatever is swept.
+    # Values by seeds, flattened, so that `vmap` has a single axis.
     value, seed = (part.ravel() for part in np.meshgrid(grid, keys, indexing="ij"))
     runs = run_in_parts(program, value, seed, batches, at_once or len(value))
-    # From the start of all runs, not of each: a seed that starts badly would forgive itself.
+    # One limit for all runs: with a limit of its own, a bad start would excuse a bad end.
     limit = find_limit(runs.first) if failed is None else failed
     final, losses, clipped, norms = (
         part.reshape(len(grid), len(keys), *part.shape[1:]) for part in runs[1:]
@@ -108,22 +106,23 @@ def objective(
     evaluate: Evaluate | None = None,
     failed: float | None = None,
 ) -> Callable[[Any], float]:
-    """The mean final loss over seeds as an objective for Optuna, one compile for all trials.
+    """Makes an objective for Optuna, the mean final loss over seeds; compiled once for all trials.
 
     A diverged run counts as `failed`. The median training loss over seeds is reported at every
     tenth of a run, so that Optuna can prune.
 
     Args:
-      suggest: trial -> value: a number, or any pytree of numbers, which `step` and `init` get: a
-        threshold and a learning rate, say.
+      suggest: trial -> value: a number, or any pytree of numbers, such as a threshold and a
+        learning rate. `step` and `init` receive it.
       step, init, batches, seeds, evaluate, failed: as in `tune`.
 
     Returns:
-      A function of a trial, for `study.optimize`. The lower the better.
+      A function of a trial, for `study.optimize`. Lower is better.
 
     Raises:
-      ImportError: without Optuna, the extra `tune`.
-      ValueError: for functions of another form, no seeds; at the first trial, for no batches.
+      ImportError: if Optuna, the extra `tune`, is not installed.
+      ValueError: for functions that take something else, or no seeds; at the first trial, for
+        functions that return something else, or no batches.
 
     >>> import jax, jax.numpy as jnp, optax, optaxclip  # doctest: +SKIP
     >>> def suggest(trial):  # doctest: +SKIP
@@ -140,11 +139,11 @@ def objective(
         ) from error
 
     check_arguments("objective", "suggest", suggest, "trial")
-    # Outside of the trial: compiled once for the study.
+    # Outside the trial, so that it is compiled once per study.
     program = compile_program(step, init, evaluate, "objective")
-    # A list, as every trial goes through the batches again.
+    # A list, because every trial reads the batches again.
     data, keys = list(batches), _read_seeds(seeds, "objective")
-    # Each report waits for the device: ten per run are enough for a pruner.
+    # Each report waits for the device, and ten per run are enough for a pruner.
     period = max(len(data) // 10, 1)
 
     def report(trial, i, losses):
@@ -166,19 +165,19 @@ def objective(
 
 
 def _read_values(values: Sequence[float], baseline: float | None) -> np.ndarray:
-    """The values and the baseline, sorted, each once."""
+    """Returns the values and the baseline, sorted and without duplicates."""
     try:
         grid = np.unique([float(value) for value in values])
     except (TypeError, ValueError):
         grid = np.zeros(0)
     if not grid.size or np.isnan(grid).any():
         raise validate.fail("values must be a list of numbers, at least one", values)
-    # A union: a baseline that is among the values is run once.
+    # A union, so that a baseline among the values is run only once.
     return grid if baseline is None else np.union1d(grid, [float(baseline)])
 
 
 def _read_seeds(seeds: int | Sequence[int], call: str) -> np.ndarray:
-    # Plain numbers: a key is made inside `vmap`, so that it need not be an array of keys.
+    # Plain numbers, because keys are made inside `vmap`, and no array of keys is needed.
     keys = np.asarray(range(seeds) if isinstance(seeds, int) else seeds, np.int32)
     if not keys.size or keys.ndim != 1:
         raise validate.fail(

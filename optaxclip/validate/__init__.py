@@ -1,13 +1,13 @@
-"""One voice for bad arguments: errors name the call, the argument, what it must be and is.
+"""Errors for bad arguments: each names the call, the argument, what it must be and what it is.
 
     @named                              # errors inside name the outermost such call
     def zclip(z=2.5, decay=0.97):
         validate.nonnegative(z=z)       # zclip: z must be a number from 0 to inf, got -1.
 
-At an update no public call is running: there `speak_for` lends errors the name of the call that
+No public call is running during an update. There `speak_for` gives errors the name of the call that
 built the clip.
 
-An array on a device is looked into like a number; a tracer, whose value nobody knows, passes.
+An array on a device is checked like a number; a tracer passes, because its value is not known.
 """
 
 from optaxclip.validate.arguments import (
@@ -34,7 +34,9 @@ from optaxclip.validate.arguments import (
 from optaxclip.validate.calls import (
     called,
     fail,
+    is_function,
     is_maker,
+    is_part,
     makes_part,
     named,
     show_maker,
@@ -53,7 +55,9 @@ __all__ = [
     "fail",
     "feed",
     "flag",
+    "is_function",
     "is_maker",
+    "is_part",
     "is_static",
     "is_transformation",
     "makes_part",

@@ -1,4 +1,4 @@
-"""The loss scale of float16 training, found while training."""
+"""Dynamic loss scaling for float16 training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LossScaleState(NamedTuple):
     """State of `dynamic_loss_scale`.
 
     Attributes:
-      loss_scale: float32, what the next loss must be multiplied by.
+      loss_scale: float32, the factor by which the next loss must be multiplied.
       finite_steps: int32, the steps taken since the scale last changed.
       inner: the state of `skip_nonfinite(inner)`.
     """
@@ -42,33 +42,34 @@ def dynamic_loss_scale(
     max_scale: float = 2.0**24,
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Takes the loss scale off the gradients, skips a step that overflowed, and adjusts the scale.
+    """Divides gradients by the loss scale, skips steps that overflowed, and adjusts the scale.
 
-    Gradients of float16 below 6e-8 are zero; of a loss times S they are not. So multiply the loss
-    by `state.loss_scale`, and wrap the whole optimizer, clip included, which then sees g / S:
+    float16 gradients below 6e-8 become zero, but those of S times the loss do not. So multiply the
+    loss by `state.loss_scale`, and wrap the whole optimizer, clip included: it then sees g / S.
 
         S ← max(S / factor, min_scale)   after a step whose gradient is not finite, which is skipped
         S ← min(S · factor, max_scale)   after `growth_interval` steps in a row that were taken
 
     A gradient that is not finite at any scale (a NaN in the data) is skipped as well, and lowers S
-    down to `min_scale`: `optaxclip.metrics` has `loss_scale` and `skip/consecutive`.
+    down to `min_scale`; `optaxclip.metrics` reports `loss_scale` and `skip/consecutive`.
 
     Args:
       inner: the optimizer, or a chain with a clip in it.
-      initial_scale: S of the first step.
-      factor: by what S grows and falls. A power of two changes no digit of a gradient.
-      growth_interval: after how many steps in a row S grows.
-      min_scale, max_scale: between these S stays.
-      axis_names: as in `optaxclip.clip_by`: for the test whether all gradients are finite.
+      initial_scale: S at the first step.
+      factor: the factor by which S grows and shrinks. With a power of two, no digit of a gradient
+        changes.
+      growth_interval: the number of steps in a row after which S grows.
+      min_scale, max_scale: the limits of S.
+      axis_names: as in `optaxclip.clip_by`, for the test whether all gradients are finite.
 
     Returns:
-      A transformation whose updates have the dtype of the gradients. Keep the parameters in
-      float32, and cast them to float16 inside the loss: so the gradients are float32, and g / S is
-      not rounded to zero again.
+      A transformation whose updates have the dtype of the gradients. Keep the parameters in float32
+      and cast them to float16 inside the loss: then the gradients are float32, and g / S is not
+      rounded to zero again.
 
     Raises:
-      ValueError: for an `inner` that is no optimizer, a scale that is not above 0, a `factor` of at
-        most 1, or an interval below 1.
+      ValueError: for an `inner` that is not an optimizer, a scale that is not above 0, a `factor`
+        of at most 1, or an interval below 1.
 
     References:
       Micikevicius et al., `Mixed Precision Training <https://arxiv.org/abs/1710.03740>`_, 2018
@@ -79,7 +80,7 @@ def dynamic_loss_scale(
     >>> tx = dynamic_loss_scale(optimizer)
     >>> w = jnp.array(2.0)
     >>> state = tx.init(w)
-    >>> for _ in range(3):  # 4 · 2^15 and 4 · 2^14 are beyond float16
+    >>> for _ in range(3):  # 4 · 2^15 and 4 · 2^14 overflow float16
     ...     scale = state.loss_scale.astype("float16")
     ...     grads = jax.grad(lambda w: jnp.float16(w) ** 2 * scale)(w)
     ...     updates, state = tx.update(grads, state, w)
@@ -114,4 +115,4 @@ def dynamic_loss_scale(
         return steps, LossScaleState(scale, jnp.where(due, 0, count), new)
 
     annotate(update_fn, description=Description(kind="other", name=call, inner=guarded))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)

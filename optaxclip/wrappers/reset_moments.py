@@ -1,4 +1,4 @@
-"""SPAM's momentum reset: an optimizer forgets its moments from time to time, and warms up again."""
+"""SPAM's momentum reset: the moments of an optimizer are reset at intervals, with a warm-up."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ class ResetState(NamedTuple):
 def reset_moments(
     inner: optax.GradientTransformation, every: ArrayLike = 500, warmup_steps: ArrayLike = 150
 ) -> optax.GradientTransformationExtraArgs:
-    """Resets an optimizer every so many updates, each time with a warm-up.
+    """Resets an optimizer at regular intervals, each time with a warm-up.
 
     Updates are multiplied by 1 - 0.99·½·(1 + cos(π·t/N)) for N steps. A spike stays in Adam's
-    moments for hundreds of steps; a reset ends that.
+    moments for hundreds of steps; a reset removes it.
 
     Args:
-      inner: what is reset: the part that holds the moments, such as `optax.scale_by_adam()`. Keep
-        schedules outside: their counters would be reset, too.
-      every: how many updates between resets.
-      warmup_steps: N, over which updates grow from 1 % to all of their size after a reset, and at
-        the start; 0: none.
+      inner: what to reset: the part that holds the moments, such as `optax.scale_by_adam()`. Keep
+        schedules outside, because their counters would be reset, too.
+      every: the number of updates between resets.
+      warmup_steps: N, the steps over which updates grow from 1 % to their full size after a reset
+        and at the start; 0: no warm-up.
 
     Raises:
-      ValueError: if `inner` is no optimizer, `every` is a number below 1, or `warmup_steps` is
+      ValueError: if `inner` is not an optimizer, `every` is a number below 1, or `warmup_steps` is
         negative.
 
-    Deviations: all of `inner`'s state is reset, the counter of its bias correction too (in the
-    authors' code that goes on, and the first update after a reset is three times too long).
+    Deviations: all of `inner`'s state is reset, including the counter of its bias correction (which
+    goes on in the authors' code, where the first update after a reset is three times too long).
 
     References:
       Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset
@@ -78,11 +78,11 @@ def reset_moments(
     def update_fn(updates, state, params=None, **extra_args):
         like = drop_gradientless(params, updates)
         guard.check(state, like)
-        # Asked before the optimizer moves: the gradient at which it is due is the first that the
-        # fresh moments see.
+        # Decided before the optimizer runs, so that the fresh moments see the gradient of the step
+        # at which the reset is due.
         due = state.reset_step >= every
         step = jnp.where(due, 0, state.reset_step)
-        # Made in the step, and not kept: a second set of moments would be as large as the first.
+        # Computed here and not kept in the state, which would double the memory for moments.
         fresh = inner.init(like)
         start = jax.tree.map(lambda a, b: _select(due, a, b), fresh, state.inner)
         updates, new = inner.update(updates, start, params, **extra_args)
@@ -91,17 +91,17 @@ def reset_moments(
 
     about = Description(kind="other", name=call, inner=inner)
     annotate(update_fn, description=about)
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _select(due, fresh, old):
-    # `init` may have been given parameters of another dtype than the updates it is given here.
+    # The state may come from an `init` of parameters whose dtype differs from that of the updates.
     return jnp.where(due, jnp.asarray(fresh).astype(old.dtype), old)
 
 
 def _warmup(step, steps):
-    """From 1 % to all of an update over so many steps, along half a cosine."""
+    """Grows from 0.01 to 1 over so many steps, along half a cosine."""
     step = step.astype(jnp.float32)
-    # No warm-up is 0 steps: 0 / 0, though it is dropped below, would be NaN to `jax.debug_nans`.
+    # Without warm-up `steps` is 0, and `jax.debug_nans` would stop at 0 / 0 although it is dropped.
     done = jnp.clip(step / jnp.maximum(steps, 1), 0, 1)
     return jnp.where(step < steps, 1 - 0.99 * 0.5 * (1 + jnp.cos(jnp.pi * done)), 1)

@@ -1,4 +1,4 @@
-"""StableAdamW: a leaf's step is shortened where Adam's second moment lags behind the gradient."""
+"""StableAdamW: shortens the step of a leaf if Adam's second moment lags behind the gradient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from optaxclip.norms import rms
 from optaxclip.states import StateGuard, init_inside
 from optaxclip.thresholds.learned import like
 from optaxclip.trees import drop_gradientless
-from optaxclip.xla import widen
+from optaxclip.xla import root, widen
 
 
 class StableRmsState(NamedTuple):
@@ -37,19 +37,19 @@ def scale_by_stable_rms(
 ) -> optax.GradientTransformationExtraArgs:
     """Shortens each leaf of Adam's update: u ← u / max(1, RMS), RMS = √mean(g² / max(v̂, ε²)).
 
-    RMS is over 1 where gradients have grown faster than v̂, their running mean square: the cause of
+    RMS is over 1 if gradients have grown faster than v̂, their running mean square, which causes
     many loss spikes.
 
     Args:
-      inner: a transformation with Adam's second moment in its state, as `nu` beside `count`:
+      inner: a transformation whose state has Adam's second moment as `nu`, and `count`:
         `optax.scale_by_adam()`, also in a chain with weight decay, which is then shortened, too.
       b2: the decay of that moment.
       eps: ε.
       axis_names: as in `optaxclip.clip_by`.
 
     Raises:
-      ValueError: for an `inner` that is no optimizer, a b2 outside [0, 1) or a negative eps; at the
-        update, if the state has no `nu` and `count`.
+      ValueError: for an `inner` that is not an optimizer, a b2 outside [0, 1) or a negative eps; at
+        the update, if the state has no `nu` and `count`.
 
     References:
       Wortsman et al., `Stable and low-precision training for large-scale vision-language models
@@ -67,7 +67,7 @@ def scale_by_stable_rms(
     validate.nonnegative(eps=eps)
     inner = validate.as_optimizer(inner)
     call = validate.called()
-    # What is measured is not the step but g / √v̂; `update_fn` passes it in place of `params`.
+    # Measures g / √v̂ instead of the step; `update_fn` passes it as `params`.
     clip = clip_by(
         1.0, scope=scopes.leaf, norm=rms, view=lambda step, share: share, axis_names=axis_names
     )
@@ -79,31 +79,31 @@ def scale_by_stable_rms(
 
     def update_fn(updates, state, params=None, **extra_args):
         guard.check(state, drop_gradientless(params, updates))
-        # Adam first: its second moment has to have seen this gradient. In the first step the older
-        # one is zero, beside which every gradient is a spike.
+        # Adam first, because its second moment must include this gradient. At the first step the
+        # previous one is zero, compared with which every gradient is a spike.
         steps, new = inner.update(updates, state.inner, params, **extra_args)
         clipped, record = clip.update(steps, state.clip, _shares(call, updates, new, b2, eps))
         return clipped, StableRmsState(new, record)
 
     annotate(update_fn, description=description_of(clip)._replace(inner=inner))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def _shares(call: str, updates: Any, state: optax.OptState, b2: ArrayLike, eps: ArrayLike) -> Any:
-    """By element, g / max(√v̂, ε), v̂ from Adam's state after the step."""
+    """Computes |g| / max(√v̂, ε) by element, with v̂ from Adam's state after the step."""
     moments, count = optax.tree.get(state, "nu"), optax.tree.get(state, "count")
     if moments is None or count is None:
         raise ValueError(
             f"{call}: inner must keep Adam's `nu` and `count`: wrap optax.scale_by_adam()."
         )
-    # As `debiased_weight`: 1 - b2 is taken before it is rounded, and 1 - b2ᵗ by way of logarithms.
+    # As in `debiased_weight`: 1 - b2 is computed before rounding, and 1 - b2ᵗ through logarithms.
     rest = jnp.asarray(1 - b2).astype(jnp.float32)
     seen = -jnp.expm1(count.astype(jnp.float32) * jnp.log1p(-rest))
 
-    # Moments of bfloat16 gradients are bfloat16: a ratio in that dtype would have 8 bits.
+    # Moments of bfloat16 gradients are bfloat16, and a ratio in that dtype would have 8 bits.
     def share(g, v):
-        corrected = jnp.sqrt(widen(v) / like(seen, widen(v)))
-        return jnp.abs(widen(g)) / jnp.maximum(corrected, like(eps, corrected))
+        corrected = root(widen(v) / like(seen, widen(v)))
+        return jnp.abs(widen(jnp.asarray(g))) / jnp.maximum(corrected, like(eps, corrected))
 
     return jax.tree.map(share, updates, moments)
 
@@ -119,13 +119,13 @@ def stable_adamw(
     *,
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW, the rate of each leaf divided by max(1, RMS(g / √v̂)).
+    """AdamW with the rate of each leaf divided by max(1, RMS(g / √v̂)).
 
-    It is Adafactor's update clipping for Adam.
+    This is Adafactor's update clipping for Adam.
 
     Args:
-      learning_rate, b1, b2, eps, weight_decay, mask: of `optax.adamw`. Weight decay is shortened
-        like the rest.
+      learning_rate, b1, b2, eps, weight_decay, mask: as in `optax.adamw`. Weight decay is
+        shortened like the rest.
       axis_names: as in `optaxclip.clip_by`.
 
     Raises:
@@ -141,8 +141,8 @@ def stable_adamw(
     >>> round(float(updates[0]), 4)
     -0.1
     """
-    # Decay inside, as the rate of the whole leaf is lowered. The learning rate outside: a schedule
-    # has a `count` of its own, and `optax.tree.get` refuses to choose.
+    # Decay goes inside, because the rate of the whole leaf is lowered. The learning rate goes
+    # outside: a schedule has its own `count`, and `optax.tree.get` refuses to choose between two.
     adamw = optax.chain(
         optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay, mask)
     )

@@ -1,4 +1,4 @@
-"""Stable-SPAM, the optimizer."""
+"""The Stable-SPAM optimizer."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def stable_spam(
     warmup_steps: ArrayLike = 0,
     axis_names: AxisNames | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Stable-SPAM: Adam behind two clips, its moments reset every 1,000 steps.
+    """Stable-SPAM: Adam after two clips, with its moments reset every 1,000 steps.
 
     The clips are `clip_by_running_max` and `normalize_by_moments`.
 
     Args:
-      learning_rate, b1, b2, eps, weight_decay: of `optax.adamw`.
-      max_decay: of `clip_by_running_max`.
-      norm_b1, norm_b2: of `normalize_by_moments`.
-      every, warmup_steps: of `reset_moments`. The authors' optimizer has no warm-up after a reset,
-        unlike SPAM's.
+      learning_rate, b1, b2, eps, weight_decay: as in `optax.adamw`.
+      max_decay: `decay` of `clip_by_running_max`.
+      norm_b1, norm_b2: `b1` and `b2` of `normalize_by_moments`.
+      every, warmup_steps: as in `reset_moments`. Unlike SPAM, the authors' optimizer has no warm-up
+        after a reset.
       axis_names: as in `optaxclip.clip_by`.
 
     Raises:
@@ -51,11 +51,11 @@ def stable_spam(
     >>> round(float(updates[0]), 5)
     -0.001
     """
-    # Checked under the names that they have here; the parts would call them `decay`, `b1` and `b2`.
+    # Checked under their names here; the parts would call them `decay`, `b1` and `b2`.
     validate.share(max_decay=max_decay, norm_b1=norm_b1, norm_b2=norm_b2)
-    # Elements first, or one spike would be all of the norm by which the rest is divided. Each part
-    # counts its own steps: in the authors' code a reset of the moments restarts the bias correction
-    # of the running maximum, too, which turns that clip off for hundreds of steps.
+    # Elements first, because otherwise a single spike would dominate the norm that divides the
+    # rest. Each part counts its own steps: in the authors' code a reset of the moments restarts the
+    # bias correction of the running maximum, too, which turns that clip off for hundreds of steps.
     return chain(
         clip_by_running_max(max_decay, axis_names=axis_names),
         normalize_by_moments(norm_b1, norm_b2, axis_names=axis_names),

@@ -1,7 +1,7 @@
-"""How a step is skipped: the optimizer runs in any case, and what it did is taken back.
+"""Skips a step: the optimizer always runs, and its effect is undone if the step is skipped.
 
-A `cond` around it would copy the whole state, and a GPU would wait for its host to read the
-condition.
+A `cond` around the optimizer would copy the whole state, and a GPU would wait for the host to read
+the condition.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class SkipState(NamedTuple):
 
     Attributes:
       skipped_steps: int32, the steps that were skipped.
-      consecutive_skips: int32, those since the last step that was taken.
-      last_reason: int32, why the last of them was skipped: 1 its norm was over the bound, 2 its
-        loss was, 3 one of both was not finite; 0 if none was skipped yet.
-      spike: a `ClipState`: the threshold of the norms, what was seen, and the number of all steps.
+      consecutive_skips: int32, the skips since the last step that was taken.
+      last_reason: int32, why the last skip happened: 1 the norm was over its bound, 2 the loss was
+        over its bound, 3 one of them was not finite; 0 if no step has been skipped yet.
+      spike: a `ClipState`: the threshold of the norms, its metrics, and the number of all steps.
       loss: the threshold of the losses.
       inner: the state of the optimizer.
     """
@@ -56,14 +56,14 @@ class _Verdict(NamedTuple):
 
 
 def _judge(watch, loss_rule, updates, state: SkipState, params, loss, passed) -> _Verdict:
-    """Holds norm and loss to their bounds. `watch` is a clip that changes nothing."""
+    """Compares norm and loss with their bounds. `watch` is a clip that changes nothing."""
     _, spike = watch.update(updates, state.spike, params, **passed)
     finite, over = jnp.isfinite(spike.metrics.grad_norm), spike.metrics.clipped_share > 0
     reason, loss_state = jnp.where(over, NORM, 0), state.loss
     if loss is not None:
         loss = jnp.asarray(loss).astype(jnp.float32)
         bound, new = loss_rule.update(loss, state.loss, **passed)
-        # No engine holds this one, and a threshold of the user's may learn NaN.
+        # This threshold is not run by the engine, and one written by a user may learn NaN.
         loss_state = hold(loss_rule.init, loss, new, state.loss)
         reason = jnp.where(~over & (loss > bound), LOSS, reason)
         finite = finite & jnp.isfinite(loss)
@@ -71,13 +71,13 @@ def _judge(watch, loss_rule, updates, state: SkipState, params, loss, passed) ->
 
 
 def _decide(verdict: _Verdict, state: SkipState, new: Any, fresh: tuple[Any, Any], most: ArrayLike):
-    """Whether to skip, and the state after. `new` is the optimizer's, `fresh` the thresholds'."""
-    # The thresholds forget, too: fed with what is accepted only, they would never learn the new
+    """Decides whether to skip. `new` is the optimizer's state, `fresh` that of the thresholds."""
+    # The thresholds are reset as well: fed only with accepted norms, they would never learn the new
     # scale.
     locked_out = (verdict.reason != NONFINITE) & (state.consecutive_skips >= most)
     reset, skip = (verdict.reason > 0) & locked_out, (verdict.reason > 0) & ~locked_out
     spike = verdict.spike
-    # Thresholds move on at a skipped step, too: what they learn of a spike is up to their feed.
+    # Thresholds are also updated at a skipped step: their feed decides what they learn of a spike.
     return skip, SkipState(
         jnp.where(skip, optax.safe_increment(state.skipped_steps), state.skipped_steps),
         jnp.where(skip, optax.safe_increment(state.consecutive_skips), 0),
@@ -96,13 +96,13 @@ def skip_by(
     *,
     needs_loss: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs `inner`, and takes back what it did where the step is to be skipped.
+    """Runs `inner`, and undoes its effect if the step is to be skipped.
 
     Args:
       inner: the optimizer.
-      watch: a clip that changes nothing, whose threshold is that of norms.
+      watch: a clip that changes nothing, with the threshold of norms.
       loss_rule: the threshold of losses.
-      most: how many consecutive steps may be skipped for what is finite.
+      most: how many consecutive steps with finite norm and loss may be skipped.
       needs_loss: whether an update without a loss is an error.
     """
     call = validate.called()
@@ -111,7 +111,7 @@ def skip_by(
         return watch.init(params), loss_rule.init(jnp.zeros(()))
 
     def init_fn(params):
-        # One array each: two leaves with one buffer cannot be donated.
+        # Separate arrays, because two leaves that share a buffer cannot be donated.
         skipped, row, reason = (jnp.zeros((), jnp.int32) for _ in range(3))
         inside = init_inside(call, inner, params)
         return SkipState(skipped, row, reason, *thresholds(params), inside)
@@ -124,45 +124,45 @@ def skip_by(
         loss = find_loss(extra_args)
         if needs_loss and loss is None:
             raise ValueError(
-                f"{call}: there is a loss_threshold: write"
+                f"{call}: loss_threshold needs a loss: write"
                 " tx.update(grads, state, params, loss=loss)."
             )
         with validate.speak_for(call):
             verdict = _judge(watch, loss_rule, updates, state, params, loss, extra_args)
         steps, new = inner.update(updates, state.inner, params, **extra_args)
-        # Made in the step, and not kept, or every checkpoint would hold a second set of thresholds.
+        # Computed here and not kept: otherwise every checkpoint would hold the thresholds twice.
         fresh = thresholds(like)
         skip, state = _decide(verdict, state, new, fresh, most)
-        # A select, and not times 0: the steps of a gradient with NaN in it are NaN.
+        # A select, not a product with 0: the updates of a gradient that contains NaN are NaN.
         return _select(skip, optax.tree.zeros_like(steps), steps), state
 
     annotate(update_fn, description=description_of(watch)._replace(inner=inner))
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
 def find_loss(passed: Mapping[str, Any]) -> Any:
-    """The loss that an update was passed, if any; `value` is what Optax's line searches call it."""
+    """Finds the loss passed to an update, if any; Optax's line searches call it `value`."""
     loss = passed.get("loss")
     return passed.get("value") if loss is None else loss
 
 
 def multiply(updates: Any, factor: jax.Array) -> Any:
-    """The updates times one factor, each in its own dtype; integers as they are."""
+    """Multiplies the updates by one factor, each in its own dtype; integers are left alone."""
 
     def times(update):
-        # Rounded once, to the dtype of the update: a factor in bfloat16 would be rounded before.
+        # Rounded once, at the end: a factor in the dtype of the update would be rounded as well.
         return xla.as_dtype_of(update, xla.times(xla.widen(update), factor))
 
-    return jax.tree.map(lambda u: times(u) if is_measured(u) else u, updates)
+    return jax.tree.map(lambda u: times(jnp.asarray(u)) if is_measured(u) else u, updates)
 
 
 def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
-    """One of two trees. Unlike a `cond`, a select fuses, and takes any types in `shard_map`."""
+    """Selects one of two trees. Unlike a `cond`, this fuses and allows any types in `shard_map`."""
     found, structure = jax.tree_util.tree_flatten_with_path(yes)
     paths = [path_string(path) for path, _ in found]
     shapes = [jnp.shape(leaf) for _, leaf in found]
-    # An entry of its own for each leaf, as the factors of a clip have: with one scalar a GPU takes
-    # 193 kernels for an AdamW step of GPT-2 small, with these 70.
+    # One entry per leaf, like the factors of a clip. An AdamW step of GPT-2 small takes 70 kernels
+    # on a GPU this way, and 193 with a single scalar.
     layout = lay_out(tree, tuple(paths), tuple(shapes))
     each = zip(
         xla.spread(condition, layout), jax.tree.leaves(yes), jax.tree.leaves(no), strict=True

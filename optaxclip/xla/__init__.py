@@ -1,39 +1,59 @@
-"""What compilers need, and nothing else needs to know.
+"""Everything that depends on compilers.
 
-The mathematics of a clip is one sum of squares and one multiply a leaf. How these are written
+The mathematics of a clip is one sum of squares and one multiply per leaf. How these are written
 decides whether XLA reads the gradients once or four times, launches 40 kernels or 800, and whether
-a GPU waits for its host. This room holds those forms behind three functions:
+a GPU waits for its host. This package holds those forms behind four functions:
 
     measure(norm, arrays, layout)          the norms of all blocks, in one read
+    count_reaching(arrays, layout, sizes)  how many elements of each block are how large
     scale(arrays, factors, layout, ...)    each leaf times the factor of its block
     find_span(arrays, paths, axis_names)   over which devices each leaf is spread
 
-Nothing here asks the host which devices it has: a program may be compiled for others. Forms that
-differ by platform are chosen by `lax.platform_dependent`, and none needs to know whether leaves are
-sharded. docs/performance.md has the numbers; `tests/benchmarks/accelerators.py` makes them.
+Nothing here asks the host which devices it has, because a program may be compiled for others. Forms
+that differ by platform are chosen by `lax.platform_dependent`, and none needs to know whether
+leaves are sharded. docs/performance.md has the numbers; `tests/benchmarks/accelerators.py`
+reproduces them.
 """
 
+from optaxclip.xla.counts import count_reaching
 from optaxclip.xla.layout import Layout, lay_out
 from optaxclip.xla.lengths import counts_of, join_lengths, measure
-from optaxclip.xla.mesh import NOWHERE, Span, call_in_auto_axes, find_span
+from optaxclip.xla.mesh import (
+    NOWHERE,
+    Span,
+    apart,
+    call_in_auto_axes,
+    find_span,
+    hold_everywhere,
+    is_names,
+    is_shared,
+    vary,
+)
 from optaxclip.xla.scaling import as_dtype_of, scale, spread
-from optaxclip.xla.widths import accumulator, poison, times, widen
+from optaxclip.xla.widths import accumulator, poison, root, times, widen
 
 __all__ = [
     "NOWHERE",
     "Layout",
     "Span",
     "accumulator",
+    "apart",
     "as_dtype_of",
     "call_in_auto_axes",
+    "count_reaching",
     "counts_of",
     "find_span",
+    "is_names",
+    "is_shared",
+    "hold_everywhere",
     "join_lengths",
     "lay_out",
     "measure",
     "poison",
+    "root",
     "scale",
     "spread",
     "times",
+    "vary",
     "widen",
 ]

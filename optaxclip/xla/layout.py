@@ -1,10 +1,11 @@
 """Which leaves are alike, and so may be reduced or multiplied together.
 
-Leaves whose shape is equal, and whose path is equal but for its digits (`h/3/qkv`, `h/7/qkv`), are
-sharded alike on any mesh. To add their squares, or to stack them along a new axis, moves nothing
-between devices: no all-gather on any mesh tried. Concatenating leaves that are *not* alike, which
-saves a few more kernels on one device, makes XLA gather each of them on a mesh - and whether there
-is one cannot be asked: under `jit(in_shardings=...)` the types of unannotated arrays do not say.
+Leaves are alike if their shapes are equal and their paths differ only in digits (`h/3/qkv`,
+`h/7/qkv`). Such leaves are sharded in the same way on any mesh, so adding their squares, or
+stacking them along a new axis, moves nothing between devices: no all-gather on any mesh tried.
+Concatenating leaves that are *not* alike would save a few more kernels on one device, but on a mesh
+XLA gathers each of them. Whether there is a mesh cannot be asked: under `jit(in_shardings=...)` the
+types of arrays do not say.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Layout(NamedTuple):
       blocks: how leaves are cut into blocks.
       shapes: of the leaves.
       rows: sets of leaves that are alike, by their numbers; each leaf is in one.
-      arrays: sets of rows whose norms by unit are one array, by their numbers.
+      arrays: sets of rows whose unit norms are stored in one array, by their numbers.
       span: over which devices each leaf is spread.
     """
 
@@ -38,24 +39,24 @@ class Layout(NamedTuple):
     span: Span
 
     def axes_of(self, leaf: int) -> tuple[int, ...]:
-        """The axes of a leaf that are pooled: those of a unit or layer, or all."""
+        """The axes of a leaf that are reduced: those of a unit or layer, or all."""
         axes = self.blocks.axes
         return tuple(range(len(self.shapes[leaf]))) if axes is None else axes[leaf]
 
     def kept(self, leaf: int) -> tuple[int, ...]:
-        """The shape of the norms of a leaf: the axes that are not pooled."""
+        """The shape of the norms of a leaf: the axes that are not reduced."""
         pooled = self.axes_of(leaf)
         return tuple(n for axis, n in enumerate(self.shapes[leaf]) if axis not in pooled)
 
     def blocks_of(self, leaf: int) -> range:
-        """The block of a leaf, or those of the layers that it stacks."""
+        """The block of a leaf, or the blocks of the layers that it stacks."""
         first = self.blocks.index[leaf]
         return range(first, first + math.prod(self.kept(leaf)))
 
 
 def group(keys: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-    """Sets of positions with equal keys, in order of their first."""
-    # In order of the first, not sorted: keys hold shapes and `None`, which have no order.
+    """Sets of positions with equal keys, ordered by first occurrence."""
+    # Not sorted by key: keys hold shapes and `None`, which cannot be compared.
     rows: dict[Any, list[int]] = {}
     for i, key in enumerate(keys):
         rows.setdefault(key, []).append(i)
@@ -63,8 +64,8 @@ def group(keys: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
 
 
 def lay_out(blocks: Blocks, paths: Sequence[str], shapes, span: Span = NOWHERE) -> Layout:
-    """The layout of a tree. Rows ignore dtypes: parameters start a state of their shape."""
-    # Tuples throughout: a layout is a static argument of jitted functions, and has to be hashable.
+    """The layout of a tree. Rows ignore dtypes, which may differ between `init` and an update."""
+    # Tuples throughout: a layout is a static argument of jitted functions and has to be hashable.
     axes = blocks.axes or [None] * len(paths)
     rows = group(
         [
@@ -72,15 +73,15 @@ def lay_out(blocks: Blocks, paths: Sequence[str], shapes, span: Span = NOWHERE) 
             for path, shape, ax in zip(paths, shapes, axes, strict=True)
         ]
     )
-    # Units that are whole leaves have norms without a shape, whatever their leaves look like: one
-    # array for all biases and scales is 28 kernels fewer on a TPU than one for each row of them.
+    # A unit that is a whole leaf has a scalar norm, whatever the shape of the leaf. One array for
+    # all biases and scales takes 28 kernels less on a TPU than one array per row.
     whole = [axes[row[0]] == tuple(range(len(shapes[row[0]]))) for row in rows]
     arrays = group(["whole" if all_of_it else r for r, all_of_it in enumerate(whole)])
     return Layout(blocks, tuple(shapes), rows, arrays, _span_units(blocks, span))
 
 
 def _span_units(blocks: Blocks, span: Span) -> Span:
-    """Where the parts of units lie: those of a single number in one place, whoever has the leaf."""
+    """The span of units: a unit of a single number is never spread, even if its leaf is."""
     if not blocks.units or not span.leaves:
         return span
     each = zip(span.leaves, blocks.axes or (), strict=True)
@@ -88,8 +89,8 @@ def _span_units(blocks: Blocks, span: Span) -> Span:
 
 
 def same_types(layout: Layout, row: Sequence[int], arrays: Sequence[jax.Array]) -> list[list[int]]:
-    """A row split by the types of its leaves (dtype, in `shard_map` what varies) and by span."""
-    # Not part of the layout: the same leaves may be float32 at `init`, and bfloat16 at an update.
+    """Splits a row by the types of its leaves (dtype, and varying axes in `shard_map`) and span."""
+    # Not part of the layout: the same leaves may be float32 at `init` and bfloat16 at an update.
     keys = [
         (jax.typeof(arrays[i]), layout.span.leaves[i] if layout.span.leaves else None) for i in row
     ]
@@ -97,11 +98,11 @@ def same_types(layout: Layout, row: Sequence[int], arrays: Sequence[jax.Array]) 
 
 
 def chunks(row: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """A row in pieces of at most `size`."""
+    """Splits a row into pieces of at most `size`."""
     return [row[i : i + size] for i in range(0, len(row), size)]
 
 
 def per_leaf(rows: Sequence[Sequence[int]], values: Callable[[int, int], Any]) -> list[Any]:
-    """`values(row, place in it)` for each leaf, in the order of the leaves."""
+    """`values(row, position in the row)` for each leaf, in leaf order."""
     found = {leaf: values(r, i) for r, row in enumerate(rows) for i, leaf in enumerate(row)}
     return [found[leaf] for leaf in range(len(found))]

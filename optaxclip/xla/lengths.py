@@ -1,12 +1,13 @@
 """The norms of all blocks, right from 1e-36 to 1e36, in one read of the gradients.
 
-Squares of float32 numbers overflow above 1.8e19 and vanish below 1e-22. So accelerators pool at
-three scales at once (2^80, 1, 2^-80), which costs no second read, and take the largest scale that
-did not overflow: no loop and no branch, whose condition a GPU would read on the host. On a CPU,
-where three sums take three times as long as one, one sum is checked, and the rare other scales are
-in a `cond`.
+Squares of float32 numbers overflow above 1.8e19 and underflow below 1e-22. Accelerators therefore
+sum at three scales in one read (2^80, 1, 2^-80) and take the largest scale that did not overflow.
+That needs no loop and no branch, whose condition a GPU would have to send to its host. On a CPU
+three sums take three times as long as one. There a single sum is checked, and the other scales,
+which are rarely needed, are in a `cond`.
 
-The derivative is <x, dx> / |x|, stated as such: it is finite where the pool at one scale is not.
+The derivative is stated as <x, dx> / |x|, not differentiated through the sums: it is finite even
+where the sum at one scale is not.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from jax.typing import ArrayLike
 
 from optaxclip.base import Norm, Norms
 from optaxclip.xla.layout import Layout
+from optaxclip.xla.mesh import hold_everywhere
 from optaxclip.xla.scaling import spread
 from optaxclip.xla.sums import Pieces, lifted, plain, stacking, units, variadic
 from optaxclip.xla.widths import accumulator, widen
@@ -32,9 +34,9 @@ from optaxclip.xla.widths import accumulator, widen
 def measure(norm: Norm, arrays: list[jax.Array], layout: Layout) -> Norms:
     """The norms of all blocks: a scalar, a vector or a list, see `optaxclip.base`.
 
-    NaN where a block holds NaN, infinite where it holds infinity or its norm is no float any more.
+    NaN if a block holds NaN; infinite if it holds infinity or its norm exceeds the largest float.
     """
-    # Of one number every norm is its modulus, whose square need not be a float.
+    # Every norm of a single number is its modulus, and taking that needs no square to overflow.
     alone = layout.blocks.units and not any(map(layout.axes_of, range(len(arrays))))
     return _measure(_MODULUS if alone else norm, layout, arrays)
 
@@ -51,7 +53,7 @@ def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
         layout.span.check_units()
 
     def pool(form, arrays, scales):
-        # 2^640, a scale of float64, is no float32: beside such a leaf narrower ones would vanish.
+        # A scale for float64, such as 2^-640, underflows in float32: narrower leaves would vanish.
         if dtype == np.float64:
             arrays = [widen(x, dtype) for x in arrays]
         return _pool(form, norm, layout, arrays, scales, dtype)
@@ -64,8 +66,8 @@ def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
         return [_join([x for (x,) in row], n.ndim) for row, n in zip(pools, counts, strict=True)]
 
     def rescue(arrays):
-        # One scale after another: all in one read, XLA:CPU would keep room for a float32 copy of
-        # narrow leaves.
+        # One scale after another. In one read XLA:CPU would allocate a float32 copy of all narrow
+        # leaves.
         at = lax.map(lambda s: at_one(s, arrays), np.array(scales, dtype))
         return finish([[x] for x in at])
 
@@ -73,7 +75,11 @@ def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
         rows = at_one(1.0, _apart(arrays))
         inside = [_inside(x, n, dtype, units_) for x, n in zip(rows, counts, strict=True)]
         lengths = [norm.finish(x, n) for x, n in zip(rows, counts, strict=True)]
-        return lax.cond(jnp.all(jnp.array(inside)), lambda _: lengths, rescue, arrays)
+        exact = jnp.all(jnp.array(inside))
+        if units_:
+            # Of all devices: a branch that only some take makes all norms vary by type.
+            exact = hold_everywhere(exact)
+        return lax.cond(exact, lambda _: lengths, rescue, arrays)
 
     def gpu(arrays):
         return finish(pool(variadic, arrays, scales))
@@ -87,14 +93,14 @@ def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
 
 
 def _pool(form, norm: Norm, layout: Layout, arrays, scales, dtype) -> list[Pieces]:
-    """The pools of each array of norms, in pieces; of blocks there is one array in one piece."""
+    """The pools of each array of norms, in pieces; named blocks are one array in one piece."""
     if layout.blocks.units:
         return units(norm, layout, arrays, scales, dtype, stacked=form is variadic)
     return [[list(_gathered(norm, layout, form(norm, layout, arrays, scales, dtype)))]]
 
 
 def join_lengths(norm: Norm, lengths: jax.Array, count: ArrayLike = 1) -> jax.Array:
-    """The length of a block, given those of its parts; infinite where it is no float any more."""
+    """The length of a block, given those of its parts; infinite above the largest float."""
     scales = scales_of(norm, lengths.dtype, units=False)
     pools = [jnp.sum(lifted(norm, lengths, scale)) for scale in scales]
     return _chosen(norm, pools, scales, count)
@@ -108,7 +114,7 @@ def _join(pieces: list[jax.Array], ndim: int) -> jax.Array:
 def _finish(norm: Norm, pieces: Pieces, scales, count: np.ndarray) -> jax.Array:
     """The lengths in one array of norms.
 
-    Pieces are joined last: before, a TPU would copy each of them once per scale.
+    Pieces are joined last. If they were joined first, a TPU would copy each of them once per scale.
     """
     counts = [count]
     if len(pieces) > 1:
@@ -120,17 +126,17 @@ def _finish(norm: Norm, pieces: Pieces, scales, count: np.ndarray) -> jax.Array:
 
 
 def scales_of(norm: Norm, dtype, units: bool) -> tuple[float, ...]:
-    """The scales at which to pool, largest first; one where no power overflows or vanishes.
+    """The scales at which to pool, largest first; just 1 if no power can overflow or underflow.
 
-    A pool is exact while |x| is within 2^±(126 / p); scales 2^(160 / p) apart overlap by enough for
-    a sum of a billion numbers.
+    A pool is exact while |x| is within 2^±(126 / p). Scales are 2^(160 / p) apart, which overlaps
+    by enough for a sum of a billion numbers.
     """
     if norm.pool == "max" or norm.power <= 1:
         return (1.0,)
     wide = jnp.finfo(dtype).maxexp / 128
     if units and norm.power == 2:
-        # Two: a third costs 4 bytes per parameter on a GPU. They reach from 1e-36 to 1e36, and
-        # where one hands over to the other they lose what is 2^-25 of a norm's square, or less.
+        # Two scales, as a third costs 4 bytes per parameter on a GPU. They reach from 1e-36 to
+        # 1e36; where one takes over from the other, terms below 2^-25 of the sum are lost.
         return (2.0 ** (57 * wide), 2.0 ** (-57 * wide))
     step = 160 / norm.power
     count = math.ceil((120 - 126 / norm.power) / step)
@@ -140,32 +146,32 @@ def scales_of(norm: Norm, dtype, units: bool) -> tuple[float, ...]:
 def _chosen(norm: Norm, pools: list[jax.Array], scales, count) -> jax.Array:
     """The length, from the largest scale that did not overflow.
 
-    NaN and infinity come through the smallest.
+    NaN and infinity come out of the smallest scale.
     """
     length = norm.finish(pools[-1], count) / scales[-1]
     for pool, scale in list(zip(pools, scales, strict=True))[-2::-1]:
-        length = jnp.where(pool < jnp.inf, norm.finish(pool, count) / scale, length)
+        length = jnp.where(jnp.isfinite(pool), norm.finish(pool, count) / scale, length)
     return length
 
 
 def _inside(pools: jax.Array, count, dtype, units: bool) -> jax.Array:
-    """Whether all pools at scale 1 are exact: neither overflowed, nor lost what vanished."""
+    """Whether all pools at scale 1 are exact: none overflowed, none lost terms that underflowed."""
     info = jnp.finfo(dtype)
     inside = pools >= count * np.asarray(info.tiny / info.eps, dtype)
     if units:
-        # A zero beside others is no reason to look again: dead units are common.
+        # Some zeros among other norms do not need the other scales: dead units are common.
         some = jnp.any(pools > 0, axis=tuple(range(1, pools.ndim)), keepdims=True)
         inside |= (pools == 0) & some
-    return jnp.all(inside & (pools < jnp.inf))
+    return jnp.all(inside & jnp.isfinite(pools))
 
 
 def _apart(arrays):
-    """Narrow leaves behind a barrier: XLA:CPU would widen them once for all uses, and keep that."""
+    """Puts a barrier before narrow leaves, or XLA:CPU would keep one widened copy for all uses."""
     return [x if widen(x) is x else lax.optimization_barrier(x) for x in arrays]
 
 
 def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
-    """Pools of parts as pools of blocks, over all devices: (S, B), or (S,) for `tree`."""
+    """Combines pools of parts into pools of blocks over all devices: (S, B), or (S,) for `tree`."""
     pools, first = parts
     span = layout.span
     if span.axes and norm.pool == "sum":
@@ -174,18 +180,18 @@ def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
     if layout.blocks.names is None:
         pools = pools.sum(axis=1) if norm.pool == "sum" else pools.max(axis=1, initial=0)
     else:
-        pools = _segments(norm, layout, pools, first)
+        pools = pool_blocks(norm.pool, layout, pools, first)
     return span.pool(pools, norm.pool)
 
 
-def _segments(norm: Norm, layout: Layout, pools: jax.Array, first: list[int]) -> jax.Array:
-    """(S, P) to (S, B): the pools of each block met."""
+def pool_blocks(how: str, layout: Layout, pools: jax.Array, first: list[int]) -> jax.Array:
+    """(S, P) to (S, B): combines the pools of each block."""
     count = len(layout.blocks.names or ())
     blocks = np.array([block for leaf in first for block in layout.blocks_of(leaf)], int)
     order = np.argsort(blocks, kind="stable")
     if np.array_equal(blocks[order], np.arange(count)):
         return pools if np.array_equal(blocks, blocks[order]) else pools[:, order]
-    meet = jax.ops.segment_sum if norm.pool == "sum" else jax.ops.segment_max
+    meet = jax.ops.segment_sum if how == "sum" else jax.ops.segment_max
     meet = functools.partial(meet, segment_ids=blocks[order], num_segments=count)
     return jax.vmap(functools.partial(meet, indices_are_sorted=True))(pools[:, order])
 
@@ -224,7 +230,7 @@ def _measure_jvp(norm: Norm, layout: Layout, primals, tangents):
     return lengths, along if layout.blocks.units else along[0]
 
 
-# Sums as they are: linear, so that the derivative can be transposed.
+# A plain sum: linear, so that the derivative can be transposed.
 _IDENTITY = Norm("identity", lambda x: x, "sum", lambda pool, n: pool, lambda u, n: u, 1.0)
 
 
@@ -238,5 +244,5 @@ def _along(norm: Norm, x, length, count, dot) -> jax.Array:
 
 
 def _over(x: jax.Array, length: jax.Array) -> jax.Array:
-    # Not times 1 / length: that rounds, and the largest element over itself has to be 1.
+    # Not times 1 / length, which rounds twice: the largest element over itself has to be exactly 1.
     return lax.complex(x.real / length, x.imag / length) if jnp.iscomplexobj(x) else x / length

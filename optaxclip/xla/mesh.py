@@ -1,19 +1,22 @@
-"""Over which devices a leaf is spread, where the code itself runs on one device of many.
+"""Over which devices a leaf is spread, for code that runs per device.
 
-Under plain `jit` there is nothing to do: XLA sees whole arrays. Inside `shard_map` (and `pmap`)
-each device sees its own part, and a norm must be pooled over the devices that hold the other parts
-- but not over those that hold copies. `shard_map` keeps the difference in the type of every array
-(the mesh axes over which it varies), so it need not be said; with `check_vma=False` and in `pmap`
-the types are silent, and it must be: there is never a silent local norm.
+Under plain `jit` there is nothing to do: XLA sees whole arrays. Inside `shard_map` and `pmap` each
+device sees its own part, and a norm must be pooled over the devices that hold the other parts, but
+not over those that hold copies. `shard_map` records the difference in the type of every array (the
+mesh axes over which it varies). With `check_vma=False` and in `pmap` types do not say, and the user
+must: otherwise the norm would silently be a local one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -26,9 +29,9 @@ class Span(NamedTuple):
     """The mesh axes over which each leaf of a tree varies.
 
     Attributes:
-      leaves: one set of axis names a leaf: where its other parts lie; empty where nothing is
+      leaves: one set of axis names per leaf, along which its other parts lie; empty if nothing is
         spread.
-      axes: all axes that occur, in order: over these pooled values are agreed.
+      axes: all axes that occur, in order: pooled values are combined over these.
       explicit: whether the caller named the axes.
     """
 
@@ -45,17 +48,15 @@ class Span(NamedTuple):
         return math.prod(lax.axis_size(axis) for axis in self.axes if axis not in self._own(leaf))
 
     def pool(self, x: jax.Array, how: str) -> jax.Array:
-        """`x` pooled over all axes, the same on every device from there on."""
+        """`x` pooled over all axes; the result is the same on every device."""
         return _across(x, self.axes, how)
 
     def pool_leaf(self, x: jax.Array, leaf: int, how: str) -> jax.Array:
-        """The part of one leaf pooled over the axes of that leaf."""
+        """`x`, which belongs to one leaf, pooled over the axes of that leaf."""
         return _across(x, tuple(sorted(self._own(leaf))), how)
 
     def check_units(self) -> None:
-        """Raises where types say over which axes a leaf varies, but units and layers need to know
-        along which of its own.
-        """
+        """Raises if units or layers may be cut: a type does not say along which dimension."""
         if not self.explicit and any(self.parts(leaf) > 1 for leaf in range(len(self.leaves))):
             raise ValueError(
                 f"{validate.called()}: a clip of units or layers inside shard_map, over the mesh"
@@ -73,22 +74,53 @@ class Span(NamedTuple):
 NOWHERE = Span()
 
 
+# Not an argument of every clip: these axes belong to whoever calls a clip, which may be a foreign
+# one.
+_APART: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar(
+    "apart", default=frozenset()
+)
+
+
+@contextlib.contextmanager
+def apart(axes: Sequence[str]) -> Generator[None, None, None]:
+    """Makes each device along `axes` measure its own gradient, whatever types say. A context."""
+    token = _APART.set(_APART.get() | frozenset(axes))
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
+def is_shared(x: jax.Array, axes: Sequence[str]) -> bool:
+    """Whether the type of `x` says that it is the same on all devices along one of `axes`."""
+    # `vmap` and silent types say nothing.
+    if not set(axes) <= set(manual_axes()) or not _types_are_kept():
+        return False
+    return not set(axes) <= varying_axes(x)
+
+
 def _across(x: jax.Array, axes: tuple[str, ...], how: str) -> jax.Array:
     if not axes:
         return x
     return (lax.psum if how == "sum" else lax.pmax)(vary(x, axes), axes)
 
 
+def hold_everywhere(condition: jax.Array) -> jax.Array:
+    """Whether a condition holds on all devices among which it varies by type."""
+    axes = tuple(sorted(varying_axes(condition) - _APART.get()))
+    return lax.pmin(condition.astype(jnp.int32), axes) > 0 if axes else condition
+
+
 def vary(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """`x`, cast to the type that a collective over `axes` takes."""
-    # Where types are kept, a `psum` over two axes of what varies over only one is an error.
+    # If types are kept, a `psum` over two axes of an array that varies over one is an error.
     missing = tuple(axis for axis in axes if axis in manual_axes() and axis not in varying_axes(x))
     return to_varying(x, missing) if missing and _types_are_kept() else x
 
 
 def _types_are_kept() -> bool:
-    """Whether `shard_map` keeps track of what varies: its own axis index certainly does."""
-    # There is no other way to ask: with `check_vma=False` all types are empty, as those of copies.
+    """Whether `shard_map` tracks what varies: if it does, its axis index is of a varying type."""
+    # There is no other way to ask: with `check_vma=False` all types are empty, as if replicated.
     return all(axis in varying_axes(lax.axis_index(axis)) for axis in manual_axes())
 
 
@@ -98,12 +130,12 @@ def is_names(x) -> bool:
 
 
 def _named(axis_names: AxisNames, paths: Sequence[str]) -> list:
-    """`axis_names`, one entry a leaf."""
+    """`axis_names`, one entry per leaf."""
     if is_names(axis_names):
         return [axis_names] * len(paths)
     if callable(axis_names):
         return [axis_names(path) for path in paths]
-    # `()` is an entry, "on no axis"; to JAX it is a node without leaves.
+    # `()` is an entry and means "no axis", but to JAX it is a node without leaves.
     names = jax.tree.leaves(axis_names, is_leaf=is_names)
     if len(names) != len(paths) or not all(map(is_names, names)):
         raise ValueError(
@@ -120,21 +152,23 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
     Raises:
       ValueError: inside a `shard_map` or `pmap` whose types are silent, if `axis_names` is None.
     """
-    axes = manual_axes()
+    own = _APART.get()
+    axes = tuple(axis for axis in manual_axes() if axis not in own)
     if axis_names is None and not axes:
         return NOWHERE
-    typed = [varying_axes(x) for x in arrays]
+    typed = [varying_axes(x) - own for x in arrays]
     if axis_names is not None:
-        said = [frozenset((n,) if isinstance(n, str) else n) for n in _named(axis_names, paths)]
+        names = _named(axis_names, paths)
+        said = [frozenset((n,) if isinstance(n, str) else n) - own for n in names]
     elif _types_are_kept():
         said = typed
     elif all(lax.axis_size(axis) == 1 for axis in axes):
-        said = [frozenset()] * len(typed)  # one device holds all of it: local and global are one
+        said = [frozenset()] * len(typed)  # one device holds everything: local norms are global
     else:
         raise ValueError(_silent(axes))
-    # Axes that only types name are agreed over, too: what the caller calls replicated becomes so by
-    # type. Sorted, as a set of strings has another order in each process, and all processes must
-    # compile one program.
+    # Axes that only types name are pooled over as well: arrays that the caller calls replicated
+    # become so by type. Sorted, because all processes must compile the same program, and the order
+    # of a set of strings differs between processes.
     return Span(
         tuple(said), tuple(sorted(frozenset().union(*said, *typed))), axis_names is not None
     )
@@ -143,17 +177,17 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
 def call_in_auto_axes(
     function: Callable[..., tuple[list[jax.Array], Any]], arrays: list[jax.Array], rest: Any
 ) -> tuple[list[jax.Array], Any]:
-    """`function(arrays, rest)`, in a mesh with Explicit axes as in one with Auto axes.
+    """`function(arrays, rest)`, with Explicit mesh axes treated as Auto inside.
 
-    There each product, select and vmap would have to be told the sharding of its result. The arrays
-    come out sharded as they went in, everything else the same on all devices.
+    With Explicit axes each product, select and vmap would have to be told the sharding of its
+    result. The arrays come out sharded as they went in, everything else comes out replicated.
     """
     types = [jax.typeof(x).sharding for x in arrays]
     cut = [kind for kind in types if any(kind.spec)]
     if not cut:
         return function(arrays, rest)
     leaves, structure = jax.tree.flatten(rest)
-    # Types change on the way in, so nothing may be closed over but what has none, such as strings.
+    # Types change inside, so arrays may not be closed over; strings and the like may.
     numbers = {i: x for i, x in enumerate(leaves) if hasattr(x, "dtype")}
 
     def inside(arrays, numbers):
@@ -161,14 +195,14 @@ def call_in_auto_axes(
         return function(arrays, structure.unflatten(whole))
 
     results = [kind.spec for kind in types], PartitionSpec()
-    # The mesh of the types: that of a context (`jax.set_mesh`) may have ended.
+    # The mesh in the types, as the context of `jax.set_mesh` may have ended.
     with jax.sharding.use_abstract_mesh(cut[0].mesh):
         run: Any = jax.sharding.auto_axes(inside, out_sharding=results)
         return run(arrays, numbers)
 
 
 def _silent(axes: tuple[Any, ...]) -> str:
-    """Why the span cannot be known, and what to write; first for averaged gradients."""
+    """Says why the span is unknown and what to write, the case of averaged gradients first."""
     call = validate.called()
     if any(not isinstance(axis, str) or axis.startswith("_") for axis in axes):  # JAX's own name
         return (

@@ -1,7 +1,7 @@
 """Each leaf times the factor of its block, rounded once to its own dtype.
 
-One multiply per leaf is the form that XLA fuses into the optimizer that follows: no kernel of its
-own, no copy of the gradients. A division, a select or a `cond` on the tree is not fused.
+XLA fuses one multiply per leaf into the optimizer that follows: it takes no kernel of its own and
+no copy of the gradients. A division, a select or a `cond` on the tree would not be fused.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from jax import lax
 from optaxclip.xla.layout import Layout, chunks, per_leaf
 from optaxclip.xla.widths import times, widen
 
-# Leaves alike that read entries of one small vector are siblings to XLA:GPU, which makes one kernel
-# of their whole optimizer update: 42 kernels for GPT-2 small, where AdamW without a clip has 150.
-# Eight, as one kernel of 48 leaves compiles a third longer and gains nothing.
+# XLA:GPU fuses the whole optimizer update of leaves that read entries of one small vector into one
+# kernel: 42 kernels for GPT-2 small, where AdamW without a clip has 150. At most eight leaves,
+# because a kernel of 48 takes a third longer to compile and gains nothing.
 SIBLINGS = 8
 
 
@@ -29,9 +29,9 @@ def scale(arrays: list[jax.Array], factors: Any, *, layout: Layout, zeros: bool)
 
     Args:
       arrays: the leaves.
-      factors: one a block, in the shape of the norms.
-      layout: how leaves lie in blocks.
-      zeros: whether a factor of 0 makes exact zeros also of inf and NaN, which costs a select.
+      factors: one per block, in the shape of the norms.
+      layout: how leaves are grouped into blocks.
+      zeros: whether a factor of 0 turns inf and NaN into exact zeros as well, which costs a select.
     """
     return [_scaled(x, f, zeros) for x, f in zip(arrays, spread(factors, layout), strict=True)]
 
@@ -44,7 +44,7 @@ def _scaled(x: jax.Array, factor: jax.Array, zeros: bool) -> jax.Array:
 
 
 def spread(values: Any, layout: Layout) -> list[jax.Array]:
-    """One value a block, in a shape that broadcasts against each leaf of the block."""
+    """For each leaf the value of its block, in a shape that broadcasts against the leaf."""
     blocks = layout.blocks
     if blocks.units:
         direct, held = _unit_entries, _held_unit_entries
@@ -53,8 +53,8 @@ def spread(values: Any, layout: Layout) -> list[jax.Array]:
     elif blocks.names is not None:
         direct, held = _direct_entries, _held_entries
     else:
-        # On a CPU small vectors gain nothing for a scalar, on a TPU mesh they cost 6 % of the
-        # cycles.
+        # For a single scalar the small vectors gain nothing on a CPU and cost 6 % of the cycles on
+        # a TPU mesh.
         direct, held = _same_for_all, _own_entries
     direct, held = functools.partial(direct, layout=layout), functools.partial(held, layout=layout)
     cpu = direct if blocks.names is None else held
@@ -66,7 +66,7 @@ def _same_for_all(value: jax.Array, layout: Layout) -> list[jax.Array]:
 
 
 def _own_entries(value: jax.Array, layout: Layout) -> list[jax.Array]:
-    """One scalar as an entry of its own for each leaf, of small vectors behind barriers."""
+    """Broadcasts a scalar to small vectors behind barriers, with one entry for each leaf."""
     vectors = [
         [lax.optimization_barrier(jnp.full(len(part), value)) for part in chunks(row, SIBLINGS)]
         for row in layout.rows
@@ -90,7 +90,7 @@ def _entries(rows: list[jax.Array], layout: Layout) -> list[jax.Array]:
 
 
 def _split(values: list[jax.Array], layout: Layout) -> list[jax.Array]:
-    """Arrays of norms, cut into rows."""
+    """Splits arrays of norms into rows."""
     rows: dict[int, jax.Array] = {}
     for numbers, array in zip(layout.arrays, values, strict=True):
         ends = np.cumsum([len(layout.rows[r]) for r in numbers], dtype=int)
@@ -103,11 +103,11 @@ def _direct_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:
 
 
 def _held_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:
-    """The entry of each leaf, through small vectors behind barriers.
+    """The entry of each leaf, read from small vectors behind barriers.
 
-    An entry that is read straight from the vector of all blocks makes XLA:CPU copy what computes
-    that vector into the loop of every leaf, and compile a thousand different ones. A TPU reads it
-    so in 6 % fewer cycles.
+    If entries were read directly from the vector of all blocks, XLA:CPU would copy the computation
+    of that vector into the loop of every leaf, and compile a thousand different loops. On a TPU
+    direct reads take 6 % fewer cycles.
     """
     order = [layout.blocks.index[leaf] for row in layout.rows for leaf in row]
     in_order = order == list(range(len(layout.blocks.names or ())))
@@ -126,7 +126,7 @@ def _held_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:
 
 
 def _layer_entries(vector: jax.Array, layout: Layout, hold=lambda x: x) -> list[jax.Array]:
-    """For each leaf the entries of the layers that it stacks, or its one entry."""
+    """For each leaf the entries of the layers that it stacks, or its single entry."""
 
     def entries(leaf):
         places = layout.blocks_of(leaf)
@@ -136,7 +136,7 @@ def _layer_entries(vector: jax.Array, layout: Layout, hold=lambda x: x) -> list[
     return [entries(leaf) for leaf in range(len(layout.shapes))]
 
 
-# One barrier a leaf and not one for eight: models that stack their layers have few leaves alike.
+# One barrier per leaf, not one for eight: few leaves are alike in models that stack their layers.
 _held_layer_entries = functools.partial(_layer_entries, hold=lax.optimization_barrier)
 
 
@@ -145,13 +145,14 @@ def as_dtype_of(x: jax.Array, out: jax.Array) -> jax.Array:
     if (out.dtype, x.dtype) == (jnp.float32, jnp.bfloat16):
         out = _bfloat16(out)
     out = out.astype(x.dtype)
-    return x.at[...].set(out) if x.weak_type else out
+    # Arrays of NumPy's have no such type.
+    return x.at[...].set(out) if getattr(x, "weak_type", False) else out
 
 
 @jax.custom_jvp
 def _bfloat16(x: jax.Array) -> jax.Array:
-    # A conversion on a CPU costs 6 bytes per parameter before AdamW, this 2; on a TPU it doubles
-    # the compile time.
+    # Before AdamW on a CPU a plain conversion costs 6 bytes per parameter, rounding in integers 2.
+    # On a TPU the integer form would double the compile time.
     return lax.platform_dependent(
         x, cpu=_round_in_integers, default=lambda x: x.astype(jnp.bfloat16)
     )
@@ -165,11 +166,11 @@ def _bfloat16_jvp(primals, tangents):
 def _round_in_integers(x: jax.Array) -> jax.Array:
     """A float32 rounded to bfloat16, ties to even, in whole numbers.
 
-    XLA:CPU treats a float conversion as expensive and keeps a copy of all gradients, rather than
-    convert them in each loop of the optimizer that reads them. Shifts and additions it does repeat.
+    XLA:CPU treats a float conversion as expensive, and keeps a converted copy of all gradients
+    instead of repeating it in each loop of the optimizer. It does repeat shifts and additions.
     """
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     upper = (bits + jnp.uint32(0x7FFF) + (bits >> 16 & jnp.uint32(1))) >> 16
-    # The bits of a NaN might round to those of infinity.
+    # Rounding could turn the bits of a NaN into those of infinity.
     upper = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC0), upper)
     return lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)

@@ -1,66 +1,66 @@
-"""Contributions of leaves, pooled: one read of the gradients, in the form that each compiler likes.
+"""Sums over leaves in one read of the gradients, in the form that suits each compiler.
 
 For blocks of leaves and layers a form takes a norm, a layout, the leaves and scales, and returns
-`(S, P)` pools of P parts at S scales, with a leaf of each part. A part is one leaf, or several
-leaves alike of one block. (Of leaves that stack layers it is one part for each layer, behind one
-another.) For units it returns, for each array of norms, its pieces: at each scale an array `(*one
-entry per unit)` of one leaf, or of several with an axis of leaves before.
+`(S, P)` pools of P parts at S scales, and one leaf of each part. A part is a leaf, or several alike
+leaves of one block; a leaf that stacks layers has one part per layer, in order. For units it
+returns the pieces of each array of norms: at each scale an array `(*one entry per unit)` for one
+leaf, or for several leaves with a leading axis.
 
 Measured with XLA's own compilers, GPT-2 small before AdamW (150 kernels without a clip):
 
-                         H100 kernels          TPU v5e 4x4, cycles beside Optax's global clip
-    a sum a leaf         350                   1.00
-    plain                195                   0.94
-    variadic             177                   1.04
+                         H100 kernels, by tree, by leaf   TPU v5e 4x4, cycles beside Optax's clip
+    a sum a leaf         350, 444                         1.00
+    plain                                                 0.94
+    variadic             51, 53
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from optaxclip.base import Norm
+from optaxclip.compat import varying_axes
 from optaxclip.xla.layout import Layout, chunks, group, same_types
 from optaxclip.xla.widths import times, widen
 
-# A variadic reduction over all 48 alike leaves of GPT-2 XL takes 7 GB of temporaries; over 12,
-# none.
-OPERANDS = 12
-# More leaves in one fusion compile no faster.
+# XLA:GPU may copy a stack of more leaves: a kernel takes about 90 operands.
+STACKED = 64
+# With more leaves in one fusion compiling gets no faster.
 ADDENDS = 64
-# Smaller leaves that are alike are stacked: XLA:CPU takes its time for every array, however small,
-# and a copy of so little costs nothing.
+# Smaller alike leaves are stacked: XLA:CPU has an overhead per array, and copying so little is
+# cheap.
 SMALL, MOST = 4096, 256
 
 _REDUCE = {"sum": jnp.sum, "max": lambda x, **kw: jnp.max(x, initial=0, **kw)}
 _MEET = {"sum": lax.add, "max": lax.max}
 
 Pools = tuple[jax.Array, list[int]]
-# Pools of units, cut along the leaves of an array of norms: each piece has one array per scale, for
-# several leaves or, without their axis, for one.
+# Pools of units, split along the leaves of an array of norms: each piece has one array per scale,
+# for several leaves, or for one leaf and then without the axis of leaves.
 Pieces = list[list[jax.Array]]
 
 
 def lifted(norm: Norm, x: jax.Array, scale) -> jax.Array:
-    """What each number contributes, at a scale: a power of two, so that nothing is rounded."""
+    """What each number contributes at a scale, which is a power of two, so that nothing rounds."""
     if isinstance(scale, jax.Array):
-        # In a loop over scales. Without the barrier XLA:CPU takes the conversion out of it, and
-        # makes room for a float32 copy of all narrow leaves; with one barrier for all leaves it
-        # keeps the scale in a leaf's shape.
+        # In a loop over scales. Without the barrier XLA:CPU hoists the conversion out of the loop
+        # and allocates a float32 copy of all narrow leaves. With one barrier for all leaves it
+        # materializes the scale in the shape of a leaf.
         x, scale = lax.optimization_barrier((x, scale))
         return norm.lift(times(widen(x), scale))
     if scale == 1:
         return norm.lift(widen(x))
     x = times(widen(x), jnp.asarray(scale, widen(x).real.dtype))
-    # Of a single number XLA would make (x s)^2 into x^2 s^2, and s^2 is no float.
+    # For a single number XLA would rewrite (x s)^2 as x^2 s^2, and s^2 is out of range.
     return norm.lift(lax.optimization_barrier(x) if x.size == 1 else x)
 
 
 def _together(norm: Norm, leaves: Sequence[jax.Array], scale) -> jax.Array:
-    """Contributions of leaves alike, met element by element: one reduction instead of many."""
+    """Combines the contributions of alike leaves element by element, for one reduction of all."""
     met = lifted(norm, leaves[0], scale)
     for x in leaves[1:]:
         met = _MEET[norm.pool](met, lifted(norm, x, scale))
@@ -68,17 +68,17 @@ def _together(norm: Norm, leaves: Sequence[jax.Array], scale) -> jax.Array:
 
 
 def _parts(layout: Layout, row: Sequence[int], addends: int) -> list[Sequence[int]]:
-    """A row as parts: leaves of one block, at most `addends` of them."""
+    """Splits a row into parts: leaves of one block, at most `addends` of them."""
     by_block = group([layout.blocks.index[leaf] for leaf in row])
     return [chunk for part in by_block for chunk in chunks([row[i] for i in part], addends)]
 
 
 def plain(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool = False) -> Pools:
-    """A sum for each part and scale. XLA makes one read of the scales of a part.
+    """A sum for each part and scale. XLA reads a part once for all scales.
 
     Args:
       norm, layout, arrays, scales, dtype: see above.
-      stacked: whether to stack small leaves alike that are of several blocks.
+      stacked: whether to stack small alike leaves of several blocks.
     """
     pools, first = [], []
 
@@ -105,34 +105,43 @@ def plain(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool = 
 
 
 def stacking(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
-    """As `plain`, but small leaves alike of several blocks are stacked, and reduced at once."""
+    """Like `plain`, but stacks small alike leaves of several blocks and reduces them at once."""
     return plain(norm, layout, arrays, scales, dtype, stacked=True)
 
 
 def variadic(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
-    """One `lax.reduce` of many operands for parts alike: one kernel where `plain` has many."""
+    """Stacks alike leaves for one `lax.reduce` of all scales: one kernel where `plain` has many.
+
+    A part is always a single leaf, even if leaves share a block. A clip of the whole tree then
+    takes the same sums as a `watch` by leaf before it, and XLA computes them once.
+    """
+
+    def contribute(x: jax.Array) -> list[jax.Array]:
+        return [lifted(norm, x, scale) for scale in scales]
+
     pools, first = [], []
-    for row in layout.rows:
-        for same in same_types(layout, row, arrays):
-            for chunk in chunks(_parts(layout, same, ADDENDS), OPERANDS):
-                at = [
-                    [_together(norm, [arrays[i] for i in part], s) for part in chunk]
-                    for s in scales
-                ]
-                axes = layout.axes_of(same[0])
-                # All scales in one reduction, unless ptxas would refuse so many operands.
-                fits = len(chunk) * len(scales) <= OPERANDS
-                reductions = [[x for xs in at for x in xs]] if fits else at
-                sums = [x for operands in reductions for x in _reduce(operands, norm, axes)]
-                each = [jnp.stack(xs).astype(dtype).ravel() for xs in chunks(sums, len(chunk))]
-                pools.append(each)
-                first.extend(part[0] for part in chunk)
+    for leaves, sums in reduce_alike(contribute, norm.pool, layout, arrays, STACKED):
+        pools.append([x.astype(dtype).ravel() for x in sums])
+        first.extend(leaves)
     return _joined(pools, first, len(scales), dtype)
 
 
-def _reduce(operands: list[jax.Array], norm: Norm, axes: tuple[int, ...]) -> list[jax.Array]:
-    meet = _MEET[norm.pool]
+def reduce_alike(
+    contribute: Callable[[jax.Array], list[jax.Array]], how: str, layout: Layout, arrays, most: int
+) -> Iterator[tuple[Sequence[int], list[jax.Array]]]:
+    """For each set of at most `most` leaves alike its leaves, and what each contributes, pooled.
 
+    Each pool has an axis of leaves, and that of their layers.
+    """
+    for row in layout.rows:
+        for same in same_types(layout, row, arrays):
+            for leaves in chunks(same, most):
+                whole = jnp.stack([arrays[i] for i in leaves])
+                below = tuple(axis + 1 for axis in layout.axes_of(leaves[0]))
+                yield leaves, _reduce(contribute(whole), _MEET[how], below)
+
+
+def _reduce(operands: list[jax.Array], meet: Callable, axes: tuple[int, ...]) -> list[jax.Array]:
     def step(a, b):
         return tuple(map(meet, a, b))
 
@@ -141,7 +150,7 @@ def _reduce(operands: list[jax.Array], norm: Norm, axes: tuple[int, ...]) -> lis
 
 
 def _joined(pools, first: list[int], scales: int, dtype) -> Pools:
-    """All pools in one concatenation: XLA:TPU runs each of these small operations as a kernel."""
+    """Joins all pools in one concatenation, as XLA:TPU runs each small operation as a kernel."""
     if not pools:
         return jnp.zeros((scales, 0), dtype), first
     joined = jnp.concatenate([x for at in zip(*pools, strict=True) for x in at])
@@ -153,13 +162,24 @@ def units(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool) -
 
     Args:
       norm, layout, arrays, scales, dtype: as in `plain`.
-      stacked: whether to stack leaves alike and reduce them at once: free on a GPU (62 kernels for
-        473), a copy of all gradients on a TPU and a CPU.
+      stacked: whether to stack alike leaves and reduce them at once. It is free on a GPU (62
+        kernels instead of 473), but copies all gradients on a TPU or a CPU.
     """
     rows = [_units_of_row(norm, layout, row, arrays, scales, dtype, stacked) for row in layout.rows]
-    # Sums of all leaves first: else XLA:TPU stacks them one by one, in three times as many kernels.
-    rows = lax.optimization_barrier(rows)
+    # Finish the sums of all leaves first, or XLA:TPU stacks them one by one in three times as many
+    # kernels.
+    rows = _finished(rows)
     return [[piece for r in array for piece in rows[r]] for array in layout.arrays]
+
+
+def _finished(rows: list[Pieces]) -> list[Pieces]:
+    """The sums behind a barrier, one for each type: what leaves one varies as all that enters."""
+    flat, structure = jax.tree.flatten(rows)
+    for kind in dict.fromkeys(map(varying_axes, flat)):
+        own = [i for i, x in enumerate(flat) if varying_axes(x) == kind]
+        for i, x in zip(own, lax.optimization_barrier([flat[i] for i in own]), strict=True):
+            flat[i] = x
+    return structure.unflatten(flat)
 
 
 def _units_of_row(norm, layout, row, arrays, scales, dtype, stacked) -> Pieces:

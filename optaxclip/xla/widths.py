@@ -1,4 +1,4 @@
-"""In which dtype numbers are measured and scaled: float32 at least, whatever the gradient's."""
+"""The dtype in which numbers are measured and scaled: at least float32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def accumulator(arrays) -> np.dtype:
 
 
 def widen(x: jax.Array, dtype: DTypeLike = np.float32) -> jax.Array:
-    """A leaf in at least `dtype`, or the complex one of that width, to be measured and scaled."""
+    """A leaf in at least `dtype`, or in the complex dtype of that width."""
     if jnp.finfo(x.dtype).bits >= jnp.finfo(dtype).bits:
         return x
     return x.astype(jnp.complex128 if jnp.iscomplexobj(x) else dtype)
@@ -24,10 +24,17 @@ def widen(x: jax.Array, dtype: DTypeLike = np.float32) -> jax.Array:
 
 def poison(fine: jax.Array, x: jax.Array) -> jax.Array:
     """`x` where `fine`, NaN elsewhere."""
-    # Not a `where` with NaN: `jax.debug_nans` runs a function again op by op to find the first NaN,
-    # and would find that constant. 0 / 0 makes one only where it is wanted; x / 1 is x.
+    # Not a `where` with a NaN constant, which `jax.debug_nans` would report even if it is not
+    # selected. 0 / 0 makes a NaN only where one is wanted, and x / 1 is x.
     x = jnp.where(fine, x, jnp.zeros((), x.dtype))
     return x / fine.astype(x.dtype)
+
+
+def root(x: jax.Array) -> jax.Array:
+    """√x, whose derivative at 0 is 0."""
+    # Of `jnp.sqrt` it is infinite, and times the 0 of a branch that nobody takes it is NaN.
+    zero = x == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
 def times(x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -35,6 +42,6 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     factor = factor.astype(x.real.dtype)
     if not jnp.iscomplexobj(x):
         return x * factor
-    # Not `x * factor`: JAX would make the factor complex, and a product with +0j loses signs of
-    # zero.
+    # Not `x * factor`: JAX would make the factor complex, and multiplying by +0j loses the signs of
+    # zeros.
     return lax.complex(x.real * factor, x.imag * factor)

@@ -1,13 +1,19 @@
-"""Every method on every task, at its defaults and at its best: the tables of docs/choosing.md.
+"""Every method on every task, at its default and at the best of its settings: the tables of
+docs/choosing.md.
 
     uv run python -m tests.benchmarks.choosing
-        [--methods zclip ...] [--tasks char_rnn ...] [--seeds 5]
+        [--methods zclip ...] [--tasks char_rnn ...] [--seeds 12] [--into docs/choosing.md]
 
-All settings, learning rates and seeds of a method are one compiled program, vmapped; about ten
-minutes on two cores.
+The setting and the rate are picked on three seeds and judged on others, with clean batches and with
+bad ones. What is done is kept in a file, one line per task and method, and the next run goes on
+from there: remove it after a change of a task or a method. All runs of a method on a task are one
+compiled program, vmapped.
 """
 
 import argparse
+import itertools
+import json
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,9 +24,22 @@ import optax
 from tqdm import tqdm
 
 import optaxclip as oc
-from tests.benchmarks.reporting import put_into
-from tests.benchmarks.reporting import table as as_table
-from tests.benchmarks.trainings import TRAININGS, Training
+from tests.benchmarks.choosing_tables import REFERENCE, cap, report
+from tests.benchmarks.reporting import device, publish
+from tests.benchmarks.speech import speech
+from tests.benchmarks.trainings import Training, cartpole, char_rnn, digits_cnn, transformer
+
+# Smaller than for `tuning`: each method trains 144 times on each task.
+TASKS = {
+    "char_rnn": lambda: char_rnn(batch=4)._replace(steps=200),
+    "transformer": lambda: transformer(batch=4)._replace(steps=150),
+    "digits_cnn": lambda: digits_cnn(batch=8)._replace(steps=120),
+    "speech": speech,
+    "cartpole": cartpole,
+}
+PICKING = 3  # seeds, the first ones; others judge
+# Of each hundred batches this one is bad. An earlier one would only measure warm-ups.
+BAD = 80
 
 
 class Method(NamedTuple):
@@ -42,138 +61,174 @@ def before(clip):
     return lambda number, optimizer: optax.chain(clip(number), optimizer)
 
 
-def by(threshold):
-    return before(lambda number: oc.clip_by(threshold(number)))
+def skip(z, optimizer):
+    return oc.skip_spikes(optimizer, oc.thresholds.window_zscore(z))
 
 
-METHODS = {
-    "no clip": Method("", (1.0,), before(lambda number: oc.clip_by(jnp.inf))),
-    "clip_by_global_norm": Method("max_norm", (1.0, 0.1, 10.0), before(oc.clip_by_global_norm)),
-    "clip_by_leaf_norm": Method("max_norm", (1.0, 0.1, 10.0), before(oc.clip_by_leaf_norm)),
-    "smooth_clip": Method("max_norm", (1.0, 0.1, 10.0), before(oc.smooth_clip)),
-    "clip": Method("max_delta", (1.0, 0.1, 0.01), before(oc.clip)),
-    "u_clip": Method("max_norm", (1.0, 0.1, 10.0), before(oc.u_clip)),
-    "adaptive_grad_clip": Method("clipping", (0.01, 0.05, 0.25), before(oc.adaptive_grad_clip)),
-    "autoclip": Method("percentile", (10.0, 50.0, 90.0), before(oc.autoclip)),
-    "naive quantile": Method(
-        "window 50, q", (90.0, 99.0, 75.0), by(lambda q: oc.thresholds.percentile(q, window=50))
+def capped(cap):
+    return oc.clip_by(oc.thresholds.at_most(oc.thresholds.running(1.5), cap))
+
+
+NORMS = 1.0, 0.03, 0.1, 0.3, 3.0, 10.0, 30.0, 100.0
+SCORES = 0.25, 0.5, 1.0, 1.5
+RATIOS = 1.1, 1.2, 1.5, 2.0, 3.0
+SETTINGS = {
+    "no clip": ("", (1.0,), lambda _: optax.identity()),
+    "clip_by_global_norm": ("max_norm", NORMS, oc.clip_by_global_norm),
+    "adaptive_grad_clip": (
+        "clipping",
+        (0.01, 0.0025, 0.005, 0.02, 0.05, 0.1, 0.25, 1.0),
+        oc.adaptive_grad_clip,
     ),
-    "quantile_clip": Method("quantile", (0.5, 0.25, 0.9), before(oc.quantile_clip)),
-    "clip_by_median": Method("scale", (2.0, 1.0, 4.0), before(oc.clip_by_median)),
-    "running": Method("factor", (2.0, 1.1, 4.0), by(oc.thresholds.running)),
-    "running, capped": Method(
-        "cap",
-        (1.0, 0.1, 10.0),
-        by(lambda cap: oc.thresholds.at_most(oc.thresholds.running(1.5), cap)),
-    ),
-    "zclip": Method("z", (2.5, 1.0, 5.0), before(oc.zclip)),
-    "clip_by_log_zscore": Method("z", (2.0, 1.0, 4.0), before(oc.clip_by_log_zscore)),
-    "adagc": Method("ratio", (1.05, 1.5, 3.0), before(oc.adagc)),
-    "limit_norm_growth": Method("ratio", (1.01, 1.1, 2.0), before(oc.limit_norm_growth)),
-    "band_clip": Method("high", (2.0, 1.2, 4.0), before(lambda high: oc.band_clip(0.5, high))),
-    "spam_clip": Method("threshold", (5000.0, 50.0, 5.0), before(oc.spam_clip)),
-    "adamw_clip": Method("ratio", (3.0, 1.0, 10.0), before(oc.adamw_clip)),
-    "skip_spikes": Method(
-        "z",
-        (6.0, 3.0, 12.0),
-        lambda z, inner: oc.skip_spikes(inner, oc.thresholds.window_zscore(z)),
-    ),
+    "zclip": ("z", (2.5, *SCORES, 2.0, 3.5, 5.0), oc.zclip),
+    "autoclip": ("percentile", (10.0, 1.0, 5.0, 25.0, 50.0, 75.0, 90.0, 99.0), oc.autoclip),
+    "clip_by_leaf_norm": ("max_norm", NORMS, oc.clip_by_leaf_norm),
+    "clip": ("max_delta", (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4), oc.clip),
+    "adagc": ("ratio", (1.05, 1.01, *RATIOS, 5.0), oc.adagc),
+    "clip_by_median": ("scale", (2.0, 0.1, 0.3, 0.6, 1.0, 1.5, 3.0, 5.0), oc.clip_by_median),
+    "running, capped": ("cap", NORMS, capped),
+    "adamw_clip": ("ratio", (3.0, 0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 30.0), oc.adamw_clip),
+    "quantile_clip": ("quantile", (0.5, 0.05, 0.1, 0.25, 0.75, 0.9, 0.95, 0.99), oc.quantile_clip),
+    "clip_by_log_zscore": ("z", (2.0, *SCORES, 3.0, 4.0, 6.0), oc.clip_by_log_zscore),
+    "u_clip": ("max_norm", NORMS, oc.u_clip),
+    "limit_norm_growth": ("ratio", (1.01, 1.001, 1.03, *RATIOS), oc.limit_norm_growth),
+    "spam_clip": ("threshold", (5000.0, 1.0, 5.0, 16.0, 50.0, 160.0, 500.0, 1500.0), oc.spam_clip),
+    "smooth_clip": ("max_norm", NORMS, oc.smooth_clip),
 }
+METHODS = {
+    name: Method(number, values, before(clip)) for name, (number, values, clip) in SETTINGS.items()
+}
+METHODS["skip_spikes"] = Method("z", (6.0, 1.5, 2.0, 3.0, 4.0, 8.0, 12.0, 24.0), skip)
 
 
-def final_losses(task: Training, method: Method, seeds: int, steps: int, bar) -> np.ndarray:
-    """What runs end with, (settings, rates, seeds); infinite if that is not a number."""
-    grid = [(n, r, k) for n in method.settings for r in task.rates for k in range(seeds)]
-    number, rate, seed = map(jnp.asarray, zip(*grid, strict=True))
+class Key(NamedTuple):
+    """One line of the file of what is done."""
 
-    def transformation(number, rate):
-        return method.make(number, task.optimizer(rate))
+    task: str
+    method: str
+    seeds: int
+    steps: int
 
-    def start(number, rate, seed):
-        params = task.init(jax.random.key(seed))
-        return params, transformation(number, rate).init(params)
 
-    def step(params, state, number, rate, seed, i):
-        key = jax.random.fold_in(jax.random.key(seed + 1000), i)
-        grads = jax.grad(task.loss)(params, key, i)
-        updates, state = transformation(number, rate).update(grads, state, params)
+class Run(NamedTuple):
+    """One training, or arrays of many."""
+
+    number: Any
+    rate: Any
+    seed: Any
+    bad: Any
+
+
+def prepare(task: Training, seeds: int) -> Training:
+    """The task, started from a seed and evaluated for all runs at once: each compiles only once."""
+    starts = jax.jit(jax.vmap(lambda seed: task.init(jax.random.key(seed))))(jnp.arange(seeds))
+    return task._replace(
+        init=lambda seed: jax.tree.map(lambda p: p[seed], starts),
+        evaluate=jax.jit(jax.vmap(task.evaluate)),
+    )
+
+
+def trainer(task: Training, method: Method, steps: int, bar) -> Callable[[list[Run]], np.ndarray]:
+    """A function that trains many runs side by side: what each ends with."""
+
+    def transformation(run):
+        return method.make(run.number, task.optimizer(run.rate))
+
+    def start(run):
+        params = task.init(run.seed)
+        return params, transformation(run).init(params)
+
+    def step(params, state, run, i):
+        key = jax.random.fold_in(jax.random.key(run.seed + 1000), i)
+        grads = jax.grad(task.loss)(params, key, i, bad=run.bad & (i % 100 == BAD))
+        updates, state = transformation(run).update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    params, state = jax.jit(jax.vmap(start))(number, rate, seed)
-    step_all = jax.jit(jax.vmap(step, in_axes=(0, 0, 0, 0, 0, None)), donate_argnums=(0, 1))
-    for i in range(steps):
-        params, state = step_all(params, state, number, rate, seed, i)
-        bar.update()
-    losses = jax.jit(jax.vmap(task.evaluate))(params)
-    shape = len(method.settings), len(task.rates), seeds
-    return np.nan_to_num(np.asarray(losses), nan=np.inf, posinf=np.inf).reshape(shape)
+    start_all = jax.jit(jax.vmap(start))
+    step_all = jax.jit(jax.vmap(step, in_axes=(0, 0, 0, None)), donate_argnums=(0, 1))
+
+    def train(runs):
+        grid = Run(*map(jnp.asarray, zip(*runs, strict=True)))
+        params, state = start_all(grid)
+        for i in range(steps):
+            params, state = step_all(params, state, grid, i)
+            bar.update()
+        return np.asarray(task.evaluate(params))
+
+    return train
 
 
-def row(name: str, task: Training, method: Method, losses: np.ndarray) -> list[str]:
-    """A line of the table: the best rate at the defaults, and the best setting and rate."""
-
-    def shown(setting, rate):
-        runs = losses[setting, rate]
-        worst = "diverged" if runs.max() > task.failed else f"{runs.max():.2f}"
-        return [f"{np.median(runs):.2f}", worst]
-
-    medians = np.median(losses, axis=-1)
-    rate = int(np.argmin(medians[0]))
-    at = np.unravel_index(np.argmin(medians), medians.shape)
-    failed = int(np.sum(losses[0] > task.failed))
-    best = f"{method.number} {method.settings[at[0]]:g}" if len(method.settings) > 1 else ""
-    label = name if name in ("no clip", "naive quantile") else f"`{name}`"
-    return [label, *shown(0, rate), f"{failed}", best, f"{task.rates[at[1]]:g}", *shown(*at)]
-
-
-HEAD = [
-    "method",
-    "default: median",
-    "worst",
-    "lost, all rates",
-    "best setting",
-    "best rate",
-    "median",
-    "worst",
-]
+def measure(task: Training, method: Method, seeds: int, steps: int, bar) -> dict[str, Any]:
+    """The runs that pick, (settings, rates, seeds), and those that judge, (6, other seeds): the
+    default at each of three rates, the best, and with bad batches the default and the best.
+    """
+    train = trainer(task, method, steps, bar)
+    settings, rates = method.settings, task.rates
+    grid = itertools.product(settings, rates, range(PICKING), [False])
+    picking = train([Run(*cell) for cell in grid]).reshape(len(settings), len(rates), PICKING)
+    means = cap(picking, task.failed).mean(-1)
+    usual = int(np.argmin(means[0]))
+    setting, rate = map(int, np.unravel_index(np.argmin(means), means.shape))
+    default, best = (settings[0], rates[usual]), (settings[setting], rates[rate])
+    cells = [(settings[0], r, False) for r in rates]
+    cells += [(*best, False), (*default, True), (*best, True)]
+    others = range(PICKING, PICKING + seeds)
+    judged = train([Run(n, r, seed, bad) for n, r, bad in cells for seed in others])
+    picked = {"usual": usual, "setting": best[0], "rate": best[1]}
+    return picked | {"picking": picking.tolist(), "judged": judged.reshape(-1, seeds).tolist()}
 
 
-def table(task: Training, rows: list[list[str]], seeds: int, steps: int) -> str:
-    rates = ", ".join(f"{rate:g}" for rate in task.rates)
-    title = f"### {task.name}\n\n{steps} steps, {seeds} seeds at each of the rates {rates}.\n"
-    return f"{title}\n{as_table(HEAD, rows)}"
+def load(path: pathlib.Path) -> dict[Key, dict[str, Any]]:
+    """What was measured before."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {Key(*(line[k] for k in Key._fields)): line for line in map(json.loads, lines)}
 
 
-def main(argv=None):
+def measure_all(tasks: dict[str, Training], keys: list[Key], path: pathlib.Path) -> None:
+    """Measures, and adds each line to the file as soon as it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tasks = {key.task: prepare(tasks[key.task], PICKING + key.seeds) for key in keys}
+    with tqdm(total=2 * sum(key.steps for key in keys), unit="step") as bar:
+        for key in keys:
+            bar.set_description(f"{key.task}: {key.method}")
+            task, method = tasks[key.task], METHODS[key.method]
+            line = key._asdict() | measure(task, method, key.seeds, key.steps, bar)
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--tasks", nargs="+", default=list(TRAININGS), choices=TRAININGS)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--seeds", type=int, default=12, help="that judge")
     parser.add_argument("--steps", type=int, help="of every run; by default each task's own number")
     parser.add_argument(
-        "--into", help="a document between whose markers the tables are put: docs/choosing.md"
+        "--kept", type=pathlib.Path, default="build/choosing.jsonl", help="the file of what is done"
     )
-    args = parser.parse_args(argv)
-    tasks = [TRAININGS[name]() for name in args.tasks]
-    steps = {task.name: args.steps or task.steps for task in tasks}
-    text = []
-    with tqdm(total=len(args.methods) * sum(steps.values()), unit="step") as bar:
-        for task in tasks:
-            rows = []
-            for name in args.methods:
-                bar.set_description(f"{task.name}: {name}")
-                losses = final_losses(task, METHODS[name], args.seeds, steps[task.name], bar)
-                rows.append(row(name, task, METHODS[name], losses))
-            text.append(table(task, rows, args.seeds, steps[task.name]))
-            print("\n" + text[-1], flush=True)
-    if args.into:
-        put_into(
-            args.into,
-            "results",
-            f"Written with jax {jax.__version__} on a CPU.\n\n" + "\n".join(text),
-        )
+    parser.add_argument("--no-more", action="store_true", help="only write what is done")
+    parser.add_argument("--into", help="a document between whose marks the tables are put")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    tasks = {name: TASKS[name]() for name in args.tasks}
+    keys = [
+        Key(name, method, args.seeds, args.steps or task.steps)
+        for method in dict.fromkeys([*args.methods, REFERENCE])
+        for name, task in tasks.items()
+    ]
+    left = [key for key in keys if key not in load(args.kept)]
+    if left and not args.no_more:
+        measure_all(tasks, left, args.kept)
+    done = load(args.kept)
+    numbers = {name: method.number for name, method in METHODS.items()}
+    summary, text = report(tasks, numbers, [done[key] for key in keys if key in done])
+    publish(summary, args.into, "summary")
+    publish(f"Written with {device()}.\n\n{text}", args.into, "results")
 
 
 if __name__ == "__main__":

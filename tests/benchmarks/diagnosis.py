@@ -89,7 +89,7 @@ def main() -> None:
         BEFORE.write_text(json.dumps(counts, indent=1) + "\n")
         return
     before, seeds = json.loads(BEFORE.read_text()), args.seeds
-    head = ["run", "right is", "before", "now", f"else, or beside it, of {seeds}"]
+    head = ["run", "right answer", "before", "now", f"other signs, of {seeds}"]
     text = table(head, [row(diagnose, name, seeds, before[name]) for name in CASES])
     print(text)
     put_into("docs/watching.md", "diagnosis", text)

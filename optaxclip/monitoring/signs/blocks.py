@@ -1,4 +1,4 @@
-"""Which block was first, and at which step of a run something is, by its number."""
+"""Finds the block that was first, and the number of a step in a run."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from optaxclip.monitoring.summary import natural_key
 
 
 def step_at(run: RecordedRun, at: int) -> int:
-    """The number of a step, given its index."""
+    """Returns the number of a step, given its index."""
     return int(run.steps[at])
 
 
 def in_block(block: str) -> str:
-    """The end of a sentence that names a block, if there is one to name."""
+    """Returns the end of a sentence that names a block, if there is one."""
     return f", first in {block}" if block else ""
 
 
 def first_large(run: RecordedRun, at: int, end: int) -> str:
-    """The block that is ahead of the others while norms rise; nothing if they rise together.
+    """Finds the block that is ahead while norms rise; "" if all blocks rise together.
 
     Args:
-      run: with norms by block, or none.
+      run: a recorded run, with or without norms by block.
       at, end: the steps of the rise.
     """
-    # As long before the rise as it is long: its foot is below the noise.
+    # Starts one length of the rise earlier, because the noise hides where a rise begins.
     foot = max(2 * at - end, 1)
     rises = {}
     for name, x in run.blocks.items():
@@ -36,14 +36,14 @@ def first_large(run: RecordedRun, at: int, end: int) -> str:
             rises[name] = np.log(now) - np.log(np.median(before[is_known(before)]))
     if len(rises) < 2:
         return ""
-    # Relative to the others: noise and rise that all blocks share say nothing.
+    # Relative to the other blocks: noise and growth that all of them share tell nothing.
     table = np.stack(list(rises.values()))
     leads = (table - np.median(table, axis=0)).mean(axis=1)
     return list(rises)[int(np.argmax(leads))] if leads.max() >= np.log(AHEAD) else ""
 
 
 def first_lost(run: RecordedRun, at: int) -> str:
-    """The block that is not finite at a step; nothing if all are: then it is not of one block.
+    """Finds the block that is not finite at a step; "" if all are, so that none is to blame.
 
     Of several it is the last in natural order: gradients are computed from the loss backwards.
     """

@@ -1,4 +1,4 @@
-"""Clips that act always, never, or in the wrong place."""
+"""Finds clips that act always, never, or in the wrong place."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from optaxclip.monitoring.findings import Sign, format_number, format_share
+from optaxclip.monitoring.display import format_number, format_share
+from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.history import RecordedRun
 from optaxclip.monitoring.limits import ALWAYS, BEFORE_MEAN, ENOUGH, ENOUGH_FOR_TAILS, RESERVE
 
 
 def clipping(run: RecordedRun) -> Iterator[Sign]:
-    """For each clip with a bound, whether it acts on every step, or on none."""
+    """Finds clips with a bound that act on nearly every step, or on none."""
     for head, clip in run.measuring_clips().items():
         known = np.isfinite(clip["grad_norm"]) & np.isfinite(clip["bound"])
         norms, bounds, share = (clip[field][known] for field in ("grad_norm", "bound", "clipped"))
         if len(norms) < ENOUGH:
             continue
-        # Zero is no norm to clip, and no sign that the bound is far.
+        # A run of zero norms has nothing to clip, and does not show that the bound is too far.
         usual = {"norm": float(np.median(norms)), "bound": float(np.median(bounds))}
-        # Of a clip by block it is the share of blocks: it acts always if it does on all.
+        # For a clip by block this is the share of blocks: it is always active if all of them are.
         evidence = {"share": float(np.mean(share)), "steps": len(norms)} | usual
-        # A bound of 0 may be meant.
+        # A bound of 0 may be intended.
         nearest = float(np.max(norms / np.maximum(bounds, 1e-30)))
         name = head.rstrip("/") or "the clip"
         if evidence["share"] >= ALWAYS:
@@ -35,12 +36,11 @@ def _always(name: str, evidence: dict[str, float]) -> Sign:
     return Sign(
         "clip-always-active",
         f"{name} is active on {format_share(evidence['share'])} of steps: the norm is typically"
-        f" {format_number(evidence['norm'])}, the bound {format_number(evidence['bound'])}. The"
-        " norm after the clip is always the bound.",
+        f" {format_number(evidence['norm'])}, the bound {format_number(evidence['bound'])}. After"
+        " the clip the norm is always the bound.",
         evidence,
         "a bound near the usual norm, or one that follows it: optaxclip.quantile_clip(0.9),"
-        f" zclip(max_norm={format_number(10 * evidence['norm'])}). Under Adam it changes little"
-        " else.",
+        f" zclip(max_norm={format_number(10 * evidence['norm'])}). With Adam little else changes.",
     )
 
 
@@ -58,8 +58,8 @@ def _never(name: str, evidence: dict[str, float]) -> Sign:
 
 
 def averaging(run: RecordedRun) -> Iterator[Sign]:
-    """A clip that saw the norm of one device, or microbatch, where the user recorded the mean's."""
-    # With a bound beside it, it is that of a clip whose prefix is empty.
+    """Finds a clip that saw the norm of one device or microbatch, not of the mean as recorded."""
+    # A `grad_norm` next to a `bound` belongs to a clip with an empty prefix.
     own = run.table.get("grad_norm") if "bound" not in run.table else None
     if own is None:
         return
@@ -75,5 +75,5 @@ def averaging(run: RecordedRun) -> Iterator[Sign]:
                 " devices or microbatches.",
                 {"ratio": usual, "devices": usual**2, "steps": len(ratios)},
                 "average first (lax.pmean), or pass the clip axis_names=; with optax.MultiSteps put"
-                " the clip inside of it.",
+                " the clip inside it.",
             )

@@ -1,4 +1,4 @@
-"""Explosions, lasting jumps, and learning rates that make the weights jump: one rule for three."""
+"""Finds explosions, lasting jumps, or learning rates that make the weights jump, in one rule."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from optaxclip.monitoring.findings import Sign, format_number
-from optaxclip.monitoring.fits import find_runs
+from optaxclip.monitoring.display import format_number
+from optaxclip.monitoring.findings import Sign
+from optaxclip.monitoring.fits import find_runs, is_known
 from optaxclip.monitoring.history import RecordedRun
-from optaxclip.monitoring.limits import ENOUGH, FIRST_NORM, FIRST_STEPS, JUMP_STEPS
+from optaxclip.monitoring.limits import (
+    ENOUGH,
+    FIRST_NORM,
+    FIRST_STEPS,
+    JUMP_STEPS,
+    LARGE,
+    LEAP,
+    LEAP_STEPS,
+    MOVED,
+)
 from optaxclip.monitoring.signs.blocks import first_large, in_block, step_at
-from optaxclip.monitoring.signs.leaps import find_leap, too_high
 from optaxclip.monitoring.signs.rises import Rise, find_rise, is_lost
 
 
 def rising(run: RecordedRun) -> Iterator[Sign]:
-    """An explosion, a lasting jump, or a learning rate that makes the weights jump."""
+    """Finds an explosion, a lasting jump, or a learning rate that makes the weights jump."""
     rise = find_rise(run.norms)
-    leap = find_leap(run, rise)
+    leap = _find_leap(run, rise)
     if leap is not None:
-        yield too_high(run, *leap)
+        yield _too_high(run, *leap)
     elif rise is not None:
         yield _exploding(run, rise)
     elif (end := _end_of_first(run.norms)) is not None:
@@ -28,7 +37,7 @@ def rising(run: RecordedRun) -> Iterator[Sign]:
 
 
 def _end_of_first(x: np.ndarray) -> int | None:
-    """Where all ends after a first step or two of large gradients, to which nothing compares."""
+    """Finds where a run ends after large gradients at its first steps, before any usual norm."""
     lost = find_runs(is_lost(x))
     if not lost or lost[0][1] < len(x) or not 1 <= lost[0][0] <= FIRST_STEPS:
         return None
@@ -40,7 +49,7 @@ def _name_end(run: RecordedRun, at: int) -> str:
 
 
 def _exploding_at_once(run: RecordedRun, end: int) -> Sign:
-    # Nothing is usual yet, so the size itself is the evidence, and the largest block the first.
+    # There is no usual norm yet, so the size is the evidence, and the largest block is named.
     at = int(np.argmax(run.norms[:end]))
     norm, step, after = float(run.norms[at]), step_at(run, at), step_at(run, end)
     largest = {name: x[at] for name, x in run.blocks.items() if np.isfinite(x[at])}
@@ -71,7 +80,7 @@ def _exploding(run: RecordedRun, rise: Rise) -> Sign:
             " go back to a checkpoint before it; clip_by_median() keeps such a jump out."
         )
         return Sign("norms-jumped", what, evidence, fix, step, block)
-    # Of a rise that goes on the last step is one of it, and there is one interval less.
+    # A rise that still grows includes the last step, so it has one interval fewer.
     intervals = steps - (rise.how == "grows")
     evidence["doubling_steps"] = float(np.log(2) * intervals / np.log(growth))
     end = {"stays": ", and stays there", "grows": ", and still grows"}.get(rise.how)
@@ -83,23 +92,76 @@ def _exploding(run: RecordedRun, rise: Rise) -> Sign:
 
 
 def _stop_explosion(run: RecordedRun, rise: Rise) -> str:
-    """What to do: by when it began, and whether a clip was there."""
-    # A scaled gradient of the wrong direction still goes there: another bound would only delay it.
+    """Says what to try, given when the rise began and whether a clip was active."""
+    # Scaling does not change a wrong direction, so another bound would only delay the explosion.
     clips = run.measuring_clips().values()
     clipped = any(clip["clipped"][rise.start : rise.end].any() for clip in clips)
     if rise.start <= ENOUGH:
         return (
             "a lower learning rate, or a longer warm-up: it began with the run. In a recurrent"
-            " network orthogonal initialization, or shorter sequences."
+            " network, orthogonal initialization or shorter sequences."
         )
     if clipped:
         return (
             "go back to a checkpoint before this step, with a lower learning rate: the clip was"
-            " active, and direction, not length, led there."
+            " active, so the direction and not the length of the updates led there."
         )
-    # zclip has no bound in its warm-up, which may meet the explosion: so it is given a cap.
+    # zclip gets a cap, because it has no bound during its warm-up, when the explosion may happen.
     cap = format_number(10 * rise.usual)
     return (
         f"a clip at the usual norm, optaxclip.clip_by_global_norm({format_number(rise.usual)}), or"
-        f" optaxclip.zclip(max_norm={cap}), which finds it; from a checkpoint before this step."
+        f" optaxclip.zclip(max_norm={cap}), which learns it; from a checkpoint before this step."
+    )
+
+
+def _find_leap(run: RecordedRun, rise: Rise | None) -> tuple[int, float] | None:
+    """Finds the step at which the weights leapt before norms were large, and how far; or None."""
+    w = run.param_norms
+    if len(w) < 3:
+        return None
+    # A leap after a rise is its consequence, because the updates are as large as the gradients.
+    end = len(w) if rise is None else rise.start + 1
+    steps = min(LEAP_STEPS, len(w) - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = (w[steps:] / w[:-steps])[:end]
+    over = np.flatnonzero(ratios >= LEAP)
+    if len(over) and _loss_is_worse(run, over[0]):
+        return int(over[0]), float(ratios[over[0]])
+    return None if rise is None else _find_lead(run.norms, w, rise)
+
+
+def _find_lead(norms: np.ndarray, w: np.ndarray, rise: Rise) -> tuple[int, float] | None:
+    """Finds a leap where norms and weights rise together, if the weights were ahead; or None."""
+    # The norm at a step is taken before its update, the weights are recorded after it.
+    large = np.flatnonzero(norms[rise.start : rise.end] >= LARGE * rise.usual)
+    at = rise.start + int(large[0]) if len(large) else rise.end - 1
+    before = w[max(at - 2 * LEAP_STEPS, 0) : at]
+    before = before[is_known(before)]
+    if not len(before) or before[-1] < MOVED * before[0]:
+        return None
+    grown = np.max(w[at : rise.end], where=np.isfinite(w[at : rise.end]), initial=0) / before[0]
+    return (max(rise.start, 1) - 1, float(grown)) if grown >= LEAP else None
+
+
+def _loss_is_worse(run: RecordedRun, at: int) -> bool:
+    """Whether the loss ends higher: it falls when weights that start at zero grow."""
+    if not len(run.losses):
+        return False
+    before, after = run.losses[: max(at, 3)], run.losses[-max(len(run.losses) // 4, 3) :]
+    known = before[np.isfinite(before)]
+    return not np.isfinite(after).all() or (
+        len(known) > 0 and np.median(after) > known.min() * 1.05
+    )
+
+
+def _too_high(run: RecordedRun, at: int, grown: float) -> Sign:
+    step = step_at(run, at)
+    return Sign(
+        "learning-rate-too-high",
+        f"from step {step} on, gradients of the usual norm change the weights"
+        f" {format_number(grown)}-fold.",
+        {"growth": grown, "first": at},
+        "a tenth of the learning rate, or a warm-up if it is at the start of the run. A lower bound"
+        " would only hide it, and not even that with Adam, which ignores the scale of gradients.",
+        step,
     )

@@ -1,4 +1,4 @@
-"""Steps that are not finite, and steps that a wrapper skipped."""
+"""Finds lost steps: not finite, skipped by a wrapper, or with a state that was not kept."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from optaxclip.monitoring.findings import Sign, format_share
+from optaxclip.monitoring.display import format_share
+from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import find_runs
-from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.history import Columns, RecordedRun
 from optaxclip.monitoring.limits import ENOUGH, HALVINGS, SKIPPED
 from optaxclip.monitoring.signs.blocks import first_lost, in_block, step_at
 from optaxclip.wrappers.skip import LOSS, NONFINITE, NORM
 
-_WRAP = "Meanwhile optaxclip.skip_nonfinite(optimizer): then such a step changes nothing."
+_WRAP = "Meanwhile use optaxclip.skip_nonfinite(optimizer), so that such a step changes nothing."
 
 
 def losing(run: RecordedRun) -> Iterator[Sign]:
-    """The first loss or norm that is not finite, by what it was."""
+    """Finds the first loss or norm that is not finite, and what it was."""
     norms, losses = ~np.isfinite(run.norms), np.zeros(len(run.norms), bool)
     if len(run.losses):
         losses = ~np.isfinite(run.losses)
     if _is_of_loss_scale(run, norms | losses):
         return
-    # The gradient of a loss that is not finite is not either: at the same step the loss is first.
+    # If the loss is not finite, neither is its gradient: at the same step the loss comes first.
     if losses.any() and (not norms.any() or np.argmax(losses) <= np.argmax(norms)):
         yield _loss(run, losses)
     elif norms.any() and np.isinf(run.norms[np.argmax(norms)]):
@@ -33,22 +34,22 @@ def losing(run: RecordedRun) -> Iterator[Sign]:
 
 
 def _is_of_loss_scale(run: RecordedRun, bad: np.ndarray) -> bool:
-    """Whether a recorded loss scale was lowered at each such step, and all went on."""
+    """Whether a recorded loss scale was lowered at each bad step, and the run continued."""
     scales = run.table.get("loss_scale")
     if scales is None or not bad.any():
         return False
     if max(end - start for start, end in find_runs(bad)) > HALVINGS:
         return False
-    # Lowered at that step, or at the next: it may be recorded before or after its update.
+    # Lowered at that step or at the next: it may be recorded before or after its update.
     lowered = np.diff(scales, prepend=scales[0]) < 0
     here = lowered[bad].mean()
     behind = np.r_[lowered[1:], False][bad].mean()
-    # Before the first step and behind the last one nothing is known.
+    # Before the first step and after the last one nothing is known.
     return bool(max(here, behind) * bad.sum() >= bad.sum() - bad[0] - bad[-1])
 
 
 def _say(run: RecordedRun, what: str, bad: np.ndarray) -> tuple[str, dict[str, float], int]:
-    """How often, and when first, in words and numbers."""
+    """Says how often it happened, and when first, in words and numbers."""
     first, count = int(np.argmax(bad)), int(bad.sum())
     stays = find_runs(bad)[0] == (first, len(bad)) and count > 1
     often = "from then on" if stays else f"on {count} of {len(bad)} steps"
@@ -61,8 +62,8 @@ def _loss(run: RecordedRun, bad: np.ndarray) -> Sign:
     kind = "infinite" if infinite else "NaN"
     what, evidence, first = _say(run, f"loss is {kind}", bad)
     cause = (
-        "look for a logarithm or a division at 0 in the loss, and add ε inside of it (log_softmax"
-        " for log(softmax)). "
+        "look for a logarithm or a division at 0 in the loss, and add ε inside it (log_softmax"
+        " instead of log(softmax)). "
         if infinite
         else "look at the batch of this step for NaN or empty entries (watch keeps its tag=). "
     )
@@ -71,14 +72,14 @@ def _loss(run: RecordedRun, bad: np.ndarray) -> Sign:
 
 
 def _overflow(run: RecordedRun, bad: np.ndarray) -> Sign:
-    what, evidence, first = _say(run, "norm is infinite where the loss is finite", bad)
+    what, evidence, first = _say(run, "norm is infinite although the loss is finite", bad)
     block = first_lost(run, first)
     return Sign(
         "norm-overflow",
         f"{what}{in_block(block)}.",
         evidence,
-        "bfloat16, or a dynamic loss scale if this is float16; with one, some such steps are usual"
-        " while it looks for its value (record it as loss_scale=). " + _WRAP,
+        "bfloat16, or a dynamic loss scale if this is float16; with one, some such steps are normal"
+        " while it searches for its value (record it as loss_scale=). " + _WRAP,
         step_at(run, first),
         block,
     )
@@ -92,7 +93,7 @@ def _norm(run: RecordedRun, bad: np.ndarray) -> Sign:
         evidence["blocks"] = count
         fix = (
             f"look in the backward pass of {block} for roots, norms and divisions at 0: jnp.where"
-            " does not stop NaN unless its argument is safe as well. "
+            " does not stop NaN unless its argument is safe, too. "
         )
     else:
         fix = "look at the loss and the batch of this step (watch keeps its tag=). "
@@ -111,16 +112,16 @@ _REASONS = {
     ),
     NONFINITE: (
         "they were not finite",
-        "find what is not finite in the first of them: the data, the loss, or the weights; if the"
-        " weights are, go back to a checkpoint.",
+        "find what is not finite in the first of them: the data, the loss, or the weights; if it is"
+        " the weights, go back to a checkpoint.",
     ),
 }
 
 
 def skipping(run: RecordedRun) -> Iterator[Sign]:
-    """A run of which nothing, or from some step on nothing, is applied."""
+    """Finds a run in which no step is applied, or none from some step on."""
     for head, skip in run.skips.items():
-        # By consecutive skips, not their number: of a history that is thinned out counts jump.
+        # Uses consecutive skips, not their total, which jumps in a history that is thinned out.
         skipped = skip["consecutive"] > 0
         runs = find_runs(skipped)
         last = runs[-1] if runs and runs[-1][1] == len(skipped) else (len(skipped), len(skipped))
@@ -128,14 +129,52 @@ def skipping(run: RecordedRun) -> Iterator[Sign]:
         if len(skipped) < 3 or (share < SKIPPED and (count < ENOUGH or count < len(skipped) / 4)):
             continue
         first = int(np.argmax(skipped)) if share >= SKIPPED else last[0]
-        what, fix = _REASONS.get(int(skip["last_reason"][-1]), ("of no known reason", "see why."))
-        name, step = head.rstrip("/") or "skip", step_at(run, first)
+        what, fix = _REASONS.get(int(skip["last_reason"][-1]), ("reason unknown", "find out why."))
+        name, step, block = head.rstrip("/") or "skip", step_at(run, first), first_lost(run, first)
         yield Sign(
             "every-step-skipped",
             f"{name} skipped {format_share(np.mean(skipped[first:]))} of the steps from step {step}"
-            f" on: {what}.",
+            f" on: {what}{in_block(block)}.",
             {"share": share, "steps": int(skipped.sum()), "first": first},
             fix,
             step,
+            block,
         )
         return
+
+
+def forgetting(run: RecordedRun) -> Iterator[Sign]:
+    """Finds step counters that stand still, because the state that `update` returns is not kept."""
+    counters = _count_steps(run.watches | run.clips)
+    # If every step is skipped, the wrapper still counts the steps that it skips.
+    moving = any(np.ptp(x) > 0 for x in (_count_steps(run.skips) | counters).values())
+    steps = max(map(len, counters.values()), default=0)
+    if steps < ENOUGH or moving or _is_explained(run, counters):
+        return
+    name, count = next((name, int(x[0])) for name, x in counters.items())
+    yield Sign(
+        "state-not-kept",
+        f"{name} is {count} at each of {steps} steps: the recorded state never advances, so nothing"
+        " is learned from one step to the next, and the rest of the record is of no use.",
+        {"steps": steps, "count": count},
+        "keep the state that update returns, updates, state = tx.update(grads, state, params);"
+        " return it from the compiled step, too, and record its optaxclip.metrics(state)."
+        " (optax.MultiSteps and apply_if_finite hold back the state inside: record more steps.)",
+    )
+
+
+def _count_steps(parts: dict[str, Columns]) -> dict[str, np.ndarray]:
+    """Returns the counter of each part that has one, at the steps where it is known."""
+    counters = {f"{head}steps": part["steps"] for head, part in parts.items() if "steps" in part}
+    return {name: x[np.isfinite(x)] for name, x in counters.items() if np.isfinite(x).any()}
+
+
+def _is_explained(run: RecordedRun, counters: dict[str, np.ndarray]) -> bool:
+    """Whether counters may stand still although the state is kept."""
+    # In a record of several runs, their rows are at the same step.
+    together = len(np.unique(run.table.get("run", np.zeros(1)))) > 1
+    # Within one accumulation the norms stand still, too; if a state is dropped, they vary.
+    paused = any(x[0] > 0 for x in counters.values()) and len(np.unique(run.norms)) == 1
+    # Steps that `optax.apply_if_finite` rejects leave no trace except their losses.
+    rejected = len(run.losses) > 0 and not np.isfinite(run.losses).any()
+    return together or paused or rejected

@@ -1,4 +1,4 @@
-"""Whether the loss and the weights move, and how."""
+"""Finds whether the loss and the weights move, and how."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from optaxclip.monitoring.findings import Sign, format_number
+from optaxclip.monitoring.display import format_number
+from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import compare_parts, fit_growth, is_known
 from optaxclip.monitoring.history import RecordedRun
 from optaxclip.monitoring.limits import (
@@ -23,7 +24,7 @@ from optaxclip.monitoring.limits import (
 
 
 def moving(run: RecordedRun) -> Iterator[Sign]:
-    """A loss that does not move, or rises; and if it does not, whether the weights do."""
+    """Finds a loss that rises, or does not move, and then whether the weights do."""
     x = run.losses[np.isfinite(run.losses)]
     if len(x) < 2 * ENOUGH:
         return
@@ -32,9 +33,9 @@ def moving(run: RecordedRun) -> Iterator[Sign]:
     change = (after - before) / max(abs(before), 1e-30)
     evidence = {"before": before, "after": after, "change": change, "standard_error": error}
     still = abs(change) < UNMOVED and abs(after - before) <= UNMOVED_ERRORS * error
-    # A run that has converged moved at first.
+    # The loss of a run that has converged did move at first.
     still &= start - rest <= max(UNMOVED * abs(start), UNMOVED_ERRORS * start_error)
-    # Full-batch losses have no noise: they fall by little, and yet by many standard errors.
+    # Full-batch losses have no noise: a small fall is still many standard errors.
     if _weights_are_still(run) and abs(change) < UNMOVED:
         yield _too_low(run, evidence)
     elif still:
@@ -53,11 +54,11 @@ def _too_low(run: RecordedRun, evidence: dict[str, float]) -> Sign:
     moved = float(np.ptp(w[is_known(w)]) / np.median(w[is_known(w)]))
     return Sign(
         "learning-rate-too-low",
-        f"in {len(w)} steps the norm of the weights changes by {moved:.1g} of itself, the loss by"
-        f" {abs(evidence['change']):.1g}; gradients there are.",
+        f"in {len(w)} steps the norm of the weights changes by {moved:.1g} of itself, and the loss"
+        f" by {abs(evidence['change']):.1g}, although there are gradients.",
         evidence | {"moved": moved},
-        "ten times the learning rate, then ten times again, until the loss moves; in bfloat16"
-        " updates of less than 1/256 of a weight are lost: keep a float32 copy of it.",
+        "ten times the learning rate, then ten times again, until the loss moves; in bfloat16,"
+        " updates of less than 1/256 of a weight are lost: keep a float32 copy of the weights.",
     )
 
 
@@ -83,18 +84,20 @@ def _loss_rising(evidence: dict[str, float]) -> Sign:
 
 
 def growing(run: RecordedRun) -> Iterator[Sign]:
-    """Weights that grow exponentially; those that start at zero grow ever more slowly."""
+    """Finds weights that grow exponentially: those that start at zero grow ever more slowly."""
     x = run.param_norms[is_known(run.param_norms)]
     if len(x) < ENOUGH:
         return
-    # Of growth like t or sqrt(t) the second half is a small factor, of an exponential the same.
+    # If growth is like t or sqrt(t), its factor is smaller in the second half; in an exponential
+    # both halves have the same factor.
     fit, middle = fit_growth(x), x[len(x) // 2]
     early, late = middle / x[0], x[-1] / middle
     if fit.growth >= GROWN and fit.r2 >= GROWN_R2 and late >= max(early, 1) ** GROWN_LATE:
+        doubling = np.log(2) * (fit.steps - 1) / np.log(fit.growth)
         yield Sign(
             "weights-growing",
             f"the norm of the parameters grows {format_number(fit.growth)}-fold over {fit.steps}"
             f" steps, {format_number(late)}-fold in the second half.",
-            fit.evidence(),
+            {**fit._asdict(), "doubling_steps": float(doubling)},
             "weight decay (optax.adamw); normalization of activations or logits.",
         )

@@ -1,4 +1,4 @@
-"""Where norms rise: to another level, or to the end of a run."""
+"""Finds where norms rise: to another level, or to the end of a run."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from optaxclip.monitoring.fits import (
 from optaxclip.monitoring.limits import (
     ENOUGH,
     JUMP,
+    NEIGHBOURS,
     RISE,
     RISE_R2,
     RISE_STEPS,
@@ -31,9 +32,10 @@ class Rise(NamedTuple):
 
     Attributes:
       start: the first step of the rise.
-      end: the step after it: the first that is not finite, or at the new level.
-      usual, peak: the norm before, and the largest.
-      how: "broke": it ended in NaN, infinity or zeros; "stays"; "grows", at the end of the record.
+      end: the step after the rise: the first that is not finite, or at the new level.
+      usual, peak: the norm before the rise, and the largest norm.
+      how: "broke": it ended in NaN, infinity or zeros; "stays" at the new level; "grows" at the end
+        of the record.
     """
 
     start: int
@@ -44,7 +46,7 @@ class Rise(NamedTuple):
 
 
 def find_rise(x: np.ndarray) -> Rise | None:
-    """The first rise to an end of it all; if none, one to another level, or until the last step."""
+    """Finds the first rise that breaks the run, or else one to a new level or to the last step."""
     lost = find_runs(is_lost(x))
     known = x[is_known(x)]
     limit = large_ratio(over_neighbours(known), 3)
@@ -52,25 +54,25 @@ def find_rise(x: np.ndarray) -> Rise | None:
     for begin, (at, _) in zip(begins, lost, strict=False):
         if found := _rise_to(x, begin, at, limit):
             return found
-    # What comes after the first lasting loss is of weights that are lost.
+    # After norms are lost for good, the weights are broken, and later norms mean nothing.
     where = np.flatnonzero(is_known(x[: lost[-1][0]] if lost and lost[-1][1] == len(x) else x))
     return _shift(x, where) or _growing(x, where)
 
 
 def is_lost(x: np.ndarray) -> np.ndarray:
-    """Where norms are not finite; and at the end zero, as of units that an explosion saturated."""
+    """Returns where norms are not finite, or zero to the end, as in units that saturated."""
     lost = ~np.isfinite(x)
     lost[len(x) - zeros_at_end(x) :] |= zeros_at_end(x) >= ENOUGH
     return lost
 
 
 def _rise_to(x: np.ndarray, begin: int, at: int, limit: float) -> Rise | None:
-    """The rise that the steps from `begin` end with, where the norm breaks at step `at`."""
+    """Finds the rise at the end of the steps from `begin` to `at`, where the norm breaks."""
     where = begin + np.flatnonzero(is_known(x[begin:at]))
     if len(where) < 2:
         return None
     y = x[where]
-    # A quartile: a slow rise from the first step on is half of the record.
+    # A quartile, because a slow rise from the first step on may be half of the record.
     usual, peak = np.quantile(y[:-1], 0.25, method="lower"), y[-3:].max()
     if peak < limit * usual:
         return None
@@ -79,11 +81,25 @@ def _rise_to(x: np.ndarray, begin: int, at: int, limit: float) -> Rise | None:
     heights = np.log(y[first:] / usual) / np.log(peak / usual)
     if len(heights) == 0 or (len(heights) > 5 and heights.mean() > STILL_RISING):
         return None
-    return Rise(int(where[first]), at, float(usual), float(peak), "broke")
+    return Rise(int(where[_foot(y, first)]), at, float(usual), float(peak), "broke")
+
+
+def _foot(y: np.ndarray, first: int) -> int:
+    """Finds where a rise began that stands out of the noise at step `first`.
+
+    The step before belongs to it if it exceeds all steps before, and their median by at least half
+    of the rise to the next step, on a log scale.
+    """
+    while first > 1:
+        before, low, high = y[max(first - 1 - NEIGHBOURS, 0) : first - 1], y[first - 1], y[first]
+        if low >= high or low <= before.max() or low < np.median(before) * np.sqrt(high / low):
+            break
+        first -= 1
+    return first
 
 
 def _shift(x: np.ndarray, where: np.ndarray) -> Rise | None:
-    """A change to a level that lasts until the end."""
+    """Finds a change to a level that lasts until the end."""
     if len(where) < ENOUGH:
         return None
     y = np.log(x[where])
@@ -93,21 +109,21 @@ def _shift(x: np.ndarray, where: np.ndarray) -> Rise | None:
     apart = np.quantile(after, 0.1) > np.quantile(before, 0.9)
     if high - low < np.log(JUMP) or not apart or min(len(before), len(after)) < 5:
         return None
-    # Between a quarter and three quarters of the way noise is no matter.
+    # Noise does not matter between a quarter and three quarters of the way.
     top = int(np.argmax(y >= low + 0.75 * (high - low)))
     if len(y) - top >= RISE_STEPS and _is_steep(fit_growth(np.exp(y[top:] - y[top]))):
         return None
     start = int(np.flatnonzero(y[: top + 1] <= low + 0.25 * (high - low))[-1]) + 1
     usual, peak = float(np.exp(low)), float(np.exp(high))
-    return Rise(int(where[start]), int(where[top]) + 1, usual, peak, "stays")
+    return Rise(int(where[_foot(x[where], start)]), int(where[top]) + 1, usual, peak, "stays")
 
 
 def _growing(x: np.ndarray, where: np.ndarray) -> Rise | None:
-    """Exponential growth at the end: over the last half, quarter, ..., as explosions are short."""
+    """Finds exponential growth in the last half, quarter, ..., because explosions are short."""
     y = x[where]
     sizes = [len(y) >> halvings for halvings in range(20) if len(y) >> halvings >= RISE_STEPS]
     fits = [fit_growth(y[-size:]) for size in sizes]
-    # The latter half has its part of it: otherwise it has ended, or is a warm-up.
+    # The second half must have its part of the growth; otherwise it is over, or is a warm-up.
     steep = [
         fit
         for fit in fits

@@ -1,4 +1,4 @@
-"""Gradients that are zero, or fade: over the steps, or from layer to layer."""
+"""Finds gradients that are zero, or fade: over the steps, or from layer to layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from optaxclip.monitoring.findings import Sign, format_number, format_share
+from optaxclip.monitoring.display import format_number, format_share
+from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import (
     compare_parts,
     find_runs,
@@ -33,7 +34,7 @@ from optaxclip.monitoring.summary import natural_key
 
 
 def zero(run: RecordedRun) -> Iterator[Sign]:
-    """No gradient for anything, or for some blocks, never or from some step on."""
+    """Finds blocks, or whole runs, that never get a gradient, or none from some step on."""
     count = len(run.norms)
     if (death := _find_death(run.norms)) is not None:
         step, share = step_at(run, death), float(np.mean(run.norms[death:] == 0))
@@ -42,13 +43,13 @@ def zero(run: RecordedRun) -> Iterator[Sign]:
             f"all gradients are zero {_say_from(step, share)}.",
             {"steps": count - death, "first": death, "share": share},
             "look for what cuts the loss off from the parameters: stop_gradient, argmax or"
-            " rounding, parameters that the loss does not take, a loss scale or a mask of 0, or"
+            " rounding, parameters that the loss does not use, a loss scale or a mask of 0, or"
             " saturated units.",
             step,
         )
         return
     if not np.isfinite(run.norms[-ENOUGH:]).all():
-        # Where NaN goes forward, ReLU and masks stop it going back: such zeros mean nothing.
+        # ReLU and masks stop NaN in the backward pass, so zeros after a NaN mean nothing.
         return
     blocks = run.blocks.items()
     deaths = {name: _find_death(x, len(run.blocks)) for name, x in blocks}
@@ -61,7 +62,7 @@ def zero(run: RecordedRun) -> Iterator[Sign]:
 
 
 def _find_death(x: np.ndarray, blocks: int = 1) -> int | None:
-    """The index from which on there is no gradient, or none at most steps; None for the living."""
+    """Returns the index from which there is no gradient, or none at most steps; None if alive."""
     zero, last = x == 0, len(x) - zeros_at_end(x)
     # Rare experts and embeddings pause as well: a pause at the end must be longer than theirs.
     pause = max((end - start for start, end in find_runs(zero[:last])), default=0)
@@ -69,7 +70,7 @@ def _find_death(x: np.ndarray, blocks: int = 1) -> int | None:
         return last
     first = int(np.argmax(zero))
     share = np.mean(zero[first:])
-    # What has always paused so often would hardly begin with so many steps without a pause.
+    # A block that always paused this often would hardly begin with so many steps without a pause.
     new = blocks * (1 - share) ** first < CHANCE
     return first if share >= DYING and new and len(x) - first >= ENOUGH else None
 
@@ -87,13 +88,12 @@ def _list(names: list[str]) -> str:
 
 def _dead(run: RecordedRun, deaths: dict[str, int]) -> Sign:
     first = min(deaths.values())
-    # Of those that died first the nearest to the loss: no gradient comes past it.
+    # Of the blocks that died first, the nearest to the loss: it lets no gradient through.
     block = max((name for name, death in deaths.items() if death == first), key=natural_key)
     step, share = step_at(run, first), float(np.mean(run.blocks[block][first:] == 0))
     return Sign(
         "layer-dead",
-        f"{_list(list(deaths))} got gradients, and gets none {_say_from(step, share)}, first"
-        f" {block}.",
+        f"{_list(list(deaths))} had gradients, but none {_say_from(step, share)}, first {block}.",
         {"blocks": len(deaths), "steps": len(run.norms) - first, "first": first, "share": share},
         f"a lower learning rate, and units in or before {block} that pass gradients below zero"
         " (leaky ReLU, GELU): dead ReLUs do not come back by themselves.",
@@ -116,7 +116,7 @@ def _frozen(names: list[str], count: int) -> Sign:
 
 
 def vanishing(run: RecordedRun) -> Iterator[Sign]:
-    """Norms that fall exponentially while the loss does not."""
+    """Finds norms that fall exponentially while the loss does not."""
     x = run.norms[is_known(run.norms)]
     if len(x) < ENOUGH:
         return
@@ -124,26 +124,26 @@ def vanishing(run: RecordedRun) -> Iterator[Sign]:
     if np.isfinite(run.losses).any():
         halves = np.array_split(run.losses[np.isfinite(run.losses)], 2)
         before, after, error = compare_parts(*halves)
-        # Where the loss falls, so may the norms.
+        # If the loss falls, the norms may fall, too.
         falls = before - after > max(UNMOVED_ERRORS * error, UNMOVED * abs(before))
         least = 0.0 if falls else FADED
     if fit.growth <= least and fit.r2 >= RISE_R2:
         yield Sign(
             "norms-vanishing",
             f"the norm falls exponentially, to {fit.growth:.1g} of its value {fit.steps} steps"
-            " earlier, and the loss does not.",
+            " earlier, but the loss does not.",
             {"growth": fit.growth, "r2": fit.r2, "steps": fit.steps},
             "gates or residual connections over time and depth (LSTM, GRU), and units that do not"
-            " saturate; in float16 a loss scale. A clip cannot help: it makes nothing longer.",
+            " saturate; in float16 a loss scale. A clip cannot help: it never makes norms larger.",
             step_at(run, 0),
         )
 
 
 def _by_depth(blocks: dict[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
-    """The norms of numbered layers: by the name before the number, then by the number."""
+    """Returns the norms of numbered layers, by the name before the number, then by the number."""
     squares: dict[str, dict[int, np.ndarray]] = {}
     for name, x in blocks.items():
-        # Every number in a path may be the one that counts layers: each is tried.
+        # Any number in a path may be the one that counts layers, so each is tried.
         for match in re.finditer(r"\d+", name):
             layers = squares.setdefault(_head(name, match.start()), {})
             with np.errstate(over="ignore"):
@@ -154,20 +154,20 @@ def _by_depth(blocks: dict[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]
 
 
 def _head(name: str, start: int) -> str:
-    """What stands before the number of a layer."""
-    # `blocks/attn/kernel[3]`: the leaves of a model that stacks its layers are one layer together.
+    """Returns what comes before the number of a layer."""
+    # `blocks/attn/kernel[3]`: if a model stacks its layers, all leaves with one index are a layer.
     stack, bracket, numbers = name[:start].rpartition("[")
     return stack.split("/")[0] + bracket + numbers if bracket else name[:start]
 
 
 def depth(run: RecordedRun) -> Iterator[Sign]:
-    """Norms that fall or grow from each layer to the one before it."""
+    """Finds norms that fall or grow from each layer to the one before it."""
     for head, layers in _by_depth(run.blocks).items():
         usual = {n: np.median(x[np.isfinite(x)]) for n, x in layers.items() if np.isfinite(x).any()}
         norms = np.array([x for x in usual.values() if x > 0])
         if len(norms) < DEPTH_LAYERS:
             continue
-        # A ratio of the ends alone would take one odd layer for a trend.
+        # The ratio of the ends alone would mistake one odd layer for a trend.
         fit = fit_growth(norms)
         ratio = max(fit.growth, 1 / fit.growth)
         if ratio < DEPTH or fit.r2 < RISE_R2:
@@ -177,11 +177,11 @@ def depth(run: RecordedRun) -> Iterator[Sign]:
         yield Sign(
             "norms-fall-with-depth" if falls else "norms-grow-with-depth",
             f"from {last} back to {first} the norm {'falls' if falls else 'grows'}"
-            f" {format_number(ratio)}-fold, by {format_number(per_layer)} a layer.",
+            f" {format_number(ratio)}-fold, by {format_number(per_layer)} per layer.",
             {"ratio": ratio, "per_layer": per_layer, "r2": fit.r2, "layers": len(norms)},
             "residual connections and normalization layers, or an initialization that keeps the"
-            " scale (He for ReLU, orthogonal); meanwhile larc, which gives each layer a step of its"
-            " own size.",
+            " scale (He for ReLU, orthogonal); meanwhile larc, which gives each layer its own step"
+            " size.",
             None,
             first,
         )

@@ -1,0 +1,1 @@
+"""Trainings of projects that nobody here wrote, with these clips: `python -m tests.clients`."""
