@@ -98,6 +98,14 @@ def test_a_counter_moves_where_any_block_is_finite(bad):
     assert int(state.threshold.clip_step) == (len(bad) < 2)
 
 
+def test_a_short_memory_is_free_of_bias():
+    tx = oc.thresholds.running(1.0, 0.4, feed=oc.feeds.raw)
+    state = tx.init(jnp.array(0.0))
+    for norm in (1.0, 3.0, 0.0):  # a zero is not learned
+        bound, state = tx.update(jnp.array(norm), state)
+    np.testing.assert_allclose(bound, (0.4 * 1 + 3) / 1.4, rtol=1e-6)
+
+
 def test_a_quantile_starts_at_the_first_norm():
     tx, norm = oc.thresholds.quantile(0.5, 0.2), jnp.array(7.0)
     _, state = tx.update(norm, tx.init(norm))
@@ -193,6 +201,7 @@ def test_units_by_layout_and_layer():
 
     assert norms(oc.scopes.units(batch_axes=1)) == (1,)
     assert norms(oc.scopes.units(...)) == (0, 1, 2)
+    assert norms(oc.scopes.units(), jnp.ones((2, 3, 4, 5))) == (0, 1, 2)
     assert norms(oc.scopes.units(..., batch_axes=1)) == (1, 2)
     assert norms(oc.scopes.units(axes=-1)) == (2,)
     assert norms(oc.scopes.units(axes=-3)) == (0,)
@@ -392,6 +401,12 @@ def test_an_error_names_the_part(call):
 def test_a_threshold_that_was_not_called_is_refused(name):
     with pytest.raises(ValueError, match=rf"write {name}\(\.\.\.\), with parentheses"):
         oc.clip_by(getattr(oc.thresholds, name))
+
+
+@pytest.mark.parametrize("name", ["groups", "stacked", "units"])
+def test_a_scope_that_was_not_called_is_refused(name):
+    with pytest.raises(ValueError, match=rf"write {name}\(\.\.\.\), with parentheses"):
+        oc.clip_by(1.0, scope=getattr(oc.scopes, name))
 
 
 @pytest.mark.parametrize(

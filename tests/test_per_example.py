@@ -788,9 +788,11 @@ def test_bad_numbers_are_refused_by_name():
 
 
 def test_bounds_of_layers_by_their_sizes():
-    grads = {"one": 9 * jnp.ones((1, 1)), "three": 9 * jnp.ones((1, 3))}
+    grads = {"one": 9 * jnp.ones((2, 1)), "three": 9 * jnp.ones((2, 3))}
     sums, _ = per_example.per_example_layer_norm_clip(grads, 2.0, uniform=False)
-    np.testing.assert_allclose(np.concatenate([sums["one"], sums["three"]]), np.ones(4), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.concatenate([sums["one"], sums["three"]]), 2 * np.ones(4), rtol=1e-6
+    )
 
 
 def test_gradients_that_are_integers_are_summed_as_floats():
