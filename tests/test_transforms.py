@@ -84,6 +84,7 @@ SEARCHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", SEARCHED.values(), ids=SEARCHED.keys())
 def test_op_by_op_healthy_gradients_alarm_no_search_for_nan(make):
     """So `jax.debug_nans` looks for the first NaN: one that no select takes would be blamed."""
