@@ -11,6 +11,7 @@ import numpy as np
 
 from optaxclip import validate
 from optaxclip.monitoring.collect import History
+from optaxclip.monitoring.limits import LATE
 from optaxclip.states import kind_of
 
 Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -51,6 +52,15 @@ class RecordedRun(NamedTuple):
     def param_norms(self) -> np.ndarray:
         """(steps,), the norms of all parameters."""
         return self.table.get("param_norm", _NOTHING)
+
+    @property
+    def begins_late(self) -> bool:
+        """Whether the first steps of the run are missing, so that nothing shows how it began."""
+        if len(self.steps) < 2:
+            return False
+        # With every hundredth step recorded, the first of them may be step 100.
+        allowed = max(2 * np.median(np.diff(self.steps)), LATE * np.ptp(self.steps))
+        return bool(self.steps[0] > allowed)
 
     def measuring_clips(self) -> dict[str, Columns]:
         """Returns the clips that measure: the others have a bound but no norm for it."""

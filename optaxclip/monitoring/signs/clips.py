@@ -26,9 +26,11 @@ def clipping(run: RecordedRun) -> Iterator[Sign]:
         # A bound of 0 may be intended.
         nearest = float(np.max(norms / np.maximum(bounds, 1e-30)))
         name = head.rstrip("/") or "the clip"
+        # Before a record that begins late the clip may have been active.
+        enough = len(norms) >= ENOUGH_FOR_TAILS and not run.begins_late
         if evidence["share"] >= ALWAYS:
             yield _always(name, evidence)
-        elif not share.any() and 0 < nearest < RESERVE and len(norms) >= ENOUGH_FOR_TAILS:
+        elif enough and not share.any() and 0 < nearest < RESERVE:
             yield _never(name, evidence | {"nearest": nearest})
 
 

@@ -35,10 +35,12 @@ def moving(run: RecordedRun) -> Iterator[Sign]:
     still = abs(change) < UNMOVED and abs(after - before) <= UNMOVED_ERRORS * error
     # The loss of a run that has converged did move at first.
     still &= start - rest <= max(UNMOVED * abs(start), UNMOVED_ERRORS * start_error)
+    # A record that lacks the start of a run cannot tell whether it has converged.
+    whole = not run.begins_late
     # Full-batch losses have no noise: a small fall is still many standard errors.
-    if _weights_are_still(run) and abs(change) < UNMOVED:
+    if whole and _weights_are_still(run) and abs(change) < UNMOVED:
         yield _too_low(run, evidence)
-    elif still:
+    elif whole and still:
         yield _not_moving(evidence)
     elif change > RISEN and after - before > RISEN_ERRORS * error:
         yield _loss_rising(evidence)
