@@ -56,7 +56,7 @@ def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
     # Makes room for the crosses, which would hide the highest losses.
     bottom, top = ax.get_ylim()
     ax.margins(x=0.08)
-    ax.set(xlabel="value", ylabel="final loss", ylim=(bottom, top + 0.2 * (top - bottom)))
+    ax.set(xlabel=sweep.name, ylabel="final loss", ylim=(bottom, top + 0.2 * (top - bottom)))
     _mark_diverged(ax, values, sweep.diverged[real])
     if (values > 0).all():
         ax.set_xscale("log")
