@@ -91,7 +91,9 @@ def draw_bad(ax: Any, steps: np.ndarray, bad: np.ndarray, what: str = "NaN or in
 
 def draw_clipped(ax: Any, steps: np.ndarray, clipped: np.ndarray) -> None:
     """Draws a band below the lines, as high as the share of steps clipped around each step."""
-    share = np.nan_to_num(clipped)
+    # NaN is a step at which it was not recorded.
+    known = np.isfinite(clipped)
+    steps, share = steps[known], clipped[known]
     if not share.any():
         return
     # Bins, because one bar per step would be slow, and would blur to the highest.

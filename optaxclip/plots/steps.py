@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from optaxclip import validate
-from optaxclip.monitoring.history import Recorded, RecordedRun, read_run
+from optaxclip.monitoring.history import Recorded, RecordedRun, is_recorded, read_run
 from optaxclip.plots.axes import (
     axes_or_new,
     colors_of,
@@ -63,7 +63,7 @@ def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
         ax.plot(run.steps, bounded, **style)
     # Before the band, whose height depends on the scale of the axes.
     ax.set_yscale("log")
-    draw_clipped(ax, run.steps, part.get("clipped", np.zeros(1)))
+    draw_clipped(ax, run.steps, part.get("clipped", np.zeros(len(norms))))
     draw_bad(ax, run.steps, ~np.isfinite(norms))
     _draw_zeros(ax, run.steps, norms == 0)
     name_axes(ax, "gradient norm")
@@ -115,16 +115,17 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
     >>> optaxclip.plots.plot_loss(history).get_legend_handles_labels()[1]
     ['loss', 'clipped: 50 % of steps', 'NaN or infinite: 1 step']
     """
-    run = read_run(history, clip)
+    run = read_run(history, clip, every_row=True)
     if key not in run.table:
         raise ValueError(
             f"plot_loss: no {key!r} in the history: append optaxclip.metrics(state) |"
             f" {{{key!r}: loss}}."
         )
-    ax, losses = axes_or_new(ax), run.table[key]
+    recorded = is_recorded(run.table[key])
+    ax, steps, losses = axes_or_new(ax), run.steps[recorded], run.table[key][recorded]
     known = losses[np.isfinite(losses)]
     shown = np.where(np.isfinite(losses), losses, np.nan)
-    draw_over_steps(ax, run.steps, shown, color=colors_of(ax).line, label=key)
+    draw_over_steps(ax, steps, shown, color=colors_of(ax).line, label=key)
     # Losses of a run that learns are 2- to 10-fold apart, and people expect a linear axis for them.
     if known.size and known.min() > 0 and known.max() > 100 * known.min():
         ax.set_yscale("log")
@@ -132,8 +133,8 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
     elif known.size and np.ptp(known) > 1e4 * max(np.median(np.abs(known)), 1e-30):
         # Losses that may be negative, and diverge.
         ax.set_yscale("symlog", linthresh=max(float(np.median(np.abs(known))), 1e-30))
-    draw_clipped(ax, run.steps, run.clip.get("clipped", np.zeros(1)))
-    draw_bad(ax, run.steps, ~np.isfinite(losses))
+    draw_clipped(ax, run.steps, run.clip.get("clipped", np.zeros(len(run.steps))))
+    draw_bad(ax, steps, ~np.isfinite(losses))
     name_axes(ax, key)
     draw_legend_above(ax)
     return ax

@@ -67,12 +67,16 @@ def _exploding_at_once(run: RecordedRun, end: int) -> Sign:
 
 
 def _exploding(run: RecordedRun, rise: Rise) -> Sign:
-    growth, steps = rise.peak / rise.usual, rise.end - rise.start
+    growth, how = rise.peak / rise.usual, rise.how
+    # Not the number of rows, of which there may be one in every hundred steps.
+    intervals = int(run.steps[min(rise.end, len(run.steps) - 1)]) - step_at(run, rise.start)
+    # A rise that still grows includes the last step, so it has one interval fewer.
+    steps = intervals + (how == "grows")
     block = first_large(run, rise.start, rise.end)
     step, fold = step_at(run, rise.start), format_number(growth)
     evidence = {"growth": growth, "steps": steps, "usual": rise.usual, "first": rise.start}
     levels = f"from {format_number(rise.usual)} to {format_number(rise.peak)}"
-    if rise.how == "stays" and steps <= JUMP_STEPS:
+    if how == "stays" and rise.end - rise.start <= JUMP_STEPS:
         what = f"the norm jumps {fold}-fold at step {step}, {levels}, and stays there"
         what = f"{what}{in_block(block)}."
         fix = (
@@ -80,10 +84,8 @@ def _exploding(run: RecordedRun, rise: Rise) -> Sign:
             " go back to a checkpoint before it; clip_by_median() keeps such a jump out."
         )
         return Sign("norms-jumped", what, evidence, fix, step, block)
-    # A rise that still grows includes the last step, so it has one interval fewer.
-    intervals = steps - (rise.how == "grows")
     evidence["doubling_steps"] = float(np.log(2) * intervals / np.log(growth))
-    end = {"stays": ", and stays there", "grows": ", and still grows"}.get(rise.how)
+    end = {"stays": ", and stays there", "grows": ", and still grows"}.get(how)
     if not end:
         end = f", and is {_name_end(run, rise.end)} at step {step_at(run, rise.end)}"
     what = f"the norm grows {fold}-fold within {steps} steps from step {step} on, {levels}{end}"
@@ -147,11 +149,11 @@ def _loss_is_worse(run: RecordedRun, at: int) -> bool:
     """Whether the loss ends higher: it falls when weights that start at zero grow."""
     if not len(run.losses):
         return False
-    before, after = run.losses[: max(at, 3)], run.losses[-max(len(run.losses) // 4, 3) :]
-    known = before[np.isfinite(before)]
-    return not np.isfinite(after).all() or (
-        len(known) > 0 and np.median(after) > known.min() * 1.05
-    )
+    end = max(len(run.losses) // 4, 3)
+    if run.lost_losses[-end:].any():
+        return True
+    before, after = (x[np.isfinite(x)] for x in (run.losses[: max(at, 3)], run.losses[-end:]))
+    return len(before) > 0 < len(after) and np.median(after) > before.min() * 1.05
 
 
 def _too_high(run: RecordedRun, at: int, grown: float) -> Sign:

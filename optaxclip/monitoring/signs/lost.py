@@ -19,9 +19,8 @@ _WRAP = "Meanwhile use optaxclip.skip_nonfinite(optimizer), so that such a step 
 
 def losing(run: RecordedRun) -> Iterator[Sign]:
     """Finds the first loss or norm that is not finite, and what it was."""
-    norms, losses = ~np.isfinite(run.norms), np.zeros(len(run.norms), bool)
-    if len(run.losses):
-        losses = ~np.isfinite(run.losses)
+    norms = ~np.isfinite(run.norms)
+    losses = run.lost_losses if len(run.losses) else np.zeros(len(norms), bool)
     if _is_of_loss_scale(run, norms | losses):
         return
     # If the loss is not finite, neither is its gradient: at the same step the loss comes first.

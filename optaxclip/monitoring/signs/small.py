@@ -121,9 +121,9 @@ def vanishing(run: RecordedRun) -> Iterator[Sign]:
     if len(x) < ENOUGH:
         return
     fit, least = fit_growth(x), FADED_UNKNOWN
-    if np.isfinite(run.losses).any():
-        halves = np.array_split(run.losses[np.isfinite(run.losses)], 2)
-        before, after, error = compare_parts(*halves)
+    known = run.losses[np.isfinite(run.losses)]
+    if len(known) >= ENOUGH:
+        before, after, error = compare_parts(*np.array_split(known, 2))
         # If the loss falls, the norms may fall, too.
         falls = before - after > max(UNMOVED_ERRORS * error, UNMOVED * abs(before))
         least = 0.0 if falls else FADED
