@@ -200,7 +200,7 @@ def test_forms_of_a_history():
     assert names(history) == ["norms-exploding"] == names(history.rows()) == names(history.arrays())
     late = [{"grad_norm": 1.0}, {"grad_norm": 1.0, "loss": 2.0}]
     assert np.isnan(read_run(late).losses[0]) and not len(read_run(late).param_norms)
-    with pytest.raises(ValueError, match="no key 'grad_norm'"):
+    with pytest.raises(ValueError, match="no 'grad_norm' in the history"):
         oc.diagnose({"loss": FALLING})
 
 

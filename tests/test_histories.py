@@ -146,7 +146,7 @@ def test_what_to_csv_wrote_is_a_history():
 
 
 WRONG = {
-    "no norms": ({"loss": FALLING}, r"no (key )?'grad_norm'"),
+    "no norms": ({"loss": FALLING}, r"no 'grad_norm'"),
     "text": (table(NOISE, phase=["train"] * N), "'phase' is text, 'train'.* leave this key out"),
     "rows with text": (
         [row | {"phase": "train"} for row in rows(table(NOISE))],

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optaxclip import validate
+from optaxclip.monitoring import limits
 from optaxclip.monitoring.collect import History
-from optaxclip.monitoring.limits import LATE, REGULAR
 from optaxclip.monitoring.tables import Columns, Recorded, read_table, require_steps
 
 _NOTHING = np.zeros(0)
@@ -65,7 +65,7 @@ class RecordedRun(NamedTuple):
         if len(self.steps) < 2:
             return False
         # With every hundredth step recorded, the first of them may be step 100.
-        allowed = max(2 * np.median(np.diff(self.steps)), LATE * np.ptp(self.steps))
+        allowed = max(2 * np.median(np.diff(self.steps)), limits.LATE * np.ptp(self.steps))
         return bool(self.steps[0] > allowed)
 
     def measuring_clips(self) -> dict[str, Columns]:
@@ -107,6 +107,22 @@ def read_run(
     return _sort({key: x[kept] for key, x in table.items()}, numbers[kept], clip)
 
 
+def require_norms(run: RecordedRun) -> np.ndarray:
+    """Returns the norms of a run.
+
+    Raises:
+      ValueError: naming the call, if the run has no norms.
+    """
+    if not len(run.norms):
+        raise ValueError(
+            f"{validate.called()}: no 'grad_norm' in the history, only"
+            f" {sorted(run.table)[:20]}: append optaxclip.metrics(opt_state) at each step. If that"
+            " has none, the clip does not measure: pass it measure=True, or put optaxclip.watch()"
+            " before it."
+        )
+    return run.norms
+
+
 def is_recorded(x: np.ndarray) -> np.ndarray:
     """Returns where a number was recorded, NaN or not: everywhere, or at every k-th row only.
 
@@ -118,7 +134,7 @@ def is_recorded(x: np.ndarray) -> np.ndarray:
     known = np.flatnonzero(np.isfinite(x))
     gaps = np.bincount(np.diff(known), minlength=2)
     every = int(np.argmax(gaps))
-    if len(known) < 3 or every < 2 or gaps[every] < REGULAR * gaps.sum():
+    if len(known) < 3 or every < 2 or gaps[every] < limits.REGULAR * gaps.sum():
         return np.ones(len(x), bool)
     phase = np.argmax(np.bincount(known % every))
     return (np.arange(len(x)) % every == phase) | ~np.isnan(x)
