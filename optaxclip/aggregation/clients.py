@@ -15,7 +15,7 @@ from optaxclip import validate, xla
 from optaxclip.base import annotate
 from optaxclip.engine import Description
 from optaxclip.states import StateGuard, init_inside
-from optaxclip.thresholds.fixed import is_of_gradients
+from optaxclip.thresholds.convert import is_of_gradients
 from optaxclip.trees import Leaves, drop_gradientless, select
 
 Arrays = list[jax.Array]
