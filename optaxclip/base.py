@@ -88,7 +88,7 @@ class Norm(NamedTuple):
 
     Attributes:
       name: how one writes it.
-      lift: `|x|ᵖ`, what each number contributes; real, and 0 for 0.
+      lift: `|x|ᵖ`, what each number contributes; real, at least 0, and 0 for 0.
       pool: how contributions are combined within a leaf and across leaves and devices: "sum" or
         "max".
       finish: `(pool, count) -> length`, given the number of elements.

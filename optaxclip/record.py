@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip import xla
 from optaxclip.base import Metrics, Norms
 from optaxclip.trees import is_variable, pack_names, unpack_names
 
@@ -98,9 +99,9 @@ def find_nodes(opt_state: Any, *kinds: type) -> list:
 
 # For each key of `metrics` the field, and how the values of several blocks become one.
 _KEYS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "grad_norm": ("grad_norm", jnp.max),
-    "bound": ("clip_bound", jnp.min),
-    "factor": ("clip_factor", jnp.min),
+    "grad_norm": ("grad_norm", xla.largest),
+    "bound": ("clip_bound", xla.smallest),
+    "factor": ("clip_factor", xla.smallest),
     "clipped": ("clipped_share", jnp.mean),
     "clipped_fraction": ("clipped_steps", jnp.mean),
     "nonfinite_steps": ("nonfinite_steps", jnp.max),

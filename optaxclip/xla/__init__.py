@@ -30,7 +30,7 @@ from optaxclip.xla.mesh import (
     vary,
 )
 from optaxclip.xla.scaling import as_dtype_of, scale, spread
-from optaxclip.xla.widths import accumulator, poison, root, times, widen
+from optaxclip.xla.widths import accumulator, largest, poison, root, smallest, times, widen
 
 __all__ = [
     "NOWHERE",
@@ -47,11 +47,13 @@ __all__ = [
     "is_shared",
     "hold_everywhere",
     "join_lengths",
+    "largest",
     "lay_out",
     "measure",
     "poison",
     "root",
     "scale",
+    "smallest",
     "spread",
     "times",
     "vary",

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 from optaxclip import validate
 from optaxclip.base import AxisNames
 from optaxclip.compat import manual_axes, to_varying, varying_axes
+from optaxclip.xla.widths import from_order, in_order
 
 
 class Span(NamedTuple):
@@ -102,7 +103,8 @@ def is_shared(x: jax.Array, axes: Sequence[str]) -> bool:
 def _across(x: jax.Array, axes: tuple[str, ...], how: str) -> jax.Array:
     if not axes:
         return x
-    return (lax.psum if how == "sum" else lax.pmax)(vary(x, axes), axes)
+    x = vary(x, axes)
+    return lax.psum(x, axes) if how == "sum" else from_order(lax.pmax(in_order(x), axes))
 
 
 def hold_everywhere(condition: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from jax import lax
 from optaxclip.base import Norm
 from optaxclip.compat import varying_axes
 from optaxclip.xla.layout import Layout, chunks, group, same_types
-from optaxclip.xla.widths import times, widen
+from optaxclip.xla.widths import largest, times, widen
 
 # XLA:GPU may copy a stack of more leaves: a kernel takes about 90 operands.
 STACKED = 64
@@ -35,7 +35,7 @@ ADDENDS = 64
 # cheap.
 SMALL, MOST = 4096, 256
 
-_REDUCE = {"sum": jnp.sum, "max": lambda x, **kw: jnp.max(x, initial=0, **kw)}
+_REDUCE = {"sum": jnp.sum, "max": largest}
 _MEET = {"sum": lax.add, "max": lax.max}
 
 Pools = tuple[jax.Array, list[int]]
@@ -138,12 +138,15 @@ def reduce_alike(
             for leaves in chunks(same, most):
                 whole = jnp.stack([arrays[i] for i in leaves])
                 below = tuple(axis + 1 for axis in layout.axes_of(leaves[0]))
-                yield leaves, _reduce(contribute(whole), _MEET[how], below)
+                yield leaves, _reduce(contribute(whole), how, below)
 
 
-def _reduce(operands: list[jax.Array], meet: Callable, axes: tuple[int, ...]) -> list[jax.Array]:
+def _reduce(operands: list[jax.Array], how: str, axes: tuple[int, ...]) -> list[jax.Array]:
+    if how == "max":
+        return [largest(x, axes) for x in operands]
+
     def step(a, b):
-        return tuple(map(meet, a, b))
+        return tuple(map(lax.add, a, b))
 
     zeros = tuple(jnp.zeros((), x.dtype) for x in operands)
     return list(lax.reduce(tuple(operands), zeros, step, axes))
