@@ -16,7 +16,7 @@ reproduces them.
 """
 
 from optaxclip.xla.counts import count_reaching
-from optaxclip.xla.layout import Layout, lay_out
+from optaxclip.xla.layout import Layout, lay_out, specs_of_units
 from optaxclip.xla.lengths import counts_of, join_lengths, measure
 from optaxclip.xla.mesh import (
     NOWHERE,
@@ -52,6 +52,7 @@ __all__ = [
     "poison",
     "root",
     "scale",
+    "specs_of_units",
     "spread",
     "times",
     "vary",

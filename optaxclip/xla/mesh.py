@@ -174,27 +174,35 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
     )
 
 
+def spec_of(x: Any) -> PartitionSpec:
+    """How Explicit axes cut an array or shape, which its type says; Auto axes do not show."""
+    return jax.typeof(x).sharding.spec
+
+
 def call_in_auto_axes(
-    function: Callable[..., tuple[list[jax.Array], Any]], arrays: list[jax.Array], rest: Any
+    function: Callable[..., tuple[list[jax.Array], Any]],
+    arrays: list[jax.Array],
+    state: Any,
+    rest: Any = None,
 ) -> tuple[list[jax.Array], Any]:
-    """`function(arrays, rest)`, with Explicit mesh axes treated as Auto inside.
+    """`function(arrays, state, rest)`, with Explicit mesh axes treated as Auto inside.
 
     With Explicit axes each product, select and vmap would have to be told the sharding of its
-    result. The arrays come out sharded as they went in, everything else comes out replicated.
+    result. The arrays and the state come out sharded as they went in.
     """
-    types = [jax.typeof(x).sharding for x in arrays]
-    cut = [kind for kind in types if any(kind.spec)]
+    kinds = [jax.typeof(x).sharding for x in arrays]
+    cut = [kind for kind in kinds if any(kind.spec)]
     if not cut:
-        return function(arrays, rest)
-    leaves, structure = jax.tree.flatten(rest)
+        return function(arrays, state, rest)
+    leaves, structure = jax.tree.flatten((state, rest))
     # Types change inside, so arrays may not be closed over; strings and the like may.
     numbers = {i: x for i, x in enumerate(leaves) if hasattr(x, "dtype")}
 
     def inside(arrays, numbers):
         whole = [numbers.get(i, x) for i, x in enumerate(leaves)]
-        return function(arrays, structure.unflatten(whole))
+        return function(arrays, *structure.unflatten(whole))
 
-    results = [kind.spec for kind in types], PartitionSpec()
+    results = jax.tree.map(spec_of, (arrays, state))
     # The mesh in the types, as the context of `jax.set_mesh` may have ended.
     with jax.sharding.use_abstract_mesh(cut[0].mesh):
         run: Any = jax.sharding.auto_axes(inside, out_sharding=results)
