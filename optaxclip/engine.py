@@ -146,8 +146,9 @@ def description_of(tx: optax.GradientTransformation) -> Description:
 
 def _start(about: Description, rule: Rule, params: Any) -> ClipState:
     leaves = select(params, about.exclude)
-    # Devices do not matter yet: they change the size of a block, not the number of blocks.
-    layout = lay_out(about.scope, leaves.paths, leaves.shapes)
+    # Inside `shard_map` devices may hold a few of all layers. What else is spread changes the size
+    # of a block, not the number of blocks, and does not matter yet.
+    layout = lay_out(about.scope, leaves.paths, leaves.shapes, xla.find_span((), (), ()))
     norms = _zeros(layout, xla.accumulator(leaves.arrays))
     names, measured = pack_names(layout.blocks.names or ()), rule.measure is not None
 
