@@ -128,11 +128,14 @@ class Blocks(NamedTuple):
         layer, which the other layers follow; empty for `units`.
       axes: (L,) the axes of each leaf that one unit or layer spans; None if blocks are made of
         whole leaves.
+      over: (L,) inside `shard_map`, the mesh axes over which the layers of each leaf are cut, so
+        that a device holds some of them; empty if that is not known.
     """
 
     names: tuple[str, ...] | None
     index: tuple[int, ...]
     axes: tuple[tuple[int, ...], ...] | None = None
+    over: tuple[tuple[str, ...], ...] = ()
 
     @property
     def units(self) -> bool:

@@ -6,6 +6,7 @@ the leaves are changed. Read an update from top to bottom in `build`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -95,11 +96,12 @@ def build(
             leaves = select(updates, about.exclude)
             state = _accept(guard, state, updates)
             step = functools.partial(clip, leaves)
-            arrays, state = xla.call_in_auto_axes(step, leaves.arrays, (state, params, extra_args))
+            rest = params, extra_args
+            arrays, state = xla.call_in_auto_axes(step, leaves.arrays, state, rest)
             return leaves.rebuild(arrays), state
 
-    def clip(leaves: Leaves, arrays: list[jax.Array], rest: tuple[ClipState, Any, dict[str, Any]]):
-        leaves, (state, params, extra_args) = leaves._replace(arrays=arrays), rest
+    def clip(leaves: Leaves, arrays: list[jax.Array], state: ClipState, rest: tuple[Any, dict]):
+        leaves, (params, extra_args) = leaves._replace(arrays=arrays), rest
         # Without a measurement devices have nothing to agree on, and no axis names are needed.
         span = xla.NOWHERE
         if rule.measure is not None:
@@ -144,12 +146,27 @@ def description_of(tx: optax.GradientTransformation) -> Description:
 
 def _start(about: Description, rule: Rule, params: Any) -> ClipState:
     leaves = select(params, about.exclude)
-    # Devices do not matter yet: they change the size of a block, not the number of blocks.
-    layout = lay_out(about.scope, leaves.paths, leaves.shapes)
+    # Inside `shard_map` devices may hold a few of all layers. What else is spread changes the size
+    # of a block, not the number of blocks, and does not matter yet.
+    layout = lay_out(about.scope, leaves.paths, leaves.shapes, xla.find_span((), (), ()))
     norms = _zeros(layout, xla.accumulator(leaves.arrays))
     names, measured = pack_names(layout.blocks.names or ()), rule.measure is not None
-    metrics = fresh_metrics(norms, names, measured=measured, bounded=rule.bounded)
-    return ClipState(about.threshold.init(norms), metrics)
+
+    def fresh(norms):
+        metrics = fresh_metrics(norms, names, measured=measured, bounded=rule.bounded)
+        return ClipState(about.threshold.init(norms), metrics)
+
+    return _cut(fresh, norms, xla.specs_of_units(layout, leaves.arrays))
+
+
+def _cut(fresh: Callable[[Norms], ClipState], norms: Norms, specs: Any) -> ClipState:
+    """A fresh state in which what mirrors the norms is cut as `specs` say."""
+    state: Any = fresh(norms)
+    # An `init` that computes with its norms fails on a placeholder, see `thresholds.blocks.hold`.
+    with contextlib.suppress(Exception):
+        if specs is not None:
+            state = optax.tree.map_params(fresh, jax.sharding.reshard, state, specs)
+    return state
 
 
 def _accept(guard: StateGuard, state: Any, updates: Any) -> ClipState:

@@ -16,13 +16,14 @@ reproduces them.
 """
 
 from optaxclip.xla.counts import count_reaching
-from optaxclip.xla.layout import Layout, lay_out
+from optaxclip.xla.layout import Layout, lay_out, specs_of_units
 from optaxclip.xla.lengths import counts_of, join_lengths, measure
 from optaxclip.xla.mesh import (
     NOWHERE,
     Span,
     apart,
     call_in_auto_axes,
+    count_devices,
     find_span,
     hold_everywhere,
     is_names,
@@ -40,6 +41,7 @@ __all__ = [
     "apart",
     "as_dtype_of",
     "call_in_auto_axes",
+    "count_devices",
     "count_reaching",
     "counts_of",
     "find_span",
@@ -54,6 +56,7 @@ __all__ = [
     "root",
     "scale",
     "smallest",
+    "specs_of_units",
     "spread",
     "times",
     "vary",

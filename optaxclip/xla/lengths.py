@@ -146,7 +146,7 @@ def _apart(arrays):
 def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
     """Combines pools of parts into pools of blocks over all devices: (S, B), or (S,) for `tree`."""
     pools, first = parts
-    span = layout.span
+    pools, span = layout.among_all(pools, first), layout.span
     if span.axes and norm.pool == "sum":
         copies = [span.copies(leaf) for leaf in first for _ in layout.blocks_of(leaf)]
         pools = pools / np.array([copies], pools.dtype)

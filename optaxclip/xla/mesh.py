@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,19 +34,21 @@ class Span(NamedTuple):
         spread.
       axes: all axes that occur, in order: pooled values are combined over these.
       explicit: whether the caller named the axes.
+      sizes: of all mesh axes along which code runs per device, on which blocks may depend.
     """
 
     leaves: tuple[frozenset[str], ...] = ()
     axes: tuple[str, ...] = ()
     explicit: bool = False
+    sizes: tuple[int, ...] = ()
 
     def parts(self, leaf: int) -> int:
         """How many devices share leaf `leaf`."""
-        return math.prod(lax.axis_size(axis) for axis in self._own(leaf))
+        return count_devices(self._own(leaf))
 
     def copies(self, leaf: int) -> int:
         """How many copies of leaf `leaf` a sum over all `axes` meets."""
-        return math.prod(lax.axis_size(axis) for axis in self.axes if axis not in self._own(leaf))
+        return count_devices(axis for axis in self.axes if axis not in self._own(leaf))
 
     def pool(self, x: jax.Array, how: str) -> jax.Array:
         """`x` pooled over all axes; the result is the same on every device."""
@@ -65,7 +67,8 @@ class Span(NamedTuple):
                 " type says over which axes a leaf varies, not along which of its dimensions. Pass"
                 " axis_names= to the clip: for each leaf (as a tree, or a function of the path)"
                 " the axes that cut its units or layers, and () where every device holds whole"
-                " ones."
+                " ones. Where each device holds some of the layers, pass a scope that says over"
+                " which axes: scopes.stacked(..., over=...)."
             )
 
     def _own(self, leaf: int) -> frozenset[str]:
@@ -73,6 +76,11 @@ class Span(NamedTuple):
 
 
 NOWHERE = Span()
+
+
+def count_devices(axes: Iterable[str]) -> int:
+    """How many devices lie along mesh axes."""
+    return math.prod(lax.axis_size(axis) for axis in axes)
 
 
 # Not an argument of every clip: these axes belong to whoever calls a clip, which may be a foreign
@@ -172,31 +180,42 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
     # become so by type. Sorted, because all processes must compile the same program, and the order
     # of a set of strings differs between processes.
     return Span(
-        tuple(said), tuple(sorted(frozenset().union(*said, *typed))), axis_names is not None
+        tuple(said),
+        tuple(sorted(frozenset().union(*said, *typed))),
+        axis_names is not None,
+        tuple(map(lax.axis_size, axes)),
     )
 
 
+def spec_of(x: Any) -> PartitionSpec:
+    """How Explicit axes cut an array or shape, which its type says; Auto axes do not show."""
+    return jax.typeof(x).sharding.spec
+
+
 def call_in_auto_axes(
-    function: Callable[..., tuple[list[jax.Array], Any]], arrays: list[jax.Array], rest: Any
+    function: Callable[..., tuple[list[jax.Array], Any]],
+    arrays: list[jax.Array],
+    state: Any,
+    rest: Any = None,
 ) -> tuple[list[jax.Array], Any]:
-    """`function(arrays, rest)`, with Explicit mesh axes treated as Auto inside.
+    """`function(arrays, state, rest)`, with Explicit mesh axes treated as Auto inside.
 
     With Explicit axes each product, select and vmap would have to be told the sharding of its
-    result. The arrays come out sharded as they went in, everything else comes out replicated.
+    result. The arrays and the state come out sharded as they went in.
     """
-    types = [jax.typeof(x).sharding for x in arrays]
-    cut = [kind for kind in types if any(kind.spec)]
+    kinds = [jax.typeof(x).sharding for x in arrays]
+    cut = [kind for kind in kinds if any(kind.spec)]
     if not cut:
-        return function(arrays, rest)
-    leaves, structure = jax.tree.flatten(rest)
+        return function(arrays, state, rest)
+    leaves, structure = jax.tree.flatten((state, rest))
     # Types change inside, so arrays may not be closed over; strings and the like may.
     numbers = {i: x for i, x in enumerate(leaves) if hasattr(x, "dtype")}
 
     def inside(arrays, numbers):
         whole = [numbers.get(i, x) for i, x in enumerate(leaves)]
-        return function(arrays, structure.unflatten(whole))
+        return function(arrays, *structure.unflatten(whole))
 
-    results = [kind.spec for kind in types], PartitionSpec()
+    results = jax.tree.map(spec_of, (arrays, state))
     # The mesh in the types, as the context of `jax.set_mesh` may have ended.
     with jax.sharding.use_abstract_mesh(cut[0].mesh):
         run: Any = jax.sharding.auto_axes(inside, out_sharding=results)
