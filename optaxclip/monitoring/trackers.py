@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from optaxclip.monitoring.state import Trackers
 from optaxclip.thresholds.blocks import hold
 from optaxclip.thresholds.convert import as_threshold
 
-Candidates = Mapping[str, Threshold] | Sequence[float]
+Candidates = Mapping[Any, Threshold] | Sequence[float]
 Levels = Mapping[str, float]
 Trials = Mapping[str, optax.GradientTransformationExtraArgs]
 

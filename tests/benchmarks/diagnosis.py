@@ -8,7 +8,7 @@ Each way to fail, or to be healthy, of `tests/catalogue.py` is drawn with so man
     git worktree add FOLDER c19c444^
     python -m tests.benchmarks.diagnosis --before FOLDER
 
-writes.
+writes. A second table is of windows of the healthy runs, cut out at every place.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.benchmarks.reporting import put_into, table
-from tests.catalogue import CASES, SILENT
+from tests.catalogue import CASES, HEALTHY, SILENT, WINDOWS, windows_of
 
 BEFORE = pathlib.Path(__file__).with_name("diagnosis_before.json")
 
@@ -77,6 +77,14 @@ def row(diagnose: Callable, name: str, seeds: int, before: dict[str, int]) -> li
     return [name, case.first, describe(before, case.first), right, mistakes]
 
 
+def window_row(diagnose: Callable, name: str, seeds: int) -> list[str]:
+    """A line of the table of windows of a healthy run."""
+    found = [diagnose(window) for seed in range(seeds) for window in windows_of(draw(name, seed))]
+    wrong = Counter(sign.name for signs in found for sign in signs)
+    silent = sum(not signs for signs in found) / len(found)
+    return [name, f"{silent:.1%}", ", ".join(f"{key} {n}" for key, n in wrong.most_common())]
+
+
 def main() -> None:
     """Counts, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -93,6 +101,10 @@ def main() -> None:
     text = table(head, [row(diagnose, name, seeds, before[name]) for name in CASES])
     print(text)
     put_into("docs/watching.md", "diagnosis", text)
+    rows = [window_row(diagnose, name, seeds) for name in HEALTHY]
+    text = table(["windows of", "nothing said", f"signs, in {len(WINDOWS) * seeds} windows"], rows)
+    print(text)
+    put_into("docs/watching.md", "diagnosis windows", text)
 
 
 if __name__ == "__main__":
