@@ -27,6 +27,7 @@ from optaxclip.base import (
     View,
     annotate,
 )
+from optaxclip.compat import varying_axes
 from optaxclip.record import Step, fresh_metrics, pack_names, record
 from optaxclip.scopes import leaf, tree
 from optaxclip.states import ParamsMemory, StateGuard, init_inside
@@ -86,7 +87,7 @@ def build(
 
     def init_fn(params):
         with validate.speak_for(about.name):
-            return _start(about, rule, memory.recall(params))
+            return _start(about, rule, axis_names, memory.recall(params))
 
     guard = StateGuard(about.name, ClipState, init_fn)
 
@@ -142,11 +143,16 @@ def description_of(tx: optax.GradientTransformation) -> Description:
     return getattr(tx.update, "description", Description())
 
 
-def _start(about: Description, rule: Rule, params: Any) -> ClipState:
+def _start(about: Description, rule: Rule, axis_names: AxisNames | None, params) -> ClipState:
     leaves = select(params, about.exclude)
     # Devices do not matter yet: they change the size of a block, not the number of blocks.
     layout = lay_out(about.scope, leaves.paths, leaves.shapes)
     norms = _zeros(layout, xla.accumulator(leaves.arrays))
+    if layout.blocks.units and any(map(varying_axes, leaves.arrays)):
+        # Only for the types, which `lax.scan` wants to be those of later states.
+        span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
+        layout = lay_out(about.scope, leaves.paths, leaves.shapes, span)
+        norms = xla.vary_units(norms, layout, leaves.arrays)
     names, measured = pack_names(layout.blocks.names or ()), rule.measure is not None
     metrics = fresh_metrics(norms, names, measured=measured, bounded=rule.bounded)
     return ClipState(about.threshold.init(norms), metrics)

@@ -16,7 +16,7 @@ reproduces them.
 """
 
 from optaxclip.xla.counts import count_reaching
-from optaxclip.xla.layout import Layout, lay_out
+from optaxclip.xla.layout import Layout, lay_out, vary_units
 from optaxclip.xla.lengths import counts_of, join_lengths, measure
 from optaxclip.xla.mesh import (
     NOWHERE,
@@ -25,9 +25,11 @@ from optaxclip.xla.mesh import (
     call_in_auto_axes,
     find_span,
     hold_everywhere,
+    hold_somewhere,
     is_names,
     is_shared,
     vary,
+    vary_as,
 )
 from optaxclip.xla.scaling import as_dtype_of, scale, spread
 from optaxclip.xla.widths import accumulator, poison, root, times, widen
@@ -46,6 +48,7 @@ __all__ = [
     "is_names",
     "is_shared",
     "hold_everywhere",
+    "hold_somewhere",
     "join_lengths",
     "lay_out",
     "measure",
@@ -55,5 +58,7 @@ __all__ = [
     "spread",
     "times",
     "vary",
+    "vary_as",
+    "vary_units",
     "widen",
 ]

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import jax
 
 from optaxclip.base import Blocks
-from optaxclip.xla.mesh import NOWHERE, Span
+from optaxclip.compat import varying_axes
+from optaxclip.xla.mesh import NOWHERE, Span, vary
 
 
 class Layout(NamedTuple):
@@ -86,6 +87,18 @@ def _span_units(blocks: Blocks, span: Span) -> Span:
         return span
     each = zip(span.leaves, blocks.axes or (), strict=True)
     return span._replace(leaves=tuple(own if axes else frozenset() for own, axes in each))
+
+
+def vary_units(zeros: list[Any], layout: Layout, arrays: Sequence[Any]) -> list[Any]:
+    """Zeros in the shape of the norms of units, cast to the types that measured norms have.
+
+    The norm of a unit varies over the axes of its leaf that do not cut it.
+    """
+    whole = layout.span.leaves or [frozenset()] * len(arrays)
+    own = [varying_axes(x) - cut for x, cut in zip(arrays, whole, strict=True)]
+    sets = [[own[leaf] for r in array for leaf in layout.rows[r]] for array in layout.arrays]
+    each = zip(zeros, sets, strict=True)
+    return [vary(x, sorted(frozenset().union(*axes))) for x, axes in each]
 
 
 def same_types(layout: Layout, row: Sequence[int], arrays: Sequence[jax.Array]) -> list[list[int]]:

@@ -111,11 +111,22 @@ def hold_everywhere(condition: jax.Array) -> jax.Array:
     return lax.pmin(condition.astype(jnp.int32), axes) > 0 if axes else condition
 
 
+def hold_somewhere(condition: jax.Array) -> jax.Array:
+    """Whether a condition holds on any of the devices among which it varies by type."""
+    axes = tuple(sorted(varying_axes(condition) - _APART.get()))
+    return lax.pmax(condition.astype(jnp.int32), axes) > 0 if axes else condition
+
+
 def vary(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     """`x`, cast to the type that a collective over `axes` takes."""
     # If types are kept, a `psum` over two axes of an array that varies over one is an error.
     missing = tuple(axis for axis in axes if axis in manual_axes() and axis not in varying_axes(x))
     return to_varying(x, missing) if missing and _types_are_kept() else x
+
+
+def vary_as(x: jax.Array, like: Any) -> jax.Array:
+    """`x`, cast to vary over the devices among which `like` does."""
+    return vary(x, sorted(varying_axes(like)))
 
 
 def _types_are_kept() -> bool:
