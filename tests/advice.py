@@ -221,6 +221,11 @@ ADVICE = {
         "write actions.zero, without parentheses",
         lambda: run(oc.clip_by(1.0, action=oc.actions.zero)),
     ),
+    "a feed that was called": Advice(
+        lambda: oc.feeds.raw(100),
+        "write feeds.raw, without parentheses",
+        lambda: run(oc.clip_by(oc.thresholds.running(feed=oc.feeds.raw))),
+    ),
     "a list": Advice(
         lambda: oc.clip_by([1.0, 2.0], scope=oc.scopes.leaf),
         "an array of such numbers, a schedule (a function of the step) or a threshold (an optax"
