@@ -72,8 +72,10 @@ class Part:
         functools.update_wrapper(self, rule)
         self.name, self.rule = name, rule
 
-    def __call__(self, *args):
-        if not args:  # called where it is to be passed: `actions.zero()`
+    # Scopes and norms cannot say this: whatever can be called, `optax.inject_hyperparams` takes for
+    # a schedule.
+    def __call__(self, *args, **more):
+        if more or len(args) != 2:  # called where it is to be passed: `actions.zero()`
             raise TypeError(
                 f"{self.name} is passed as it is: write {self.name}, without parentheses."
             )

@@ -6,7 +6,6 @@ the leaves are changed. Read an update from top to bottom in `build`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -28,6 +27,7 @@ from optaxclip.base import (
     View,
     annotate,
 )
+from optaxclip.compat import varying_axes
 from optaxclip.record import Step, fresh_metrics, pack_names, record
 from optaxclip.scopes import leaf, tree
 from optaxclip.states import ParamsMemory, StateGuard, init_inside
@@ -87,7 +87,7 @@ def build(
 
     def init_fn(params):
         with validate.speak_for(about.name):
-            return _start(about, rule, memory.recall(params))
+            return _start(about, rule, axis_names, memory.recall(params))
 
     guard = StateGuard(about.name, ClipState, init_fn)
 
@@ -144,29 +144,21 @@ def description_of(tx: optax.GradientTransformation) -> Description:
     return getattr(tx.update, "description", Description())
 
 
-def _start(about: Description, rule: Rule, params: Any) -> ClipState:
+def _start(about: Description, rule: Rule, axis_names: AxisNames | None, params) -> ClipState:
     leaves = select(params, about.exclude)
-    # Inside `shard_map` devices may hold a few of all layers. What else is spread changes the size
-    # of a block, not the number of blocks, and does not matter yet.
-    layout = lay_out(about.scope, leaves.paths, leaves.shapes, xla.find_span((), (), ()))
-    norms = _zeros(layout, xla.accumulator(leaves.arrays))
+    arrays, paths = leaves.arrays, leaves.paths
+    # Norms of units are as different among devices as their leaves, and `lax.scan` wants the types
+    # of the first state to be those of later ones. All else does not depend on the span, except
+    # that inside `shard_map` a device may hold a few of all layers.
+    typed = any(map(varying_axes, arrays))
+    span = xla.find_span(arrays, paths, axis_names) if typed else xla.find_span((), (), ())
+    layout = lay_out(about.scope, paths, leaves.shapes, span)
+    norms = _zeros(layout, xla.accumulator(arrays))
+    if layout.blocks.units:
+        norms = xla.place_units(norms, layout, arrays)
     names, measured = pack_names(layout.blocks.names or ()), rule.measure is not None
-
-    def fresh(norms):
-        metrics = fresh_metrics(norms, names, measured=measured, bounded=rule.bounded)
-        return ClipState(about.threshold.init(norms), metrics)
-
-    return _cut(fresh, norms, xla.specs_of_units(layout, leaves.arrays))
-
-
-def _cut(fresh: Callable[[Norms], ClipState], norms: Norms, specs: Any) -> ClipState:
-    """A fresh state in which what mirrors the norms is cut as `specs` say."""
-    state: Any = fresh(norms)
-    # An `init` that computes with its norms fails on a placeholder, see `thresholds.blocks.hold`.
-    with contextlib.suppress(Exception):
-        if specs is not None:
-            state = optax.tree.map_params(fresh, jax.sharding.reshard, state, specs)
-    return state
+    metrics = fresh_metrics(norms, names, measured=measured, bounded=rule.bounded)
+    return ClipState(about.threshold.init(norms), metrics)
 
 
 def _accept(guard: StateGuard, state: Any, updates: Any) -> ClipState:

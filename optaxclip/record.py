@@ -40,7 +40,7 @@ def fresh_metrics(
     """The record before the first update. No two fields share a buffer: it may be donated."""
 
     def fill(value, dtype=None):
-        return jax.tree.map(lambda n: jnp.full(n.shape, value, dtype or n.dtype), norms)
+        return jax.tree.map(lambda n: xla.fill_like(n, value, dtype), norms)
 
     return Metrics(
         grad_norm=fill(0) if measured else None,
@@ -64,8 +64,9 @@ def record(old: Metrics, step: Step) -> Metrics:
     Fields of units are not reduced here but when they are read: on a mesh each maximum, minimum and
     mean would be a collective at every step.
     """
-    # A user's threshold may return wider bounds, but the dtypes of a state must not change.
-    seen = jax.tree.map(lambda new, old: new.astype(old.dtype), step[:4], old[:4])
+    # A user's threshold may return wider bounds, and a constant one does not vary over devices as
+    # norms of units do, but the types of a state must not change.
+    seen = jax.tree.map(lambda new, old: xla.vary_as(new.astype(old.dtype), old), step[:4], old[:4])
     # An infinite norm exceeds every bound, but was not clipped: it only counts as not finite.
     clipped = jax.tree.map(lambda over, bad: (over > 0) & ~bad, step.over, step.bad)
     return Metrics(

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from optaxclip.base import Blocks
-from optaxclip.xla.mesh import NOWHERE, Span, count_devices, spec_of
+from optaxclip.xla.mesh import NOWHERE, Span, count_devices
 
 
 class Layout(NamedTuple):
@@ -132,29 +131,6 @@ def _span_units(blocks: Blocks, span: Span) -> Span:
         return span
     each = zip(span.leaves, blocks.axes or (), strict=True)
     return span._replace(leaves=tuple(own if axes else frozenset() for own, axes in each))
-
-
-def specs_of_units(layout: Layout, arrays: Sequence[Any]) -> list[PartitionSpec] | None:
-    """How Explicit axes cut each array of norms, so that a norm lies where its unit does.
-
-    None if they cut no leaf, or are not those of `jax.set_mesh`, without which XLA would not know
-    their devices. The arrays may be shapes.
-    """
-    meshes = [jax.typeof(x).sharding.mesh for x in arrays if any(spec_of(x))]
-    here = jax.sharding.get_abstract_mesh()
-    if not layout.blocks.units or not meshes or any(mesh != here for mesh in meshes):
-        return None
-
-    def spec(rows):
-        leaves = [leaf for r in rows for leaf in layout.rows[r]]
-        kinds = {_kept_spec(spec_of(arrays[leaf]), layout.axes_of(leaf)) for leaf in leaves}
-        return PartitionSpec(None, *(kinds.pop() if len(kinds) == 1 else ()))
-
-    return [spec(rows) for rows in layout.arrays]
-
-
-def _kept_spec(spec: PartitionSpec, pooled: Sequence[int]) -> tuple[Any, ...]:
-    return tuple(names for axis, names in enumerate(spec) if axis not in pooled)
 
 
 def same_types(layout: Layout, row: Sequence[int], arrays: Sequence[jax.Array]) -> list[list[int]]:

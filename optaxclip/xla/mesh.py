@@ -12,17 +12,17 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from optaxclip import validate
 from optaxclip.base import AxisNames
-from optaxclip.compat import manual_axes, to_varying, varying_axes
+from optaxclip.compat import manual_axes, varying_axes
+from optaxclip.xla.placing import types_are_kept, vary
 from optaxclip.xla.widths import from_order, in_order
 
 
@@ -100,14 +100,6 @@ def apart(axes: Sequence[str]) -> Generator[None, None, None]:
         _APART.reset(token)
 
 
-def is_shared(x: jax.Array, axes: Sequence[str]) -> bool:
-    """Whether the type of `x` says that it is the same on all devices along one of `axes`."""
-    # `vmap` and silent types say nothing.
-    if not set(axes) <= set(manual_axes()) or not _types_are_kept():
-        return False
-    return not set(axes) <= varying_axes(x)
-
-
 def _across(x: jax.Array, axes: tuple[str, ...], how: str) -> jax.Array:
     if not axes:
         return x
@@ -121,17 +113,10 @@ def hold_everywhere(condition: jax.Array) -> jax.Array:
     return lax.pmin(condition.astype(jnp.int32), axes) > 0 if axes else condition
 
 
-def vary(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """`x`, cast to the type that a collective over `axes` takes."""
-    # If types are kept, a `psum` over two axes of an array that varies over one is an error.
-    missing = tuple(axis for axis in axes if axis in manual_axes() and axis not in varying_axes(x))
-    return to_varying(x, missing) if missing and _types_are_kept() else x
-
-
-def _types_are_kept() -> bool:
-    """Whether `shard_map` tracks what varies: if it does, its axis index is of a varying type."""
-    # There is no other way to ask: with `check_vma=False` all types are empty, as if replicated.
-    return all(axis in varying_axes(lax.axis_index(axis)) for axis in manual_axes())
+def hold_somewhere(condition: jax.Array) -> jax.Array:
+    """Whether a condition holds on any of the devices among which it varies by type."""
+    axes = tuple(sorted(varying_axes(condition) - _APART.get()))
+    return lax.pmax(condition.astype(jnp.int32), axes) > 0 if axes else condition
 
 
 def is_names(x) -> bool:
@@ -170,7 +155,7 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
     if axis_names is not None:
         names = _named(axis_names, paths)
         said = [frozenset((n,) if isinstance(n, str) else n) - own for n in names]
-    elif _types_are_kept():
+    elif types_are_kept():
         said = typed
     elif all(lax.axis_size(axis) == 1 for axis in axes):
         said = [frozenset()] * len(typed)  # one device holds everything: local norms are global
@@ -185,41 +170,6 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
         axis_names is not None,
         tuple(map(lax.axis_size, axes)),
     )
-
-
-def spec_of(x: Any) -> PartitionSpec:
-    """How Explicit axes cut an array or shape, which its type says; Auto axes do not show."""
-    return jax.typeof(x).sharding.spec
-
-
-def call_in_auto_axes(
-    function: Callable[..., tuple[list[jax.Array], Any]],
-    arrays: list[jax.Array],
-    state: Any,
-    rest: Any = None,
-) -> tuple[list[jax.Array], Any]:
-    """`function(arrays, state, rest)`, with Explicit mesh axes treated as Auto inside.
-
-    With Explicit axes each product, select and vmap would have to be told the sharding of its
-    result. The arrays and the state come out sharded as they went in.
-    """
-    kinds = [jax.typeof(x).sharding for x in arrays]
-    cut = [kind for kind in kinds if any(kind.spec)]
-    if not cut:
-        return function(arrays, state, rest)
-    leaves, structure = jax.tree.flatten((state, rest))
-    # Types change inside, so arrays may not be closed over; strings and the like may.
-    numbers = {i: x for i, x in enumerate(leaves) if hasattr(x, "dtype")}
-
-    def inside(arrays, numbers):
-        whole = [numbers.get(i, x) for i, x in enumerate(leaves)]
-        return function(arrays, *structure.unflatten(whole))
-
-    results = jax.tree.map(spec_of, (arrays, state))
-    # The mesh in the types, as the context of `jax.set_mesh` may have ended.
-    with jax.sharding.use_abstract_mesh(cut[0].mesh):
-        run: Any = jax.sharding.auto_axes(inside, out_sharding=results)
-        return run(arrays, numbers)
 
 
 def _silent(axes: tuple[Any, ...]) -> str:
