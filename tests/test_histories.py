@@ -66,6 +66,15 @@ def test_the_steps_of_a_rise_are_steps_and_not_rows():
     assert sign.evidence["doubling_steps"] == pytest.approx(100 * near.evidence["doubling_steps"])
 
 
+def test_an_explosion_at_the_start_of_a_late_record_did_not_begin_with_the_run():
+    began, late = (table(EXPLOSION[170:], step=at + STEPS[:30]) for at in (0, 5000))
+    assert "it began with the run" in oc.diagnose(began)[0].fix
+    assert "it began with the run" not in oc.diagnose(late)[0].fix
+    first = np.r_[5e3, np.full(9, np.nan)]
+    assert first_sign(table(first))[0] == "norms-exploding"
+    assert first_sign(table(first, step=STEPS[:10] + 5000))[0] == "norm-not-finite"
+
+
 def test_after_a_restart_the_later_rows_count():
     again = np.r_[0:100, 60:200]  # crashed at step 100, went on from step 60
     columns = {key: x[again] for key, x in table(EXPLOSION, step=STEPS, loss=FALLING).items()}

@@ -23,7 +23,7 @@ def rising(run: RecordedRun) -> Iterator[Sign]:
         yield _too_high(run, *leap)
     elif rise is not None:
         yield _exploding(run, rise)
-    elif (end := _end_of_first(run.norms)) is not None:
+    elif not run.begins_late and (end := _end_of_first(run.norms)) is not None:
         yield _exploding_at_once(run, end)
 
 
@@ -89,7 +89,7 @@ def _stop_explosion(run: RecordedRun, rise: Rise) -> str:
     # Scaling does not change a wrong direction, so another bound would only delay the explosion.
     clips = run.measuring_clips().values()
     clipped = any(clip["clipped"][rise.start : rise.end].any() for clip in clips)
-    if rise.start <= limits.ENOUGH:
+    if rise.start <= limits.ENOUGH and not run.begins_late:
         return (
             "a lower learning rate, or a longer warm-up: it began with the run. In a recurrent"
             " network, orthogonal initialization or shorter sequences."
