@@ -30,7 +30,7 @@ from optaxclip.base import (
 from optaxclip.compat import varying_axes
 from optaxclip.record import Step, fresh_metrics, pack_names, record
 from optaxclip.scopes import leaf, tree
-from optaxclip.states import ParamsMemory, StateGuard, init_inside
+from optaxclip.states import ParamsMemory, StateGuard, explain_leaves, init_inside
 from optaxclip.thresholds.blocks import hold, reads_params
 from optaxclip.trees import Leaves, drop_gradientless, match_params, select
 
@@ -133,7 +133,8 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
     def update_fn(updates, state, params=None, **extra_args):
         like = drop_gradientless(params, updates)
         guard.check(state, like)
-        return tx.update(updates, state, None if params is None else like, **extra_args)
+        with explain_leaves(call, updates):
+            return tx.update(updates, state, None if params is None else like, **extra_args)
 
     annotate(update_fn, description=Description(kind="other", name=call, inner=tx))
     return optax.GradientTransformationExtraArgs(guard.init, update_fn)

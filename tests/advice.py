@@ -72,6 +72,7 @@ class Model(eqx.Module):
 
 
 MODEL = Model(jnp.ones(3))
+KEYED = {"key": jax.random.key(0), "w": jnp.ones(2)}
 FILTERED = eqx.filter(MODEL, eqx.is_inexact_array)
 FULL = {"check_vma": False}
 SHARE = oc.thresholds.param_relative
@@ -141,6 +142,11 @@ ADVICE = {
         lambda: oc.skip_nonfinite(ADAM).init(MODEL),
         "tx.init(eqx.filter(model, eqx.is_inexact_array))",
         lambda: run(oc.skip_nonfinite(ADAM), FILTERED, FILTERED),
+    ),
+    "random keys": Advice(
+        lambda: run(oc.skip_nonfinite(ADAM), KEYED, KEYED),
+        "leave the others out: optax.masked(skip_nonfinite(...), mask)",
+        lambda: run(optax.masked(oc.skip_nonfinite(ADAM), {"w": True, "key": False}), KEYED, KEYED),
     ),
     "a placeholder": Advice(
         lambda: optax.tree.map_params(oc.adagc(), lambda x: x, oc.adagc().init(GRADS)),
