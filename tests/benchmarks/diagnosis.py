@@ -2,13 +2,12 @@
 
     python -m tests.benchmarks.diagnosis [--seeds 200]
 
-Each way to fail, or to be healthy, of `tests/catalogue.py` is drawn with so many seeds. The column
-"before" is of the first `diagnose`, which looked at the whole run only. It is kept in a file, which
+Each case of `tests/catalogue.py`, a way to fail or to be healthy, is drawn with many seeds. The
+column "before" shows the first version of `diagnose`, which looked only at the run as a whole. Its
+results are kept in a file, written by
 
     git worktree add FOLDER c19c444^
     python -m tests.benchmarks.diagnosis --before FOLDER
-
-writes.
 """
 
 import argparse
@@ -29,7 +28,7 @@ BEFORE = pathlib.Path(__file__).with_name("diagnosis_before.json")
 
 
 def load(folder: str):
-    """The package as it is in a checkout."""
+    """Imports the package from a checkout."""
     path = pathlib.Path(folder, "optaxclip", "__init__.py")
     spec = importlib.util.spec_from_file_location("optaxclip", path)
     assert spec and spec.loader, path
@@ -39,12 +38,12 @@ def load(folder: str):
 
 
 def draw(name: str, seed: int):
-    """A run of a case; no two cases share their seeds."""
+    """Draws a run of a case. No two cases share random numbers."""
     return CASES[name].draw(np.random.default_rng([seed, zlib.crc32(name.encode())]))
 
 
 def count(diagnose: Callable, name: str, seeds: int) -> tuple[Counter, Counter]:
-    """What is named first, how often; and what is wrongly named at all, or with another block."""
+    """Counts which sign comes first, and which signs are wrong or name another block."""
     first, wrong = Counter(), Counter()
     for seed in range(seeds):
         signs = diagnose(draw(name, seed))
@@ -56,21 +55,22 @@ def count(diagnose: Callable, name: str, seeds: int) -> tuple[Counter, Counter]:
 
 
 def count_first(diagnose: Callable, name: str, seeds: int) -> Counter:
-    """What is named first, how often."""
+    """Counts which sign comes first."""
     signs = [diagnose(draw(name, seed)) for seed in range(seeds)]
     return Counter(found[0].name if found else SILENT for found in signs)
 
 
 def describe(first: dict[str, int], expected: str) -> str:
-    """How often it was right, and what was named most where it was not."""
+    """Says how often the first sign was right, and which other one was most frequent."""
     share = f"{first.get(expected, 0) / sum(first.values()):.0%}"
     others = {key: n for key, n in first.items() if key != expected}
     return f"{share}, {max(others, key=lambda key: others[key])}" if others else share
 
 
-def row(diagnose: Callable, name: str, seeds: int, before: dict[str, int]) -> list[str]:
-    """A line of the table."""
-    case, (first, wrong) = CASES[name], count(diagnose, name, seeds)
+def make_row(diagnose: Callable, name: str, seeds: int, before: dict[str, int]) -> list[str]:
+    """Makes the row of a case."""
+    case = CASES[name]
+    first, wrong = count(diagnose, name, seeds)
     others = [f"{key} {n}" for key, n in first.most_common() if key != case.first]
     mistakes = ", ".join(others + [f"{key} {n}" for key, n in wrong.most_common()])
     right = f"{first[case.first] / seeds:.1%}"
@@ -78,7 +78,7 @@ def row(diagnose: Callable, name: str, seeds: int, before: dict[str, int]) -> li
 
 
 def main() -> None:
-    """Counts, and writes the table."""
+    """Writes the table, or the results of an older version."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--before", metavar="FOLDER")
@@ -90,7 +90,7 @@ def main() -> None:
         return
     before, seeds = json.loads(BEFORE.read_text()), args.seeds
     head = ["run", "right answer", "before", "now", f"other signs, of {seeds}"]
-    text = table(head, [row(diagnose, name, seeds, before[name]) for name in CASES])
+    text = table(head, [make_row(diagnose, name, seeds, before[name]) for name in CASES])
     print(text)
     put_into("docs/watching.md", "diagnosis", text)
 
