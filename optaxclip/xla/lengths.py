@@ -28,7 +28,7 @@ from optaxclip.xla.mesh import hold_everywhere
 from optaxclip.xla.scales import choose, is_exact, scales_of
 from optaxclip.xla.scaling import spread
 from optaxclip.xla.sums import Pieces, lifted, plain, stacking, units, variadic
-from optaxclip.xla.widths import accumulator, widen
+from optaxclip.xla.widths import accumulator, largest, widen
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
@@ -146,12 +146,12 @@ def _apart(arrays):
 def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
     """Combines pools of parts into pools of blocks over all devices: (S, B), or (S,) for `tree`."""
     pools, first = parts
-    span = layout.span
+    pools, span = layout.among_all(pools, first), layout.span
     if span.axes and norm.pool == "sum":
         copies = [span.copies(leaf) for leaf in first for _ in layout.blocks_of(leaf)]
         pools = pools / np.array([copies], pools.dtype)
     if layout.blocks.names is None:
-        pools = pools.sum(axis=1) if norm.pool == "sum" else pools.max(axis=1, initial=0)
+        pools = pools.sum(axis=1) if norm.pool == "sum" else largest(pools, 1)
     else:
         pools = pool_blocks(norm.pool, layout, pools, first)
     return span.pool(pools, norm.pool)

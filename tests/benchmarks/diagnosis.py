@@ -1,4 +1,4 @@
-"""How often `diagnose` is right: writes a table into docs/watching.md.
+"""How often `diagnose` is right: writes two tables into docs/watching.md.
 
     python -m tests.benchmarks.diagnosis [--seeds 200]
 
@@ -8,6 +8,8 @@ results are kept in a file, written by
 
     git worktree add FOLDER c19c444^
     python -m tests.benchmarks.diagnosis --before FOLDER
+
+A second table counts the signs in windows of the healthy runs, which begin and end anywhere.
 """
 
 import argparse
@@ -21,8 +23,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.benchmarks.reporting import put_into, table
-from tests.catalogue import CASES, SILENT
+from tests.benchmarks.reporting import publish, table
+from tests.catalogue import CASES, HEALTHY, SILENT, WINDOWS, windows_of
 
 BEFORE = pathlib.Path(__file__).with_name("diagnosis_before.json")
 
@@ -77,8 +79,16 @@ def make_row(diagnose: Callable, name: str, seeds: int, before: dict[str, int]) 
     return [name, case.first, describe(before, case.first), right, mistakes]
 
 
+def make_window_row(diagnose: Callable, name: str, seeds: int) -> list[str]:
+    """Makes the row of the windows of a healthy run."""
+    found = [diagnose(window) for seed in range(seeds) for window in windows_of(draw(name, seed))]
+    wrong = Counter(sign.name for signs in found for sign in signs)
+    silent = sum(not signs for signs in found) / len(found)
+    return [name, f"{silent:.1%}", ", ".join(f"{key} {n}" for key, n in wrong.most_common())]
+
+
 def main() -> None:
-    """Writes the table, or the results of an older version."""
+    """Writes the tables, or the results of an older version."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--before", metavar="FOLDER")
@@ -91,8 +101,10 @@ def main() -> None:
     before, seeds = json.loads(BEFORE.read_text()), args.seeds
     head = ["run", "right answer", "before", "now", f"other signs, of {seeds}"]
     text = table(head, [make_row(diagnose, name, seeds, before[name]) for name in CASES])
-    print(text)
-    put_into("docs/watching.md", "diagnosis", text)
+    publish(text, "docs/watching.md", "diagnosis")
+    rows = [make_window_row(diagnose, name, seeds) for name in HEALTHY]
+    text = table(["windows of", "nothing said", f"signs, in {len(WINDOWS) * seeds} windows"], rows)
+    publish(text, "docs/watching.md", "diagnosis windows")
 
 
 if __name__ == "__main__":
