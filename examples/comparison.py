@@ -172,9 +172,9 @@ def format_report(results: dict[str, Runs], rates: list[float], goal: Goal) -> s
     seeds = next(iter(results.values())).scores.shape[1]
     last = dict.fromkeys(results, len(rates) - 1)
     best = {name: find_best_rate(runs, goal) for name, runs in results.items()}
-    better = "higher" if goal.higher else "lower"
+    better, worse = ("higher", "below") if goal.higher else ("lower", "above")
     return (
-        f"\n{goal.score} ({better} is better; failed: worse than {goal.failed:.3g})\n\n"
+        f"\n{goal.score}: {better} is better, failed {worse} {goal.failed:.3g}.\n\n"
         f"All at the same learning rate, {seeds} seeds:\n\n"
         f"{format_table(results, rates, last, goal)}\n\n"
         f"Each at its best learning rate of {', '.join(f'{rate:g}' for rate in rates)}:\n\n"

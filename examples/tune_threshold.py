@@ -58,7 +58,7 @@ def main(argv=None):
     print(f"\nMoves missing of 200, tuned on {len(TUNED_ON)} seeds\n\n{sweep}")
     draw_sweep(sweep, pathlib.Path(args.out).with_suffix(".sweep.png"))
     value = sweep.recommended.value
-    bounds = {"no clip": np.inf, "1, the usual": 1.0, f"{value:g}, tuned": value}
+    bounds = {"no clip": np.inf, "1, by habit": 1.0, f"{value:g}, tuned": value}
     clips = {name: optaxclip.clip_by_global_norm(bound) for name, bound in bounds.items()}
     goal = Goal("Episode length (at most 200)", failed=100, higher=True)
     return compare({name: cartpole.make_task(clip) for name, clip in clips.items()}, goal, args)

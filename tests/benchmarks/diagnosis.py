@@ -9,7 +9,7 @@ results are kept in a file, written by
     git worktree add FOLDER c19c444^
     python -m tests.benchmarks.diagnosis --before FOLDER
 
-A second table counts the signs in windows of the healthy runs, which begin and end anywhere.
+A second table counts the signs in windows of the healthy runs, taken at several places.
 """
 
 import argparse
