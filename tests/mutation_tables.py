@@ -6,6 +6,7 @@ CONTRACT = "tests/test_contract.py::test_"
 FIDELITY = "tests/test_fidelity.py::test_"
 EXAMPLES = "tests/test_per_example.py::test_"
 LEARNING = "tests/test_learning.py::test_"
+BUILDING = "tests/test_building.py::test_"
 TESTS = {
     "core.py": [
         PARTS,
@@ -21,7 +22,21 @@ TESTS = {
         CONTRACT + "missing_parameters_are_asked_for",
         CONTRACT + "the_state_of_another_scope_is_named_as_such",
     ],
+    "states.py": [
+        CONTRACT + "update_without_a_state",
+        CONTRACT + "the_state_of_another_scope_is_named_as_such",
+        CONTRACT + "a_state_that_is_no_clips_is_named",
+        CONTRACT + "a_state_may_have_another_type_with_the_same_fields",
+        BUILDING
+        + "map_params_of_a_transformation_that_saw_no_parameters_works_or_says_what_to_call",
+        BUILDING + "unfiltered_models_pass_or_are_refused_with_the_filter",
+        BUILDING + "the_state_of_something_else_is_refused",
+        BUILDING + "the_state_of_one_row_is_called_by_its_name",
+        BUILDING + "the_state_none_is_refused_where_there_is_a_history",
+    ],
     "norms.py": [PARTS, "tests/test_global_norm.py"],
+    "actions.py": [PARTS],
+    "feeds.py": [PARTS],
     "scopes/": [PARTS, "tests/test_stacked.py"],
     "thresholds/by_name.py": ["tests/test_by_name.py", "tests/test_stacked.py"],
     "thresholds/": [

@@ -202,6 +202,19 @@ def test_unfiltered_models_pass_or_are_refused_with_the_filter(make):
 
 
 @each_row
+def test_random_keys_pass_or_are_refused_with_the_filter(make):
+    def run(tx):
+        params = {"key": jax.random.key(0), "w": jnp.ones((3, 2))}
+        return jax.eval_shape(lambda: tx.update(params, tx.init(params), params)[0]["key"])
+
+    try:
+        run(make())
+    except ValueError as error:
+        assert "PRNG keys. Pass the arrays alone: of an Equinox model" in str(error)
+        run(optax.masked(make(), {"key": False, "w": True}))
+
+
+@each_row
 def test_the_state_goes_through_flat_dicts_and_back(make):
     state = make().init(PARAMS)
     nested = flax.serialization.to_state_dict(state)

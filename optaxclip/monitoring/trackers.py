@@ -14,7 +14,7 @@ from optaxclip import validate
 from optaxclip.base import Threshold
 from optaxclip.monitoring.state import Trackers
 from optaxclip.thresholds.blocks import hold
-from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.convert import as_threshold
 
 Candidates = Mapping[Any, Threshold] | Sequence[float]
 Levels = Mapping[str, float]
