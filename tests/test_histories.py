@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import optaxclip as oc
-from optaxclip.monitoring.history import is_recorded, read_run
+from optaxclip.monitoring.fits import is_recorded
+from optaxclip.monitoring.history import read_run
 
 N = 200
 RNG = np.random.default_rng(0)
@@ -106,6 +107,14 @@ def test_a_loss_recorded_now_and_then_is_not_nan_in_between(every):
 
 def _healthy():
     return table(NOISE, loss=FALLING) | {"clip/steps": STEPS}
+
+
+def test_a_full_history_keeps_a_spike_beside_losses_recorded_now_and_then():
+    history = oc.History(max_steps=100)
+    for i in range(3000):
+        row = {"watch/grad_norm": 1e4 if i == 1234 else 1.0 + i % 2}
+        history.append(row if i % 10 else row | {"loss": 1.0})
+    assert history.steps[history.arrays()["watch/grad_norm"] == 1e4] == [1235]
 
 
 @pytest.mark.parametrize("counted", [True, False])

@@ -35,6 +35,23 @@ def is_known(x: np.ndarray) -> np.ndarray:
     return np.isfinite(x) & (x > 0)
 
 
+def is_recorded(x: np.ndarray) -> np.ndarray:
+    """Returns where a number was recorded, NaN or not: everywhere, or at every k-th row only.
+
+    A row without a key has NaN there, too. What is known only k rows apart was not NaN in between.
+
+    >>> is_recorded(np.array([1.0, np.nan, 2.0, np.nan, 3.0, np.nan, np.nan]))
+    array([ True, False,  True, False,  True, False,  True])
+    """
+    known = np.flatnonzero(np.isfinite(x))
+    gaps = np.bincount(np.diff(known), minlength=2)
+    every = int(np.argmax(gaps))
+    if len(known) < 3 or every < 2 or gaps[every] < limits.REGULAR * gaps.sum():
+        return np.ones(len(x), bool)
+    phase = np.argmax(np.bincount(known % every))
+    return (np.arange(len(x)) % every == phase) | ~np.isnan(x)
+
+
 def find_runs(where: np.ndarray) -> list[tuple[int, int]]:
     """Finds stretches of consecutive true steps: the first step of each, and the one after its end.
 
@@ -51,12 +68,8 @@ def zeros_at_end(x: np.ndarray) -> int:
     return len(x) - 1 - int(other[-1]) if len(other) else len(x)
 
 
-def medians_around(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the medians of the steps before and after each step; NaN where there are none."""
-    return _medians_before(x), _medians_before(x[::-1])[::-1]
-
-
 def _medians_before(x: np.ndarray) -> np.ndarray:
+    """Returns the median of the steps before each step; NaN where there are none."""
     few = np.array(
         [np.median(x[:i]) if i else np.nan for i in range(min(limits.NEIGHBOURS, len(x)))]
     )
@@ -74,7 +87,7 @@ def over_neighbours(x: np.ndarray) -> np.ndarray:
     Args:
       x: (steps,), finite and positive.
     """
-    before, after = medians_around(x)
+    before, after = _medians_before(x), _medians_before(x[::-1])[::-1]
     return x / np.fmax(before, after) if len(x) > 1 else np.ones(len(x))
 
 

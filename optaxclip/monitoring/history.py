@@ -11,6 +11,7 @@ import numpy as np
 from optaxclip import validate
 from optaxclip.monitoring import limits
 from optaxclip.monitoring.collect import History
+from optaxclip.monitoring.fits import is_recorded
 from optaxclip.monitoring.tables import Columns, Recorded, read_table, require_steps
 
 _NOTHING = np.zeros(0)
@@ -121,23 +122,6 @@ def require_norms(run: RecordedRun) -> np.ndarray:
             " before it."
         )
     return run.norms
-
-
-def is_recorded(x: np.ndarray) -> np.ndarray:
-    """Returns where a number was recorded, NaN or not: everywhere, or at every k-th row only.
-
-    A row without a key has NaN there, too. What is known only k rows apart was not NaN in between.
-
-    >>> is_recorded(np.array([1.0, np.nan, 2.0, np.nan, 3.0, np.nan, np.nan]))
-    array([ True, False,  True, False,  True, False,  True])
-    """
-    known = np.flatnonzero(np.isfinite(x))
-    gaps = np.bincount(np.diff(known), minlength=2)
-    every = int(np.argmax(gaps))
-    if len(known) < 3 or every < 2 or gaps[every] < limits.REGULAR * gaps.sum():
-        return np.ones(len(x), bool)
-    phase = np.argmax(np.bincount(known % every))
-    return (np.arange(len(x)) % every == phase) | ~np.isnan(x)
 
 
 def _has_norm(run: RecordedRun) -> np.ndarray:

@@ -16,6 +16,12 @@ Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 Columns = dict[str, np.ndarray]
 
 
+def is_history(x: Any) -> bool:
+    """Whether this is a recorded run, and not an array of norms."""
+    rows = isinstance(x, list | tuple) and len(x) > 0 and isinstance(x[0], Mapping)
+    return rows or isinstance(x, Mapping | History)
+
+
 def require_steps(table: Columns) -> None:
     """Raises ValueError, naming the call, unless there are steps with one number under each key."""
     call, shapes = validate.called(), {key: x.shape for key, x in table.items()}

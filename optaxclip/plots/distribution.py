@@ -12,12 +12,12 @@ from optaxclip import validate
 from optaxclip.monitoring.fits import find_runs
 from optaxclip.monitoring.histograms import Histograms, log_edges
 from optaxclip.monitoring.history import (
-    History,
     Recorded,
     RecordedRun,
     read_run,
     require_norms,
 )
+from optaxclip.monitoring.tables import is_history
 from optaxclip.plots.axes import axes_or_new, colors_of, draw_legend_above, format_ticks, name_axes
 
 LINES = ("-", "--", "-.", ":")
@@ -148,7 +148,7 @@ def plot_histogram(
     """
     if isinstance(norms, Histograms):
         return _draw_counts(norms, axes_or_new(ax))
-    if _is_history(norms):
+    if is_history(norms):
         norms = require_norms(read_run(norms, 0))
     array = np.asarray(norms, float)
     known = array[np.isfinite(array) & (array > 0)]
@@ -193,11 +193,3 @@ def _draw_counts(found: Histograms, ax: Any) -> Any:
     ax.set_xticks(edges[::2], labels[::2])
     ax.set(xlabel="|g|")
     return ax
-
-
-def _is_history(norms: Any) -> bool:
-    return (
-        hasattr(norms, "keys")
-        or isinstance(norms, History)
-        or (isinstance(norms, list | tuple) and bool(norms) and hasattr(norms[0], "keys"))
-    )

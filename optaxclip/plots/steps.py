@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from optaxclip import validate
-from optaxclip.monitoring.history import Recorded, is_recorded, read_run, require_norms
+from optaxclip.monitoring.fits import is_recorded
+from optaxclip.monitoring.history import Recorded, read_run, require_norms
 from optaxclip.plots.axes import (
     axes_or_new,
     colors_of,
