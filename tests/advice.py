@@ -653,6 +653,21 @@ ADVICE = {
         " such dicts",
         lambda: [oc.diagnose(history) for history in (recorded(), [{"clip/grad_norm": 1.0}])],
     ),
+    "logarithms of norms": Advice(
+        lambda: oc.diagnose({"grad_norm": [-2.0, 1.0]}),
+        "pass the norms themselves, not their logarithms",
+        lambda: oc.diagnose({"grad_norm": [0.01, 10.0]}),
+    ),
+    "a column of text": Advice(
+        lambda: oc.diagnose([{"grad_norm": "1.0", "phase": "warm-up"}]),
+        "a history is of numbers only, so leave this key out",
+        lambda: oc.diagnose([{"grad_norm": "1.0"}]),
+    ),
+    "axes of layers that are numbers": Advice(
+        lambda: oc.scopes.stacked("w", over=0),
+        "over must be mesh axes: a name, a tuple of names or a function of the path",
+        lambda: [oc.scopes.stacked("w", over=x) for x in ("x", ("x", "y"), lambda path: ("x",))],
+    ),
     "no history": Advice(
         lambda: oc.diagnose(1.0),
         "an optaxclip.History, a dict with an array under each key, or a list with a dict for each"

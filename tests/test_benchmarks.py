@@ -6,7 +6,7 @@ import pytest
 
 from tests.benchmarks import choosing, frontpage, robustness, speed, tuning, watching
 from tests.benchmarks import choosing_tables as tables
-from tests.benchmarks.speech import utterances
+from tests.benchmarks.speech import make_utterances
 
 PAGES = "docs/performance.md", "README.md"
 MARKS = "summary", "results"
@@ -49,7 +49,7 @@ def test_a_difference_is_within_noise_if_its_interval_contains_zero():
     half = 1.96 * seeds.std() / np.sqrt(seeds.size)
     np.testing.assert_allclose([low, high], seeds.mean() + np.array([-half, half]), atol=0.02)
     noise = np.tile([0.01, -0.01], 30)
-    found = [tables.verdict(seeds + shift + noise, seeds) for shift in (-0.1, 0.0, 0.1)]
+    found = [tables.name_verdict(seeds + shift + noise, seeds) for shift in (-0.1, 0.0, 0.1)]
     assert found == ["better", "alike", "worse"]
     assert tables.compare(seeds + noise, seeds) == "≈ +0.00 (+0.00 to +0.00)"
     assert tables.compare(seeds + 0.1, seeds) == "+0.10 (+0.10 to +0.10)"
@@ -66,7 +66,7 @@ def test_a_lost_run_counts_as_one_that_learned_nothing():
 
 
 def test_digits_are_spoken_long_enough_for_their_labels():
-    heard, padding, digits = utterances(4)
+    heard, padding, digits = make_utterances(4)
     frames = (1 - padding).sum(axis=1)
     assert (np.diff(padding, axis=1) >= 0).all() and (frames >= 2 * digits.shape[1]).all()
     # Frames with speech are louder than those without.
@@ -90,7 +90,7 @@ def test_the_first_page_quotes_the_page_of_performance():
     told = readme.split("<!-- cost -->")[1].split("<!-- end cost -->")[0].split("\n")
     rows = [line for line in told if line.startswith("| ")]
     # Nothing is quoted that is not written there.
-    assert len(rows) > 3 and set(rows) <= set(frontpage.cost(page).split("\n"))
+    assert len(rows) > 3 and set(rows) <= set(frontpage.quote_costs(page).split("\n"))
 
 
 def test_a_quote_is_read_from_any_table():
@@ -118,7 +118,7 @@ def test_a_poisoned_peer_is_seen():
     bounds = bounds.copy()
     bounds[:30] = 4.0
     assert robustness.near(bounds, robustness.np.ones((50, 1)), poison) == 30 - 10
-    assert "| never |" in robustness.table({"x": [float("inf")]})
+    assert "| never |" in robustness.format_table({"x": [float("inf")]})
 
 
 @pytest.mark.slow

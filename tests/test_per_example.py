@@ -33,11 +33,12 @@ def key(i):
 
 
 def normal(*shape, seed=0, scale=1.0):
-    return scale * jax.random.normal(key(seed), shape)
+    """Drawn by NumPy, because `jax.random` compiles a program for each shape."""
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def words(high, *shape):
-    return jax.random.randint(key(7), shape, 0, high)
+def words(high, *shape, low=0):
+    return jnp.asarray(np.random.default_rng(7).integers(low, high, shape), jnp.int32)
 
 
 def oracle(loss, params, batch, bound, gamma=None):
@@ -83,7 +84,7 @@ class Net(linen.Module):
 def in_linen():
     net = Net()
     batch = words(4, B, 3), normal(B, 8, 8, 3, seed=2)
-    params = net.init(key(0), jax.tree.map(lambda x: x[0], batch))
+    params = jax.jit(net.init)(key(0), jax.tree.map(lambda x: x[0], batch))
     found = ["Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel", "Embed_0/embedding"]
     found += [
         f"MultiHeadDotProductAttention_0/{name}/kernel" for name in ("key", "out", "query", "value")
@@ -120,7 +121,7 @@ def in_dicts():
 
 
 def in_nnx():
-    graph, params = nnx.split(Pair(nnx.Rngs(0)))
+    graph, params = nnx.split(nnx.jit(lambda: Pair(nnx.Rngs(0)))())
     found = {"table/embedding", "out/kernel"}
     return (
         (lambda p, ids: jnp.sum(jnp.sin(nnx.merge(graph, p)(ids)))),
@@ -131,9 +132,8 @@ def in_nnx():
 
 
 def in_equinox():
-    net = equinox.nn.Sequential(
-        [equinox.nn.Linear(4, 6, key=key(0)), equinox.nn.Linear(6, 3, key=key(1))]
-    )
+    linear = equinox.filter_jit(equinox.nn.Linear)
+    net = equinox.nn.Sequential([linear(4, 6, key=key(0)), linear(6, 3, key=key(1))])
     params, static = equinox.partition(net, equinox.is_array)
     found = {"layers/0/weight", "layers/1/weight"}
     return (
@@ -182,7 +182,7 @@ def tables():
     return (
         loss,
         params,
-        jax.random.randint(key(1), (B, 4), -5, 26),
+        words(26, B, 4, low=-5),
         {"clip", "fill", "columns", "row"},
     )
 
@@ -296,10 +296,11 @@ def test_half_precision_is_measured_in_float32(dtype, method):
 @pytest.mark.parametrize("method", ["ghost", "microbatch"])
 def test_gradients_of_any_size(size, method):
     loss, params, batch, _ = sequences()
-    step = oc.clipped_value_and_grad(lambda p, x, size: size * loss(p, x), 1.0, method=method)
-    norms, ((_, examples), grads) = jax.jit(
-        lambda: (step(params, batch, 1.0)[0][1].norms, step(params, batch, size))
-    )()
+    step = jax.jit(
+        oc.clipped_value_and_grad(lambda p, x, size: size * loss(p, x), 1.0, method=method)
+    )
+    norms = step(params, batch, 1.0)[0][1].norms
+    (_, examples), grads = step(params, batch, size)
     np.testing.assert_allclose(examples.norms, norms * size, rtol=1e-5)
     length = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(grads)))
     assert examples.nonfinite == 0 and length <= 1.00001 and (size < 1 or length > 0.01)
@@ -449,7 +450,7 @@ def test_in_shard_map_each_device_clips_its_own_examples(way, typed):
     spread = jax.shard_map(
         local, mesh=mesh, in_specs=(whole, data), out_specs=(whole, data), check_vma=typed
     )
-    (_, examples), grads = step(params, batch)
+    (_, examples), grads = jax.jit(step)(params, batch)
     assert_close(jax.jit(spread)(params, batch), (grads, examples.norms))
 
 
@@ -501,7 +502,7 @@ def test_a_batch_of_padding_only_makes_no_step(way):
 def test_a_loss_may_want_a_batch_of_one(method):
     net = linen.Dense(3)
     batch = {"x": normal(B, 4), "y": words(3, B)}
-    params = net.init(key(0), batch["x"])
+    params = jax.jit(net.init)(key(0), batch["x"])
 
     def mean_loss(params, batch):
         logits = net.apply(params, batch["x"])
@@ -540,13 +541,18 @@ def test_a_loss_without_gradients_has_zeros(way, loss, params):
 @pytest.mark.parametrize("way", WAYS)
 def test_of_one_example_it_is_the_global_clip(way, bound):
     loss, params, batch, _ = plain()
-    _, got = jax.jit(oc.clipped_value_and_grad(loss, bound, **WAYS[way]))(params, batch[:1])
-    grads = jax.grad(loss)(params, batch[0])
     clip = oc.clip_by_global_norm(bound)
-    want, state = clip.update(grads, clip.init(params))
+
+    @jax.jit
+    def run(params, batch):
+        _, got = oc.clipped_value_and_grad(loss, bound, **WAYS[way])(params, batch)
+        grads = jax.grad(loss)(params, batch[0])
+        formed = jax.tree.map(lambda g: g[None], grads)
+        summed = per_example.per_example_global_norm_clip(formed, bound)
+        return got, summed, clip.update(grads, clip.init(params))
+
+    got, (sums, clipped), (want, state) = run(params, batch[:1])
     assert_close(got, want)
-    stacked = jax.tree.map(lambda g: g[None], grads)
-    sums, clipped = per_example.per_example_global_norm_clip(stacked, bound)
     assert_close(sums, want)
     assert float(clipped) == float(state.metrics.clipped_share)
 
@@ -584,7 +590,7 @@ class WithBatchNorm(linen.Module):
 
 def in_linen_with_batch_norm(returned, axis_name=None, mutable=("batch_stats",)):
     net = WithBatchNorm(axis_name)
-    variables = WithBatchNorm().init(key(0), normal(1, 3))
+    variables = jax.jit(WithBatchNorm().init)(key(0), normal(1, 3))
 
     def loss(params, x):
         variables_now = {**variables, "params": params}
@@ -657,12 +663,12 @@ def test_the_first_line_of_what_the_loss_says_is_told():
 
 def test_batch_norm_with_fixed_statistics_is_fine():
     net = WithBatchNorm()
-    variables = net.init(key(0), normal(1, 3))
+    variables = jax.jit(net.init)(key(0), normal(1, 3))
 
     def loss(params, x, stats):
         return net.apply({"params": params, "batch_stats": stats}, x, train=False)
 
-    step = oc.clipped_value_and_grad(loss, 1.0, keep_batch_dim=True)
+    step = jax.jit(oc.clipped_value_and_grad(loss, 1.0, keep_batch_dim=True))
     (_, examples), _ = step(variables["params"], normal(B, 3), variables["batch_stats"])
     assert examples.clipped > 0
 
@@ -761,7 +767,7 @@ def test_the_norm_of_one_ghost_is_that_of_its_gradient(layer, weights, batch):
         return jnp.sum(jnp.sin(out) * jnp.arange(1.0, out.size + 1).reshape(out.shape))
 
     ghost, microbatch = (
-        oc.clipped_value_and_grad(loss, 0.1, method=method)(weights, batch)[1]
+        jax.jit(oc.clipped_value_and_grad(loss, 0.1, method=method))(weights, batch)[1]
         for method in ("ghost", "microbatch")
     )
     np.testing.assert_allclose(ghost, microbatch, rtol=1e-4, atol=1e-7)

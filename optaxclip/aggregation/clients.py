@@ -16,7 +16,7 @@ from optaxclip.base import annotate
 from optaxclip.compat import write_to_varying
 from optaxclip.engine import Description
 from optaxclip.states import StateGuard, init_inside
-from optaxclip.thresholds.fixed import is_of_gradients
+from optaxclip.thresholds.convert import is_of_gradients
 from optaxclip.trees import Leaves, drop_gradientless, select
 
 Arrays = list[jax.Array]

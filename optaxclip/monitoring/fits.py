@@ -6,14 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optaxclip.monitoring.limits import (
-    CHANCE,
-    ENOUGH,
-    LARGE,
-    LARGE_FOR_SURE,
-    LARGE_UNKNOWN,
-    NEIGHBOURS,
-)
+from optaxclip.monitoring import limits
 
 
 class Fit(NamedTuple):
@@ -64,10 +57,12 @@ def medians_around(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _medians_before(x: np.ndarray) -> np.ndarray:
-    few = np.array([np.median(x[:i]) if i else np.nan for i in range(min(NEIGHBOURS, len(x)))])
-    if len(x) <= NEIGHBOURS:
+    few = np.array(
+        [np.median(x[:i]) if i else np.nan for i in range(min(limits.NEIGHBOURS, len(x)))]
+    )
+    if len(x) <= limits.NEIGHBOURS:
         return few
-    windows = np.lib.stride_tricks.sliding_window_view(x[:-1], NEIGHBOURS)
+    windows = np.lib.stride_tricks.sliding_window_view(x[:-1], limits.NEIGHBOURS)
     return np.r_[few, np.median(windows, axis=1)]
 
 
@@ -90,13 +85,15 @@ def large_ratio(ratios: np.ndarray, steps: int) -> float:
       ratios: norms over the medians around them.
       steps: the number of steps.
     """
-    if len(ratios) < ENOUGH:
-        return LARGE_UNKNOWN
+    if len(ratios) < limits.ENOUGH:
+        return limits.LARGE_UNKNOWN
     middle, high = np.quantile(ratios, (0.5, 0.9))
     # For a power law x^-a, ln(5) / ln(high / middle) is a. It uses quantiles, so that up to a tenth
     # of the steps may be spikes themselves.
     power = np.log(high / middle) / np.log(5)
-    return float(np.clip(high * (0.1 * steps / CHANCE) ** power, LARGE, LARGE_FOR_SURE))
+    return float(
+        np.clip(high * (0.1 * steps / limits.CHANCE) ** power, limits.LARGE, limits.LARGE_FOR_SURE)
+    )
 
 
 def find_shift(y: np.ndarray) -> int:

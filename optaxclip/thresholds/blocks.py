@@ -78,7 +78,7 @@ def start_blocks(start: Any, norms: Norms) -> Any:
 
         def like(norm):
             dtype = norm.dtype if jnp.issubdtype(x.dtype, jnp.floating) else whole
-            return xla.vary_as(jnp.full(norm.shape + x.shape, x, dtype), norm)
+            return xla.fill_like(norm, x, dtype)
 
         return jax.tree.map(like, norms)
 
