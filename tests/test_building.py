@@ -207,11 +207,13 @@ def test_random_keys_pass_or_are_refused_with_the_filter(make):
         params = {"key": jax.random.key(0), "w": jnp.ones((3, 2))}
         return jax.eval_shape(lambda: tx.update(params, tx.init(params), params)[0]["key"])
 
+    why = None
     try:
         run(make())
     except ValueError as error:
-        assert "PRNG keys. Pass the arrays alone: of an Equinox model" in str(error)
+        why = str(error)
         run(optax.masked(make(), {"key": False, "w": True}))
+    assert why is None or "PRNG keys. Pass the arrays alone: of an Equinox model" in why
 
 
 @each_row
