@@ -13,7 +13,7 @@ from flax import nnx
 
 import optaxclip as oc
 from optaxclip.record import find_nodes, unpack_names
-from tests.cases import ADAPTIVE, CASES, ROWS
+from tests.cases import ADAPTIVE, CASES, ROWS, program_lines
 
 each_row = pytest.mark.parametrize("name", ROWS)
 
@@ -34,31 +34,8 @@ def test_leaves_of_one_path_are_told_apart_by_their_place(name):
 
     one, two, three, four = leaves
     twice = {"x": {"y": one}, "x/y": two, "z": {1: three}, "z/1": four}
-    # It must be the same program; nothing needs to be compiled for this.
     of_names, of_places = (jax.make_jaxpr(update)(tree).jaxpr for tree in (twice, leaves))
-    assert list(lines_of(of_names)) == list(lines_of(of_places))
-
-
-def lines_of(jaxpr):
-    """A program as text, each inner one where it is called: JAX may print equal ones only once."""
-    numbers = {}
-
-    def show(atoms):
-        # A literal cannot be a key, but its text is its value.
-        ids = [x if hasattr(x, "val") else numbers.setdefault(x, len(numbers)) for x in atoms]
-        return " ".join(f"{i}:{x.aval}" for i, x in zip(ids, atoms, strict=True))
-
-    yield show([*jaxpr.constvars, *jaxpr.invars])
-    for line in jaxpr.eqns:
-        yield f"{show(line.outvars)} = {line.primitive} {show(line.invars)}"
-        for name, value in sorted(line.params.items()):
-            for inner in jax.tree.leaves(value):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from lines_of(inner)
-                elif not callable(inner):
-                    yield f"  {name}={inner}"
-    yield show(jaxpr.outvars)
+    assert list(program_lines(of_names)) == list(program_lines(of_places))
 
 
 @each_row
