@@ -6,6 +6,7 @@ CONTRACT = "tests/test_contract.py::test_"
 FIDELITY = "tests/test_fidelity.py::test_"
 EXAMPLES = "tests/test_per_example.py::test_"
 LEARNING = "tests/test_learning.py::test_"
+PRIVATE = "tests/test_private.py::test_"
 BUILDING = "tests/test_building.py::test_"
 TESTS = {
     "core.py": [
@@ -49,6 +50,29 @@ TESTS = {
         "tests/test_advice.py::test_what_is_of_gradients_is_no_threshold",
     ],
     "wrappers/": ["tests/test_skipping.py", PARTS],
+    "per_example/users.py": [
+        PRIVATE + "a_user_is_clipped_as_one",
+        PRIVATE + "groups_are_those_of_a_loop",
+        PRIVATE + "users_that_are_none_are_refused",
+        PRIVATE + "an_example_that_is_not_finite_takes_its_user_along_and_no_other",
+        EXAMPLES + "the_loss_of_a_user_is_that_of_the_examples_that_are_there",
+    ],
+    "per_example/private_quantile.py": [
+        PRIVATE + "the_private_quantile_is_as_the_paper_in_a_scan",
+        PRIVATE + "the_private_quantile_over_eight_devices",
+        PRIVATE + "one_example_moves_the_count_by_half",
+        PRIVATE + "numbers_of_the_private_quantile_that_are_none_are_refused",
+    ],
+    "per_example/factors.py": [
+        PARTS,
+        PRIVATE + "an_action_is_as_its_paper_says_and_keeps_the_bound",
+        PRIVATE + "numbers_that_are_none_are_refused",
+        EXAMPLES + "a_negative_bound_of_examples_counts_as_zero",
+    ],
+    "per_example/feedback.py": [
+        PRIVATE + "error_feedback_is_dice_sgd",
+        PRIVATE + "error_feedback_keeps_its_state_over_a_bad_step_and_its_dtypes",
+    ],
     "per_example/": [
         EXAMPLES + "without_jit",
         EXAMPLES + "which_parameters_are_ghosts",
@@ -88,6 +112,8 @@ EQUIVALENT = {
     "return jax.tree.map(lambda a, b: jnp.where(state.over == relearn_after, a, b),"
     " fresh, state)": "counted one by one",
     "return skip_by(inner, watch, unchecked(math.inf), 0, needs_loss=False)": "none is over inf",
+    "return skip_by(inner, watch, unchecked(math.inf), 2, needs_loss=False)": "none is over inf",
+    "n >= m": "no slice is larger",
     "fine = jnp.isfinite(norm) * (statistic.signed | (norm > 0))": "of booleans",
     '"gather": (_table, 0),': "what is looked up has the dtype of the table",
     "reason, loss_state = jnp.where(over, NORM, -1), state.loss": "any but those of a skip",

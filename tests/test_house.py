@@ -95,6 +95,20 @@ def test_a_signature_can_be_read(name):
     assert len(signature) < 600 and " at 0x" not in signature
 
 
+NAMESPACES = (
+    *("actions", "aggregation", "norms", "per_example", "scopes", "thresholds", "wrappers"),
+    *("tuning", "plots", "monitoring"),
+)
+
+
+def test_every_public_function_that_checks_its_arguments_is_named_in_errors():
+    rooms = [optaxclip, *(getattr(optaxclip, name) for name in NAMESPACES)]
+    public = {getattr(room, name) for room in rooms for name in room.__all__}
+    functions = [f for f in public if inspect.isfunction(f)]
+    bare = [f.__name__ for f in functions if "validate" in f.__code__.co_names]
+    assert bare == [] and len(functions) > 60
+
+
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
