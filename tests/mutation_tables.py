@@ -13,7 +13,7 @@ TESTS = {
         PARTS,
         CONTRACT + "parts_that_do_not_exist_are_refused",
         CONTRACT + "a_norm_or_factor_that_is_no_normal_float_counts_as_not_finite",
-        CONTRACT + "a_negative_tracer_acts_as_zero",
+        CONTRACT + "a_bound_of_zero_or_less_and_gradients_of_zero_give_zeros",
     ],
     "engine.py": [
         FIDELITY + "clippy_and_larc_follow_the_paper",

@@ -131,18 +131,21 @@ def test_every_row_keeps_its_types_in_all_of_them(name):
     assert {x.shape for x in seen.values()} <= {(2,)}
 
 
-@pytest.mark.slow
-@each_row
-def test_every_row_is_exported_with_the_shapes_that_it_has(name):
-    tx, grads = ROWS[name](), jnp.ones((3, 2))
+def test_every_row_is_exported_for_every_platform():
+    """In one program. No device is needed to lower for one: nothing in a row is for CPUs alone."""
 
-    def step(grads):
-        updates, state = tx.update(grads, tx.init(grads), grads)
-        return updates, jax.tree.leaves(state)
+    def step_of_each(grads):
+        def step(tx):
+            updates, state = tx.update(grads, tx.init(grads), grads)
+            return updates, jax.tree.leaves(state)
 
-    exported = jax.export.export(jax.jit(step))(grads)
-    there = jax.eval_shape(exported.call, grads)
-    assert jax.tree.map(jnp.shape, there) == jax.tree.map(jnp.shape, jax.eval_shape(step, grads))
+        return {name: step(make()) for name, make in ROWS.items()}
+
+    platforms = ("cpu", "tpu", "cuda")
+    exported = jax.export.export(jax.jit(step_of_each), platforms=platforms)(PARAMS)
+    assert exported.platforms == platforms
+    there, here = jax.eval_shape(exported.call, PARAMS), jax.eval_shape(step_of_each, PARAMS)
+    assert jax.tree.map(jnp.shape, there) == jax.tree.map(jnp.shape, here)
 
 
 class Layer(nnx.Module):
