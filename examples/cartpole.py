@@ -1,15 +1,15 @@
-"""A pole kept upright by a policy that learns from its own episodes (REINFORCE), in plain JAX.
+"""A policy gradient (REINFORCE) that keeps a pole upright, in plain JAX.
 
     uv run examples/cartpole.py
 
-The gradient is a sum over an episode of what each action earned afterwards: it grows with the
-square of the time that the pole stood. So the better the policy, the longer its gradients, and one
-long step can undo it. A clip lets the rate be chosen for the beginning, when gradients are short.
-But its bound must fit: the 0.5 of many an implementation of PPO, whose advantages are scaled, is
-far too small for plain returns.
+The gradient is a sum over an episode of what each action earned afterwards, so it grows with the
+square of the time that the pole stood. The better the policy, the longer its gradients, and one
+long step can undo it. With a clip the learning rate can suit the beginning, when gradients are
+short. But the bound must fit: the 0.5 of many PPO implementations, which normalize their
+advantages, is far too small for plain returns.
 
-A step is an update by 16 episodes of at most 200 moves of 20 ms; the score is the mean length of 64
-new episodes.
+A step is an update from 16 episodes of at most 200 moves of 20 ms. The score is the mean length of
+64 new episodes.
 """
 
 import jax
@@ -18,14 +18,14 @@ import optax
 from jax import lax
 
 import optaxclip
-from comparison import Goal, Task, compare, options
+from comparison import Goal, Task, compare, parse_options
 
 WIDTH, EPISODES, MOVES = 32, 16, 200
 CLIPS = {
     "no clip": optaxclip.clip_by(jnp.inf),  # an infinite bound only measures
     "global norm 10": optaxclip.clip_by_global_norm(10.0),
-    "global norm 0.5": optaxclip.clip_by_global_norm(0.5),  # as in many an implementation of PPO
-    "lower tenth": optaxclip.quantile_clip(0.1, init=None),  # of past norms, tracked
+    "global norm 0.5": optaxclip.clip_by_global_norm(0.5),  # as in many PPO implementations
+    "10 % quantile": optaxclip.quantile_clip(0.1, init=None),  # of past norms
 }
 
 
@@ -38,7 +38,7 @@ def init_policy(key):
 
 
 def push(state, right):
-    """What 20 ms of 10 N do to a cart (1 kg) and a pole (0.1 kg, 0.5 m to its middle)."""
+    """Pushes a cart (1 kg) with a pole (0.1 kg, 0.5 m to its middle) by 10 N for 20 ms."""
     _, speed, angle, spin = state
     sine, cosine = jnp.sin(angle), jnp.cos(angle)
     thrust = (jnp.where(right, 10.0, -10.0) + 0.05 * spin**2 * sine) / 1.1
@@ -47,9 +47,7 @@ def push(state, right):
 
 
 def play(policy, key):
-    """An episode: the log-probability of each action, and for each move whether the pole still
-    stood.
-    """
+    """Plays an episode: the log-probability of each action, and 1 for each move before the fall."""
 
     def move(carry, key):
         state, up = carry
@@ -61,19 +59,19 @@ def play(policy, key):
 
     start, rest = jax.random.split(key)
     state = jax.random.uniform(start, (4,), minval=-0.05, maxval=0.05)
-    _, (chosen, up) = lax.scan(move, (state, jnp.array(True)), jax.random.split(rest, MOVES))
-    return chosen, up.astype(jnp.float32)
+    _, (log_probs, up) = lax.scan(move, (state, jnp.array(True)), jax.random.split(rest, MOVES))
+    return log_probs, up.astype(jnp.float32)
 
 
-def loss_of(policy, key):
-    """Minus the expected return, for its gradient; and the mean length of an episode."""
-    chosen, up = jax.vmap(play, (None, 0))(policy, jax.random.split(key, EPISODES))
+def loss_fn(policy, key):
+    """Returns a loss whose gradient is that of minus the expected return, and the mean length."""
+    log_probs, up = jax.vmap(play, (None, 0))(policy, jax.random.split(key, EPISODES))
     to_go = jnp.cumsum(up[:, ::-1], axis=1)[:, ::-1]
-    return -jnp.sum(chosen * up * to_go) / EPISODES, up.sum(1).mean()
+    return -jnp.sum(log_probs * up * to_go) / EPISODES, up.sum(1).mean()
 
 
-def task(clip):
-    """The policy, trained with momentum and a clip."""
+def make_task(clip):
+    """Trains the policy by SGD with momentum, after the clip."""
 
     def make_tx(rate):
         return optax.chain(clip, optax.sgd(rate, momentum=0.9))
@@ -84,7 +82,7 @@ def task(clip):
 
     def step(rate, state, key):
         policy, opt_state = state
-        (_, length), grads = jax.value_and_grad(loss_of, has_aux=True)(policy, key)
+        (_, length), grads = jax.value_and_grad(loss_fn, has_aux=True)(policy, key)
         updates, opt_state = make_tx(rate).update(grads, opt_state, policy)
         seen = optaxclip.metrics(opt_state) | {"episode length": length}
         return (optax.apply_updates(policy, updates), opt_state), seen
@@ -97,9 +95,10 @@ def task(clip):
 
 
 def main(argv=None):
-    args = options(__file__, __doc__, argv, steps=100, rates=(1e-5, 1e-4, 1e-3, 3e-3), seeds=5)
-    goal = Goal("Length of an episode, of at most 200", failed=100, higher=True)
-    return compare({name: task(clip) for name, clip in CLIPS.items()}, goal, args)
+    rates = (1e-5, 1e-4, 1e-3, 3e-3)
+    args = parse_options(__file__, __doc__, argv, steps=100, rates=rates, seeds=5)
+    goal = Goal("Episode length (at most 200)", failed=100, higher=True)
+    return compare({name: make_task(clip) for name, clip in CLIPS.items()}, goal, args)
 
 
 if __name__ == "__main__":

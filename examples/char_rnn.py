@@ -1,13 +1,12 @@
-"""A character model of Python source, without a clip, with a fixed clip and with an adaptive one.
+"""A character model of Python source: without a clip, with a fixed bound, with an adaptive one.
 
     uv run examples/char_rnn.py
 
-The text is the source of Python's own standard library, a megabyte of it, read from this machine.
-The network is a plain tanh recurrent network, the optimizer SGD with momentum: the setting of the
-paper that introduced clipping. It is chosen because it shows the effect: Adam divides by the size
-of the gradient, and gated cells (LSTM, GRU) tame it, so both hide most of what a clip does. Without
-a clip one would take a smaller learning rate; so every method runs at each of a grid of rates, and
-is compared at the same rate and at its own best.
+The text is a megabyte of Python's standard library, read from this machine. The network is a plain
+tanh recurrent network trained by SGD with momentum, the setting of the paper that introduced
+clipping by norm. Other settings hide most of what a clip does: Adam divides by the size of the
+gradient, and gated cells (LSTM, GRU) keep it small. Without a clip one would lower the learning
+rate. So each method runs at several rates, and is compared at the same rate and at its own best.
 """
 
 import jax
@@ -17,13 +16,12 @@ import optax
 from flax import nnx
 
 import optaxclip
-from comparison import Goal, compare, nnx_task, options
-from data import LETTERS, library_text, windows
+from comparison import Goal, compare, make_nnx_task, parse_options
+from data import LETTERS, load_text, sample_windows
 
 HIDDEN, LENGTH, BATCH = 64, 64, 16
 
-# 1.5 times the running mean of past norms, in which a spike counts as its bound, and never more
-# than 1.
+# 1.5 times the running mean of past norms. A spike enters the mean as its bound.
 running_mean = optaxclip.thresholds.lag(
     optax.chain(optax.ema(0.95), optax.scale(1.5)), feed=optaxclip.feeds.clipped
 )
@@ -35,9 +33,7 @@ CLIPS = {
 
 
 class CharRNN(nnx.Module):
-    """A vanilla recurrent network, started orthogonal with a gain of 1.3: there gradients can
-    explode.
-    """
+    """A plain recurrent network, initialized so that gradients can explode."""
 
     def __init__(self, rngs):
         start = nnx.initializers.orthogonal(1.3)
@@ -49,12 +45,12 @@ class CharRNN(nnx.Module):
         return self.head(self.rnn(self.embed(text)))
 
 
-def loss_of(model, text):
+def loss_fn(model, text):
     return optax.softmax_cross_entropy_with_integer_labels(model(text[:, :-1]), text[:, 1:]).mean()
 
 
-def task(clip, text, held_out):
-    """The model, trained with a clip."""
+def make_task(clip, text, held_out):
+    """Trains the network by SGD with momentum, after the clip."""
 
     def build(rate, rngs):
         model = CharRNN(rngs)
@@ -62,20 +58,22 @@ def task(clip, text, held_out):
         return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     def train_step(model, optimizer, key):
-        loss, grads = nnx.value_and_grad(loss_of)(model, windows(text, key, BATCH, LENGTH))
+        batch = sample_windows(text, key, BATCH, LENGTH)
+        loss, grads = nnx.value_and_grad(loss_fn)(model, batch)
         optimizer.update(model, grads)
         return optaxclip.metrics(optimizer.opt_state) | {"loss": loss}
 
     def evaluate(model):
-        return loss_of(model, windows(held_out, jax.random.key(99), 256, LENGTH))
+        return loss_fn(model, sample_windows(held_out, jax.random.key(99), 256, LENGTH))
 
-    return nnx_task(build, train_step, evaluate)
+    return make_nnx_task(build, train_step, evaluate)
 
 
 def main(argv=None):
-    args = options(__file__, __doc__, argv, steps=400, rates=(0.05, 0.1, 0.2, 0.4))
-    text, goal = library_text(), Goal("Evaluation loss, nats a character", failed=np.log(LETTERS))
-    return compare({name: task(clip, *text) for name, clip in CLIPS.items()}, goal, args)
+    args = parse_options(__file__, __doc__, argv, steps=400, rates=(0.05, 0.1, 0.2, 0.4))
+    goal = Goal("Evaluation loss, nats per character", failed=np.log(LETTERS))
+    text = load_text()
+    return compare({name: make_task(clip, *text) for name, clip in CLIPS.items()}, goal, args)
 
 
 if __name__ == "__main__":

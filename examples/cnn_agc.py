@@ -1,11 +1,11 @@
-"""A residual network without normalisers on handwritten digits, with the clip of NFNets, by unit.
+"""A residual network without normalization on images: adaptive gradient clipping (AGC) by unit.
 
     uv run examples/cnn_agc.py
 
-Without batch normalisation nothing holds the activations, and with a large learning rate the first
-steps throw such a network out of reach. Adaptive gradient clipping (AGC) lets no unit move by more
-than a share of its own weights. The paper leaves the last, linear, layer alone; clipped as well,
-with its small weights, it learns slowly. Flax linen, as most published NFNets are; the images are
+Without batch normalization nothing keeps the activations in range, and at a large learning rate
+the first steps destroy such a network. AGC lets no unit move by more than a share of its own
+weights. The paper excludes the last, linear layer, whose weights are small: clipped as well, it
+learns slowly. The network is in Flax linen, like most published NFNets. The images are
 scikit-learn's digits, 8 x 8 pixels.
 """
 
@@ -15,8 +15,8 @@ import optax
 from flax import linen as nn
 
 import optaxclip
-from comparison import Goal, Task, compare, options
-from data import digits
+from comparison import Goal, Task, compare, parse_options
+from data import load_digits
 
 WIDTH, DEPTH, BATCH = 12, 4, 32
 CLIPS = {
@@ -37,8 +37,13 @@ class ResNet(nn.Module):
         return nn.Dense(10, name="head")(x.mean((-3, -2)))
 
 
-def task(clip, steps, train, held_out):
-    """The network, trained with momentum, a rate that falls to zero, and a clip."""
+def loss_fn(params, images, labels):
+    logits = ResNet().apply({"params": params}, images[..., None])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def make_task(clip, steps, train, held_out):
+    """Trains the network by SGD with momentum and a cosine schedule, after the clip."""
     images, labels = train
 
     def make_tx(rate):
@@ -50,13 +55,8 @@ def task(clip, steps, train, held_out):
 
     def step(rate, state, key):
         params, opt_state = state
-        picked = jax.random.randint(key, (BATCH,), 0, len(labels))
-
-        def loss_of(params):
-            logits = ResNet().apply({"params": params}, images[picked][..., None])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[picked]).mean()
-
-        loss, grads = jax.value_and_grad(loss_of)(params)
+        batch = jax.random.randint(key, (BATCH,), 0, len(labels))
+        loss, grads = jax.value_and_grad(loss_fn)(params, images[batch], labels[batch])
         updates, opt_state = make_tx(rate).update(grads, opt_state, params)
         seen = optaxclip.metrics(opt_state) | {"loss": loss}
         return (optax.apply_updates(params, updates), opt_state), seen
@@ -69,11 +69,11 @@ def task(clip, steps, train, held_out):
 
 
 def main(argv=None):
-    args = options(__file__, __doc__, argv, steps=200, rates=(0.03, 0.1, 0.3, 1.0))
+    args = parse_options(__file__, __doc__, argv, steps=200, rates=(0.03, 0.1, 0.3, 1.0))
     goal = Goal("Accuracy on digits never seen", failed=0.5, higher=True)
-    return compare(
-        {name: task(clip, args.steps, *digits()) for name, clip in CLIPS.items()}, goal, args
-    )
+    data = load_digits()
+    tasks = {name: make_task(clip, args.steps, *data) for name, clip in CLIPS.items()}
+    return compare(tasks, goal, args)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""A small transformer that meets bad batches: from step 80 on one in 40 is noise, and weighs 1,000.
+"""A small transformer that meets bad batches: from step 80 on, one in 40 is noise and weighs 1,000.
 
     uv run examples/transformer.py
 
-Such batches are real: a corrupt shard, a loss that was summed where all others were averaged. Adam
-divides by the size of past gradients, so one of them does not throw the parameters far; but it
-makes the second moment a million times too large, and for hundreds of steps Adam all but stands
-still. A smaller learning rate does not help. Three ways out: a fixed bound, a bound that follows
-the norms (ZClip), and to leave the whole step out, moments and all.
+Such batches are real: a corrupt shard, or a loss that was summed where all others were averaged.
+Adam divides by the size of past gradients, so a bad batch does not move the parameters far. But it
+makes the second moment a million times too large, and Adam all but stands still for hundreds of
+steps. A smaller learning rate does not help. Three remedies are compared: a fixed bound, a bound
+that follows the norms (ZClip), and skipping the whole step, moments included.
 """
 
 import jax
@@ -15,15 +15,13 @@ import optax
 from flax import nnx
 
 import optaxclip
-from comparison import Goal, compare, nnx_task, options
-from data import LETTERS, library_text, windows
+from comparison import Goal, compare, make_nnx_task, parse_options
+from data import LETTERS, load_text, sample_windows
 
 WIDTH, HEADS, LENGTH, BATCH = 32, 2, 32, 16
 
 METHODS = {
-    "no clip": lambda adam: optax.chain(
-        optaxclip.clip_by(jnp.inf), adam
-    ),  # an infinite bound only measures
+    "no clip": lambda adam: optax.chain(optaxclip.clip_by(jnp.inf), adam),  # only measures
     "global norm 1": lambda adam: optax.chain(optaxclip.clip_by_global_norm(1.0), adam),
     "ZClip": lambda adam: optax.chain(optaxclip.zclip(), adam),
     "skip 20 x the mean": lambda adam: optaxclip.skip_spikes(
@@ -59,42 +57,43 @@ class Transformer(nnx.Module):
         return self.head(self.norm(x))
 
 
-def loss_of(model, rows):
+def loss_fn(model, rows):
     return optax.softmax_cross_entropy_with_integer_labels(model(rows[:, :-1]), rows[:, 1:]).mean()
 
 
-def bad_or_not(key, rows, step):
-    """The batch and its weight: from step 80 on one in 40 is noise, and weighs 1,000."""
+def spoil(key, rows, step):
+    """Returns the batch and its weight: from step 80 on, one in 40 is noise and weighs 1,000."""
     chance, noise = jax.random.split(key)
     bad = jax.random.bernoulli(chance, 1 / 40) & (step >= 80)
-    return jnp.where(bad, jax.random.randint(noise, rows.shape, 0, LETTERS), rows), jnp.where(
-        bad, 1000.0, 1.0
-    )
+    rows = jnp.where(bad, jax.random.randint(noise, rows.shape, 0, LETTERS), rows)
+    return rows, jnp.where(bad, 1000.0, 1.0)
 
 
-def task(method, text, held_out):
-    """The model, trained with Adam and a clip."""
+def make_task(method, text, held_out):
+    """Trains the model with Adam and one of the methods."""
 
     def build(rate, rngs):
         model = Transformer(rngs)
         return model, nnx.Optimizer(model, method(optax.adam(rate)), wrt=nnx.Param)
 
     def train_step(model, optimizer, key):
-        rows, weight = bad_or_not(key, windows(text, key, BATCH, LENGTH), optimizer.step[...])
-        loss, grads = nnx.value_and_grad(lambda model: weight * loss_of(model, rows))(model)
+        rows = sample_windows(text, key, BATCH, LENGTH)
+        rows, weight = spoil(key, rows, optimizer.step[...])
+        loss, grads = nnx.value_and_grad(lambda model: weight * loss_fn(model, rows))(model)
         optimizer.update(model, grads)
         return optaxclip.metrics(optimizer.opt_state) | {"loss": loss / weight}
 
     def evaluate(model):
-        return loss_of(model, windows(held_out, jax.random.key(99), 256, LENGTH))
+        return loss_fn(model, sample_windows(held_out, jax.random.key(99), 256, LENGTH))
 
-    return nnx_task(build, train_step, evaluate)
+    return make_nnx_task(build, train_step, evaluate)
 
 
 def main(argv=None):
-    args = options(__file__, __doc__, argv, steps=250, rates=(1e-3, 4e-3, 16e-3))
-    text, goal = library_text(), Goal("Evaluation loss, nats a character", failed=3.0)
-    return compare({name: task(method, *text) for name, method in METHODS.items()}, goal, args)
+    args = parse_options(__file__, __doc__, argv, steps=250, rates=(1e-3, 4e-3, 16e-3))
+    goal = Goal("Evaluation loss, nats per character", failed=3.0)
+    text = load_text()
+    return compare({name: make_task(method, *text) for name, method in METHODS.items()}, goal, args)
 
 
 if __name__ == "__main__":

@@ -72,8 +72,10 @@ class Part:
         functools.update_wrapper(self, rule)
         self.name, self.rule = name, rule
 
-    def __call__(self, *args):
-        if not args:  # called where it is to be passed: `actions.zero()`
+    # Scopes and norms cannot say this: whatever can be called, `optax.inject_hyperparams` takes for
+    # a schedule.
+    def __call__(self, *args, **more):
+        if more or len(args) != 2:  # called where it is to be passed: `actions.zero()`
             raise TypeError(
                 f"{self.name} is passed as it is: write {self.name}, without parentheses."
             )
@@ -88,7 +90,7 @@ class Norm(NamedTuple):
 
     Attributes:
       name: how one writes it.
-      lift: `|x|ᵖ`, what each number contributes; real, and 0 for 0.
+      lift: `|x|ᵖ`, what each number contributes; real, at least 0, and 0 for 0.
       pool: how contributions are combined within a leaf and across leaves and devices: "sum" or
         "max".
       finish: `(pool, count) -> length`, given the number of elements.
@@ -128,11 +130,14 @@ class Blocks(NamedTuple):
         layer, which the other layers follow; empty for `units`.
       axes: (L,) the axes of each leaf that one unit or layer spans; None if blocks are made of
         whole leaves.
+      over: (L,) inside `shard_map`, the mesh axes over which the layers of each leaf are cut, so
+        that a device holds some of them; empty if that is not known.
     """
 
     names: tuple[str, ...] | None
     index: tuple[int, ...]
     axes: tuple[tuple[int, ...], ...] | None = None
+    over: tuple[tuple[str, ...], ...] = ()
 
     @property
     def units(self) -> bool:

@@ -29,6 +29,13 @@ def to_varying(x: jax.Array, axes: Sequence[str]) -> jax.Array:
     return older.pvary(x, tuple(axes))
 
 
+def write_to_varying(name: str, axes: Sequence[str]) -> str:
+    """How a user writes `to_varying` of an array of this name, for the advice in errors."""
+    if hasattr(lax, "pcast"):
+        return f"jax.lax.pcast({name}, {tuple(axes)!r}, to='varying')"
+    return f"jax.lax.pvary({name}, {tuple(axes)!r})"
+
+
 def manual_axes() -> tuple[Any, ...]:
     """The mesh axes along which each device runs the code on its own part of the arrays."""
     axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)

@@ -45,7 +45,7 @@ from optaxclip.engine import Description, Rule, build
 from optaxclip.norms import as_norm, l2
 from optaxclip.record import Step
 from optaxclip.scopes.leaves import as_scope
-from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.convert import as_threshold
 from optaxclip.trees import Leaves
 
 

@@ -27,9 +27,10 @@ from optaxclip.base import (
     View,
     annotate,
 )
+from optaxclip.compat import varying_axes
 from optaxclip.record import Step, fresh_metrics, pack_names, record
 from optaxclip.scopes import leaf, tree
-from optaxclip.states import ParamsMemory, StateGuard, init_inside
+from optaxclip.states import ParamsMemory, StateGuard, explain_leaves, init_inside
 from optaxclip.thresholds.blocks import hold, reads_params
 from optaxclip.trees import Leaves, drop_gradientless, match_params, select
 
@@ -86,7 +87,7 @@ def build(
 
     def init_fn(params):
         with validate.speak_for(about.name):
-            return _start(about, rule, memory.recall(params))
+            return _start(about, rule, axis_names, memory.recall(params))
 
     guard = StateGuard(about.name, ClipState, init_fn)
 
@@ -95,11 +96,12 @@ def build(
             leaves = select(updates, about.exclude)
             state = _accept(guard, state, updates)
             step = functools.partial(clip, leaves)
-            arrays, state = xla.call_in_auto_axes(step, leaves.arrays, (state, params, extra_args))
+            rest = params, extra_args
+            arrays, state = xla.call_in_auto_axes(step, leaves.arrays, state, rest)
             return leaves.rebuild(arrays), state
 
-    def clip(leaves: Leaves, arrays: list[jax.Array], rest: tuple[ClipState, Any, dict[str, Any]]):
-        leaves, (state, params, extra_args) = leaves._replace(arrays=arrays), rest
+    def clip(leaves: Leaves, arrays: list[jax.Array], state: ClipState, rest: tuple[Any, dict]):
+        leaves, (params, extra_args) = leaves._replace(arrays=arrays), rest
         # Without a measurement devices have nothing to agree on, and no axis names are needed.
         span = xla.NOWHERE
         if rule.measure is not None:
@@ -131,7 +133,8 @@ def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationE
     def update_fn(updates, state, params=None, **extra_args):
         like = drop_gradientless(params, updates)
         guard.check(state, like)
-        return tx.update(updates, state, None if params is None else like, **extra_args)
+        with explain_leaves(call, updates):
+            return tx.update(updates, state, None if params is None else like, **extra_args)
 
     annotate(update_fn, description=Description(kind="other", name=call, inner=tx))
     return optax.GradientTransformationExtraArgs(guard.init, update_fn)
@@ -142,11 +145,18 @@ def description_of(tx: optax.GradientTransformation) -> Description:
     return getattr(tx.update, "description", Description())
 
 
-def _start(about: Description, rule: Rule, params: Any) -> ClipState:
+def _start(about: Description, rule: Rule, axis_names: AxisNames | None, params) -> ClipState:
     leaves = select(params, about.exclude)
-    # Devices do not matter yet: they change the size of a block, not the number of blocks.
-    layout = lay_out(about.scope, leaves.paths, leaves.shapes)
-    norms = _zeros(layout, xla.accumulator(leaves.arrays))
+    arrays, paths = leaves.arrays, leaves.paths
+    # Norms of units are as different among devices as their leaves, and `lax.scan` wants the types
+    # of the first state to be those of later ones. All else does not depend on the span, except
+    # that inside `shard_map` a device may hold a few of all layers.
+    typed = any(map(varying_axes, arrays))
+    span = xla.find_span(arrays, paths, axis_names) if typed else xla.find_span((), (), ())
+    layout = lay_out(about.scope, paths, leaves.shapes, span)
+    norms = _zeros(layout, xla.accumulator(arrays))
+    if layout.blocks.units:
+        norms = xla.place_units(norms, layout, arrays)
     names, measured = pack_names(layout.blocks.names or ()), rule.measure is not None
     metrics = fresh_metrics(norms, names, measured=measured, bounded=rule.bounded)
     return ClipState(about.threshold.init(norms), metrics)

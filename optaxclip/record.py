@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip import xla
 from optaxclip.base import Metrics, Norms
 from optaxclip.trees import is_variable, pack_names, unpack_names
 
@@ -38,7 +40,7 @@ def fresh_metrics(
     """The record before the first update. No two fields share a buffer: it may be donated."""
 
     def fill(value, dtype=None):
-        return jax.tree.map(lambda n: jnp.full(n.shape, value, dtype or n.dtype), norms)
+        return jax.tree.map(lambda n: xla.fill_like(n, value, dtype), norms)
 
     return Metrics(
         grad_norm=fill(0) if measured else None,
@@ -62,8 +64,9 @@ def record(old: Metrics, step: Step) -> Metrics:
     Fields of units are not reduced here but when they are read: on a mesh each maximum, minimum and
     mean would be a collective at every step.
     """
-    # A user's threshold may return wider bounds, but the dtypes of a state must not change.
-    seen = jax.tree.map(lambda new, old: new.astype(old.dtype), step[:4], old[:4])
+    # A user's threshold may return wider bounds, and a constant one does not vary over devices as
+    # norms of units do, but the types of a state must not change.
+    seen = jax.tree.map(lambda new, old: xla.vary_as(new.astype(old.dtype), old), step[:4], old[:4])
     # An infinite norm exceeds every bound, but was not clipped: it only counts as not finite.
     clipped = jax.tree.map(lambda over, bad: (over > 0) & ~bad, step.over, step.bad)
     return Metrics(
@@ -98,9 +101,9 @@ def find_nodes(opt_state: Any, *kinds: type) -> list:
 
 # For each key of `metrics` the field, and how the values of several blocks become one.
 _KEYS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "grad_norm": ("grad_norm", jnp.max),
-    "bound": ("clip_bound", jnp.min),
-    "factor": ("clip_factor", jnp.min),
+    "grad_norm": ("grad_norm", xla.largest),
+    "bound": ("clip_bound", xla.smallest),
+    "factor": ("clip_factor", xla.smallest),
     "clipped": ("clipped_share", jnp.mean),
     "clipped_fraction": ("clipped_steps", jnp.mean),
     "nonfinite_steps": ("nonfinite_steps", jnp.max),
@@ -117,26 +120,31 @@ def scalars_of(m: Metrics, prefix: str) -> dict[str, jax.Array]:
         value = getattr(m, field)
         if value is None:
             continue
-        value = _of_blocks(value, batch)
+        arrays = [value]
+        if isinstance(value, list | tuple):
+            arrays = [x for x in value if x.size] or [jnp.zeros(())]
         # A tree without blocks: the maximum of nothing is undefined.
-        if not value.size:
+        if not arrays[0].size:
             continue
         if key == "clipped_fraction":
-            value = value / total.reshape(total.shape + (1,) * (value.ndim - batch))
-        out[prefix + key] = reduce(value, axis=-1) if value.ndim > batch else value
+            arrays = [x / total.reshape(total.shape + (1,) * (x.ndim - batch)) for x in arrays]
+        out[prefix + key] = _reduce_all(reduce, arrays, batch)
         # Parameters that are one bare array have the path "", and the key above says it all.
         if names != ("",):
-            out |= {f"{prefix}{key}/{name}": value[..., i] for i, name in enumerate(names)}
+            out |= {f"{prefix}{key}/{name}": arrays[0][..., i] for i, name in enumerate(names)}
     return out
 
 
-def _of_blocks(value: Any, batch: int) -> jax.Array:
-    """A field with one axis of blocks after the batch axes; units of all leaves are joined."""
-    if not isinstance(value, list | tuple):
-        return value
-    parts = [x.reshape(*x.shape[:batch], -1) for x in value]
-    parts = [x for x in parts if x.size]
-    return jnp.concatenate(parts, axis=-1) if parts else jnp.zeros(())
+def _reduce_all(reduce: Callable[..., Any], arrays: list[jax.Array], batch: int) -> jax.Array:
+    """One value of all blocks, for each run of a batch."""
+    # Not joined first: units lie on devices as their leaves do, and joining would gather them.
+    each = [reduce(x, axis=tuple(range(batch, x.ndim))) for x in arrays]
+    if len(each) == 1:
+        return each[0]
+    if reduce is jnp.mean:
+        sizes = [math.prod(x.shape[batch:]) for x in arrays]
+        each = [x * (n * len(sizes) / sum(sizes)) for x, n in zip(each, sizes, strict=True)]
+    return reduce(jnp.stack(each), axis=0)
 
 
 def number_keys(found: list, read: Callable[[Any, str], dict], prefix: str) -> dict[str, jax.Array]:

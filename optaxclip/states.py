@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optaxclip.trees import unpack_names
@@ -119,23 +121,38 @@ def _is_module(x: Any) -> bool:
 
 
 def init_inside(call: str, inner: optax.GradientTransformation, params: Any) -> optax.OptState:
-    """The state of the transformation inside a wrapper.
+    """The state of the transformation inside a wrapper."""
+    with explain_leaves(call, params):
+        return inner.init(params)
+
+
+@contextlib.contextmanager
+def explain_leaves(call: str, tree: Any) -> Generator[None, None, None]:
+    """A context for the transformation inside a wrapper.
 
     Raises:
-      ValueError: for a model with functions or strings among its leaves, as optimizers call
-        `zeros_like` on every leaf.
+      ValueError: if it fails and there are functions, strings or PRNG keys among the leaves:
+        optimizers multiply every leaf.
     """
     try:
-        return inner.init(params)
-    except TypeError as error:
-        strange = {type(x).__name__ for x in jax.tree.leaves(params) if _to_array(x) is None}
+        yield
+    except (TypeError, NotImplementedError) as error:
+        strange = {name for x in jax.tree.leaves(tree) if (name := _name_strange(x))}
         if not strange:
             raise
         raise ValueError(
-            f"{call}: the optimizer inside takes arrays only, and among the leaves are"
+            f"{call}: the optimizer inside takes arrays of numbers only, and among the leaves are"
             f" {', '.join(sorted(strange))}. Pass the arrays alone: of an Equinox model"
-            f" tx.init({_FILTER})."
+            f" tx.init({_FILTER}). Or leave the others out: optax.masked({call}(...), mask)."
         ) from error
+
+
+def _name_strange(x: Any) -> str | None:
+    """The type of a leaf that cannot be multiplied; None for any other."""
+    if _to_array(x) is None:
+        return type(x).__name__
+    is_key = jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key)
+    return "PRNG keys" if is_key else None
 
 
 def missing(call: str) -> ValueError:
@@ -211,4 +228,12 @@ def _shape(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array else x
 
 
-__all__ = ["ParamsMemory", "StateGuard", "check_names", "init_inside", "kind_of", "missing"]
+__all__ = [
+    "ParamsMemory",
+    "StateGuard",
+    "check_names",
+    "explain_leaves",
+    "init_inside",
+    "kind_of",
+    "missing",
+]

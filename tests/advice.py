@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
+from optaxclip.compat import write_to_varying
 
 GRADS = {"b": jnp.ones(2), "w": jnp.ones((3, 2))}
 ADAM = optax.adam(1e-3)
@@ -53,9 +54,8 @@ def runs_of(tx):
 def in_shard_map(tx, change=lambda grads: grads, **options):
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
 
-    def clip(grads):
-        grads = change(grads)
-        return tx.update(grads, tx.init(grads), grads)[0]
+    def clip(params):
+        return tx.update(change(params), tx.init(params), params)[0]
 
     options = {"in_specs": P(), "out_specs": P(), **options}
     return jax.eval_shape(jax.shard_map(clip, mesh=mesh, **options), jnp.ones((4, 2)))
@@ -74,6 +74,7 @@ class Model(eqx.Module):
 
 
 MODEL = Model(jnp.ones(3))
+KEYED = {"key": jax.random.key(0), "w": jnp.ones(2)}
 FILTERED = eqx.filter(MODEL, eqx.is_inexact_array)
 FULL = {"check_vma": False}
 SHARE = oc.thresholds.param_relative
@@ -97,6 +98,18 @@ def of_clients(tx):
         return tx.update(grads, tx.init(grads))[0]
 
     return jax.eval_shape(jax.vmap(update, axis_name="clients"), jnp.ones((3, 2)))
+
+
+MEAN = oc.aggregation.clipped_mean(oc.clip_by_global_norm(1.0), "data")
+
+
+def cast(params):
+    """As the errors of aggregations write it."""
+    return eval(write_to_varying("params", ("data",)))
+
+
+def accumulated(tx):
+    return optax.MultiSteps(tx, 2).gradient_transformation()
 
 
 def recorded(tx=None):
@@ -131,6 +144,11 @@ ADVICE = {
         lambda: oc.skip_nonfinite(ADAM).init(MODEL),
         "tx.init(eqx.filter(model, eqx.is_inexact_array))",
         lambda: run(oc.skip_nonfinite(ADAM), FILTERED, FILTERED),
+    ),
+    "random keys": Advice(
+        lambda: run(oc.skip_nonfinite(ADAM), KEYED, KEYED),
+        "leave the others out: optax.masked(skip_nonfinite(...), mask)",
+        lambda: run(optax.masked(oc.skip_nonfinite(ADAM), {"w": True, "key": False}), KEYED, KEYED),
     ),
     "a placeholder": Advice(
         lambda: optax.tree.map_params(oc.adagc(), lambda x: x, oc.adagc().init(GRADS)),
@@ -222,6 +240,11 @@ ADVICE = {
         lambda: oc.actions.zero(),
         "write actions.zero, without parentheses",
         lambda: run(oc.clip_by(1.0, action=oc.actions.zero)),
+    ),
+    "a feed that was called": Advice(
+        lambda: oc.feeds.raw(100),
+        "write feeds.raw, without parentheses",
+        lambda: run(oc.clip_by(oc.thresholds.running(feed=oc.feeds.raw))),
     ),
     "a list": Advice(
         lambda: oc.clip_by([1.0, 2.0], scope=oc.scopes.leaf),
@@ -456,12 +479,14 @@ ADVICE = {
         lambda: of_clients(oc.aggregation.clipped_mean(oc.clip_by_global_norm(1.0), "clients")),
     ),
     "clients of one gradient": Advice(
-        lambda: in_shard_map(oc.aggregation.clipped_mean(oc.clip_by_global_norm(1.0), "data")),
-        "jax.lax.pcast(params, ('data',), to='varying')",
-        lambda: in_shard_map(
-            oc.aggregation.clipped_mean(oc.clip_by_global_norm(1.0), "data"),
-            change=lambda x: jax.lax.pcast(x, ("data",), to="varying"),
-        ),
+        lambda: in_shard_map(MEAN),
+        write_to_varying("params", ("data",)),
+        lambda: in_shard_map(MEAN, cast),
+    ),
+    "micro-batches around clients": Advice(
+        lambda: in_shard_map(accumulated(MEAN), cast),
+        "write optax.chain(aggregation, optax.MultiSteps(...))",
+        lambda: in_shard_map(optax.chain(MEAN, accumulated(ADAM)), cast),
     ),
     "an axis that is none": Advice(
         lambda: oc.aggregation.clipped_mean(oc.zclip(), 0),
@@ -629,6 +654,21 @@ ADVICE = {
         "a History, to which history.append(optaxclip.metrics(opt_state)) adds each, or a list of"
         " such dicts",
         lambda: [oc.diagnose(history) for history in (recorded(), [{"clip/grad_norm": 1.0}])],
+    ),
+    "logarithms of norms": Advice(
+        lambda: oc.diagnose({"grad_norm": [-2.0, 1.0]}),
+        "pass the norms themselves, not their logarithms",
+        lambda: oc.diagnose({"grad_norm": [0.01, 10.0]}),
+    ),
+    "a column of text": Advice(
+        lambda: oc.diagnose([{"grad_norm": "1.0", "phase": "warm-up"}]),
+        "a history is of numbers only, so leave this key out",
+        lambda: oc.diagnose([{"grad_norm": "1.0"}]),
+    ),
+    "axes of layers that are numbers": Advice(
+        lambda: oc.scopes.stacked("w", over=0),
+        "over must be mesh axes: a name, a tuple of names or a function of the path",
+        lambda: [oc.scopes.stacked("w", over=x) for x in ("x", ("x", "y"), lambda path: ("x",))],
     ),
     "no history": Advice(
         lambda: oc.diagnose(1.0),

@@ -397,6 +397,19 @@ HEALTHY = {
     "rare expert": rare_expert,
 }
 
+# What part of a run a window covers, and where it lies: from the first step to the last.
+WINDOWS = [(share, place) for share in (0.2, 0.4, 0.7) for place in (0.0, 0.05, 0.2, 0.5, 1.0)]
+
+
+def windows_of(run: Run) -> list[Run]:
+    """What is left of a run of which only some steps were kept, at least 40 of them."""
+    steps = len(run["loss"])
+    sizes = [max(int(share * steps), 40) for share, _ in WINDOWS]
+    starts = [int(at * (steps - size)) for size, (_, at) in zip(sizes, WINDOWS, strict=True)]
+    cuts = [slice(at, at + size) for at, size in zip(starts, sizes, strict=True)]
+    return [{key: x[cut] for key, x in run.items()} for cut in cuts]
+
+
 _EXPLOSIONS = {
     f"explosion, {length} steps, {end}": Case(
         partial(explosion, length=length, end=end),

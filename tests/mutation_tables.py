@@ -6,6 +6,8 @@ CONTRACT = "tests/test_contract.py::test_"
 FIDELITY = "tests/test_fidelity.py::test_"
 EXAMPLES = "tests/test_per_example.py::test_"
 LEARNING = "tests/test_learning.py::test_"
+PRIVATE = "tests/test_private.py::test_"
+BUILDING = "tests/test_building.py::test_"
 TESTS = {
     "core.py": [
         PARTS,
@@ -21,7 +23,20 @@ TESTS = {
         CONTRACT + "missing_parameters_are_asked_for",
         CONTRACT + "the_state_of_another_scope_is_named",
     ],
+    "states.py": [
+        CONTRACT + "update_without_a_state",
+        CONTRACT + "the_state_of_another_scope_is_named",
+        CONTRACT + "a_foreign_state_is_named",
+        CONTRACT + "a_state_may_have_another_type_with_the_same_fields",
+        BUILDING + "map_params_before_init_works_or_says_what_to_call",
+        BUILDING + "unfiltered_models_work_or_the_error_names_the_filter",
+        BUILDING + "the_state_of_another_transformation_is_rejected",
+        BUILDING + "the_error_names_the_owner_of_a_foreign_state",
+        BUILDING + "a_missing_state_is_rejected_where_there_is_a_history",
+    ],
     "norms.py": [PARTS, "tests/test_global_norm.py"],
+    "actions.py": [PARTS],
+    "feeds.py": [PARTS],
     "scopes/": [PARTS, "tests/test_stacked.py"],
     "thresholds/by_name.py": ["tests/test_by_name.py", "tests/test_stacked.py"],
     "thresholds/": [
@@ -34,6 +49,29 @@ TESTS = {
         "tests/test_advice.py::test_a_transformation_of_gradients_is_not_a_threshold",
     ],
     "wrappers/": ["tests/test_skipping.py", PARTS],
+    "per_example/users.py": [
+        PRIVATE + "a_user_is_clipped_as_one",
+        PRIVATE + "grouping_by_user_matches_a_loop",
+        PRIVATE + "invalid_users_are_rejected",
+        PRIVATE + "a_nonfinite_example_drops_its_user_and_no_other",
+        EXAMPLES + "the_loss_of_a_user_is_that_of_the_examples_that_are_there",
+    ],
+    "per_example/private_quantile.py": [
+        PRIVATE + "the_private_quantile_matches_the_paper_in_a_scan",
+        PRIVATE + "the_private_quantile_over_eight_devices",
+        PRIVATE + "one_example_moves_the_count_by_half",
+        PRIVATE + "invalid_numbers_of_the_private_quantile_are_rejected",
+    ],
+    "per_example/factors.py": [
+        PARTS,
+        PRIVATE + "an_action_matches_its_paper_and_respects_the_bound",
+        PRIVATE + "invalid_numbers_are_rejected",
+        EXAMPLES + "a_negative_bound_of_examples_counts_as_zero",
+    ],
+    "per_example/feedback.py": [
+        PRIVATE + "error_feedback_is_dice_sgd",
+        PRIVATE + "error_feedback_keeps_its_state_and_dtypes_over_a_bad_step",
+    ],
     "per_example/": [
         EXAMPLES + "without_jit",
         EXAMPLES + "which_parameters_are_ghosts",
@@ -73,6 +111,8 @@ EQUIVALENT = {
     "return jax.tree.map(lambda a, b: jnp.where(state.over == relearn_after, a, b),"
     " fresh, state)": "counted one by one",
     "return skip_by(inner, watch, unchecked(math.inf), 0, needs_loss=False)": "none is over inf",
+    "return skip_by(inner, watch, unchecked(math.inf), 2, needs_loss=False)": "none is over inf",
+    "n >= m": "no slice is larger",
     "fine = jnp.isfinite(norm) * (statistic.signed | (norm > 0))": "of booleans",
     '"gather": (_table, 0),': "what is looked up has the dtype of the table",
     "reason, loss_state = jnp.where(over, NORM, -1), state.loss": "any but those of a skip",

@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import importlib
+import operator
 import pathlib
 import re
 
@@ -75,6 +77,14 @@ def test_every_error_with_advice_is_in_the_table():
         if not any(re.search(".*?".join(map(re.escape, pieces)), m, re.DOTALL) for m in messages)
     ]
     assert not missing
+
+
+def test_every_name_of_jax_and_optax_in_an_error_is_there():
+    said = "\n".join(map(message_of, ADVICE))
+    names = set(re.findall(r"(?<![\w./])(jax|optax|optaxclip)\.(\w+(?:\.\w+)*)", said))
+    assert len(names) > 15
+    for module, name in names:
+        operator.attrgetter(name)(importlib.import_module(module))
 
 
 PARTS = [oc.actions.zero, oc.feeds.raw, oc.scopes.leaf, oc.norms.l2, oc.actions, oc.scopes.groups]

@@ -208,6 +208,21 @@ def test_unfiltered_models_work_or_the_error_names_the_filter(make):
 
 
 @each_row
+def test_random_keys_work_or_the_error_names_the_filter(make):
+    def run(tx):
+        params = {"key": jax.random.key(0), "w": jnp.ones((3, 2))}
+        return jax.eval_shape(lambda: tx.update(params, tx.init(params), params)[0]["key"])
+
+    why = None
+    try:
+        run(make())
+    except ValueError as error:
+        why = str(error)
+        run(optax.masked(make(), {"key": False, "w": True}))
+    assert why is None or "PRNG keys. Pass the arrays alone: of an Equinox model" in why
+
+
+@each_row
 def test_the_state_survives_a_round_trip_through_flat_dicts(make):
     state = make().init(PARAMS)
     nested = flax.serialization.to_state_dict(state)

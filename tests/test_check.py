@@ -44,6 +44,17 @@ def clipped(optimizer, c=clip, bound=1.0):
     return chain(c(bound), optimizer)
 
 
+def mean(c=None):
+    return oc.aggregation.clipped_mean(clip(1.0) if c is None else c, "clients")
+
+
+def centered(c=None):
+    return oc.aggregation.centered_clip(clip(1.0) if c is None else c, "clients")
+
+
+GUARDS = [oc.skip_nonfinite, oc.skip_spikes]
+
+
 def names(tx, params=PARAMS):
     return [finding.name for finding in oc.check(tx, params)]
 
@@ -106,6 +117,10 @@ MISTAKES = {
                 ("clip", clip(1.0)), ("train", branches(optax.sgd(1.0), optax.sgd(0.0), by_module))
             ),
             chain(clip(1.0, exclude="head"), branches(optax.sgd(1.0), optax.set_to_zero())),
+        ),
+        (
+            chain(mean(), optax.freeze(HEAD)),
+            chain(mean(clip(1.0, exclude="head")), optax.freeze(HEAD)),
         ),
         (
             oc.skip_spikes(branches(optax.adam(1e-3), optax.set_to_zero())),
@@ -313,6 +328,21 @@ MISTAKES = {
         )
         for wrong in ("^haed/", "", lambda path: False)
     ],
+    "clip-before-aggregation": [
+        (chain(c, make(), optax.sgd(1.0)), chain(make(c), optax.sgd(1.0)))
+        for make in (mean, centered)
+        for c in (oc.clip_by_leaf_norm(1.0), oc.zclip(), oc.clip_by_momentum_norm(), clip(1.0))
+    ],
+    "guard-around-aggregation": [
+        (guard(chain(make(), ADAM)), chain(make(), guard(ADAM)))
+        for guard in (functools.partial(optax.apply_if_finite, max_consecutive_errors=5), *GUARDS)
+        for make in (mean, centered)
+    ],
+    "aggregation-after-normaliser": [
+        (chain(tx, make()), chain(make(), tx))
+        for make in (mean, centered)
+        for tx in (ADAM, optax.lion(1e-3), optax.scale_by_sign())
+    ],
     "optimizer-as-threshold": [
         (make(optimizer), chain(make(1.0), optimizer))
         for make in (oc.clip_by, oc.clip_by_leaf_norm, oc.clip, oc.u_clip)
@@ -388,6 +418,8 @@ def test_a_mistake_is_found_inside_every_wrapper(wrapper, name, which):
     if "guard" in name and (accumulates or wrapper in ("finite", "skip")):
         pytest.skip("another mistake, or none")
     more = ["guard-in-accumulation"] if accumulates and (name, which) in WITH_A_GUARD else []
+    if "aggregation" in name and wrapper in ("finite", "skip"):
+        more = ["guard-around-aggregation"]
     assert sorted(names(WRAPPERS[wrapper](MISTAKES[name][which][0]))) == sorted([name, *more])
 
 
@@ -553,6 +585,20 @@ SOUND = {
     "a watch of what is not clipped": chain(clip(1.0, exclude="head"), oc.watch(), ADAM),
     "a watch of a clip by leaf": chain(oc.clip_by_leaf_norm(1.0), oc.watch(), ADAM),
     "a watch of an infinite bound": chain(clip(jnp.inf), oc.watch(), ADAM),
+    "a mean, and then a wider clip": chain(mean(), clip(2.0), ADAM),
+    "a mean, and then a narrower clip": chain(mean(), clip(0.5), ADAM),
+    "a mean, and then signs": chain(mean(), optax.sign_sgd(1e-3)),
+    "a mean, and then a test for spikes": chain(centered(), oc.skip_spikes(ADAM)),
+    "a mean, and then a watch": chain(centered(), oc.watch(), ADAM),
+    "a mean of values, and then a guard": chain(mean(oc.clip(1.0)), oc.skip_nonfinite(ADAM)),
+    "a mean of each micro-batch": chain(mean(), accumulated(ADAM)),
+    "a mean of each branch": branches(mean(), mean()),
+    "each client's own norm, by Optax": chain(optax.clip_by_global_norm(1.0), centered(), ADAM),
+    "each client's values": chain(
+        oc.clip(1.0), oc.clip_by(1.0, scope=scopes.element), mean(), ADAM
+    ),
+    "each client's momentum": chain(optax.ema(0.9), mean(), ADAM),
+    "a client's frozen leaves": chain(optax.freeze(HEAD), mean(), ADAM, optax.freeze(HEAD)),
     "two optimizers": branches(MUON, ADAM),
     "muon and Adam, clipped": chain(clip(1.0), branches(MUON, ADAM)),
 }

@@ -14,7 +14,7 @@ import pytest
 import optaxclip
 from optaxclip.xla.scaling import _bfloat16
 from tests import conftest as strict
-from tests.benchmarks.speed import OPTIMIZERS, account, train_step
+from tests.benchmarks.speed import OPTIMIZERS, account, compile_step
 from tests.cases import CASES
 
 pytestmark = [
@@ -48,7 +48,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def compile_chain(clip, optimizer, dtype):
-    return train_step(optax.chain(clip, OPTIMIZERS[optimizer]()), TREE, dtype, strict.AS_USERS)
+    return compile_step(optax.chain(clip, OPTIMIZERS[optimizer]()), TREE, dtype, strict.AS_USERS)
 
 
 @functools.cache

@@ -10,7 +10,8 @@ import pytest
 
 import optaxclip as oc
 from optaxclip.monitoring.history import read_run
-from tests.catalogue import CASES, SILENT
+from tests.catalogue import CASES, SILENT, windows_of
+from tests.catalogue import HEALTHY as RUNS_WELL
 
 RNG = np.random.default_rng(0)
 N = 200
@@ -199,7 +200,7 @@ def test_forms_of_a_history():
     assert names(history) == ["norms-exploding"] == names(history.rows()) == names(history.arrays())
     late = [{"grad_norm": 1.0}, {"grad_norm": 1.0, "loss": 2.0}]
     assert np.isnan(read_run(late).losses[0]) and not len(read_run(late).param_norms)
-    with pytest.raises(ValueError, match="no key 'grad_norm'"):
+    with pytest.raises(ValueError, match="no 'grad_norm' in the history"):
         oc.diagnose({"loss": FALLING})
 
 
@@ -241,6 +242,24 @@ def test_the_catalogue(case):
         assert not expected.never & {sign.name for sign in found}, f"seed {seed}: {found}"
         if expected.block:
             assert found[0].block == "layers/3", f"seed {seed}: {found}"
+
+
+@pytest.mark.parametrize("case", RUNS_WELL)
+def test_a_window_of_a_healthy_run_is_not_spoken_of(case):
+    """Wherever it is cut out; the rates over many seeds are in the docs."""
+    for seed in range(2):
+        for window in windows_of(RUNS_WELL[case](np.random.default_rng(seed))):
+            assert names(window) == [], f"seed {seed}, step {window['watch/steps'][0]}"
+
+
+def test_a_record_that_begins_late_does_not_tell_whether_the_loss_ever_moved():
+    run = norms(NOISE) | {"loss": 2.3 + 0.01 * RNG.normal(size=N)}
+    steps = np.arange(1.0, N + 1)
+    for stuck in (run, run | {"step": steps + 10}, run | {"step": 100 * steps}):
+        assert names(stuck) == ["loss-not-moving"]
+    assert names(run | {"step": steps + 500}) == []
+    still = run | {"param_norm": np.ones(N)}
+    assert names(still) == ["learning-rate-too-low"] and names(still | {"step": steps + 500}) == []
 
 
 def test_of_skipped_steps_the_block_is_named_that_was_first():

@@ -166,6 +166,35 @@ def test_explicit_sharding(alone):
         )
 
 
+@pytest.mark.parametrize(
+    ("scope", "cuts"),
+    [
+        (oc.scopes.units(), [P(None), P(None, None, None), P(None, "y")]),
+        (oc.scopes.element, [P(None, "y"), P(None, "x", None, None), P(None, "x", "y")]),
+    ],
+    ids=["units", "element"],
+)
+def test_norms_lie_where_their_units_do(scope, cuts):
+    """With Explicit axes as well: an update keeps them there, and to read them gathers nothing."""
+    tx, mesh = oc.zclip(scope=scope), mesh_of("2x4", AxisType.Explicit)
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in LAYOUTS["2x4"].items()}
+
+    def step(grads, state):
+        _, state = tx.update(grads, state)
+        return state, oc.metrics(state)
+
+    with jax.set_mesh(mesh):
+        grads = jax.device_put(GRADS, shardings)
+        state = jax.jit(tx.init)(grads)
+        compiled = jax.jit(step).lower(grads, state).compile(AS_USERS)
+        new, seen = compiled(grads, state)
+    assert [jax.typeof(x).sharding.spec for x in state.metrics.grad_norm] == cuts
+    assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+    assert not re.search(r"all-gather|all-to-all|collective-permute", compiled.as_text())
+    want = jax.jit(lambda grads: step(grads, tx.init(grads))[1])(GRADS)
+    chex.assert_trees_all_close(seen, want, rtol=1e-6)
+
+
 def test_rematerialisation_and_cond():
     """A clip inside `jax.checkpoint` and inside a branch has the derivative that it has outside."""
     tx = CLIPS["clip_by_leaf_norm"]

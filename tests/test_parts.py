@@ -240,7 +240,9 @@ def test_value_clip_keeps_nan_and_takes_schedules():
         *("scopes.tree", "scopes.leaf", "scopes.element", "scopes.groups()", "scopes.units()"),
         *("scopes.units(...)", "scopes.units(-1)", "scopes.units(batch_axes=1)"),
         *("scopes.units((0, 1), batch_axes=1)", "scopes.stacked('^a', scopes.groups())"),
-        *("scopes.stacked('^a')", "norms.l2", "norms.lp(3)", "feeds.raw", "actions.zero"),
+        *("scopes.stacked('^a')", "norms.l2", "norms.lp(3)", "per_example.psac(0.1)"),
+        *(f"actions.{name}" for name in ("rescale", "normalize", "zero", "keep")),
+        *(f"feeds.{name}" for name in ("raw", "clipped", "accepted")),
         *("actions.smooth(2.0)", "actions.band(0.5)", "actions.band(0.5, floor=0.1)"),
     ],
 )
@@ -270,6 +272,7 @@ def test_a_threshold_has_the_defaults_of_its_paper(clip, threshold):
         (oc.thresholds.percentile, "percentile", 10.0),  # AutoClip's
         (oc.thresholds.param_relative, "floor", 1e-3),  # of AGC, in its authors' code
         (oc.per_example.per_example_normalize, "gamma", 0.01),  # AUTO-S's
+        (oc.per_example.psac, "r", 0.1),  # ours
     ],
 )
 def test_defaults_are_the_papers(call, name, default):
@@ -394,6 +397,21 @@ def test_bad_arguments_are_rejected_at_construction(call, message):
 def test_an_error_names_the_part(call):
     with pytest.raises(ValueError, match=f"^{call.split('(')[0]}: "):
         eval(call, vars(oc))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("thresholds.percentile(0.0)", "thresholds.percentile(100.0, window=1)"),
+        *("thresholds.quantile(0.0)", "thresholds.quantile(1.0)", "thresholds.zscore(0.0, 0.0)"),
+        *("thresholds.window_zscore(0.0, 1, warmup_steps=1)", "thresholds.until(0, 0.0)"),
+        *("thresholds.running(relearn_after=1)", "thresholds.previous(1.0)"),
+        *("actions.smooth(1.0)", "actions.band(0.0)", "actions.band(1.0)", "norms.lp(1)"),
+        *("per_example.auto_s(0.0)", "clip_by(0.0)", "clip_by_value(1.0, 1.0)"),
+    ],
+)
+def test_the_ends_of_a_range_are_in_it(call):
+    eval(call, vars(oc))
 
 
 @pytest.mark.parametrize("name", sorted(set(oc.thresholds.__all__) - {"Statistic"}))

@@ -777,6 +777,16 @@ def test_a_negative_bound_of_examples_counts_as_zero():
     lengths = jnp.array([0.5, 2.0])
     assert not weigh(oc.actions.rescale, lengths, -1.0).any()
     assert not weigh(oc.per_example.auto_s(0.1), lengths, -1.0).any()
+    # One on a device is not waited for, so nothing can be refused.
+    for clip in (oc.per_example_global_norm_clip, oc.per_example_layer_norm_clip):
+        sums, _ = clip([jnp.ones((2, 3))], jnp.array(-1.0))
+        assert not sums[0].any()
+
+
+@pytest.mark.parametrize(("reduce", "value"), [("mean", 4.0), ("sum", 8.0)])
+def test_the_loss_of_a_user_is_that_of_the_examples_that_are_there(reduce, value):
+    loss = per_example.user_loss(lambda w, x: w * x, reduce=reduce)
+    assert loss(1.0, (jnp.array([3.0, 5.0, 9.0]), jnp.array([True, True, False]))) == value
 
 
 def test_an_example_of_zeros_weighs_nothing_without_gamma():

@@ -1,5 +1,6 @@
 """A model that stacks its layers is clipped like the same model with its layers in a list."""
 
+import functools
 import re
 
 import chex
@@ -201,8 +202,40 @@ def test_in_shard_map_names_say_what_is_cut():
 
     alone = jax.jit(lambda g: oc.clip_by(3.0, scope=STACKED).update(g, None)[0])
     chex.assert_trees_all_close(inside(tx)(grads), alone(grads), rtol=1e-6)
-    with pytest.raises(ValueError, match="a clip of units or layers inside shard_map"):
+    with pytest.raises(ValueError, match=r"inside shard_map.* scopes.stacked\(..., over=...\)"):
         inside(oc.clip_by(3.0, scope=STACKED))(grads)
+
+
+CUT = {  # where leaves lie, over which mesh axes their layers are cut, over which each is inside
+    "layers": ({"blocks": P("x"), "head": P()}, "x", {"blocks": (), "head": ()}),
+    "over two axes": ({"blocks": P(("y", "x")), "head": P("x")}, ("y", "x"), {"head": "x"}),
+    "both": ({"blocks": P("x", None, "y"), "head": P("y")}, "x", {"blocks": "y", "head": "y"}),
+    "within layers": ({"blocks": P(None, "x"), "head": P("y")}, (), {"blocks": "x", "head": "y"}),
+}
+
+
+@pytest.mark.parametrize("typed", [True, False], ids=["typed", "untyped"])
+@pytest.mark.parametrize(("specs", "over", "inside"), CUT.values(), ids=CUT.keys())
+def test_in_shard_map_a_device_may_hold_some_of_the_layers(specs, over, inside, typed):
+    """Updates and states are those of whole arrays."""
+    grads = {"blocks": jnp.arange(64.0).reshape(4, 8, 2) - 20, "head": jnp.ones((4, 2))}
+    names = None if typed else lambda path: inside.get(path, ())
+
+    def clip(scope, names=None):
+        clip = oc.clip_by(oc.thresholds.norm_ratio(), scope=scope, axis_names=names)
+        return optax.chain(oc.watch(scope=scope, histogram=True, axis_names=names), clip)
+
+    alone, tx = clip(STACKED), clip(scopes.stacked("^blocks", over=over), names)
+    run = functools.partial(
+        jax.shard_map,
+        mesh=Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y")),
+        check_vma=typed,
+    )
+    update = run(lambda g, s: tx.update(g, s), in_specs=(specs, P()), out_specs=(specs, P()))
+    want = jax.jit(alone.update)(grads, alone.init(grads))
+    chex.assert_trees_all_close(jax.jit(update)(grads, tx.init(grads)), want, rtol=1e-6)
+    init = run(tx.init, in_specs=(specs,), out_specs=P())
+    chex.assert_trees_all_equal_shapes(jax.eval_shape(init, grads), want[1])
 
 
 TREE = {"blocks": jnp.ones((2, 3)), "wide": jnp.ones((3, 3)), "gain": jnp.ones(())}
@@ -214,6 +247,7 @@ TREE = {"blocks": jnp.ones((2, 3)), "wide": jnp.ones((3, 3)), "gain": jnp.ones((
         (lambda: scopes.stacked(["^blocks"]), r"where must be .* got the list \['\^blocks'\]"),
         (lambda: scopes.stacked({"^blocks": "0"}), "where must be"),
         (lambda: scopes.stacked(scopes.groups), r"where must be .*: write groups\("),
+        (lambda: scopes.stacked("^b", over=0), "over must be mesh axes: .* got 0"),
         (lambda: scopes.stacked("^b", scopes.tree), "scope must be scopes.leaf, "),
         (lambda: scopes.stacked("^layers"), r"clip_by: none of the leaves \['blocks'.* stacks"),
         (lambda: scopes.stacked("gain"), r"leaf 'gain' of shape \(\) has no axes \(0,\)"),

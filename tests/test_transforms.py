@@ -205,20 +205,61 @@ def test_axes_of_one_device_need_no_axis_names(name):
     jax.eval_shape(jax.pmap(step, axis_name="data", devices=jax.devices()[:1]), each)
 
 
+def scan_parts(tx, kernel):
+    """A loop in `shard_map`, which fails where an update changes the type of its input or state."""
+    specs = {"bias": P(), "kernel": kernel}
+
+    def run(params):
+        def step(carry, _):
+            return tx.update(*carry, params), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=2)[0][0]
+
+    run = jax.shard_map(run, mesh=mesh_of(2), in_specs=(specs,), out_specs=specs)
+    jax.eval_shape(run, {"bias": jnp.ones(2), "kernel": jnp.ones((4, 4))})
+
+
 @each_row
 def test_a_replicated_leaf_beside_sharded_ones_stays_replicated_by_type(name):
-    tx = ROWS[name]()
-    specs = {"bias": P(), "kernel": P("data")}
-    params = {"bias": jnp.ones(2), "kernel": jnp.ones((4, 2))}
-    # The second call fails unless updates have the type of the gradients.
-    twice = lambda params: update(tx, update(tx, params))  # noqa: E731
-    run = jax.shard_map(twice, mesh=mesh_of(2), in_specs=(specs,), out_specs=specs)
     why = ""
     try:
-        jax.eval_shape(run, params)
+        scan_parts(ROWS[name](), P("data"))
     except ValueError as error:
         why = str(error)
     assert not why or re.match(r"\w+: [^\n]*axis_names", why)
+
+
+T = optaxclip.thresholds
+BOUNDS = {
+    "number": 1.0,
+    "schedule": lambda step: 1.0,
+    "window": T.percentile(50.0, window=3),
+    "counter": T.until(3, 1.0, T.running(2.0)),
+    "Optax's": optax.ema(0.9),
+    "computed": optax.GradientTransformation(
+        lambda norms: jax.tree.map(lambda n: 2 * n, norms), lambda norms, state, _: (norms, norms)
+    ),
+}
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_what_is_kept_of_units_varies_by_type_from_the_start(bound):
+    for scope, names in (
+        (optaxclip.scopes.element, None),
+        (optaxclip.scopes.units(), lambda _: ()),
+    ):
+        tx = optaxclip.clip_by(BOUNDS[bound], scope=scope, axis_names=names)
+        scan_parts(tx, P(None, "data"))
+
+
+def test_where_one_device_has_no_finite_unit_all_count_the_step():
+    tx = optaxclip.clip_by(lambda step: 1.0, scope=optaxclip.scopes.element)
+
+    def count(grads):
+        return tx.update(grads, tx.init(grads))[1].threshold.clip_step
+
+    run = jax.shard_map(count, mesh=mesh_of(2), in_specs=P("data"), out_specs=P())
+    assert jax.jit(run)(jnp.array([jnp.nan, 1.0])) == 1
 
 
 @each_row

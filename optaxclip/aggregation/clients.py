@@ -13,9 +13,10 @@ from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
 from optaxclip.base import annotate
+from optaxclip.compat import write_to_varying
 from optaxclip.engine import Description
 from optaxclip.states import StateGuard, init_inside
-from optaxclip.thresholds.fixed import is_of_gradients
+from optaxclip.thresholds.convert import is_of_gradients
 from optaxclip.trees import Leaves, drop_gradientless, select
 
 Arrays = list[jax.Array]
@@ -211,6 +212,7 @@ def _check_clients(leaves: Leaves, axes: tuple[str, ...]) -> None:
             f"{validate.called()}: by type the gradient of {shared[0]!r} is the same for all"
             f" clients along {axes!r}, so none can be clipped by itself. In shard_map, jax.grad of"
             " replicated parameters adds up over devices: write params ="
-            f" jax.lax.pcast(params, {axes!r}, to='varying') before jax.grad, and no pmean or psum"
-            " after it."
+            f" {write_to_varying('params', axes)} before jax.grad, and no pmean or psum after it."
+            " An optax.MultiSteps around the aggregation begins with zeros of this type: write"
+            " optax.chain(aggregation, optax.MultiSteps(...))."
         )

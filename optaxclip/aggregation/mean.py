@@ -29,8 +29,8 @@ def clipped_mean(
       A transformation with an `AggregateState`, for use inside `shard_map`, `pmap` or `vmap`: its
       `update` takes the gradient of one client and returns updates that are the same for all.
       Inside `shard_map`, differentiate with respect to
-      `jax.lax.pcast(params, axis_name, to="varying")`; otherwise `jax.grad` adds up over clients.
-      Call `init` in there, too.
+      `jax.lax.pcast(params, axis_name, to="varying")` (in JAX 0.7 `jax.lax.pvary(params,
+      axis_name)`); otherwise `jax.grad` adds up over clients. Call `init` in there, too.
 
     Raises:
       ValueError: for a `clip` that is not one, or a bad `axis_name`; at the update, if there is no

@@ -68,9 +68,16 @@ class Node:
     place: int
 
     @property
+    def is_aggregation(self) -> bool:
+        """Whether it is a mean over clients, each of which runs what is inside."""
+        return self.about is not None and self.name.startswith("aggregation.")
+
+    @property
     def is_holder(self) -> bool:
         """Whether it passes its input to the nodes inside and returns their output."""
-        return self.name in _HOLDERS or (self.about is not None and self.about.inner is not None)
+        ours = self.about is not None and self.about.inner is not None
+        # A mean of clipped messages is not what a clip returned: it may be longer or shorter.
+        return self.name in _HOLDERS or (ours and not self.is_aggregation)
 
     def paths(self, exclude: Exclude = None) -> frozenset[str]:
         """The leaves that it gets, without those excluded; empty if they are unknown."""

@@ -1,7 +1,7 @@
 """A linter for chains: what goes wrong silently, where, and what to write instead.
 
-`chains` reads a chain, `kinds` tells which nodes are clips, and of what kind; `placement` and
-`misuse` have one function per mistake.
+`chains` reads a chain, `kinds` tells which nodes are clips, and of what kind; `placement`, `misuse`
+and `aggregations` have one function per mistake.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from optaxclip.checking import misuse, placement
+from optaxclip.checking import aggregations, misuse, placement
 from optaxclip.checking.chains import Node, read_chain
 from optaxclip.checking.kinds import Found
 from optaxclip.monitoring.display import code, escape
@@ -35,6 +35,9 @@ _RULES: dict[str, Callable[[list[Node]], Found]] = {
     "threshold-as-clip": misuse.threshold_as_clip,
     "optimizer-as-threshold": misuse.optimizer_as_threshold,
     "idle-exclude": misuse.idle_exclude,
+    "clip-before-aggregation": aggregations.clip_before_aggregation,
+    "guard-around-aggregation": aggregations.guard_around_aggregation,
+    "aggregation-after-normaliser": aggregations.aggregation_after_normaliser,
 }
 
 

@@ -73,7 +73,7 @@ def _find_branch(node: Node, fork: Node) -> str:
 
 def _holds_more_than_clips(nodes: list[Node], branch: str) -> bool:
     steps = (n for n in nodes if n.where.startswith(branch) and not n.is_holder)
-    return any(as_clip(n) is None for n in steps)
+    return any(as_clip(n) is None and not n.is_aggregation for n in steps)
 
 
 def frozen_in_norm(nodes: list[Node]) -> Found:
@@ -84,8 +84,10 @@ def frozen_in_norm(nodes: list[Node]) -> Found:
             continue
         zeroed = [z for z in nodes if _zeroes(z)]
         # Leaves frozen before the clip have gradients of zero, which add nothing to the norm.
-        already = frozenset().union(*(z.paths() for z in zeroed if feeds(z, a)))
-        later = [z for z in zeroed if a in z.holders or feeds(a, z)]
+        # For a clip in an aggregation what is around that counts.
+        place = next((h for h in a.holders if h.is_aggregation), a)
+        already = frozenset().union(*(z.paths() for z in zeroed if feeds(z, place)))
+        later = [z for z in zeroed if a in z.holders or feeds(place, z)]
         frozen = (clip.paths & frozenset().union(*(z.paths() for z in later))) - already
         # If nothing else is trained, there are no updates that could be shortened.
         if frozen and clip.paths - already - frozen:

@@ -15,7 +15,7 @@ from optaxclip.actions import rescale
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
 from optaxclip.thresholds.blocks import new_threshold
-from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.convert import as_threshold
 from optaxclip.thresholds.learned import Statistic, learned, like
 
 

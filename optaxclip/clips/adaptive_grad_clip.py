@@ -16,7 +16,7 @@ from optaxclip.base import AxisNames, Exclude, Nonfinite, Norm, Threshold
 from optaxclip.core import clip_by
 from optaxclip.norms import l2
 from optaxclip.thresholds.combine import param_relative
-from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.convert import as_threshold
 
 
 @validate.named

@@ -11,7 +11,7 @@ from optaxclip import scopes, trees, validate
 from optaxclip.base import Exclude
 from optaxclip.thresholds.blocks import new_threshold
 from optaxclip.thresholds.by_name import each_by_name
-from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.convert import as_threshold
 
 
 def bound_leaves(exclude: Exclude, **argument: Any) -> optax.GradientTransformationExtraArgs:

@@ -13,7 +13,7 @@ from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, SizedView, Thre
 from optaxclip.core import clip_by
 from optaxclip.norms import rms
 from optaxclip.thresholds.combine import at_most
-from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.convert import as_threshold
 from optaxclip.thresholds.window import median
 
 

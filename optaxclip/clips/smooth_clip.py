@@ -9,7 +9,7 @@ from optaxclip import scopes, validate
 from optaxclip.actions import smooth
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
-from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.convert import as_threshold
 
 
 @validate.named

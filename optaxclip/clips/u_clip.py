@@ -16,7 +16,7 @@ from optaxclip.core import clip_by
 from optaxclip.engine import description_of
 from optaxclip.states import StateGuard
 from optaxclip.thresholds.blocks import Fixed, new_threshold
-from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.convert import as_threshold
 from optaxclip.thresholds.learned import like
 from optaxclip.trees import Leaves, select
 

@@ -15,7 +15,8 @@ from optaxclip.base import AxisNames, Exclude, Threshold, annotate
 from optaxclip.clips.elements import clip_elements
 from optaxclip.engine import description_of
 from optaxclip.thresholds.blocks import Fixed, new_threshold
-from optaxclip.thresholds.fixed import ScheduleState, advance, as_threshold, start_schedule
+from optaxclip.thresholds.convert import as_threshold
+from optaxclip.thresholds.fixed import ScheduleState, advance, start_schedule
 
 
 @validate.named

@@ -206,17 +206,20 @@ def _thin(table: np.ndarray, stride: int) -> np.ndarray:
     regular = (table[:, 0] - 1) % stride == 0
     if regular.all():
         return table
-    score = np.where(regular, 0, _stand_out(table[:, 1:]))
     most = int(regular.sum()) // 4 + 1
+    score = np.where(regular, 0, _stand_out(table[:, 1:], most))
     extra = np.argsort(score)[-most:]
     return table[np.union1d(np.flatnonzero(regular), extra[score[extra] > 0])]
 
 
-def _stand_out(x: np.ndarray) -> np.ndarray:
+def _stand_out(x: np.ndarray, room: int) -> np.ndarray:
     """Scores how far each row is from its neighbours, in the column where it is farthest."""
     finite = np.isfinite(x)
-    # The first and last step of each stretch of NaN: those in between are all the same.
     edges = finite[1:] != finite[:-1]
+    # A key that comes and goes at more rows than there is room for is in some rows only.
+    steady = edges.sum(axis=0) <= room
+    x, finite, edges = x[:, steady], finite[:, steady], edges[:, steady]
+    # The first and last step of each stretch of NaN: those in between are all the same.
     ends = np.zeros(len(x), bool)
     ends[1:] |= (edges & ~finite[1:]).any(axis=1)
     ends[:-1] |= (edges & ~finite[:-1]).any(axis=1)

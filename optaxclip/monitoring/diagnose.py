@@ -6,7 +6,7 @@ from typing import Any
 
 from optaxclip import validate
 from optaxclip.monitoring.findings import Findings, Sign
-from optaxclip.monitoring.history import Recorded, RecordedRun, read_run
+from optaxclip.monitoring.history import Recorded, RecordedRun, read_run, require_norms
 from optaxclip.monitoring.signs.clips import averaging, clipping
 from optaxclip.monitoring.signs.explosions import rising
 from optaxclip.monitoring.signs.lost import forgetting, losing, skipping
@@ -76,12 +76,7 @@ def diagnose(history: Recorded, *, losses: Any = None, param_norms: Any = None) 
     norms-exploding ['doubling_steps', 'first', 'growth', 'steps', 'usual']
     """
     run = read_run(history, loss=losses, param_norm=param_norms)
-    if not len(run.norms):
-        raise ValueError(
-            f"diagnose: there is no key 'grad_norm' among {sorted(run.table)[:20]}: record"
-            " optaxclip.metrics(opt_state) of a chain with optaxclip.watch() or a clip that"
-            " measures."
-        )
+    require_norms(run)
     return Findings(_find_signs(run))
 
 

@@ -8,18 +8,11 @@ import jax
 import numpy as np
 
 from optaxclip.base import Metrics
+from optaxclip.monitoring import words
 from optaxclip.monitoring.bad import check_one_run
 from optaxclip.monitoring.findings import Report
 from optaxclip.monitoring.reading import check_is_state, find_parts, total_steps
 from optaxclip.monitoring.state import WatchState, read_numbers
-from optaxclip.monitoring.words import (
-    describe_clip,
-    describe_history,
-    describe_norm,
-    describe_params,
-    describe_skip,
-    describe_watched_norm,
-)
 from optaxclip.states import kind_of
 from optaxclip.wrappers.loss_scale import LossScaleState
 from optaxclip.wrappers.skip import SkipState
@@ -59,8 +52,9 @@ def explain(opt_state: Any, params: Any = None) -> str:
     for part in parts:
         check_one_run(total_steps(part))
     if not parts:
-        searched = f"no clip, watch or skip wrapper of optaxclip in {kind_of(opt_state)}"
-        return Report("\n".join([f"nothing to explain: {searched}", *describe_params(params)]))
+        nothing = "nothing to explain: no clip, watch or skip wrapper of optaxclip in"
+        lines = [f"{nothing} {kind_of(opt_state)}", *words.describe_params(params)]
+        return Report("\n".join(lines))
     # A watch and the clip after it share one line if both saw the same norm.
     partners = [_watch_before(parts, i) for i in range(len(parts))]
     watches = [part for part in parts if isinstance(part, WatchState)]
@@ -68,9 +62,9 @@ def explain(opt_state: Any, params: Any = None) -> str:
     for label, part, partner in zip(_labels(parts), parts, partners, strict=True):
         if not any(part is other for other in partners):  # else it is on the clip's line
             lines.append(label + _describe_part(part, partner))
-    history = [line for w in watches for line in describe_history(w)]
+    history = [line for w in watches for line in words.describe_history(w)]
     lines += [f"loss scale {float(s.loss_scale):g}" for s in scales]
-    return Report("\n".join([*lines, *history, *describe_params(params)]))
+    return Report("\n".join([*lines, *history, *words.describe_params(params)]))
 
 
 def _labels(parts: list) -> list[str]:
@@ -105,10 +99,10 @@ def _describe_part(part: Any, partner: WatchState | None) -> str:
     """Describes a clip, watch or skip wrapper in one line, with what the watch before it knows."""
     steps = int(total_steps(part))
     if isinstance(part, WatchState):
-        return f"step {steps}: {describe_watched_norm(part)}"
+        return f"step {steps}: {words.describe_watched_norm(part)}"
     if not steps:
         return "no step yet"
     seen = part.spike.metrics if isinstance(part, SkipState) else part
-    what = describe_norm(seen) if partner is None else describe_watched_norm(partner)
-    action = describe_skip(part) if isinstance(part, SkipState) else describe_clip(part)
+    what = words.describe_norm(seen) if partner is None else words.describe_watched_norm(partner)
+    action = words.describe_skip(part) if isinstance(part, SkipState) else words.describe_clip(part)
     return f"step {steps}: {'; '.join(filter(None, (what, action)))}"

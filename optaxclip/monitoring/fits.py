@@ -6,14 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optaxclip.monitoring.limits import (
-    CHANCE,
-    ENOUGH,
-    LARGE,
-    LARGE_FOR_SURE,
-    LARGE_UNKNOWN,
-    NEIGHBOURS,
-)
+from optaxclip.monitoring import limits
 
 
 class Fit(NamedTuple):
@@ -42,6 +35,23 @@ def is_known(x: np.ndarray) -> np.ndarray:
     return np.isfinite(x) & (x > 0)
 
 
+def is_recorded(x: np.ndarray) -> np.ndarray:
+    """Returns where a number was recorded, NaN or not: everywhere, or at every k-th row only.
+
+    A row without a key has NaN there, too. What is known only k rows apart was not NaN in between.
+
+    >>> is_recorded(np.array([1.0, np.nan, 2.0, np.nan, 3.0, np.nan, np.nan]))
+    array([ True, False,  True, False,  True, False,  True])
+    """
+    known = np.flatnonzero(np.isfinite(x))
+    gaps = np.bincount(np.diff(known), minlength=2)
+    every = int(np.argmax(gaps))
+    if len(known) < 3 or every < 2 or gaps[every] < limits.REGULAR * gaps.sum():
+        return np.ones(len(x), bool)
+    phase = np.argmax(np.bincount(known % every))
+    return (np.arange(len(x)) % every == phase) | ~np.isnan(x)
+
+
 def find_runs(where: np.ndarray) -> list[tuple[int, int]]:
     """Finds stretches of consecutive true steps: the first step of each, and the one after its end.
 
@@ -58,16 +68,14 @@ def zeros_at_end(x: np.ndarray) -> int:
     return len(x) - 1 - int(other[-1]) if len(other) else len(x)
 
 
-def medians_around(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the medians of the steps before and after each step; NaN where there are none."""
-    return _medians_before(x), _medians_before(x[::-1])[::-1]
-
-
 def _medians_before(x: np.ndarray) -> np.ndarray:
-    few = np.array([np.median(x[:i]) if i else np.nan for i in range(min(NEIGHBOURS, len(x)))])
-    if len(x) <= NEIGHBOURS:
+    """Returns the median of the steps before each step; NaN where there are none."""
+    few = np.array(
+        [np.median(x[:i]) if i else np.nan for i in range(min(limits.NEIGHBOURS, len(x)))]
+    )
+    if len(x) <= limits.NEIGHBOURS:
         return few
-    windows = np.lib.stride_tricks.sliding_window_view(x[:-1], NEIGHBOURS)
+    windows = np.lib.stride_tricks.sliding_window_view(x[:-1], limits.NEIGHBOURS)
     return np.r_[few, np.median(windows, axis=1)]
 
 
@@ -79,7 +87,7 @@ def over_neighbours(x: np.ndarray) -> np.ndarray:
     Args:
       x: (steps,), finite and positive.
     """
-    before, after = medians_around(x)
+    before, after = _medians_before(x), _medians_before(x[::-1])[::-1]
     return x / np.fmax(before, after) if len(x) > 1 else np.ones(len(x))
 
 
@@ -90,13 +98,15 @@ def large_ratio(ratios: np.ndarray, steps: int) -> float:
       ratios: norms over the medians around them.
       steps: the number of steps.
     """
-    if len(ratios) < ENOUGH:
-        return LARGE_UNKNOWN
+    if len(ratios) < limits.ENOUGH:
+        return limits.LARGE_UNKNOWN
     middle, high = np.quantile(ratios, (0.5, 0.9))
     # For a power law x^-a, ln(5) / ln(high / middle) is a. It uses quantiles, so that up to a tenth
     # of the steps may be spikes themselves.
     power = np.log(high / middle) / np.log(5)
-    return float(np.clip(high * (0.1 * steps / CHANCE) ** power, LARGE, LARGE_FOR_SURE))
+    return float(
+        np.clip(high * (0.1 * steps / limits.CHANCE) ** power, limits.LARGE, limits.LARGE_FOR_SURE)
+    )
 
 
 def find_shift(y: np.ndarray) -> int:

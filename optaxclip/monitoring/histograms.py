@@ -38,10 +38,10 @@ def count_elements(
     span = xla.find_span(leaves.arrays, leaves.paths, axis_names)
     layout = lay_out(scope, leaves.paths, leaves.shapes, span)
 
-    def count(arrays, _):
+    def count(arrays, *_):
         return arrays, xla.count_reaching(arrays, layout, (0.0, *10.0**_POWERS))
 
-    _, reached = xla.call_in_auto_axes(count, leaves.arrays, None)
+    _, reached = xla.call_in_auto_axes(count, leaves.arrays, np.int32(0))
     return (reached - jnp.pad(reached[1:], ((0, 1), (0, 0)))).T
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from optaxclip import validate
+from optaxclip.monitoring import limits
 from optaxclip.monitoring.collect import History
-from optaxclip.states import kind_of
-
-Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]
-Columns = dict[str, np.ndarray]
+from optaxclip.monitoring.fits import is_recorded
+from optaxclip.monitoring.tables import Columns, Recorded, read_table, require_steps
 
 _NOTHING = np.zeros(0)
 
@@ -27,7 +25,7 @@ class RecordedRun(NamedTuple):
     Attributes:
       table: all columns, each (steps,).
       steps: (steps,), the number of each step, counted from 1.
-      norms: (steps,), the norm of the whole gradient.
+      source: the columns of the part whose norms are used.
       blocks: for each block (steps,), its norm.
       clip: the columns of the requested clip.
       clips, watches, skips: for each such part, its prefix -> its columns without the prefix.
@@ -35,7 +33,7 @@ class RecordedRun(NamedTuple):
 
     table: Columns
     steps: np.ndarray
-    norms: np.ndarray
+    source: Columns
     blocks: Columns
     clip: Columns
     clips: dict[str, Columns]
@@ -43,14 +41,33 @@ class RecordedRun(NamedTuple):
     skips: dict[str, Columns]
 
     @property
+    def norms(self) -> np.ndarray:
+        """(steps,), the norms of the whole gradient."""
+        return self.source.get("grad_norm", _NOTHING)
+
+    @property
     def losses(self) -> np.ndarray:
         """(steps,), the losses."""
         return self.table.get("loss", _NOTHING)
 
     @property
+    def lost_losses(self) -> np.ndarray:
+        """(steps,), where a loss is not finite; not where none was recorded."""
+        return ~np.isfinite(self.losses) & is_recorded(self.losses)
+
+    @property
     def param_norms(self) -> np.ndarray:
         """(steps,), the norms of all parameters."""
         return self.table.get("param_norm", _NOTHING)
+
+    @property
+    def begins_late(self) -> bool:
+        """Whether the first steps of the run are missing, so that nothing shows how it began."""
+        if len(self.steps) < 2:
+            return False
+        # With every hundredth step recorded, the first of them may be step 100.
+        allowed = max(2 * np.median(np.diff(self.steps)), limits.LATE * np.ptp(self.steps))
+        return bool(self.steps[0] > allowed)
 
     def measuring_clips(self) -> dict[str, Columns]:
         """Returns the clips that measure: the others have a bound but no norm for it."""
@@ -58,24 +75,82 @@ class RecordedRun(NamedTuple):
         return {head: clip for head, clip in self.clips.items() if fields <= clip.keys()}
 
 
-def read_run(history: Recorded, clip: int | None = None, **columns: Any) -> RecordedRun:
+def read_run(
+    history: Recorded, clip: int | None = None, *, every_row: bool = False, **columns: Any
+) -> RecordedRun:
     """Reads a recorded run, and sorts its columns by what wrote them.
+
+    Rows without a norm are left out, and so are those whose steps were taken again later, by their
+    numbers under "step": after a restart from a checkpoint the later ones count.
 
     Args:
       history: a `History`, a dict of scalars for each step, or a dict of arrays.
       clip: the number of the clip whose norms are wanted; None: the norms before all clips.
+      every_row: whether to keep rows in which no norm was recorded.
       columns: more columns, or replacements for those of the history; None adds nothing.
 
     Raises:
-      ValueError: for anything but a history, or for one without steps or with several runs in it.
+      ValueError: for anything but a history, or for one without steps, with several runs in it,
+        with text, or with negative norms.
 
     >>> seen = read_run([{"w/grad_norm": 2.0, "w/median_ratio": 1.0, "w/grad_norm/a": 2.0}])
     >>> seen.norms, seen.blocks, seen.clips
     (array([2.]), {'a': array([2.])}, {})
     """
     more = {key: x for key, x in columns.items() if x is not None}
-    table = _read_table(history) | _read_table(more)
-    _require_steps(table)
+    table = read_table(history) | read_table(more)
+    require_steps(table)
+    rows = _order_rows(table)
+    table = {key: x[rows] for key, x in table.items()}
+    numbers = history.steps[rows] if isinstance(history, History) else 1 + np.arange(len(rows))
+    run = _sort(table, numbers, clip)
+    kept = _has_norm(run)
+    if every_row or kept.all():
+        return run
+    return _sort({key: x[kept] for key, x in table.items()}, numbers[kept], clip)
+
+
+def require_norms(run: RecordedRun) -> np.ndarray:
+    """Returns the norms of a run.
+
+    Raises:
+      ValueError: naming the call, if the run has no norms.
+    """
+    if not len(run.norms):
+        raise ValueError(
+            f"{validate.called()}: no 'grad_norm' in the history, only"
+            f" {sorted(run.table)[:20]}: append optaxclip.metrics(opt_state) at each step. If that"
+            " has none, the clip does not measure: pass it measure=True, or put optaxclip.watch()"
+            " before it."
+        )
+    return run.norms
+
+
+def _has_norm(run: RecordedRun) -> np.ndarray:
+    """Returns where norms were recorded; everywhere if there are none."""
+    counter = run.source.get("steps", _NOTHING)
+    # A counter is never NaN, so it tells more than the norms.
+    known = np.isfinite(counter) if len(counter) else is_recorded(run.norms)
+    return known if len(known) else np.ones(len(run.steps), bool)
+
+
+def _order_rows(table: Columns) -> np.ndarray:
+    """Returns the rows in the order of their steps, without those that a restart replaced."""
+    everything, steps = np.arange(len(next(iter(table.values())))), table.get("step", _NOTHING)
+    several = len(np.unique(table.get("run", _NOTHING))) > 1
+    if several or not len(steps) or not np.isfinite(steps).all():
+        return everything
+    if len(np.unique(steps)) == len(steps):
+        # Reports from inside a compiled step may arrive out of order.
+        return np.argsort(steps)
+    # Rows with the same number are no restart: they may be of training and of evaluation.
+    back = np.where(np.diff(steps) < 0, steps[1:], np.inf)
+    lowest_after = np.r_[np.minimum.accumulate(back[::-1])[::-1], np.inf]
+    return everything[steps < lowest_after]
+
+
+def _sort(table: Columns, numbers: np.ndarray, clip: int | None) -> RecordedRun:
+    """Sorts the columns of a table, given the numbers of its rows."""
     parts = _find_parts(table)
     clips, watches, skips = (list(parts[kind].values()) for kind in ("clip", "watch", "skip"))
     asked = {} if clip is None or clip >= len(clips) else clips[clip]
@@ -83,55 +158,23 @@ def read_run(history: Recorded, clip: int | None = None, **columns: Any) -> Reco
     sources = [asked, *watches, *skips, *clips] if clip is not None else [*watches, *clips, *skips]
     # `dynamic_loss_scale` skips after dividing by the scale; norms before that grow with the scale.
     sources = [*skips, *sources] if clip is None and "loss_scale" in table else sources
+    source = next((x for x in sources if "grad_norm" in x), {})
+    norms = source.get("grad_norm", _NOTHING)
+    if (norms < 0).any():
+        raise ValueError(
+            f"{validate.called()}: a norm is negative, {norms.min():g}: pass the norms themselves,"
+            " not their logarithms."
+        )
     return RecordedRun(
         table,
-        _number_steps(history, table, parts),
-        next((x["grad_norm"] for x in sources if "grad_norm" in x), _NOTHING),
+        _number_steps(table, numbers, parts),
+        source,
         next(filter(None, map(_block_norms, sources)), {}),
         asked,
         parts["clip"],
         parts["watch"],
         parts["skip"],
     )
-
-
-def _require_steps(table: Columns) -> None:
-    """Raises ValueError, naming the call, unless there are steps with one number under each key."""
-    call, shapes = validate.called(), {key: x.shape for key, x in table.items()}
-    if not any(x.size for x in table.values()):
-        raise ValueError(f"{call}: the history is empty: it must have at least one step.")
-    if not any(shapes.values()):
-        raise ValueError(
-            f"{call}: this is one step. Pass all of them: a History, to which"
-            " history.append(optaxclip.metrics(opt_state)) adds each, or a list of such dicts."
-        )
-    if any(len(shape) != 1 or not shape[0] for shape in shapes.values()):
-        raise ValueError(
-            f"{call}: a history must have at least one step, and one number per step under each"
-            f" key; got shapes {shapes}."
-        )
-
-
-def _read_table(history: Recorded) -> Columns:
-    """Returns one array per key, on the host, with NaN where a step lacks the key."""
-    if isinstance(history, History):
-        return history.arrays()
-    if isinstance(history, Mapping):
-        # `device_get` returns a dict sorted by key, but layers keep the order of the history.
-        read = jax.device_get(dict(history))
-        return {key: np.asarray(read[key], np.float64) for key in history}
-    rows = list(history) if isinstance(history, Iterable) else [history]
-    if not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(
-            f"{validate.called()}: a history must be an optaxclip.History, a dict with an array"
-            " under each key, or a list with a dict for each step, as optaxclip.metrics(opt_state)"
-            f" returns it; got {kind_of(history)}."
-        )
-    # Not one `device_get` of everything: it takes 30 us per scalar, and a run has 100,000 of them.
-    collected = History(window=max(len(rows), 1))
-    for row in rows:
-        collected.append(row)
-    return collected.arrays()
 
 
 def _find_parts(table: Mapping[str, np.ndarray]) -> dict[str, dict[str, Columns]]:
@@ -157,13 +200,11 @@ def _block_norms(columns: Columns) -> Columns:
     return {key.removeprefix(head): x for key, x in columns.items() if key.startswith(head)}
 
 
-def _number_steps(history: Recorded, table: Columns, parts: dict) -> np.ndarray:
-    """Returns (steps,), the recorded number of each step, since a history may leave steps out."""
+def _number_steps(table: Columns, numbers: np.ndarray, parts: dict) -> np.ndarray:
+    """Returns (steps,), the recorded number of each step, or else the given numbers."""
     # A skip wrapper's `steps` are not used: they count only the steps that it skipped.
     counters = [x.get("steps") for kind in ("watch", "clip") for x in parts[kind].values()]
     for steps in (table.get("step"), *counters):
         if steps is not None and np.isfinite(steps).all() and (np.diff(steps) > 0).all():
             return steps.astype(np.int64)
-    if isinstance(history, History):
-        return history.steps
-    return np.arange(1, len(next(iter(table.values()))) + 1)
+    return numbers

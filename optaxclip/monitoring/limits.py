@@ -67,6 +67,14 @@ FADED, FADED_UNKNOWN = 1e-2, 1e-4
 # Ratio of the norms of the first and last of at least four layers; healthy models often have 30.
 DEPTH, DEPTH_LAYERS = 100.0, 4
 
+# A record begins late if it lacks more than this many of the steps that it covers: a loss that
+# converges within the first tenth of a run still falls visibly after it.
+LATE = 0.1
+
+# What is known only at every k-th row, with this share of exceptions, was not recorded in between:
+# rows that are NaN for a reason are not evenly apart.
+REGULAR = 0.9
+
 # Losses: below 2 % and three standard errors a change is invisible; 10 % and four are a change.
 UNMOVED, UNMOVED_ERRORS = 0.02, 3.0
 RISEN, RISEN_ERRORS = 0.1, 4.0

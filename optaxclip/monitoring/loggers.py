@@ -33,6 +33,11 @@ def to_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: x if np.ndim(x) else np.asarray(x).item() for key, x in read.items()}
 
 
+def _scalars(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a row without its histograms."""
+    return {key: x for key, x in to_numbers(row).items() if not np.ndim(x)}
+
+
 def histograms(opt_state: Any) -> Histograms:
     """Reads how many elements of each block lay between powers of ten at the last step.
 
@@ -126,7 +131,7 @@ def to_csv(file: TextIO) -> Log:
 
     def log(step, row):
         nonlocal writer
-        row = {"step": step} | {key: x for key, x in to_numbers(row).items() if not np.ndim(x)}
+        row = {"step": step} | _scalars(row)
         # The columns are not known before the first row.
         if writer is None:
             # Keys that appear later are ignored, because the header is already written.
@@ -186,12 +191,7 @@ def _as_bars(counts: Any) -> Any:
 
 def to_clu(writer: Any) -> Log:
     """Writes with a `clu.metric_writers` writer, or any with `write_scalars(step, scalars)`."""
-
-    def log(step, row):
-        numbers = to_numbers(row)
-        writer.write_scalars(step, {key: x for key, x in numbers.items() if not np.ndim(x)})
-
-    return log
+    return lambda step, row: writer.write_scalars(step, _scalars(row))
 
 
 __all__ = [

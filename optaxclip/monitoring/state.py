@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optaxclip.monitoring.episodes import Episodes, fresh_episodes
-from optaxclip.monitoring.summary import NotFinite, rank_blocks
+from optaxclip.monitoring.summary import Episodes, NotFinite, fresh_episodes, rank_blocks
 from optaxclip.record import unpack_names
 
 Packed = dict[str, jax.Array]

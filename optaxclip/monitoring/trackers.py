@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ from optaxclip import validate
 from optaxclip.base import Threshold
 from optaxclip.monitoring.state import Trackers
 from optaxclip.thresholds.blocks import hold
-from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.convert import as_threshold
 
-Candidates = Mapping[str, Threshold] | Sequence[float]
+Candidates = Mapping[Any, Threshold] | Sequence[float]
 Levels = Mapping[str, float]
 Trials = Mapping[str, optax.GradientTransformationExtraArgs]
 

@@ -16,18 +16,10 @@ from optaxclip.actions import keep
 from optaxclip.base import AxisNames, Exclude, Norms, Scope, annotate
 from optaxclip.core import decide
 from optaxclip.engine import Description, Rule, build
-from optaxclip.monitoring.episodes import update_episodes
+from optaxclip.monitoring import trackers
 from optaxclip.monitoring.histograms import BINS, count_elements
 from optaxclip.monitoring.state import Numbers, WatchState, fresh_numbers, pack, unpack
-from optaxclip.monitoring.summary import Summary, summarize, update_nonfinite
-from optaxclip.monitoring.trackers import (
-    Candidates,
-    name_candidates,
-    name_levels,
-    start_candidates,
-    try_candidates,
-    update_trackers,
-)
+from optaxclip.monitoring.summary import Summary, summarize, update_episodes, update_nonfinite
 from optaxclip.norms import l2
 from optaxclip.record import metrics_of, pack_names, unpack_names
 from optaxclip.scopes.leaves import as_scope, leaf, tree
@@ -48,7 +40,7 @@ def watch(
     scope: Scope = leaf,
     top: int = 3,
     quantiles: Iterable[float] = (0.05, 0.5, 0.95),
-    candidates: Candidates | None = None,
+    candidates: trackers.Candidates | None = None,
     bad_steps: int = 8,
     spike_factor: ArrayLike = 5.0,
     histogram: bool = False,
@@ -110,8 +102,8 @@ def watch(
     validate.size(top=top, bad_steps=bad_steps)
     validate.at_least(1, spike_factor=spike_factor)
     validate.flag(histogram=histogram)
-    levels = name_levels(quantiles)
-    trials = name_candidates(_TYPICAL if candidates is None else candidates)
+    levels = trackers.name_levels(quantiles)
+    trials = trackers.name_candidates(_TYPICAL if candidates is None else candidates)
     blocks = _meter(as_scope(scope, named=True), exclude, axis_names)
     whole = _meter(tree, exclude, axis_names)
 
@@ -119,7 +111,7 @@ def watch(
         """Returns the numbers before the first step, and the states of the candidates."""
         rooms = {"episodes": bad_steps, "quantiles": len(levels), "candidates": len(trials)}
         numbers = fresh_numbers(norms.dtype, blocks=len(norms), **rooms)
-        return numbers, start_candidates(trials, norms.dtype)
+        return numbers, trackers.start_candidates(trials, norms.dtype)
 
     # Without this an update outside `jit` would trace `start` at every step. Not `lru_cache`, whose
     # wrapper cannot be pickled: some trainers pickle their optimizer.
@@ -161,9 +153,9 @@ def watch(
             leaves = select(updates, exclude)
             matched = leaves.rebuild(match_params(leaves, params, exclude, "watch"))
             size = _measure(whole, matched)[0].astype(dtype)
-        over, shadows = try_candidates(trials, now.total, shadows, size, extra_args)
+        over, shadows = trackers.try_candidates(trials, now.total, shadows, size, extra_args)
         numbers = _advance(numbers, now, spike_factor, as_tag(tag))._replace(
-            trackers=update_trackers(levels, now.total, numbers.trackers),
+            trackers=trackers.update_trackers(levels, now.total, numbers.trackers),
             would_clip=jnp.where(
                 over, optax.safe_increment(numbers.would_clip), numbers.would_clip
             ),

@@ -14,7 +14,7 @@ from optaxclip import validate
 from optaxclip.compat import varying_axes
 from optaxclip.trees import flatten_with_paths, is_measured
 from optaxclip.xla import accumulator
-from optaxclip.xla.mesh import vary
+from optaxclip.xla.placing import vary
 
 Loss = Callable[..., tuple[jax.Array, Any]]
 

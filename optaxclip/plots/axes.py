@@ -62,6 +62,17 @@ def draw_over_steps(ax: Any, steps: np.ndarray, values: np.ndarray, **style: Any
     ax.plot(steps, values, linewidth=1.0, marker="." if alone else None, markevery=alone, **style)
 
 
+def positive(values: np.ndarray) -> np.ndarray:
+    """Returns what has a place on a log axis, and NaN for everything else."""
+    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
+
+
+def draw_dashed(ax: Any, steps: np.ndarray, values: np.ndarray, label: str) -> None:
+    """Draws a dashed line in the colour of the text, for what is compared with the rest."""
+    style = {"color": colors_of(ax).ink, "linestyle": "--", "linewidth": 1.2}
+    ax.plot(steps, values, label=label, **style)
+
+
 def name_axes(ax: Any, ylabel: str, **more: Any) -> None:
     """Names both axes, and puts no tick between two steps."""
     ax.set(xlabel="step", ylabel=ylabel, **more)
@@ -91,7 +102,9 @@ def draw_bad(ax: Any, steps: np.ndarray, bad: np.ndarray, what: str = "NaN or in
 
 def draw_clipped(ax: Any, steps: np.ndarray, clipped: np.ndarray) -> None:
     """Draws a band below the lines, as high as the share of steps clipped around each step."""
-    share = np.nan_to_num(clipped)
+    # NaN is a step at which it was not recorded.
+    known = np.isfinite(clipped)
+    steps, share = steps[known], clipped[known]
     if not share.any():
         return
     # Bins, because one bar per step would be slow, and would blur to the highest.

@@ -93,21 +93,12 @@ def plot_cliff(
     sgd, clip = optax.sgd(rate), clip_by_global_norm(0.1) if clip is None else clip
     paths = descend(loss, sgd, start, steps), descend(loss, optax.chain(clip, sgd), start, steps)
     styles = (
-        {"color": "0.35", "marker": "o", "linestyle": "--"},
-        {"color": DARK, "marker": "s", "linestyle": "-"},
+        {"label": "gradient descent", "color": "0.35", "marker": "o", "linestyle": "--"},
+        {"label": "the same, clipped", "color": DARK, "marker": "s", "linestyle": "-"},
     )
-    for path, label, style in zip(
-        paths, ("gradient descent", "the same, clipped"), styles, strict=True
-    ):
-        ax.plot(
-            *path.T,
-            label=label,
-            markersize=3.5,
-            linewidth=1.1,
-            markerfacecolor="white",
-            zorder=3,
-            **style,
-        )
+    common = {"markersize": 3.5, "markerfacecolor": "white", "linewidth": 1.1, "zorder": 3}
+    for path, style in zip(paths, styles, strict=True):
+        ax.plot(*path.T, **style, **common)
     ax.plot(*start, "*", color=DARK, markersize=14, label="start", linestyle="", zorder=4)
     _mark_exit(ax, paths[0], window)
     ax.set(xlim=window[:2], ylim=window[2:], xlabel="w", ylabel="b")
@@ -151,15 +142,8 @@ def _draw_arrows(
     inside = np.zeros(x.shape, bool)
     inside[1:-1, 1:-1] = True
     keep = inside.ravel()
-    ax.quiver(
-        x.ravel()[keep],
-        y.ravel()[keep],
-        *arrows[keep].T,
-        color="0.45",
-        width=0.0022,
-        scale=60,
-        zorder=2,
-    )
+    style = {"color": "0.45", "width": 0.0022, "scale": 60, "zorder": 2}
+    ax.quiver(x.ravel()[keep], y.ravel()[keep], *arrows[keep].T, **style)
 
 
 def _mark_exit(ax: Any, path: np.ndarray, window: tuple[float, float, float, float]) -> None:
@@ -172,15 +156,5 @@ def _mark_exit(ax: Any, path: np.ndarray, window: tuple[float, float, float, flo
         end = f"({path[-1, 0]:.3g}, {path[-1, 1]:.3g})"
         text = f"thrown out at step {np.argmin(inside)}, ends at {end}"
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "0.6", "alpha": 0.9}
-        ax.text(
-            0.97,
-            0.95,
-            text,
-            transform=ax.transAxes,
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=DARK,
-            bbox=box,
-            zorder=5,
-        )
+        style = {"ha": "right", "va": "top", "fontsize": 8, "color": DARK, "zorder": 5}
+        ax.text(0.97, 0.95, text, transform=ax.transAxes, bbox=box, **style)

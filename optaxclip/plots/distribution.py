@@ -11,9 +11,14 @@ import numpy as np
 from optaxclip import validate
 from optaxclip.monitoring.fits import find_runs
 from optaxclip.monitoring.histograms import Histograms, log_edges
-from optaxclip.monitoring.history import History, Recorded, RecordedRun, read_run
+from optaxclip.monitoring.history import (
+    Recorded,
+    RecordedRun,
+    read_run,
+    require_norms,
+)
+from optaxclip.monitoring.tables import is_history
 from optaxclip.plots.axes import axes_or_new, colors_of, draw_legend_above, format_ticks, name_axes
-from optaxclip.plots.steps import require_norms
 
 LINES = ("-", "--", "-.", ":")
 _NAMES, _LETTERS = 40, 36  # how many names at an axis, and letters of each, are readable
@@ -54,17 +59,21 @@ def plot_layers(history: Recorded, ax: Any = None, *, columns: int = 200, clip: 
     cells = np.maximum.reduceat(norms, cuts[:-1], axis=1)
     edges = np.r_[run.steps[cuts[:-1]] - 0.5, run.steps[-1] + 0.5]
     _draw_heat_map(ax, edges, cells)
-    every = -(-len(layers) // _NAMES)
-    rows = np.arange(0, len(layers), every)
-    names = list(layers)
-    ax.set_yticks(rows + 0.5, [_shorten(names[row]) for row in rows], fontsize=8)
-    name_axes(ax, "", ylim=(len(layers), 0))
+    name_axes(ax, "")
+    _name_rows(ax, list(layers))
     return ax
 
 
 def _plain_layers(run: RecordedRun) -> dict[str, np.ndarray]:
     """Returns the columns of a dict of layer -> norms, which no part of a state has written."""
     return {} if run.clips or run.watches or run.skips else run.table
+
+
+def _name_rows(ax: Any, names: list[str]) -> None:
+    """Names the rows of a heat map, from the top; of very many only some."""
+    rows = np.arange(0, len(names), -(-len(names) // _NAMES))
+    ax.set_yticks(rows + 0.5, [_shorten(names[row]) for row in rows], fontsize=8)
+    ax.set_ylim(len(names), 0)
 
 
 def _shorten(name: str) -> str:
@@ -139,8 +148,8 @@ def plot_histogram(
     """
     if isinstance(norms, Histograms):
         return _draw_counts(norms, axes_or_new(ax))
-    if _is_history(norms):
-        norms = require_norms(read_run(norms, 0), "plot_histogram")
+    if is_history(norms):
+        norms = require_norms(read_run(norms, 0))
     array = np.asarray(norms, float)
     known = array[np.isfinite(array) & (array > 0)]
     if not known.size:
@@ -179,18 +188,8 @@ def _draw_counts(found: Histograms, ax: Any) -> Any:
     edges = log_edges(found.edges)
     mesh = ax.pcolormesh(edges, np.arange(len(names) + 1), share, cmap="cividis", vmin=0)
     ax.figure.colorbar(mesh, ax=ax, label="share of elements")
-    every = -(-len(names) // _NAMES)
-    ticks = np.arange(0, len(names), every)
-    ax.set_yticks(ticks + 0.5, [_shorten(names[i]) for i in ticks], fontsize=8)
+    _name_rows(ax, names)
     labels = ["0", *(f"1e{power:.0f}" for power in edges[1:-1]), "∞"]
     ax.set_xticks(edges[::2], labels[::2])
-    ax.set(xlabel="|g|", ylim=(len(names), 0))
+    ax.set(xlabel="|g|")
     return ax
-
-
-def _is_history(norms: Any) -> bool:
-    return (
-        hasattr(norms, "keys")
-        or isinstance(norms, History)
-        or (isinstance(norms, list | tuple) and bool(norms) and hasattr(norms[0], "keys"))
-    )

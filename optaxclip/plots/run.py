@@ -7,7 +7,7 @@ from typing import Any
 
 from optaxclip import validate
 from optaxclip.monitoring.diagnose import Sign, diagnose
-from optaxclip.monitoring.history import Recorded, RecordedRun, read_run
+from optaxclip.monitoring.history import Recorded, RecordedRun, read_run, require_norms
 from optaxclip.plots.axes import colors_of, import_pyplot
 from optaxclip.plots.distribution import plot_layers
 from optaxclip.plots.steps import plot_clipped_share, plot_loss, plot_norms
@@ -39,7 +39,8 @@ def plot_run(history: Recorded, figure: Any = None, *, clip: int = 0) -> Any:
     >>> [ax.get_ylabel() for ax in optaxclip.plots.plot_run(history).axes]
     ['loss', 'gradient norm']
     """
-    run = read_run(history, clip)
+    run = read_run(history, clip, every_row=True)
+    require_norms(run)
     # Read once for all plots: from the device, and from the dicts of all steps.
     history = run.table | {"step": run.steps}
     rows = _choose(run)

@@ -7,16 +7,19 @@ from typing import Any
 import numpy as np
 
 from optaxclip import validate
-from optaxclip.monitoring.history import Recorded, RecordedRun, read_run
+from optaxclip.monitoring.fits import is_recorded
+from optaxclip.monitoring.history import Recorded, read_run, require_norms
 from optaxclip.plots.axes import (
     axes_or_new,
     colors_of,
     draw_bad,
     draw_clipped,
+    draw_dashed,
     draw_legend_above,
     draw_over_steps,
     format_ticks,
     name_axes,
+    positive,
 )
 
 
@@ -50,41 +53,23 @@ def plot_norms(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     ['norm before the clip', 'bound', 'clipped: 67 % of steps']
     """
     run = read_run(history, clip)
-    norms, part = require_norms(run, "plot_norms"), run.clip
+    norms, part = require_norms(run), run.clip
     ax = axes_or_new(ax)
-    colors, shown = colors_of(ax), np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)
     label = "norm before the clip" if part else "norm"
-    draw_over_steps(ax, run.steps, shown, color=colors.line, label=label)
+    draw_over_steps(ax, run.steps, positive(norms), color=colors_of(ax).line, label=label)
     # The bound of a clip that does not measure is a bound of elements, not of norms.
     bounds = part.get("bound") if "grad_norm" in part else None
     if bounds is not None and np.isfinite(bounds).any():
-        bounded = np.where(np.isfinite(bounds) & (bounds > 0), bounds, np.nan)
-        style = {"color": colors.ink, "linestyle": "--", "linewidth": 1.2, "label": "bound"}
-        ax.plot(run.steps, bounded, **style)
+        draw_dashed(ax, run.steps, positive(bounds), "bound")
     # Before the band, whose height depends on the scale of the axes.
     ax.set_yscale("log")
-    draw_clipped(ax, run.steps, part.get("clipped", np.zeros(1)))
+    draw_clipped(ax, run.steps, part.get("clipped", np.zeros(len(norms))))
     draw_bad(ax, run.steps, ~np.isfinite(norms))
     _draw_zeros(ax, run.steps, norms == 0)
     name_axes(ax, "gradient norm")
     format_ticks(ax.yaxis)
     draw_legend_above(ax)
     return ax
-
-
-def require_norms(run: RecordedRun, call: str) -> np.ndarray:
-    """Returns the norms of a run.
-
-    Raises:
-      ValueError: naming the call, if the run has no norms.
-    """
-    if not len(run.norms):
-        raise ValueError(
-            f"{call}: no 'grad_norm' in the history, only {sorted(run.table)[:20]}: append"
-            " optaxclip.metrics(opt_state) at each step. If that has none, the clip does not"
-            " measure: pass it measure=True, or put optaxclip.watch() before it."
-        )
-    return run.norms
 
 
 def _draw_zeros(ax: Any, steps: np.ndarray, zero: np.ndarray) -> None:
@@ -115,16 +100,17 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
     >>> optaxclip.plots.plot_loss(history).get_legend_handles_labels()[1]
     ['loss', 'clipped: 50 % of steps', 'NaN or infinite: 1 step']
     """
-    run = read_run(history, clip)
+    run = read_run(history, clip, every_row=True)
     if key not in run.table:
         raise ValueError(
             f"plot_loss: no {key!r} in the history: append optaxclip.metrics(state) |"
             f" {{{key!r}: loss}}."
         )
-    ax, losses = axes_or_new(ax), run.table[key]
+    recorded = is_recorded(run.table[key])
+    ax, steps, losses = axes_or_new(ax), run.steps[recorded], run.table[key][recorded]
     known = losses[np.isfinite(losses)]
     shown = np.where(np.isfinite(losses), losses, np.nan)
-    draw_over_steps(ax, run.steps, shown, color=colors_of(ax).line, label=key)
+    draw_over_steps(ax, steps, shown, color=colors_of(ax).line, label=key)
     # Losses of a run that learns are 2- to 10-fold apart, and people expect a linear axis for them.
     if known.size and known.min() > 0 and known.max() > 100 * known.min():
         ax.set_yscale("log")
@@ -132,8 +118,8 @@ def plot_loss(history: Recorded, ax: Any = None, *, key: str = "loss", clip: int
     elif known.size and np.ptp(known) > 1e4 * max(np.median(np.abs(known)), 1e-30):
         # Losses that may be negative, and diverge.
         ax.set_yscale("symlog", linthresh=max(float(np.median(np.abs(known))), 1e-30))
-    draw_clipped(ax, run.steps, run.clip.get("clipped", np.zeros(1)))
-    draw_bad(ax, run.steps, ~np.isfinite(losses))
+    draw_clipped(ax, run.steps, run.clip.get("clipped", np.zeros(len(run.steps))))
+    draw_bad(ax, steps, ~np.isfinite(losses))
     name_axes(ax, key)
     draw_legend_above(ax)
     return ax
@@ -169,13 +155,12 @@ def plot_clipped_share(
     total = np.concatenate([[0.0], np.cumsum(clipped)])
     ends = np.arange(1, len(total))
     starts = np.maximum(ends - window, 0)
-    recent, colors = (total[ends] - total[starts]) / (ends - starts), colors_of(ax)
+    recent, color = (total[ends] - total[starts]) / (ends - starts), colors_of(ax).clip
     # An area as well as a line, because in grey print two similar lines look the same.
-    ax.fill_between(run.steps, recent, color=colors.clip, alpha=0.3, linewidth=0)
+    ax.fill_between(run.steps, recent, color=color, alpha=0.3, linewidth=0)
     label = f"of the last {window} steps"
-    ax.plot(run.steps, recent, color=colors.clip, linewidth=1.2, label=label)
-    style = {"color": colors.ink, "linestyle": "--", "linewidth": 1.2}
-    ax.plot(run.steps, total[1:] / ends, label="of all steps so far", **style)
+    ax.plot(run.steps, recent, color=color, linewidth=1.2, label=label)
+    draw_dashed(ax, run.steps, total[1:] / ends, "of all steps so far")
     draw_bad(ax, run.steps, ~np.isfinite(run.clip.get("grad_norm", np.zeros(len(clipped)))))
     name_axes(ax, "share clipped", ylim=(-0.03, 1.03))
     draw_legend_above(ax)
@@ -199,11 +184,11 @@ def plot_bound(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     ['5 % to 95 % of norms', 'median norm', 'bound']
     """
     run = read_run(history, clip)
-    norms, bounds = require_norms(run, "plot_bound"), run.clip.get("bound")
+    norms, bounds = require_norms(run), run.clip.get("bound")
     if bounds is None:
         raise ValueError("plot_bound: no 'bound' in the history: append optaxclip.metrics(state).")
     ax = axes_or_new(ax)
-    colors, window = colors_of(ax), max(len(norms) // 40, 10)
+    color, window = colors_of(ax).line, max(len(norms) // 40, 10)
     # Separate stretches, because a running window over NaN has no quantiles.
     parts = np.array_split(np.arange(len(norms)), max(len(norms) // window, 1))
     kept = [part[np.isfinite(norms[part]) & (norms[part] > 0)] for part in parts]
@@ -211,11 +196,10 @@ def plot_bound(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     # Not from the smallest to the largest: a single spike would hide everything else.
     ranges = [np.quantile(norms[part], (0.05, 0.5, 0.95)) for part in kept if part.size]
     low, usual, high = np.array(ranges).reshape(-1, 3).T
-    band = {"color": colors.line, "alpha": 0.3, "linewidth": 0}
+    band = {"color": color, "alpha": 0.3, "linewidth": 0}
     ax.fill_between(middle, low, high, label="5 % to 95 % of norms", **band)
-    ax.plot(middle, usual, color=colors.line, linewidth=1.0, label="median norm")
-    shown = np.where(np.isfinite(bounds) & (bounds > 0), bounds, np.nan)
-    ax.plot(run.steps, shown, color=colors.ink, linestyle="--", linewidth=1.2, label="bound")
+    ax.plot(middle, usual, color=color, linewidth=1.0, label="median norm")
+    draw_dashed(ax, run.steps, positive(bounds), "bound")
     draw_bad(ax, run.steps, ~np.isfinite(norms))
     name_axes(ax, "gradient norm", yscale="log")
     format_ticks(ax.yaxis)

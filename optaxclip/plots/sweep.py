@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip.plots.axes import GREY, axes_or_new, colors_of, format_ticks
+from optaxclip.plots.axes import GREY, axes_or_new, colors_of, draw_legend_above, format_ticks
 from optaxclip.tuning.sweep import Sweep
 
 
@@ -40,23 +40,15 @@ def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
     values, rows = sweep.values[real], [_summarize_seeds(sweep, int(i)) for i in real]
     # A value whose median run diverged gets NaN, because an infinite loss has no place on the axis.
     low, median, high = np.array(rows).T
-    bars = np.array([median - low, high - median])
-    ax.errorbar(
-        values,
-        median,
-        bars,
-        color=colors_of(ax).ink,
-        marker="o",
-        capsize=3,
-        linewidth=1.3,
-        label="median, best to worst",
-    )
+    bars, label = np.array([median - low, high - median]), "median, best to worst"
+    style = {"color": colors_of(ax).ink, "marker": "o", "capsize": 3, "linewidth": 1.3}
+    ax.errorbar(values, median, bars, label=label, **style)
     _draw_baseline(ax, sweep)
     _mark_recommended(ax, sweep)
     # Makes room for the crosses, which would hide the highest losses.
     bottom, top = ax.get_ylim()
     ax.margins(x=0.08)
-    ax.set(xlabel="value", ylabel="final loss", ylim=(bottom, top + 0.2 * (top - bottom)))
+    ax.set(xlabel=sweep.name, ylabel="final loss", ylim=(bottom, top + 0.2 * (top - bottom)))
     _mark_diverged(ax, values, sweep.diverged[real])
     if (values > 0).all():
         ax.set_xscale("log")
@@ -88,8 +80,8 @@ def _draw_clip_rate(ax: Any, values: np.ndarray, rates: np.ndarray) -> None:
     # By default the second axis covers the first, whose marks matter more.
     ax.set_zorder(beside.get_zorder() + 1)
     ax.patch.set_visible(False)
-    where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 3, "borderaxespad": 0.2}
-    ax.legend([*handles, line], [*labels, "clip rate (right)"], fontsize=8, **where)
+    labels = [*labels, "clip rate (right)"]
+    draw_legend_above(ax, 3, handles=[*handles, line], labels=labels)
 
 
 def _draw_baseline(ax: Any, sweep: Sweep) -> None:
@@ -108,32 +100,15 @@ def _draw_baseline(ax: Any, sweep: Sweep) -> None:
 
 def _mark_diverged(ax: Any, values: np.ndarray, diverged: np.ndarray) -> None:
     """Draws a cross over each value with diverged runs, and their number."""
-    some = np.flatnonzero(diverged.any(axis=1))
-    if some.size:
-        over = ax.get_xaxis_transform()
-        ax.plot(
-            values[some],
-            np.full(len(some), 0.95),
-            "x",
-            color=colors_of(ax).ink,
-            markersize=6,
-            transform=over,
-            label="diverged",
-        )
-        for i in some:
-            style = {
-                "textcoords": "offset points",
-                "xytext": (0, -6),
-                "fontsize": 7,
-                "va": "top",
-                "ha": "center",
-            }
-            ax.annotate(
-                f"{diverged[i].sum()}/{diverged.shape[1]}",
-                (values[i], 0.95),
-                xycoords=over,
-                **style,
-            )
+    some, over = np.flatnonzero(diverged.any(axis=1)), ax.get_xaxis_transform()
+    if not some.size:
+        return
+    cross = {"color": colors_of(ax).ink, "markersize": 6, "transform": over, "label": "diverged"}
+    ax.plot(values[some], np.full(len(some), 0.95), "x", **cross)
+    style = {"xytext": (0, -6), "textcoords": "offset points", "va": "top", "ha": "center"}
+    for i in some:
+        text, at = f"{diverged[i].sum()}/{diverged.shape[1]}", (values[i], 0.95)
+        ax.annotate(text, at, xycoords=over, fontsize=7, **style)
 
 
 def _mark_recommended(ax: Any, sweep: Sweep) -> None:
@@ -141,15 +116,8 @@ def _mark_recommended(ax: Any, sweep: Sweep) -> None:
     if not np.isfinite(choice.value):
         return
     if choice.low < choice.high:
-        ax.axvspan(
-            choice.low,
-            choice.high,
-            facecolor="none",
-            edgecolor=GREY,
-            hatch="///",
-            zorder=0,
-            linewidth=0,
-        )
+        style = {"facecolor": "none", "edgecolor": GREY, "hatch": "///", "linewidth": 0}
+        ax.axvspan(choice.low, choice.high, zorder=0, **style)
     median = _summarize_seeds(sweep, int(np.flatnonzero(sweep.values == choice.value)[0]))[1]
     style = {"markersize": 15, "color": colors_of(ax).ink, "zorder": 5, "linestyle": ""}
     ax.plot([choice.value], [median], "*", label=f"recommended: {choice.value:g}", **style)

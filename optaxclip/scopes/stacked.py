@@ -8,14 +8,21 @@ from typing import Any
 import numpy as np
 
 from optaxclip.base import Blocks, Scope, Stacked
+from optaxclip.compat import manual_axes
 from optaxclip.scopes.leaves import as_scope, leaf
 from optaxclip.trees import matcher
 from optaxclip.validate import called, fail, is_function, makes_part, named
+from optaxclip.xla import count_devices, is_names
 
 
 @makes_part
 @named
-def stacked(where: Stacked, scope: Scope = leaf) -> Scope:
+def stacked(
+    where: Stacked,
+    scope: Scope = leaf,
+    *,
+    over: str | tuple[str, ...] | Callable[[str], str | tuple[str, ...]] | None = None,
+) -> Scope:
     """One block per layer of each leaf that stacks layers; other leaves are cut as by `scope`.
 
     `nn.scan`, `nnx.scan`, `jax.vmap` and `lax.scan` over layers give parameters an axis that
@@ -31,11 +38,15 @@ def stacked(where: Stacked, scope: Scope = leaf) -> Scope:
         several: `{"^blocks": 1}`, or `{"^blocks": (0, 1)}` for blocks such as `blocks/kernel[2,3]`.
       scope: which leaves of one layer share a norm: `scopes.leaf`, or `scopes.groups(label)` for
         blocks such as `blocks/attn[3]`.
+      over: inside `shard_map`, the mesh axes that cut the (first) axis of layers, so that each
+        device holds some of the layers: a name, a tuple of names, or a function of the path; ()
+        where every device holds a part of all layers. A device measures its own layers, and all
+        devices have the norms of all: the state is the same on each, and the same as under `jit`.
 
     Raises:
-      ValueError: for a bad `where`, or a scope without names; where a tree is cut, if no leaf
-        matches, a leaf has no such axis, or one group stacks leaves of several lengths; inside
-        `shard_map`, without `axis_names` for what is cut there (across layers nothing may be).
+      ValueError: for a bad `where` or `over`, or a scope without names; where a tree is cut, if no
+        leaf matches, a leaf has no such axis, or one group stacks leaves of several lengths; inside
+        `shard_map`, if a leaf is cut and neither `over` nor `axis_names` says how.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> from optaxclip import scopes
@@ -48,7 +59,7 @@ def stacked(where: Stacked, scope: Scope = leaf) -> Scope:
     >>> float(optaxclip.metrics(state)["clip/grad_norm/blocks[0]"])
     5.0
     """
-    axes_of, scope = _stack_axes(where), as_scope(scope, named=True)
+    axes_of, scope, over_of = _stack_axes(where), as_scope(scope, named=True), _mesh_axes(over)
 
     def cut(paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Blocks:
         blocks = scope.cut(paths, shapes)
@@ -63,14 +74,39 @@ def stacked(where: Stacked, scope: Scope = leaf) -> Scope:
             )
         labels = [(blocks.names or ())[i] for i in blocks.index]
         each = list(zip(shapes, stacks, strict=True))
-        lengths = [tuple(shape[axis] for axis in stack) for shape, stack in each]
         spans = [
             tuple(axis for axis in range(len(shape)) if axis not in stack) for shape, stack in each
         ]
-        return _by_layer(labels, lengths)._replace(axes=tuple(spans))
+        cuts = [over_of(path) if stack else () for path, stack in zip(paths, stacks, strict=True)]
+        lengths = [_count_layers(*pair, own) for pair, own in zip(each, cuts, strict=True)]
+        known = tuple(cuts) if over is not None else ()
+        return _by_layer(labels, lengths)._replace(axes=tuple(spans), over=known)
 
     given = repr(where) if scope is leaf else f"{where!r}, {scope!r}"
-    return Scope(f"scopes.stacked({given})", cut, named=True)
+    more = "" if over is None else f", over={over!r}"
+    return Scope(f"scopes.stacked({given}{more})", cut, named=True)
+
+
+def _mesh_axes(over: Any) -> Callable[[str], tuple[str, ...]]:
+    """The mesh axes that cut the layers of a leaf where this code runs, by its path."""
+    if not (over is None or is_names(over) or is_function(over)):
+        raise fail(
+            "over must be mesh axes: a name, a tuple of names or a function of the path", over
+        )
+
+    def axes_of(path: str) -> tuple[str, ...]:
+        names = over(path) if callable(over) else over or ()
+        names = (names,) if isinstance(names, str) else names
+        # Outside of `shard_map`, as where `init` is called, arrays are whole.
+        return tuple(name for name in names if name in manual_axes())
+
+    return axes_of
+
+
+def _count_layers(shape: tuple[int, ...], stack: tuple[int, ...], over: tuple[str, ...]):
+    """How many layers a leaf has along each of their axes, on all devices together."""
+    first, *more = [shape[axis] for axis in stack] or [1]
+    return (first * count_devices(over), *more) if stack else ()
 
 
 def _stack_axes(where: Stacked) -> Callable[[str], tuple[int, ...]]:

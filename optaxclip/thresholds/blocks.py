@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optaxclip import xla
 from optaxclip.base import Norms, annotate
 from optaxclip.validate import named
 
@@ -77,7 +78,7 @@ def start_blocks(start: Any, norms: Norms) -> Any:
 
         def like(norm):
             dtype = norm.dtype if jnp.issubdtype(x.dtype, jnp.floating) else whole
-            return jnp.full(norm.shape + x.shape, x, dtype)
+            return xla.fill_like(norm, x, dtype)
 
         return jax.tree.map(like, norms)
 
@@ -118,6 +119,8 @@ def hold(init: Callable[[Norms], Any], norms: Norms, new: Any, old: Any) -> Any:
     # In a tree without leaves no norm is bad.
     each = [jnp.any(ok) for ok in jax.tree.leaves(fine)] or [jnp.array(True)]
     some = each[0] if len(each) == 1 else jnp.any(jnp.stack(each))
+    # Devices that hold different units must not count differently.
+    some = xla.hold_somewhere(some)
     return jax.tree.map(_pick, _masks(init, old, fine, some), new, old)
 
 
@@ -130,7 +133,8 @@ def _masks(init, state, fine, some):
     except Exception:
         # An `init` that computes with its norms fails on a placeholder. What is kept per block is
         # then unknown, and either all of the state changes or none.
-        return functools.reduce(jnp.logical_and, [jnp.all(ok) for ok in jax.tree.leaves(fine)])
+        every = [xla.hold_everywhere(jnp.all(ok)) for ok in jax.tree.leaves(fine)]
+        return functools.reduce(jnp.logical_and, every)
 
 
 def _pick(fine, new, old):

@@ -14,7 +14,8 @@ import optax
 from optaxclip import validate
 from optaxclip.base import Norms, annotate
 from optaxclip.thresholds.blocks import Fixed, new_threshold
-from optaxclip.thresholds.fixed import ScheduleState, advance, as_threshold, start_schedule
+from optaxclip.thresholds.convert import as_threshold
+from optaxclip.thresholds.fixed import ScheduleState, advance, start_schedule
 
 
 @validate.named

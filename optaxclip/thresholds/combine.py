@@ -15,7 +15,8 @@ from jax.typing import ArrayLike
 from optaxclip import feeds, validate
 from optaxclip.base import Feed, Threshold, annotate
 from optaxclip.thresholds.blocks import hold, new_threshold
-from optaxclip.thresholds.fixed import advance, as_threshold
+from optaxclip.thresholds.convert import as_threshold
+from optaxclip.thresholds.fixed import advance
 
 
 class LagState(NamedTuple):

@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 from optaxclip import feeds, validate
 from optaxclip.base import Feed, Threshold, annotate
 from optaxclip.thresholds.blocks import new_threshold, over_blocks, start_blocks
-from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.convert import as_threshold
 
 
 class Statistic(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from optaxclip import validate
-from optaxclip.monitoring.history import History, read_run
+from optaxclip.monitoring.history import read_run
+from optaxclip.monitoring.tables import is_history
 from optaxclip.states import kind_of
 from optaxclip.tuning.recommendation import Reason, Recommendation
 from optaxclip.tuning.series import FEWEST, Numbers, log_known, measure_series
@@ -66,8 +67,7 @@ def recommend(norms: Any, *, shares: tuple[float, ...] = SHARES) -> Recommendati
 
 def _read(norms: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Reads the norm of the whole gradient at each step, and the norms of layers, if any."""
-    rows = isinstance(norms, list | tuple) and norms and isinstance(norms[0], Mapping)
-    if rows or isinstance(norms, Mapping | History):
+    if is_history(norms):
         run = read_run(norms, 0)
         total, layers = run.norms, run.blocks
         # The norm of a clip by layer is that of its largest layer, not that of the whole.

@@ -63,6 +63,15 @@ def check_arguments(call: str, name: str, function: Any, *arguments: str) -> Non
         raise ValueError(f"{call}: {form}, got {name}{signature}: {error}.") from error
 
 
+def first_argument(function: Callable) -> str:
+    """Returns the name of a function's first argument, or "value" if it has none."""
+    try:
+        first = next(iter(inspect.signature(function).parameters.values()), None)
+    except (TypeError, ValueError):
+        return "value"
+    return first.name if first is not None and first.kind is not first.VAR_POSITIONAL else "value"
+
+
 def compile_program(step: TrainStep, init: Init, evaluate: Evaluate | None, call: str) -> Program:
     """Compiles the functions into one program.
 

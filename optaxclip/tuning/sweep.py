@@ -42,6 +42,7 @@ class Sweep(NamedTuple):
         holds no clip that measures.
       failed: a run that ended above this, or not finite, has diverged.
       baseline: the value that stands for no clip, or None.
+      name: what `step` calls the value.
     """
 
     values: np.ndarray
@@ -52,6 +53,7 @@ class Sweep(NamedTuple):
     norms: np.ndarray
     failed: float
     baseline: float | None
+    name: str = "value"
 
     @property
     def diverged(self) -> np.ndarray:
@@ -105,7 +107,7 @@ def cap_diverged(final: np.ndarray, failed: float) -> np.ndarray:
 
 def _tabulate(sweep: Sweep, mark: float | None = None) -> str:
     """Tabulates one row per value; the row of the value to mark is bold."""
-    head = ("value", "final loss: median", "best to worst", "clipped", "diverged")
+    head = (sweep.name, "final loss: median", "best to worst", "clipped", "diverged")
     rows = [_format_row(sweep, i) for i in range(len(sweep.values))]
     bold = [[f"**{x}**" if x else x for x in row] for row in rows]
     marked = zip(sweep.values, rows, bold, strict=True)

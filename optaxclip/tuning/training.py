@@ -17,6 +17,7 @@ from optaxclip.tuning.runs import (
     check_arguments,
     compile_program,
     find_limit,
+    first_argument,
     run,
     run_in_parts,
 )
@@ -43,7 +44,8 @@ def tune(
 
     Args:
       step: (value, state, batch) -> (new state, loss). Your train step, without `jit`; the state is
-        any pytree that contains the optimizer's state, from which the clip rate is read.
+        any pytree that contains the optimizer's state, from which the clip rate is read. The table
+        and the plot have the name of its first argument, such as `max_norm`.
       init: (value, key) -> state.
       values: what to try, in any order.
       batches: one per step, the same for all runs, so that values are compared on equal terms. To
@@ -93,7 +95,8 @@ def tune(
     final, losses, clipped, norms = (
         part.reshape(len(grid), len(keys), *part.shape[1:]) for part in runs[1:]
     )
-    return Sweep(grid, keys, final, losses, clipped, norms, limit, baseline)
+    name = first_argument(step)
+    return Sweep(grid, keys, final, losses, clipped, norms, limit, baseline, name)
 
 
 def objective(

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from optaxclip import validate
 from optaxclip.base import annotate
 from optaxclip.engine import Description
-from optaxclip.states import StateGuard, init_inside
+from optaxclip.states import StateGuard, explain_leaves, init_inside
 from optaxclip.trees import drop_gradientless
 from optaxclip.wrappers.steps import multiply
 
@@ -84,8 +84,9 @@ def reset_moments(
         step = jnp.where(due, 0, state.reset_step)
         # Computed here and not kept in the state, which would double the memory for moments.
         fresh = inner.init(like)
-        start = jax.tree.map(lambda a, b: _select(due, a, b), fresh, state.inner)
-        updates, new = inner.update(updates, start, params, **extra_args)
+        with explain_leaves(call, updates):
+            start = jax.tree.map(lambda a, b: _select(due, a, b), fresh, state.inner)
+            updates, new = inner.update(updates, start, params, **extra_args)
         warm = _warmup(step, jnp.asarray(warmup_steps).astype(jnp.float32))
         return multiply(updates, warm), ResetState(jnp.asarray(optax.safe_increment(step)), new)
 

@@ -18,7 +18,8 @@ from optaxclip.actions import keep
 from optaxclip.base import AxisNames, Exclude, Norm, Threshold
 from optaxclip.core import clip_by
 from optaxclip.norms import l2
-from optaxclip.thresholds.fixed import as_threshold, is_of_gradients, unchecked
+from optaxclip.thresholds.convert import as_threshold, is_of_gradients
+from optaxclip.thresholds.fixed import unchecked
 from optaxclip.thresholds.window import window_zscore
 from optaxclip.wrappers.steps import LOSS, NONFINITE, NORM, SkipState, skip_by
 

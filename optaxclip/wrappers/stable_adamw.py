@@ -14,7 +14,7 @@ from optaxclip.base import AxisNames, annotate
 from optaxclip.core import clip_by
 from optaxclip.engine import chain, description_of
 from optaxclip.norms import rms
-from optaxclip.states import StateGuard, init_inside
+from optaxclip.states import StateGuard, explain_leaves, init_inside
 from optaxclip.thresholds.learned import like
 from optaxclip.trees import drop_gradientless
 from optaxclip.xla import root, widen
@@ -81,7 +81,8 @@ def scale_by_stable_rms(
         guard.check(state, drop_gradientless(params, updates))
         # Adam first, because its second moment must include this gradient. At the first step the
         # previous one is zero, compared with which every gradient is a spike.
-        steps, new = inner.update(updates, state.inner, params, **extra_args)
+        with explain_leaves(call, updates):
+            steps, new = inner.update(updates, state.inner, params, **extra_args)
         clipped, record = clip.update(steps, state.clip, _shares(call, updates, new, b2, eps))
         return clipped, StableRmsState(new, record)
 

@@ -18,7 +18,7 @@ from optaxclip import validate, xla
 from optaxclip.base import annotate
 from optaxclip.engine import description_of, lay_out
 from optaxclip.scopes import tree
-from optaxclip.states import StateGuard, init_inside
+from optaxclip.states import StateGuard, explain_leaves, init_inside
 from optaxclip.thresholds.blocks import hold
 from optaxclip.trees import drop_gradientless, is_measured, path_string
 
@@ -129,7 +129,8 @@ def skip_by(
             )
         with validate.speak_for(call):
             verdict = _judge(watch, loss_rule, updates, state, params, loss, extra_args)
-        steps, new = inner.update(updates, state.inner, params, **extra_args)
+        with explain_leaves(call, updates):
+            steps, new = inner.update(updates, state.inner, params, **extra_args)
         # Computed here and not kept: otherwise every checkpoint would hold the thresholds twice.
         fresh = thresholds(like)
         skip, state = _decide(verdict, state, new, fresh, most)

@@ -22,15 +22,16 @@ from optaxclip.xla.mesh import (
     NOWHERE,
     Span,
     apart,
-    call_in_auto_axes,
+    count_devices,
     find_span,
     hold_everywhere,
+    hold_somewhere,
     is_names,
-    is_shared,
-    vary,
 )
+from optaxclip.xla.placing import call_in_auto_axes, fill_like, is_shared, vary, vary_as
 from optaxclip.xla.scaling import as_dtype_of, scale, spread
-from optaxclip.xla.widths import accumulator, poison, root, times, widen
+from optaxclip.xla.units import place_units
+from optaxclip.xla.widths import accumulator, largest, poison, root, smallest, times, widen
 
 __all__ = [
     "NOWHERE",
@@ -40,20 +41,27 @@ __all__ = [
     "apart",
     "as_dtype_of",
     "call_in_auto_axes",
+    "count_devices",
     "count_reaching",
     "counts_of",
+    "fill_like",
     "find_span",
     "is_names",
     "is_shared",
     "hold_everywhere",
+    "hold_somewhere",
     "join_lengths",
+    "largest",
     "lay_out",
     "measure",
+    "place_units",
     "poison",
     "root",
     "scale",
+    "smallest",
     "spread",
     "times",
     "vary",
+    "vary_as",
     "widen",
 ]

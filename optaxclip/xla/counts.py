@@ -35,6 +35,7 @@ def _count(arrays: list[jax.Array], layout: Layout, sizes: Sequence[float], most
     for leaves, counts in reduce_alike(reaching, "sum", layout, arrays, most):
         # Not over all axes at once, less the copies: so many elements may be no int32.
         own = jnp.stack(counts).reshape(len(sizes), -1)
+        own = layout.among_all(own, leaves)
         pools.append(layout.span.pool_leaf(own, leaves[0], "sum"))
         first.extend(leaves)
     return pool_blocks("sum", layout, jnp.concatenate(pools, axis=1), first)

@@ -16,9 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from optaxclip.base import Blocks
-from optaxclip.xla.mesh import NOWHERE, Span
+from optaxclip.xla.mesh import NOWHERE, Span, count_devices
 
 
 class Layout(NamedTuple):
@@ -48,10 +51,41 @@ class Layout(NamedTuple):
         pooled = self.axes_of(leaf)
         return tuple(n for axis, n in enumerate(self.shapes[leaf]) if axis not in pooled)
 
+    def over(self, leaf: int) -> tuple[str, ...]:
+        """The mesh axes over which the layers of a leaf are cut."""
+        return self.blocks.over[leaf] if self.blocks.over else ()
+
     def blocks_of(self, leaf: int) -> range:
-        """The block of a leaf, or the blocks of the layers that it stacks."""
+        """The block of a leaf, or the blocks of the layers that it stacks, on all devices."""
         first = self.blocks.index[leaf]
-        return range(first, first + math.prod(self.kept(leaf)))
+        return range(first, first + math.prod(self.kept(leaf)) * count_devices(self.over(leaf)))
+
+    def among_all(self, x: jax.Array, leaves: Sequence[int]) -> jax.Array:
+        """The last axis of `x`, the own layers of leaves, each in its place among those of all.
+
+        Elsewhere are zeros, so that to pool over devices is to join.
+        """
+        if not any(map(self.over, leaves)):
+            return x
+
+        def place(own, leaf):
+            over, count = self.over(leaf), own.shape[-1]
+            whole = jnp.zeros((*own.shape[:-1], count * count_devices(over)), own.dtype)
+            start = lax.axis_index(over) * count if over else 0
+            return lax.dynamic_update_slice_in_dim(whole, own, start, own.ndim - 1)
+
+        ends = np.cumsum([math.prod(self.kept(leaf)) for leaf in leaves])[:-1]
+        parts = zip(jnp.split(x, ends, axis=-1), leaves, strict=True)
+        return jnp.concatenate([place(own, leaf) for own, leaf in parts], axis=-1)
+
+    def own_layers(self, values: jax.Array, leaf: int) -> jax.Array:
+        """What a vector of all blocks has for the layers of a leaf that are on this device."""
+        places, over = self.blocks_of(leaf), self.over(leaf)
+        if not over:
+            return values[places.start : places.stop]
+        count = math.prod(self.kept(leaf))
+        start = places.start + lax.axis_index(over) * count
+        return lax.dynamic_slice_in_dim(values, start, count)
 
 
 def group(keys: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
@@ -77,7 +111,18 @@ def lay_out(blocks: Blocks, paths: Sequence[str], shapes, span: Span = NOWHERE) 
     # all biases and scales takes 28 kernels less on a TPU than one array per row.
     whole = [axes[row[0]] == tuple(range(len(shapes[row[0]]))) for row in rows]
     arrays = group(["whole" if all_of_it else r for r, all_of_it in enumerate(whole)])
-    return Layout(blocks, tuple(shapes), rows, arrays, _span_units(blocks, span))
+    span = _span_layers(blocks, _span_units(blocks, span))
+    return Layout(blocks, tuple(shapes), rows, arrays, span)
+
+
+def _span_layers(blocks: Blocks, span: Span) -> Span:
+    """The span of leaves of which it is known over which mesh axes their layers are cut."""
+    if not blocks.over or not span.sizes:
+        return span
+    own = span.leaves or (frozenset(),) * len(blocks.over)
+    leaves = tuple(one.union(more) for one, more in zip(own, blocks.over, strict=True))
+    axes = tuple(sorted(frozenset(span.axes).union(*leaves)))
+    return span._replace(leaves=leaves, axes=axes, explicit=True)
 
 
 def _span_units(blocks: Blocks, span: Span) -> Span:

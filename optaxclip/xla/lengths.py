@@ -25,9 +25,10 @@ from jax.typing import ArrayLike
 from optaxclip.base import Norm, Norms
 from optaxclip.xla.layout import Layout
 from optaxclip.xla.mesh import hold_everywhere
+from optaxclip.xla.scales import choose, is_exact, scales_of
 from optaxclip.xla.scaling import spread
 from optaxclip.xla.sums import Pieces, lifted, plain, stacking, units, variadic
-from optaxclip.xla.widths import accumulator, widen
+from optaxclip.xla.widths import accumulator, largest, widen
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
@@ -47,63 +48,75 @@ _MODULUS = Norm("modulus", jnp.abs, "max", lambda x, n: x, lambda u, n: jnp.sign
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
     """As `measure`."""
-    dtype, units_ = accumulator(arrays), layout.blocks.units
-    scales, counts = scales_of(norm, dtype, units_), jax.tree.leaves(counts_of(layout, dtype))
     if layout.blocks.axes is not None:
         layout.span.check_units()
+    forms = _Forms(norm, layout, accumulator(arrays))
+    lengths = lax.platform_dependent(
+        arrays, cpu=forms.checked, cuda=forms.stacked, rocm=forms.stacked, default=forms.plain
+    )
+    return lengths if layout.blocks.units else lengths[0]
 
-    def pool(form, arrays, scales):
-        # A scale for float64, such as 2^-640, underflows in float32: narrower leaves would vanish.
-        if dtype == np.float64:
-            arrays = [widen(x, dtype) for x in arrays]
-        return _pool(form, norm, layout, arrays, scales, dtype)
 
-    def finish(pools):
-        return [_finish(norm, x, scales, n) for x, n in zip(pools, counts, strict=True)]
+class _Forms:
+    """The forms in which norms are taken; each is a function of the leaves."""
 
-    def at_one(scale, arrays):
-        pools = pool(stacking, arrays, (scale,))
-        return [_join([x for (x,) in row], n.ndim) for row, n in zip(pools, counts, strict=True)]
+    def __init__(self, norm: Norm, layout: Layout, dtype: np.dtype):
+        self.norm, self.layout, self.dtype = norm, layout, dtype
+        self.scales = scales_of(norm, dtype, layout.blocks.units)
+        self.counts = jax.tree.leaves(counts_of(layout, dtype))
 
-    def rescue(arrays):
-        # One scale after another. In one read XLA:CPU would allocate a float32 copy of all narrow
-        # leaves.
-        at = lax.map(lambda s: at_one(s, arrays), np.array(scales, dtype))
-        return finish([[x] for x in at])
+    def plain(self, arrays: list[jax.Array]) -> list[jax.Array]:
+        """At all scales in one read."""
+        return self._finish(self._pool(plain, arrays, self.scales))
 
-    def checked(arrays):
-        rows = at_one(1.0, _apart(arrays))
-        inside = [_inside(x, n, dtype, units_) for x, n in zip(rows, counts, strict=True)]
-        lengths = [norm.finish(x, n) for x, n in zip(rows, counts, strict=True)]
-        exact = jnp.all(jnp.array(inside))
+    def stacked(self, arrays: list[jax.Array]) -> list[jax.Array]:
+        """At all scales in one read, leaves alike in one reduction."""
+        return self._finish(self._pool(variadic, arrays, self.scales))
+
+    def checked(self, arrays: list[jax.Array]) -> list[jax.Array]:
+        """At scale 1, and at the others only where that is not exact."""
+        if len(self.scales) == 1 or not self.counts:
+            return self.plain(arrays)
+        units_, sums = self.layout.blocks.units, self.at(1.0, _apart(arrays))
+        each = list(zip(sums, self.counts, strict=True))
+        exact = jnp.all(jnp.array([is_exact(x, n, self.dtype, units_) for x, n in each]))
         if units_:
             # Of all devices: a branch that only some take makes all norms vary by type.
             exact = hold_everywhere(exact)
-        return lax.cond(exact, lambda _: lengths, rescue, arrays)
+        lengths = [self.norm.finish(x, n) for x, n in each]
+        return lax.cond(exact, lambda _: lengths, self._rescue, arrays)
 
-    def gpu(arrays):
-        return finish(pool(variadic, arrays, scales))
+    def _rescue(self, arrays):
+        # One scale after another. In one read XLA:CPU would allocate a float32 copy of all narrow
+        # leaves.
+        scales = np.array(self.scales, self.dtype)
+        return self._finish([[x] for x in lax.map(lambda s: self.at(s, arrays), scales)])
 
-    def everywhere(arrays):
-        return finish(pool(plain, arrays, scales))
+    def at(self, scale: ArrayLike, arrays: list[jax.Array], form=stacking) -> list[jax.Array]:
+        """The sums at one scale."""
+        each = zip(self._pool(form, arrays, (scale,)), self.counts, strict=True)
+        return [_join([x for (x,) in pieces], n.ndim) for pieces, n in each]
 
-    cpu = checked if len(scales) > 1 and counts else everywhere
-    lengths = lax.platform_dependent(arrays, cpu=cpu, cuda=gpu, rocm=gpu, default=everywhere)
-    return lengths if units_ else lengths[0]
+    def _pool(self, form, arrays, scales) -> list[Pieces]:
+        """Sums of each array of norms, in pieces; named blocks are one array in one piece."""
+        norm, layout, dtype = self.norm, self.layout, self.dtype
+        # A scale for float64, such as 2^-640, underflows in float32: narrower leaves would vanish.
+        if dtype == np.float64:
+            arrays = [widen(x, dtype) for x in arrays]
+        if layout.blocks.units:
+            return units(norm, layout, arrays, scales, dtype, stacked=form is variadic)
+        return [[list(_gathered(norm, layout, form(norm, layout, arrays, scales, dtype)))]]
 
-
-def _pool(form, norm: Norm, layout: Layout, arrays, scales, dtype) -> list[Pieces]:
-    """The pools of each array of norms, in pieces; named blocks are one array in one piece."""
-    if layout.blocks.units:
-        return units(norm, layout, arrays, scales, dtype, stacked=form is variadic)
-    return [[list(_gathered(norm, layout, form(norm, layout, arrays, scales, dtype)))]]
+    def _finish(self, pools: list[Pieces]) -> list[jax.Array]:
+        each = zip(pools, self.counts, strict=True)
+        return [_finish(self.norm, pieces, self.scales, n) for pieces, n in each]
 
 
 def join_lengths(norm: Norm, lengths: jax.Array, count: ArrayLike = 1) -> jax.Array:
     """The length of a block, given those of its parts; infinite above the largest float."""
     scales = scales_of(norm, lengths.dtype, units=False)
     pools = [jnp.sum(lifted(norm, lengths, scale)) for scale in scales]
-    return _chosen(norm, pools, scales, count)
+    return choose(norm, pools, scales, count)
 
 
 def _join(pieces: list[jax.Array], ndim: int) -> jax.Array:
@@ -121,48 +134,8 @@ def _finish(norm: Norm, pieces: Pieces, scales, count: np.ndarray) -> jax.Array:
         sizes = [len(x) if x.ndim == count.ndim else 1 for x, *_ in pieces]
         counts = np.split(count, np.cumsum(sizes)[:-1])
     each = zip(pieces, counts, strict=True)
-    lengths = [_chosen(norm, pools, scales, n.reshape(pools[0].shape)) for pools, n in each]
+    lengths = [choose(norm, pools, scales, n.reshape(pools[0].shape)) for pools, n in each]
     return _join(lengths, count.ndim)
-
-
-def scales_of(norm: Norm, dtype, units: bool) -> tuple[float, ...]:
-    """The scales at which to pool, largest first; just 1 if no power can overflow or underflow.
-
-    A pool is exact while |x| is within 2^±(126 / p). Scales are 2^(160 / p) apart, which overlaps
-    by enough for a sum of a billion numbers.
-    """
-    if norm.pool == "max" or norm.power <= 1:
-        return (1.0,)
-    wide = jnp.finfo(dtype).maxexp / 128
-    if units and norm.power == 2:
-        # Two scales, as a third costs 4 bytes per parameter on a GPU. They reach from 1e-36 to
-        # 1e36; where one takes over from the other, terms below 2^-25 of the sum are lost.
-        return (2.0 ** (57 * wide), 2.0 ** (-57 * wide))
-    step = 160 / norm.power
-    count = math.ceil((120 - 126 / norm.power) / step)
-    return tuple(2.0 ** round(step * wide * i) for i in range(count, -count - 1, -1))
-
-
-def _chosen(norm: Norm, pools: list[jax.Array], scales, count) -> jax.Array:
-    """The length, from the largest scale that did not overflow.
-
-    NaN and infinity come out of the smallest scale.
-    """
-    length = norm.finish(pools[-1], count) / scales[-1]
-    for pool, scale in list(zip(pools, scales, strict=True))[-2::-1]:
-        length = jnp.where(jnp.isfinite(pool), norm.finish(pool, count) / scale, length)
-    return length
-
-
-def _inside(pools: jax.Array, count, dtype, units: bool) -> jax.Array:
-    """Whether all pools at scale 1 are exact: none overflowed, none lost terms that underflowed."""
-    info = jnp.finfo(dtype)
-    inside = pools >= count * np.asarray(info.tiny / info.eps, dtype)
-    if units:
-        # Some zeros among other norms do not need the other scales: dead units are common.
-        some = jnp.any(pools > 0, axis=tuple(range(1, pools.ndim)), keepdims=True)
-        inside |= (pools == 0) & some
-    return jnp.all(inside & jnp.isfinite(pools))
 
 
 def _apart(arrays):
@@ -173,12 +146,12 @@ def _apart(arrays):
 def _gathered(norm: Norm, layout: Layout, parts) -> jax.Array:
     """Combines pools of parts into pools of blocks over all devices: (S, B), or (S,) for `tree`."""
     pools, first = parts
-    span = layout.span
+    pools, span = layout.among_all(pools, first), layout.span
     if span.axes and norm.pool == "sum":
         copies = [span.copies(leaf) for leaf in first for _ in layout.blocks_of(leaf)]
         pools = pools / np.array([copies], pools.dtype)
     if layout.blocks.names is None:
-        pools = pools.sum(axis=1) if norm.pool == "sum" else pools.max(axis=1, initial=0)
+        pools = pools.sum(axis=1) if norm.pool == "sum" else largest(pools, 1)
     else:
         pools = pool_blocks(norm.pool, layout, pools, first)
     return span.pool(pools, norm.pool)
@@ -224,9 +197,7 @@ def _measure_jvp(norm: Norm, layout: Layout, primals, tangents):
     counts = spread(jax.tree.map(jnp.asarray, counts_of(layout, dtype)), layout)
     each = zip(arrays, sizes, counts, dots, strict=True)
     parts = [_along(norm, x, n, count, dot) for x, n, count, dot in each]
-    pools = _pool(plain, _IDENTITY, layout, parts, (1.0,), dtype)
-    each = zip(jax.tree.leaves(lengths), pools, strict=True)
-    along = [_join([x for (x,) in pieces], n.ndim) for n, pieces in each]
+    along = _Forms(_IDENTITY, layout, dtype).at(1, parts, plain)
     return lengths, along if layout.blocks.units else along[0]
 
 

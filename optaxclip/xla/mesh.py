@@ -12,17 +12,18 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from optaxclip import validate
 from optaxclip.base import AxisNames
-from optaxclip.compat import manual_axes, to_varying, varying_axes
+from optaxclip.compat import manual_axes, varying_axes
+from optaxclip.xla.placing import types_are_kept, vary
+from optaxclip.xla.widths import from_order, in_order
 
 
 class Span(NamedTuple):
@@ -33,19 +34,21 @@ class Span(NamedTuple):
         spread.
       axes: all axes that occur, in order: pooled values are combined over these.
       explicit: whether the caller named the axes.
+      sizes: of all mesh axes along which code runs per device, on which blocks may depend.
     """
 
     leaves: tuple[frozenset[str], ...] = ()
     axes: tuple[str, ...] = ()
     explicit: bool = False
+    sizes: tuple[int, ...] = ()
 
     def parts(self, leaf: int) -> int:
         """How many devices share leaf `leaf`."""
-        return math.prod(lax.axis_size(axis) for axis in self._own(leaf))
+        return count_devices(self._own(leaf))
 
     def copies(self, leaf: int) -> int:
         """How many copies of leaf `leaf` a sum over all `axes` meets."""
-        return math.prod(lax.axis_size(axis) for axis in self.axes if axis not in self._own(leaf))
+        return count_devices(axis for axis in self.axes if axis not in self._own(leaf))
 
     def pool(self, x: jax.Array, how: str) -> jax.Array:
         """`x` pooled over all axes; the result is the same on every device."""
@@ -64,7 +67,8 @@ class Span(NamedTuple):
                 " type says over which axes a leaf varies, not along which of its dimensions. Pass"
                 " axis_names= to the clip: for each leaf (as a tree, or a function of the path)"
                 " the axes that cut its units or layers, and () where every device holds whole"
-                " ones."
+                " ones. Where each device holds some of the layers, pass a scope that says over"
+                " which axes: scopes.stacked(..., over=...)."
             )
 
     def _own(self, leaf: int) -> frozenset[str]:
@@ -72,6 +76,11 @@ class Span(NamedTuple):
 
 
 NOWHERE = Span()
+
+
+def count_devices(axes: Iterable[str]) -> int:
+    """How many devices lie along mesh axes."""
+    return math.prod(lax.axis_size(axis) for axis in axes)
 
 
 # Not an argument of every clip: these axes belong to whoever calls a clip, which may be a foreign
@@ -91,18 +100,11 @@ def apart(axes: Sequence[str]) -> Generator[None, None, None]:
         _APART.reset(token)
 
 
-def is_shared(x: jax.Array, axes: Sequence[str]) -> bool:
-    """Whether the type of `x` says that it is the same on all devices along one of `axes`."""
-    # `vmap` and silent types say nothing.
-    if not set(axes) <= set(manual_axes()) or not _types_are_kept():
-        return False
-    return not set(axes) <= varying_axes(x)
-
-
 def _across(x: jax.Array, axes: tuple[str, ...], how: str) -> jax.Array:
     if not axes:
         return x
-    return (lax.psum if how == "sum" else lax.pmax)(vary(x, axes), axes)
+    x = vary(x, axes)
+    return lax.psum(x, axes) if how == "sum" else from_order(lax.pmax(in_order(x), axes))
 
 
 def hold_everywhere(condition: jax.Array) -> jax.Array:
@@ -111,17 +113,10 @@ def hold_everywhere(condition: jax.Array) -> jax.Array:
     return lax.pmin(condition.astype(jnp.int32), axes) > 0 if axes else condition
 
 
-def vary(x: jax.Array, axes: Sequence[str]) -> jax.Array:
-    """`x`, cast to the type that a collective over `axes` takes."""
-    # If types are kept, a `psum` over two axes of an array that varies over one is an error.
-    missing = tuple(axis for axis in axes if axis in manual_axes() and axis not in varying_axes(x))
-    return to_varying(x, missing) if missing and _types_are_kept() else x
-
-
-def _types_are_kept() -> bool:
-    """Whether `shard_map` tracks what varies: if it does, its axis index is of a varying type."""
-    # There is no other way to ask: with `check_vma=False` all types are empty, as if replicated.
-    return all(axis in varying_axes(lax.axis_index(axis)) for axis in manual_axes())
+def hold_somewhere(condition: jax.Array) -> jax.Array:
+    """Whether a condition holds on any of the devices among which it varies by type."""
+    axes = tuple(sorted(varying_axes(condition) - _APART.get()))
+    return lax.pmax(condition.astype(jnp.int32), axes) > 0 if axes else condition
 
 
 def is_names(x) -> bool:
@@ -160,7 +155,7 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
     if axis_names is not None:
         names = _named(axis_names, paths)
         said = [frozenset((n,) if isinstance(n, str) else n) - own for n in names]
-    elif _types_are_kept():
+    elif types_are_kept():
         said = typed
     elif all(lax.axis_size(axis) == 1 for axis in axes):
         said = [frozenset()] * len(typed)  # one device holds everything: local norms are global
@@ -170,35 +165,11 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
     # become so by type. Sorted, because all processes must compile the same program, and the order
     # of a set of strings differs between processes.
     return Span(
-        tuple(said), tuple(sorted(frozenset().union(*said, *typed))), axis_names is not None
+        tuple(said),
+        tuple(sorted(frozenset().union(*said, *typed))),
+        axis_names is not None,
+        tuple(map(lax.axis_size, axes)),
     )
-
-
-def call_in_auto_axes(
-    function: Callable[..., tuple[list[jax.Array], Any]], arrays: list[jax.Array], rest: Any
-) -> tuple[list[jax.Array], Any]:
-    """`function(arrays, rest)`, with Explicit mesh axes treated as Auto inside.
-
-    With Explicit axes each product, select and vmap would have to be told the sharding of its
-    result. The arrays come out sharded as they went in, everything else comes out replicated.
-    """
-    types = [jax.typeof(x).sharding for x in arrays]
-    cut = [kind for kind in types if any(kind.spec)]
-    if not cut:
-        return function(arrays, rest)
-    leaves, structure = jax.tree.flatten(rest)
-    # Types change inside, so arrays may not be closed over; strings and the like may.
-    numbers = {i: x for i, x in enumerate(leaves) if hasattr(x, "dtype")}
-
-    def inside(arrays, numbers):
-        whole = [numbers.get(i, x) for i, x in enumerate(leaves)]
-        return function(arrays, structure.unflatten(whole))
-
-    results = [kind.spec for kind in types], PartitionSpec()
-    # The mesh in the types, as the context of `jax.set_mesh` may have ended.
-    with jax.sharding.use_abstract_mesh(cut[0].mesh):
-        run: Any = jax.sharding.auto_axes(inside, out_sharding=results)
-        return run(arrays, numbers)
 
 
 def _silent(axes: tuple[Any, ...]) -> str:

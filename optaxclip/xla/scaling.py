@@ -129,8 +129,7 @@ def _layer_entries(vector: jax.Array, layout: Layout, hold=lambda x: x) -> list[
     """For each leaf the entries of the layers that it stacks, or its single entry."""
 
     def entries(leaf):
-        places = layout.blocks_of(leaf)
-        own = hold(vector[places.start : places.stop]).reshape(layout.kept(leaf))
+        own = hold(layout.own_layers(vector, leaf)).reshape(layout.kept(leaf))
         return jnp.expand_dims(own, layout.axes_of(leaf))
 
     return [entries(leaf) for leaf in range(len(layout.shapes))]

@@ -25,7 +25,7 @@ from jax import lax
 from optaxclip.base import Norm
 from optaxclip.compat import varying_axes
 from optaxclip.xla.layout import Layout, chunks, group, same_types
-from optaxclip.xla.widths import times, widen
+from optaxclip.xla.widths import largest, times, widen
 
 # XLA:GPU may copy a stack of more leaves: a kernel takes about 90 operands.
 STACKED = 64
@@ -34,8 +34,11 @@ ADDENDS = 64
 # Smaller alike leaves are stacked: XLA:CPU has an overhead per array, and copying so little is
 # cheap.
 SMALL, MOST = 4096, 256
+# Larger leaves are summed one by one on a CPU: a loop that reads twelve of them at once takes a
+# fifth longer.
+LARGE = 2**16
 
-_REDUCE = {"sum": jnp.sum, "max": lambda x, **kw: jnp.max(x, initial=0, **kw)}
+_REDUCE = {"sum": jnp.sum, "max": largest}
 _MEET = {"sum": lax.add, "max": lax.max}
 
 Pools = tuple[jax.Array, list[int]]
@@ -78,7 +81,8 @@ def plain(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool = 
 
     Args:
       norm, layout, arrays, scales, dtype: see above.
-      stacked: whether to stack small alike leaves of several blocks.
+      stacked: whether to stack small alike leaves of several blocks, and to sum large ones one by
+        one.
     """
     pools, first = [], []
 
@@ -90,9 +94,9 @@ def plain(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool = 
 
     for row in layout.rows:
         for same in same_types(layout, row, arrays):
-            parts = _parts(layout, same, ADDENDS)
-            small = not layout.kept(same[0]) and arrays[same[0]].size < SMALL
-            if stacked and len(parts) > 1 and small:
+            size = arrays[same[0]].size
+            parts = _parts(layout, same, 1 if stacked and size > LARGE else ADDENDS)
+            if stacked and len(parts) > 1 and size < SMALL and not layout.kept(same[0]):
                 for chunk in chunks(same, MOST):
                     whole = jnp.stack([arrays[i].ravel() for i in chunk])
                     add(lambda s, x=whole: lifted(norm, x, s), chunk, 1)
@@ -105,7 +109,7 @@ def plain(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool = 
 
 
 def stacking(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
-    """Like `plain`, but stacks small alike leaves of several blocks and reduces them at once."""
+    """Like `plain`, but small alike leaves of several blocks at once, and large ones one by one."""
     return plain(norm, layout, arrays, scales, dtype, stacked=True)
 
 
@@ -138,12 +142,15 @@ def reduce_alike(
             for leaves in chunks(same, most):
                 whole = jnp.stack([arrays[i] for i in leaves])
                 below = tuple(axis + 1 for axis in layout.axes_of(leaves[0]))
-                yield leaves, _reduce(contribute(whole), _MEET[how], below)
+                yield leaves, _reduce(contribute(whole), how, below)
 
 
-def _reduce(operands: list[jax.Array], meet: Callable, axes: tuple[int, ...]) -> list[jax.Array]:
+def _reduce(operands: list[jax.Array], how: str, axes: tuple[int, ...]) -> list[jax.Array]:
+    if how == "max":
+        return [largest(x, axes) for x in operands]
+
     def step(a, b):
-        return tuple(map(meet, a, b))
+        return tuple(map(lax.add, a, b))
 
     zeros = tuple(jnp.zeros((), x.dtype) for x in operands)
     return list(lax.reduce(tuple(operands), zeros, step, axes))

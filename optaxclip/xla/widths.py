@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,32 @@ def poison(fine: jax.Array, x: jax.Array) -> jax.Array:
     # selected. 0 / 0 makes a NaN only where one is wanted, and x / 1 is x.
     x = jnp.where(fine, x, jnp.zeros((), x.dtype))
     return x / fine.astype(x.dtype)
+
+
+def largest(x: jax.Array, axis: Any = None) -> jax.Array:
+    """The largest of numbers of at least 0; NaN if one is NaN, however they are sharded."""
+    return from_order(jnp.max(in_order(x), axis, initial=0))
+
+
+def smallest(x: jax.Array, axis: Any = None) -> jax.Array:
+    """The smallest of numbers of at least 0; NaN if one is NaN, however they are sharded."""
+    least = jnp.min(jnp.where(jnp.isnan(x), -1, in_order(x)), axis)
+    return poison(least >= 0, from_order(jnp.maximum(least, 0)))
+
+
+def in_order(x: jax.Array) -> jax.Array:
+    """Floats of at least 0 as integers of the same order, in which NaN is the largest.
+
+    A maximum is taken of these: an all-reduce of floats may drop NaN, as XLA:CPU's does.
+    """
+    whole = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    # The modulus again, because the NaN of a complex modulus may have its sign bit set.
+    return lax.bitcast_convert_type(jnp.abs(x), whole)
+
+
+def from_order(x: jax.Array) -> jax.Array:
+    """The inverse of `in_order`."""
+    return lax.bitcast_convert_type(x, jnp.float64 if x.dtype == jnp.int64 else jnp.float32)
 
 
 def root(x: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ Lines of its output that begin with `{` are rows, as JSON: those before a crash 
 import json
 import sys
 import time
+from typing import Any
 
 import jax
 
@@ -65,10 +66,19 @@ def account(program: Program, placement: Placement) -> dict[str, float]:
 
 def _count_moved(compiled: jax.stages.Compiled, program: Program) -> int:
     """How many parameters and moments leave a step on other devices than they entered it."""
-    params = {x.shape for x in jax.tree.leaves(program.arguments[0])}
-    before = jax.tree.leaves(program.arguments[: len(program.donated)])
-    after = jax.tree.leaves(compiled.output_shardings)
-    pairs = [(x, sharding) for x, sharding in zip(before, after, strict=True) if x.shape in params]
+    params = jax.tree.structure(program.arguments[0])
+
+    def like_params(tree: Any) -> bool:
+        return jax.tree.structure(tree) == params
+
+    before = jax.tree.leaves(program.arguments[: len(program.donated)], is_leaf=like_params)
+    after = jax.tree.leaves(compiled.output_shardings, is_leaf=like_params)
+    pairs = [
+        pair
+        for x, sharding in zip(before, after, strict=True)
+        if like_params(x)
+        for pair in zip(jax.tree.leaves(x), jax.tree.leaves(sharding), strict=True)
+    ]
     return sum(not x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in pairs)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -96,7 +97,11 @@ def _train(case: Case, clip: Clip, placement: Placement) -> Program:
     # Optax's clips know no `shard_map`: they stand beside ours as plain jit has them.
     mapped = case.form == "shard_map" and bool(clip.beside)
     tx = clip.wrap(optax.adamw(1e-3))
-    state, state_specs = _place(jax.eval_shape(tx.init, params), specs, placement)
+    # Where axes are Explicit, `init` needs the mesh in its context to cut the norms of units.
+    explicit = case.form == "explicit"
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if explicit else nullcontext():
+        state = jax.eval_shape(tx.init, params)
+    state, state_specs = _place(state, specs, placement)
     step = _step(tx)
     if mapped:
         ins = (specs, state_specs, specs)
@@ -121,9 +126,14 @@ def _shape(shape, kind, placement: Placement, spec: P = EVERYWHERE) -> jax.Shape
 
 
 def _place(state: Any, specs: dict[str, P], placement: Placement) -> tuple[Any, Any]:
-    """A state and its specs: what is like the parameters lies as they do, all else everywhere."""
+    """A state and its specs: what is like the parameters lies as they do, all else everywhere.
+
+    Under Explicit axes all lies as its type says.
+    """
 
     def spec_of(leaves: Any) -> Any:
+        if getattr(leaves, "sharding", None):
+            return leaves.sharding.spec
         if not isinstance(leaves, dict) or leaves.keys() != specs.keys():
             return jax.tree.map(lambda x: EVERYWHERE, leaves)
         # A statistic of a leaf is filed under its name, and has no axes to cut.

@@ -1,14 +1,15 @@
-"""How often `diagnose` is right: writes a table into docs/watching.md.
+"""How often `diagnose` is right: writes two tables into docs/watching.md.
 
     python -m tests.benchmarks.diagnosis [--seeds 200]
 
-Each way to fail, or to be healthy, of `tests/catalogue.py` is drawn with so many seeds. The column
-"before" is of the first `diagnose`, which looked at the whole run only. It is kept in a file, which
+Each case of `tests/catalogue.py`, a way to fail or to be healthy, is drawn with many seeds. The
+column "before" shows the first version of `diagnose`, which looked only at the run as a whole. Its
+results are kept in a file, written by
 
     git worktree add FOLDER c19c444^
     python -m tests.benchmarks.diagnosis --before FOLDER
 
-writes.
+A second table counts the signs in windows of the healthy runs, taken at several places.
 """
 
 import argparse
@@ -22,14 +23,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.benchmarks.reporting import put_into, table
-from tests.catalogue import CASES, SILENT
+from tests.benchmarks.reporting import publish, table
+from tests.catalogue import CASES, HEALTHY, SILENT, WINDOWS, windows_of
 
 BEFORE = pathlib.Path(__file__).with_name("diagnosis_before.json")
 
 
 def load(folder: str):
-    """The package as it is in a checkout."""
+    """Imports the package from a checkout."""
     path = pathlib.Path(folder, "optaxclip", "__init__.py")
     spec = importlib.util.spec_from_file_location("optaxclip", path)
     assert spec and spec.loader, path
@@ -39,12 +40,12 @@ def load(folder: str):
 
 
 def draw(name: str, seed: int):
-    """A run of a case; no two cases share their seeds."""
+    """Draws a run of a case. No two cases share random numbers."""
     return CASES[name].draw(np.random.default_rng([seed, zlib.crc32(name.encode())]))
 
 
 def count(diagnose: Callable, name: str, seeds: int) -> tuple[Counter, Counter]:
-    """What is named first, how often; and what is wrongly named at all, or with another block."""
+    """Counts which sign comes first, and which signs are wrong or name another block."""
     first, wrong = Counter(), Counter()
     for seed in range(seeds):
         signs = diagnose(draw(name, seed))
@@ -56,29 +57,38 @@ def count(diagnose: Callable, name: str, seeds: int) -> tuple[Counter, Counter]:
 
 
 def count_first(diagnose: Callable, name: str, seeds: int) -> Counter:
-    """What is named first, how often."""
+    """Counts which sign comes first."""
     signs = [diagnose(draw(name, seed)) for seed in range(seeds)]
     return Counter(found[0].name if found else SILENT for found in signs)
 
 
 def describe(first: dict[str, int], expected: str) -> str:
-    """How often it was right, and what was named most where it was not."""
+    """Says how often the first sign was right, and which other one was most frequent."""
     share = f"{first.get(expected, 0) / sum(first.values()):.0%}"
     others = {key: n for key, n in first.items() if key != expected}
     return f"{share}, {max(others, key=lambda key: others[key])}" if others else share
 
 
-def row(diagnose: Callable, name: str, seeds: int, before: dict[str, int]) -> list[str]:
-    """A line of the table."""
-    case, (first, wrong) = CASES[name], count(diagnose, name, seeds)
+def make_row(diagnose: Callable, name: str, seeds: int, before: dict[str, int]) -> list[str]:
+    """Makes the row of a case."""
+    case = CASES[name]
+    first, wrong = count(diagnose, name, seeds)
     others = [f"{key} {n}" for key, n in first.most_common() if key != case.first]
     mistakes = ", ".join(others + [f"{key} {n}" for key, n in wrong.most_common()])
     right = f"{first[case.first] / seeds:.1%}"
     return [name, case.first, describe(before, case.first), right, mistakes]
 
 
+def make_window_row(diagnose: Callable, name: str, seeds: int) -> list[str]:
+    """Makes the row of the windows of a healthy run."""
+    found = [diagnose(window) for seed in range(seeds) for window in windows_of(draw(name, seed))]
+    wrong = Counter(sign.name for signs in found for sign in signs)
+    silent = sum(not signs for signs in found) / len(found)
+    return [name, f"{silent:.1%}", ", ".join(f"{key} {n}" for key, n in wrong.most_common())]
+
+
 def main() -> None:
-    """Counts, and writes the table."""
+    """Writes the tables, or the results of an older version."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--before", metavar="FOLDER")
@@ -90,9 +100,11 @@ def main() -> None:
         return
     before, seeds = json.loads(BEFORE.read_text()), args.seeds
     head = ["run", "right answer", "before", "now", f"other signs, of {seeds}"]
-    text = table(head, [row(diagnose, name, seeds, before[name]) for name in CASES])
-    print(text)
-    put_into("docs/watching.md", "diagnosis", text)
+    text = table(head, [make_row(diagnose, name, seeds, before[name]) for name in CASES])
+    publish(text, "docs/watching.md", "diagnosis")
+    rows = [make_window_row(diagnose, name, seeds) for name in HEALTHY]
+    text = table(["windows of", "nothing said", f"signs, in {len(WINDOWS) * seeds} windows"], rows)
+    publish(text, "docs/watching.md", "diagnosis windows")
 
 
 if __name__ == "__main__":

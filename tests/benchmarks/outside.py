@@ -1,4 +1,4 @@
-"""The same clip outside JAX, where installed: in C, about as fast as memory, and PyTorch's."""
+"""The same clip outside JAX: in C, about as fast as the memory allows, and PyTorch's."""
 
 import ctypes
 import functools
@@ -33,14 +33,14 @@ void scale(float *x, long n, float factor) {
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _compile_library() -> ctypes.CDLL | None:
     compiler = shutil.which("cc")
     if compiler is None:
         return None
     folder = pathlib.Path(tempfile.mkdtemp())
     (folder / "clip.c").write_text(SOURCE)
-    # Not -ffast-math: a library linked with it flushes subnormal numbers to zero, in this process,
-    # from then on.
+    # Not -ffast-math: loading a library linked with it makes the whole process flush subnormal
+    # numbers to zero.
     sums = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
     flags = ["-O3", "-march=native", *sums, "-fopenmp", "-shared", "-fPIC"]
     built = subprocess.run(
@@ -48,9 +48,8 @@ def _library() -> ctypes.CDLL | None:
     )
     if built.returncode:
         return None
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "passive"
-    )  # or its threads fight with XLA's for the cores
+    # Otherwise its waiting threads compete with XLA's for the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     library = ctypes.CDLL(str(folder / "clip.so"))
     library.norm.restype = ctypes.c_float
     library.norm.argtypes = [ctypes.c_void_p, ctypes.c_long]
@@ -58,9 +57,12 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def in_c(shapes: dict[str, tuple[int, ...]], scales: bool) -> Callable[[], float] | None:
-    """A clip of a tree in place, one array after the other; it reads, and writes if it `scales`."""
-    library = _library()
+def make_c_clip(shapes: dict[str, tuple[int, ...]], scales: bool) -> Callable[[], float] | None:
+    """Makes a clip in C that reads one array after the other, and writes them if it `scales`.
+
+    None without a C compiler.
+    """
+    library = _compile_library()
     if library is None:
         return None
     arrays = [np.ones(math.prod(shape), np.float32) for shape in shapes.values()]
@@ -74,8 +76,13 @@ def in_c(shapes: dict[str, tuple[int, ...]], scales: bool) -> Callable[[], float
     return run
 
 
-def in_torch(shapes: dict[str, tuple[int, ...]], scales: bool) -> Callable[[], object] | None:
-    """`clip_grad_norm_` with `foreach`, which always multiplies, also where it does not clip."""
+def make_torch_clip(
+    shapes: dict[str, tuple[int, ...]], scales: bool
+) -> Callable[[], object] | None:
+    """Makes a call of `clip_grad_norm_` with `foreach`, which multiplies even if it does not clip.
+
+    None without PyTorch.
+    """
     try:
         import torch
     except ImportError:

@@ -1,8 +1,8 @@
-"""Which bounds public implementations of adaptive clips keep, run from clones of their code.
+"""The bounds of public implementations of adaptive clips, run from clones of their code.
 
-Each is a function of the folder with the clones that returns `step(norm) -> bound`, the bound that
-holds for the next norm. Nothing of theirs is in this repository; modules that they import but do
-not need here are stood in for.
+Each function takes the folder with the clones and returns `step(norm) -> bound`, with the bound for
+the next norm. None of their code is in this repository. Modules that they import but do not need
+here are replaced by stand-ins.
 """
 
 import importlib.util
@@ -15,18 +15,15 @@ import numpy as np
 
 
 def _load(folder: str, path: str, **stand_ins):
-    """A module from a file of a clone, with empty modules in place of what it imports from its own
-    package.
-    """
+    """Loads a module from a file of a clone, with stand-ins for the modules that it imports."""
     modules = {}
     for name, members in stand_ins.items():
         parts = name.replace("__", ".").split(".")
         for i in range(1, len(parts) + 1):
             modules.setdefault(".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
         vars(modules[".".join(parts)]).update(members)
-    spec = importlib.util.spec_from_file_location(
-        pathlib.Path(path).stem, pathlib.Path(folder) / path
-    )
+    file = pathlib.Path(folder, path)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules.update(modules)
     spec.loader.exec_module(module)
@@ -35,8 +32,8 @@ def _load(folder: str, path: str, **stand_ins):
     return module
 
 
-def _parameter(norm):
-    """A PyTorch module with one parameter whose gradient has this norm."""
+def _make_module(norm):
+    """Makes a PyTorch module with one parameter whose gradient has this norm."""
     import torch
 
     model = torch.nn.Linear(1, 1, bias=False)
@@ -44,69 +41,61 @@ def _parameter(norm):
     return model
 
 
-def zclip(folder):
+def run_zclip(folder):
     """bluorion-com/ZClip, without its default cap of 1.0."""
     clip = _load(folder, "ZClip/zclip/zclip.py").ZClip(max_grad_norm=None)
 
     def step(norm):
-        clip.step(_parameter(norm))
+        clip.step(_make_module(norm))
         return clip.mean + clip.z_thresh * clip.var**0.5 if clip.initialized else np.inf
 
     return step
 
 
-def autoclip(folder):
+def run_autoclip(folder):
     """pseeth/autoclip, the version for PyTorch Ignite."""
-    module, handlers, bounds = (
-        _load(folder, "autoclip/autoclip.py", ignite__engine={"EventEnum": object}),
-        [],
-        [],
-    )
+    handlers, bounds = [], []
+    module = _load(folder, "autoclip/autoclip.py", ignite__engine={"EventEnum": object})
     module.BackwardsEvents.BACKWARDS_COMPLETED = None
     engine = types.SimpleNamespace(on=lambda event: handlers.append)
     model = types.SimpleNamespace(parameters=lambda: model.now.parameters())
     module.add_autoclip_gradient_handler(engine, model, 10)
 
+    def record(parameters, bound):
+        bounds.append(bound)
+
     def step(norm):
-        model.now = _parameter(norm)
-        with mock.patch(
-            "torch.nn.utils.clip_grad_norm_", lambda parameters, bound: bounds.append(bound)
-        ):
+        model.now = _make_module(norm)
+        with mock.patch("torch.nn.utils.clip_grad_norm_", record):
             handlers[0](engine)
         return bounds[-1]
 
     return step
 
 
-def olmo(folder):
+def run_olmo(folder):
     """allenai/OLMo-core, SkipStepOptimizer."""
     import torch
 
-    stand_in = {
-        "get_default_device": lambda: torch.device("cpu"),
-        "move_to_device": lambda x, device: x,
-    }
-    module = _load(
-        folder, "OLMo-core/src/olmo_core/optim/skip_step_optimizer.py", olmo_core__utils=stand_in
-    )
+    devices = {"get_default_device": lambda: torch.device("cpu")}
+    devices |= {"move_to_device": lambda x, device: x}
+    path = "OLMo-core/src/olmo_core/optim/skip_step_optimizer.py"
+    module = _load(folder, path, olmo_core__utils=devices)
     optimizer = module.SkipStepOptimizer([torch.zeros(1)], {})
 
     def step(norm):
-        optimizer.latest_loss, optimizer.latest_grad_norm = (
-            torch.tensor(1.0),
-            torch.tensor(float(norm)),
-        )
-        if len(optimizer._grad_norms) < optimizer.rolling_interval_length // 2:
+        optimizer.latest_loss = torch.tensor(1.0)
+        optimizer.latest_grad_norm = torch.tensor(float(norm))
+        length = optimizer.rolling_interval_length
+        if len(optimizer._grad_norms) < length // 2:
             return np.inf
-        std, mean = torch.std_mean(
-            torch.stack(optimizer._grad_norms[-optimizer.rolling_interval_length :])
-        )
+        std, mean = torch.std_mean(torch.stack(optimizer._grad_norms[-length:]))
         return float(mean + optimizer.sigma_factor * std)
 
     return step
 
 
-def maxtext(folder):
+def run_maxtext(folder):
     """AI-Hypercomputer/maxtext, skip_step_on_spikes."""
     import jax
     import jax.numpy as jnp
@@ -130,8 +119,8 @@ def maxtext(folder):
 
 
 PEERS = {
-    "ZClip": zclip,
-    "AutoClip": autoclip,
-    "OLMo-core SkipStepOptimizer": olmo,
-    "MaxText skip_step_on_spikes": maxtext,
+    "ZClip": run_zclip,
+    "AutoClip": run_autoclip,
+    "OLMo-core SkipStepOptimizer": run_olmo,
+    "MaxText skip_step_on_spikes": run_maxtext,
 }

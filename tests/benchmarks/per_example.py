@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.per_example [--small] [--models mlp cnn ...]
 
-Prints a markdown table. Speed is relative to `vmap(grad)` and Optax's clip: the median and the
-quartiles of ratios of runs that followed each other, in an order that is reversed every other
-round. Memory is XLA's own account of what a step needs beside its arguments and results.
+Prints a Markdown table. Speed is relative to `vmap(grad)` with Optax's clip: the median and
+quartiles of ratios of consecutive runs, in an order that is reversed every other round. Memory is
+what a step needs in addition to its arguments and results, by XLA's own account.
 """
 
 import argparse
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,9 @@ import optax
 from flax import linen
 
 import optaxclip
-from tests.benchmarks.reporting import device, publish, quartiles, race, table
+from tests.benchmarks.reporting import describe_device, format_quartiles, publish, race, table
+
+NO_CLIP = "no clip"
 
 
 class Model(NamedTuple):
@@ -28,17 +31,13 @@ class Model(NamedTuple):
     batch: object
 
 
-def _cross_entropy(logits, label):
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, label))
+def make_model(net, inputs, labels):
+    def loss(params, example):
+        logits = net.apply(params, example[0])
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, example[1]))
 
-
-def model_of(net, inputs, labels):
     params = jax.jit(net.init)(jax.random.key(0), inputs[0])
-    return Model(
-        lambda p, example: _cross_entropy(net.apply(p, example[0]), example[1]),
-        params,
-        (inputs, labels),
-    )
+    return Model(loss, params, (inputs, labels))
 
 
 class CNN(linen.Module):
@@ -70,12 +69,10 @@ class Transformer(linen.Module):
         x = linen.Embed(self.vocabulary, self.width)(ids)
         x = x + self.param("positions", linen.initializers.normal(0.02), (len(ids), self.width))
         for _ in range(2):
-            x = x + linen.MultiHeadDotProductAttention(4)(
-                linen.LayerNorm()(x), mask=linen.make_causal_mask(ids)
-            )
-            x = x + linen.Dense(self.width)(
-                jax.nn.gelu(linen.Dense(4 * self.width)(linen.LayerNorm()(x)))
-            )
+            attend, mask = linen.MultiHeadDotProductAttention(4), linen.make_causal_mask(ids)
+            x = x + attend(linen.LayerNorm()(x), mask=mask)
+            hidden = jax.nn.gelu(linen.Dense(4 * self.width)(linen.LayerNorm()(x)))
+            x = x + linen.Dense(self.width)(hidden)
         return linen.Dense(self.vocabulary)(linen.LayerNorm()(x))
 
 
@@ -89,108 +86,90 @@ class Bag(linen.Module):
         return linen.Dense(10)(jax.nn.relu(linen.Dense(self.width)(x)))
 
 
-def models(small: bool) -> dict:
-    """What each name stands for: a function, so that only what is asked for is built."""
+def list_models(small: bool) -> dict:
+    """Lists models by name, as functions, so that only the chosen ones are built."""
     rng = np.random.default_rng(0)
     n, width, words, length = (4, 32, 40, 4) if small else (128, 1024, 20000, 32)
+    few, side, letters = max(n // 4, 4), 8 if small else 32, words // 10
 
-    def normal(*shape):
+    def draw(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    def whole(high, *shape):
+    def choose(high, *shape):
         return jnp.asarray(rng.integers(0, high, shape))
 
-    text, side = max(n // 4, 4), 8 if small else 32
-    return {
-        "mlp": lambda: model_of(MLP(width), normal(n, 784), whole(10, n)),
-        "cnn": lambda: model_of(
-            CNN(width // 32 or 4), normal(text, side, side, 3), whole(10, text)
-        ),
-        "transformer": lambda: model_of(
-            Transformer(words // 10, width // 4),
-            whole(words // 10, text, length),
-            whole(words // 10, text, length),
-        ),
-        "embedding": lambda: model_of(
-            Bag(words, width // 8), whole(words, n, length), whole(10, n)
-        ),
-    }
+    def make_mlp():
+        return make_model(MLP(width), draw(n, 784), choose(10, n))
+
+    def make_cnn():
+        return make_model(CNN(width // 32 or 4), draw(few, side, side, 3), choose(10, few))
+
+    def make_transformer():
+        text = choose(letters, few, length)
+        return make_model(Transformer(letters, width // 4), text, choose(letters, few, length))
+
+    def make_embedding():
+        return make_model(Bag(words, width // 8), choose(words, n, length), choose(10, n))
+
+    models = {"mlp": make_mlp, "cnn": make_cnn}
+    return models | {"transformer": make_transformer, "embedding": make_embedding}
 
 
-def steps(model: Model) -> dict:
-    """The ways to take a step, each `(params, batch) -> gradients`; the first is what the others
-    are compared with.
-    """
+def list_steps(model: Model) -> dict:
+    """Lists ways to take a step, `(params, batch) -> gradients`. The first is the reference."""
 
-    def of_optax(params, batch):
+    def clip_by_optax(params, batch):
         losses, grads = jax.vmap(jax.value_and_grad(model.loss), (None, 0))(params, batch)
         flat, treedef = jax.tree.flatten(grads)
         return jnp.mean(losses), treedef.unflatten(optax.per_example_global_norm_clip(flat, 1.0)[0])
 
-    def plain(params, batch):
-        return jax.value_and_grad(lambda p: jnp.mean(jax.vmap(model.loss, (None, 0))(p, batch)))(
-            params
-        )
+    def mean_loss(params, batch):
+        return jnp.mean(jax.vmap(model.loss, (None, 0))(params, batch))
 
-    def of_ours(**kwargs):
-        return optaxclip.clipped_value_and_grad(model.loss, 1.0, reduce="sum", **kwargs)
-
-    ours = {f"microbatch {n}": of_ours(method="microbatch", microbatch_size=n) for n in (1, 8, 32)}
-    return {
-        "vmap(grad), Optax's clip": of_optax,
-        **ours,
-        "ghost": of_ours(method="ghost"),
-        "no clip": plain,
-    }
+    clip = partial(optaxclip.clipped_value_and_grad, model.loss, 1.0, reduce="sum")
+    ours = {f"microbatch {n}": clip(method="microbatch", microbatch_size=n) for n in (1, 8, 32)}
+    ours |= {"ghost": clip(method="ghost"), NO_CLIP: jax.value_and_grad(mean_loss)}
+    return {"vmap(grad), Optax's clip": clip_by_optax} | ours
 
 
-def measured(model: Model, rounds: int) -> list[list[str]]:
-    """Per way of taking a step: its speed relative to the first way, and its memory in MB."""
-    compiled = {
-        name: jax.jit(f).lower(model.params, model.batch).compile()
-        for name, f in steps(model).items()
-    }
-    _agree(
-        {name: f(model.params, model.batch)[1] for name, f in compiled.items() if name != "no clip"}
-    )
-    runs = {name: lambda f=f: f(model.params, model.batch) for name, f in compiled.items()}
-    times = race(runs, rounds)
-    first, plain = next(iter(times.values())), times["no clip"]
-    memory = {name: f.memory_analysis().temp_size_in_bytes / 1e6 for name, f in compiled.items()}
-    return [
-        [name, quartiles(first / t), quartiles(t / plain), f"{memory[name]:.1f}"]
-        for name, t in times.items()
-    ]
+def measure(model: Model, rounds: int) -> list[list[str]]:
+    """Measures each way to take a step: its speed relative to the first one, and its memory."""
+    args, compiled = (model.params, model.batch), {}
+    for name, step in list_steps(model).items():
+        compiled[name] = jax.jit(step).lower(*args).compile()
+    _check_agreement({name: f(*args)[1] for name, f in compiled.items() if name != NO_CLIP})
+    times = race({name: partial(f, *args) for name, f in compiled.items()}, rounds)
+    first, plain, rows = next(iter(times.values())), times[NO_CLIP], []
+    for name, t in times.items():
+        megabytes = compiled[name].memory_analysis().temp_size_in_bytes / 1e6
+        speed, cost = format_quartiles(first / t), format_quartiles(t / plain)
+        rows.append([name, speed, cost, f"{megabytes:.1f}"])
+    return rows
 
 
-def _agree(results: dict) -> None:
-    """All ways of clipping give the same gradients."""
+def _check_agreement(results: dict) -> None:
+    """Checks that all ways to clip give the same gradients."""
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     first, *others = results.values()
     for other in others:
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), first, other
-        )
+        jax.tree.map(close, first, other)
 
 
 def main(argv=None) -> None:
-    """Prints the table, and puts it into a document."""
+    """Prints the table, and writes it into a document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--small", action="store_true", help="tiny models, two rounds: to see that it runs"
-    )
+    parser.add_argument("--small", action="store_true", help="tiny models, to see that it runs")
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn", "transformer", "embedding"])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument(
-        "--into", help="a document between whose marks the table is put: docs/performance.md"
-    )
+    parser.add_argument("--into", help="document to write the table into: docs/performance.md")
     args = parser.parse_args(argv)
     rows = []
     for name in args.models:
-        model = models(args.small)[name]()
+        model = list_models(args.small)[name]()
         count = f"{sum(x.size for x in jax.tree.leaves(model.params)) / 1e6:.2f} M"
-        rows += [[name, count, *row] for row in measured(model, 2 if args.small else args.rounds)]
+        rows += [[name, count, *row] for row in measure(model, 2 if args.small else args.rounds)]
     head = ["model", "parameters", "step", "speed", "time / no clip", "temporaries, MB"]
-    text = f"Measured with {device()}.\n\n{table(head, rows)}"
+    text = f"Measured with {describe_device()}.\n\n{table(head, rows)}"
     publish(text, args.into, "per_example")
 
 

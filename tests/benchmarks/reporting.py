@@ -1,4 +1,4 @@
-"""What the benchmarks share: races between functions in one process, and tables in a document."""
+"""What the benchmarks share: races between functions in one process, and tables in documents."""
 
 import re
 import time
@@ -11,9 +11,7 @@ MARKS = "<!-- {0} -->", "<!-- end {0} -->"
 
 
 def race(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each function in each round: side by side, in an order that is reversed every
-    other round.
-    """
+    """Times each function in each round, in seconds. Every other round runs in reverse order."""
     names = list(runs)
     times = {name: np.zeros(rounds) for name in names}
     for name in names:
@@ -26,47 +24,45 @@ def race(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.
     return times
 
 
-def ratios(times: Mapping[str, np.ndarray], base: str) -> dict[str, str]:
-    """The time of each relative to `base` in the same round: the median, and the quartiles."""
-    return {name: quartiles(seconds / times[base]) for name, seconds in times.items()}
+def compare_times(times: Mapping[str, np.ndarray], base: str) -> dict[str, str]:
+    """Formats times relative to those of `base` in the same round: the median and quartiles."""
+    return {name: format_quartiles(seconds / times[base]) for name, seconds in times.items()}
 
 
-def quartiles(values) -> str:
-    """A median with its quartiles, as text."""
+def format_quartiles(values) -> str:
+    """Formats a median with its quartiles."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in markdown."""
+    """Formats a Markdown table."""
     lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in [head, *rows]]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]]) + "\n"
 
 
-def device() -> str:
-    """What this was measured on, in words."""
+def describe_device() -> str:
+    """Describes in words what this process runs on."""
     kind = jax.devices()[0].device_kind
     return f"jax {jax.__version__}, {jax.device_count()} x {jax.default_backend()} ({kind})"
 
 
 def publish(text: str, document: str | None, name: str) -> None:
-    """Prints a text, and puts it into the document, if there is one."""
+    """Prints a text, and writes it into a document if one is given."""
     print(text)
     if document:
         put_into(document, name, text)
 
 
 def put_into(document: str, name: str, text: str) -> None:
-    """Writes a text between the marks of that name in a document."""
+    """Writes a text into a document, between the marks of that name."""
     start, end = (mark.format(name) for mark in MARKS)
     with open(document) as file:
         old = file.read()
     if start not in old:
         raise ValueError(f"{document} has no mark {start}.")
-    new = f"{start}\n\n{text.strip()}\n\n{end}"
+    between = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    # A function, because backslashes in a replacement string would be escapes.
+    new = between.sub(lambda _: f"{start}\n\n{text.strip()}\n\n{end}", old)
     with open(document, "w") as file:
-        file.write(
-            re.sub(
-                f"{re.escape(start)}.*?{re.escape(end)}", lambda match: new, old, flags=re.DOTALL
-            )
-        )
+        file.write(new)

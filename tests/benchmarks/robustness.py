@@ -1,9 +1,9 @@
-"""How long a poisoned clip takes to be useful again: the tables of docs/robustness.md.
+"""How many steps a clip takes to recover from bad norms: the tables of docs/robustness.md.
 
     uv run python -m tests.benchmarks.robustness --into docs/robustness.md [--peers FOLDER]
 
-With `--peers` the public implementations run on the same series, from clones in that folder (ZClip,
-autoclip, OLMo-core, maxtext), where PyTorch is installed.
+With `--peers` public implementations run on the same series, from clones in that folder (ZClip,
+autoclip, OLMo-core, maxtext). They need PyTorch.
 """
 
 import argparse
@@ -14,25 +14,24 @@ from tqdm import tqdm
 
 import optaxclip
 from tests.benchmarks.peers import PEERS
-from tests.benchmarks.reporting import publish
-from tests.benchmarks.reporting import table as as_table
+from tests.benchmarks.reporting import publish, table
 from tests.cases import ADAPTIVE
 from tests.series import POISONS, factors, gradients, near, steps_to_recover
 
 STEPS = 1200
 
 
-def table(rows: dict[str, list[float]]) -> str:
-    """A table in Markdown, one row a method."""
+def format_table(rows: dict[str, list[float]]) -> str:
+    """Formats a table with one row per method."""
 
-    def cell(steps):
+    def format_cell(steps):
         return "never" if np.isinf(steps) else str(int(steps))
 
-    return as_table(["", *POISONS], [[name, *map(cell, row)] for name, row in rows.items()])
+    return table(["", *POISONS], [[name, *map(format_cell, row)] for name, row in rows.items()])
 
 
-def ours() -> dict[str, list[float]]:
-    """The steps that each of our clips takes: the longer of tree and leaf scope."""
+def measure_ours() -> dict[str, list[float]]:
+    """Measures the steps that our clips take: the larger number of tree and leaf scope."""
     rows = {}
     for case in tqdm(ADAPTIVE, desc="this library"):
         found = [
@@ -43,8 +42,8 @@ def ours() -> dict[str, list[float]]:
     return rows
 
 
-def theirs(folder: str) -> dict[str, list[float]]:
-    """The same for public implementations."""
+def measure_peers(folder: str) -> dict[str, list[float]]:
+    """Measures the steps that public implementations take."""
     grads = gradients(STEPS)
     norms = np.sqrt(sum(np.sum(np.square(g.reshape(STEPS, -1)), axis=1) for g in grads.values()))
     rows = {}
@@ -64,12 +63,12 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peers", help="a folder with clones of the public implementations")
-    parser.add_argument("--into", help="a document between whose marks the tables are put")
+    parser.add_argument("--peers", help="folder with clones of the public implementations")
+    parser.add_argument("--into", help="document to write the tables into")
     args = parser.parse_args()
-    publish(table(ours()), args.into, "ours")
+    publish(format_table(measure_ours()), args.into, "ours")
     if args.peers:
-        publish(table(theirs(args.peers)), args.into, "public")
+        publish(format_table(measure_peers(args.peers)), args.into, "public")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What a compiled program runs, read from XLA's text of it.
+"""What a compiled program runs, read from XLA's text.
 
-`cost_analysis` adds up both branches of a `cond`. Here each counts as its cheaper branch: the other
-one of a clip, which looks again at norms beyond the squares of floats, costs nothing until such a
-norm comes.
+`cost_analysis` adds up both branches of a `cond`. Here a `cond` counts as its cheaper branch. In a
+clip the other branch runs only for norms whose square overflows or underflows.
 """
 
 import re
@@ -14,44 +13,42 @@ from tests.benchmarks.accelerators_hlo import CALLS, NAMES, Instruction, called_
 
 
 def count_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes that the kernels of a program read and write."""
+    """Counts the bytes that the kernels of a program read and write."""
 
-    def moved(instruction: Instruction, others: dict[str, Instruction]) -> int:
+    def count(instruction: Instruction, others: dict[str, Instruction]) -> int:
         if instruction.opcode in NAMES | CALLS:
             return 0
-        read = re.findall(r"[\w.\-]+", instruction.operands)
-        return measure(instruction.result) + sum(
-            measure(others[name].result) for name in read if name in others
-        )
+        names = re.findall(r"[\w.\-]+", instruction.operands)
+        read = sum(measure(others[name].result) for name in names if name in others)
+        return measure(instruction.result) + read
 
-    return _total(compiled, moved)
+    return _sum_weights(compiled, count)
 
 
 def count_all_reduces(compiled: jax.stages.Compiled) -> int:
-    """All-reduces of a program."""
-    return _total(
-        compiled,
-        lambda instruction, others: instruction.opcode in ("all-reduce", "all-reduce-start"),
-    )
+    """Counts the all-reduces of a program."""
+
+    def count(instruction: Instruction, others: dict[str, Instruction]) -> int:
+        return instruction.opcode in ("all-reduce", "all-reduce-start")
+
+    return _sum_weights(compiled, count)
 
 
-def _total(
+def _sum_weights(
     compiled: jax.stages.Compiled, weigh: Callable[[Instruction, dict[str, Instruction]], int]
 ) -> int:
-    """The sum of the weights of all instructions that run; the body of a loop counts once."""
+    """Sums the weights of all instructions that run. The body of a loop counts once."""
     computations, entry = parse(compiled.as_text())
 
-    def total_of(name: str) -> int:
-        return sum(
-            weigh_all(instruction, computations[name])
-            for instruction in computations[name].values()
-        )
+    def sum_computation(name: str) -> int:
+        instructions = computations[name]
+        return sum(sum_calls(instruction, instructions) for instruction in instructions.values())
 
-    def weigh_all(instruction: Instruction, others: dict[str, Instruction]) -> int:
+    def sum_calls(instruction: Instruction, others: dict[str, Instruction]) -> int:
         own = weigh(instruction, others)
         if instruction.opcode not in CALLS:
             return own
-        inner = [total_of(name) for name in called_by(instruction)]
+        inner = [sum_computation(name) for name in called_by(instruction)]
         return own + (min(inner) if instruction.opcode == "conditional" else sum(inner))
 
-    return total_of(entry)
+    return sum_computation(entry)

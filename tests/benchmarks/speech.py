@@ -1,5 +1,6 @@
-"""Speech with CTC: three digits in a row, spoken by a formant synthesizer, since not every machine
-has recordings of speech.
+"""Speech with the CTC loss: three digits in a row, spoken by a formant synthesizer.
+
+It is synthetic because not every machine has recordings of speech.
 """
 
 import functools
@@ -10,10 +11,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from tests.benchmarks.trainings import Training, dense, momentum, spoil
+from tests.benchmarks.trainings import Training, init_weights, make_momentum, spoil
 
-RATE, HOP, FRAME, BANDS = 8000, 200, 256, 16  # samples a second, and per frame
-DIGITS, FRAMES = 3, 40  # of an utterance
+RATE, HOP, FRAME, BANDS = 8000, 200, 256, 16  # samples per second, from frame to frame, per frame
+DIGITS, FRAMES = 3, 40  # per utterance
 # The first three formants in Hz of American vowels, spoken by men (Peterson and Barney, 1952).
 VOWELS = {
     "i": (270, 2290, 3010),
@@ -25,14 +26,12 @@ VOWELS = {
     "A": (640, 1190, 2390),
     "r": (490, 1350, 1690),
 }
-# Zero to nine: from which vowel to which, and how loud the hiss of the first consonant is.
+# Zero to nine: the first and the last vowel, and how loud the hiss of the first consonant is.
 SOUNDS = ["io3", "uA0", "uu2", "ri1", "or1", "aI1", "II3", "eA3", "eI0", "ai0"]
 
 
 def speak(digit: int, rng: np.random.Generator) -> np.ndarray:
-    """The samples of a pause and a digit: the harmonics of a voice, as loud as the formants let
-    them be.
-    """
+    """Synthesizes a pause and a digit: the harmonics of a voice, filtered by the formants."""
     first, last, hiss = SOUNDS[digit]
     count = int(RATE * rng.uniform(0.16, 0.28))
     way = np.linspace(0, 1, count)[:, None]
@@ -46,7 +45,7 @@ def speak(digit: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def listen(samples: np.ndarray) -> np.ndarray:
-    """What is heard, (frames, bands): the logarithm of the energy of each band."""
+    """Returns the log energy of each band, (frames, bands)."""
     starts = np.arange(0, len(samples) - FRAME, HOP)
     frames = samples[starts[:, None] + np.arange(FRAME)] * np.hanning(FRAME)
     energy = np.abs(np.fft.rfft(frames))[:, : FRAME // 2] ** 2
@@ -54,8 +53,8 @@ def listen(samples: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def utterances(count=480) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What is heard, which frames are padding, and which digits it is."""
+def make_utterances(count=480) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Makes utterances: their log energies, which frames are padding, and the digits."""
     rng = np.random.default_rng(0)
     heard, padding = np.zeros((count, FRAMES, BANDS), np.float32), np.ones((count, FRAMES))
     digits = rng.integers(0, 10, (count, DIGITS))
@@ -67,17 +66,14 @@ def utterances(count=480) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def speech(width=40, batch=8, train=400) -> Training:
-    """A tanh recurrent network that hears five frames at a time, CTC, SGD with momentum."""
-    heard, padding, digits = map(jnp.asarray, utterances())
+    """A tanh recurrent network that hears five frames at a time, with the CTC loss."""
+    heard, padding, digits = map(jnp.asarray, make_utterances())
 
     def init(key):
         a, b, c = jax.random.split(key, 3)
         recurrent = jax.nn.initializers.orthogonal(1.0)(b, (width, width))
-        return {
-            "in": dense(a, 5 * BANDS, width),
-            "recurrent": recurrent,
-            "out": dense(c, width, 11),
-        }
+        first, last = init_weights(a, 5 * BANDS, width), init_weights(c, width, 11)
+        return {"in": first, "recurrent": recurrent, "out": last}
 
     def run(params, heard):
         wide = jnp.pad(heard, ((0, 0), (2, 2), (0, 0)))
@@ -91,8 +87,8 @@ def speech(width=40, batch=8, train=400) -> Training:
         _, states = lax.scan(cell, start, jnp.swapaxes(wide @ params["in"], 0, 1))
         return jnp.swapaxes(states, 0, 1) @ params["out"]
 
-    def ctc(params, picked, labels):
-        """Nats per digit. Class 0 is the blank."""
+    def compute_ctc(params, picked, labels):
+        """Computes the loss in nats per digit. Class 0 is the blank."""
         nothing = jnp.zeros(labels.shape)
         losses = optax.ctc_loss(run(params, heard[picked]), padding[picked], labels + 1, nothing)
         return losses.mean() / DIGITS
@@ -100,10 +96,11 @@ def speech(width=40, batch=8, train=400) -> Training:
     def loss(params, key, step, bad=False):
         picked = jax.random.randint(key, (batch,), 0, train)
         labels, weight = spoil(digits[picked], key, bad, 10)
-        return ctc(params, picked, labels) * weight
+        return compute_ctc(params, picked, labels) * weight
 
     def evaluate(params):
         picked = jnp.arange(train, len(digits))
-        return ctc(params, picked, digits[picked])
+        return compute_ctc(params, picked, digits[picked])
 
-    return Training("speech, CTC", init, loss, evaluate, 2.6, momentum, (0.03, 0.1, 0.3), 150)
+    name, rates = "speech, CTC", (0.03, 0.1, 0.3)
+    return Training(name, init, loss, evaluate, 2.6, make_momentum, rates, 150)

@@ -1,11 +1,11 @@
-"""What a clip costs, in bytes and in time, beside Optax and beside what the memory allows.
+"""What a clip costs in bytes and in time, compared with Optax and with what the memory allows.
 
     python -m tests.benchmarks.speed [--only chain alone ...] [--small] [--into docs/performance.md]
-    python -m tests.benchmarks.speed --picture docs/images/speed.png  # of docs/performance.md
+    python -m tests.benchmarks.speed --picture docs/images/speed.png  # from docs/performance.md
 
-Times are ratios between functions that took turns in one process, in an order that is reversed
-every other round: the median, and the quartiles. Bytes and temporaries are those of the program
-that XLA makes, and the same at every run.
+Times are ratios between functions that take turns in one process, in an order that is reversed
+every other round: the median and quartiles. Bytes and temporaries are those of the program that XLA
+makes. They are the same at every run.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,10 @@ import optax
 
 import optaxclip
 from tests.benchmarks import outside
-from tests.benchmarks.overheads import compiling, eager, percentiles
-from tests.benchmarks.reporting import device, put_into, race, ratios, table
+from tests.benchmarks.overheads import measure_compilation, measure_eager, measure_percentiles
+from tests.benchmarks.reporting import compare_times, describe_device, put_into, race, table
 from tests.benchmarks.running import count_bytes
-from tests.benchmarks.trees import TREES, numbers, shapes_of
+from tests.benchmarks.trees import TREES, draw_numbers, to_structs
 
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-3),
@@ -48,78 +49,65 @@ CLIPS = {
     "Optax's clip": lambda: optax.clip(1.0),
     "clip": lambda: optaxclip.clip(1.0),
 }
+FEW = "Optax's global norm", "global norm", "leaf norm", "Optax's AGC", "AGC"
 NO_CLIP = "no clip"
+SMALL = {"w": (64, 64), "b": (64,)}
 
 
-def train_step(
+def compile_step(
     tx, tree: dict, dtype=jnp.float32, options: dict | None = None
 ) -> jax.stages.Compiled:
-    """A compiled step with donated parameters and state, in the order of the outputs that they
-    become.
-    """
+    """Compiles a step. Parameters and state are donated, in the order of the outputs."""
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    params, grads = shapes_of(tree), shapes_of(tree, dtype)
-    return (
-        jax.jit(step, donate_argnums=(0, 1))
-        .lower(params, jax.eval_shape(tx.init, params), grads)
-        .compile(options)
-    )
+    params, grads = to_structs(tree), to_structs(tree, dtype)
+    state = jax.eval_shape(tx.init, params)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile(options)
 
 
 def account(compiled: jax.stages.Compiled, tree: dict, dtype=jnp.float32) -> tuple[float, float]:
-    """Of a step the bytes moved per parameter, and temporaries relative to the gradients' size."""
+    """Returns the bytes moved per parameter, and the temporaries relative to the gradients."""
     count = sum(map(math.prod, tree.values()))
     size = count * jnp.dtype(dtype).itemsize
     return count_bytes(compiled) / count, compiled.memory_analysis().temp_size_in_bytes / size
 
 
-def chain(small: bool) -> str:
-    """In a chain: bytes and time beside the bare optimizer."""
-    text = []
-    everything = [
-        ("GPT-2 small", "adamw", CLIPS),
-        ("ResNet-50", "adamw", CLIPS),
-        ("LoRA", "adamw", _few()),
-    ]
-    everything += [("ResNet-50", name, _few()) for name in list(OPTIMIZERS)[1:]]
+def measure_chain(small: bool) -> str:
+    """Measures clips in a chain, relative to the bare optimizer."""
+    few = {name: CLIPS[name] for name in FEW}
+    chains = [("GPT-2 small", "adamw", CLIPS), ("ResNet-50", "adamw", CLIPS)]
+    chains += [("LoRA", "adamw", few)]
+    chains += [("ResNet-50", name, few) for name in OPTIMIZERS if name != "adamw"]
+    head, text = ["clip", "time", "bytes per parameter", "temporaries / gradients"], []
     for dtype in (jnp.float32, jnp.bfloat16):
-        for tree, optimizer, clips in everything[:1] if small else everything:
-            shapes = {"w": (64, 64), "b": (64,)} if small else TREES[tree]()
-            rows = _chain_rows(shapes, OPTIMIZERS[optimizer](), clips, dtype, 3 if small else 15)
-            text += [
-                f"### {tree}, {optimizer}, {jnp.dtype(dtype).name} gradients\n",
-                _chain_table(rows),
-            ]
+        for tree, optimizer, clips in chains[:1] if small else chains:
+            shapes = SMALL if small else TREES[tree]()
+            tx, rounds = OPTIMIZERS[optimizer](), 3 if small else 15
+            rows = _make_chain_rows(shapes, tx, clips, dtype, rounds)
+            title = f"### {tree}, {optimizer}, {jnp.dtype(dtype).name} gradients\n"
+            text += [title, table(head, rows)]
     return "\n".join(text)
 
 
-def _few() -> dict:
-    return {
-        name: CLIPS[name]
-        for name in ("Optax's global norm", "global norm", "leaf norm", "Optax's AGC", "AGC")
-    }
-
-
-def _chain_rows(shapes: dict, optimizer, clips: dict, dtype, rounds: int) -> list[list[str]]:
+def _make_chain_rows(shapes: dict, optimizer, clips: dict, dtype, rounds: int) -> list[list[str]]:
     clips = {NO_CLIP: optax.identity} | clips
     steps, accounts = {}, {}
-    params = numbers(shapes)
+    params = draw_numbers(shapes)
     shared = [params, optimizer.init(params)]
-    grads = numbers(shapes, dtype)
+    grads = draw_numbers(shapes, dtype)
     for name, make in clips.items():
-        step = train_step(optax.chain(make(), optimizer), shapes, dtype)
-        steps[name] = _turn(step, [make().init(shared[0])], shared, grads)
+        step = compile_step(optax.chain(make(), optimizer), shapes, dtype)
+        steps[name] = _share_state(step, [make().init(shared[0])], shared, grads)
         accounts[name] = account(step, shapes, dtype)
-    times, bare = ratios(race(steps, rounds), NO_CLIP), accounts[NO_CLIP]
-    return [[name, times[name], *_beside(accounts[name], bare)] for name in clips]
+    times, bare = compare_times(race(steps, rounds), NO_CLIP), accounts[NO_CLIP]
+    return [[name, times[name], *_format_account(accounts[name], bare)] for name in clips]
 
 
-def _turn(step: Callable, own: list, shared: list, grads: dict) -> Callable:
-    """A step on the parameters and the optimizer's state that all clips share, to save memory."""
+def _share_state(step: Callable, own: list, shared: list, grads: dict) -> Callable:
+    """Makes a step on parameters and optimizer state that all clips share, to save memory."""
 
     def run():
         shared[0], (own[0], shared[1]) = step(shared[0], (own[0], shared[1]), grads)
@@ -128,39 +116,34 @@ def _turn(step: Callable, own: list, shared: list, grads: dict) -> Callable:
     return run
 
 
-def _beside(account: tuple[float, float], bare: tuple[float, float]) -> list[str]:
+def _format_account(account: tuple[float, float], bare: tuple[float, float]) -> list[str]:
     if account is bare:
         return [f"{bare[0]:.1f}", f"{bare[1]:.2f}"]
     return [f"+{account[0] - bare[0]:.1f}", f"{account[1] - bare[1]:+.2f}"]
 
 
-def _chain_table(rows: list[list[str]]) -> str:
-    return table(["clip", "time", "bytes per parameter", "temporaries / gradients"], rows)
-
-
-def alone(small: bool) -> str:
-    """Alone, jitted and donated, beside Optax and beside a loop in C over the same bytes."""
+def measure_alone(small: bool) -> str:
+    """Measures a clip alone, jitted and donated, relative to Optax's, and a loop in C."""
     rows, rounds = [], 3 if small else 21
     for tree in TREES:
-        shapes = {"w": (64, 64), "b": (64,)} if small else TREES[tree]()
+        shapes = SMALL if small else TREES[tree]()
         for dtype in (jnp.float32, jnp.bfloat16):
             for case in ("clips", "does not clip"):
-                seconds = race(_alone_runs(shapes, dtype, case == "clips"), rounds)
-                found = ratios(seconds, "Optax")
-                others = [found.get(name, "") for name in ("C", "PyTorch")]
-                rows.append([tree, jnp.dtype(dtype).name, case, found["ours"], *others])
-    return table(
-        ["tree", "gradients", "case", "ours / Optax", "C / Optax", "PyTorch / Optax"], rows
-    )
+                seconds = race(_make_alone_runs(shapes, dtype, case == "clips"), rounds)
+                times = compare_times(seconds, "Optax")
+                others = [times.get(name, "") for name in ("C", "PyTorch")]
+                rows.append([tree, jnp.dtype(dtype).name, case, times["ours"], *others])
+    head = ["tree", "gradients", "case", "ours / Optax", "C / Optax", "PyTorch / Optax"]
+    return table(head, rows)
 
 
-def _alone_runs(shapes: dict, dtype, clips: bool) -> dict:
-    """Clips in place of gradients that shrink a little at each call, or are left as they are."""
-    grads = numbers(shapes, dtype)
+def _make_alone_runs(shapes: dict, dtype, clips: bool) -> dict:
+    """Makes clips of gradients in place, whose bound at each call is a little lower or higher."""
+    grads = draw_numbers(shapes, dtype)
     length = float(optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)))
     hold = {"grads": grads, "bound": length}
 
-    def run_with(make):
+    def make_run(make, bound_dtype):
         def step(grads, bound):
             tx = make(bound)
             return tx.update(grads, tx.init(grads))[0]
@@ -169,61 +152,62 @@ def _alone_runs(shapes: dict, dtype, clips: bool) -> dict:
 
         def run():
             hold["bound"] *= 0.99 if clips else 1.01
-            hold["grads"] = jitted(
-                hold["grads"],
-                jnp.asarray(hold["bound"], dtype if make is of_optax else jnp.float32),
-            )
+            hold["grads"] = jitted(hold["grads"], jnp.asarray(hold["bound"], bound_dtype))
             return hold["grads"]
 
         return run
 
-    def of_optax(bound):
-        return optax.clip_by_global_norm(bound)
-
-    runs = {"Optax": run_with(of_optax), "ours": run_with(optaxclip.clip_by_global_norm)}
-    others = {"C": outside.in_c, "PyTorch": outside.in_torch} if dtype == jnp.float32 else {}
+    runs = {
+        "Optax": make_run(optax.clip_by_global_norm, dtype),
+        "ours": make_run(optaxclip.clip_by_global_norm, jnp.float32),
+    }
+    others = {"C": outside.make_c_clip, "PyTorch": outside.make_torch_clip}
+    others = others if dtype == jnp.float32 else {}
     made = {name: make(shapes, scales=clips) for name, make in others.items()}
     return runs | {name: run for name, run in made.items() if run}
 
 
-def safe_norm(small: bool) -> str:
-    """The norm that neither overflows nor underflows, beside the plain one."""
-    rows = []
+def measure_safe_norm(small: bool) -> str:
+    """Measures the norm that neither overflows nor underflows, relative to the plain one."""
+    tx, rows = optaxclip.clip_by_global_norm(1.0), []
+
+    @jax.jit
+    def take_norm(grads):
+        return tx.update(grads, tx.init(grads))[1].metrics.grad_norm
+
     for tree in TREES:
-        grads = numbers({"w": (64, 64)} if small else TREES[tree]())
-        tx = optaxclip.clip_by_global_norm(1.0)
-        state = tx.init(grads)
-        plain = jax.jit(optax.tree.norm)
-        ours = jax.jit(
-            lambda grads, tx=tx, state=state: tx.update(grads, state)[1].metrics.grad_norm
-        )
-        runs = {"plain": lambda f=plain, g=grads: f(g), "ours": lambda f=ours, g=grads: f(g)}
-        rows.append([tree, ratios(race(runs, 3 if small else 41), "plain")["ours"]])
+        grads = draw_numbers({"w": (64, 64)} if small else TREES[tree]())
+        norms = {"plain": jax.jit(optax.tree.norm), "ours": take_norm}
+        runs = {name: partial(norm, grads) for name, norm in norms.items()}
+        rows.append([tree, compare_times(race(runs, 3 if small else 41), "plain")["ours"]])
     return table(["tree", "safe norm / plain norm"], rows)
 
 
-SECTIONS = {f.__name__: f for f in (chain, alone, safe_norm, eager, compiling, percentiles)}
+# By the names of their marks in docs/performance.md.
+SECTIONS = {
+    "chain": measure_chain,
+    "alone": measure_alone,
+    "safe_norm": measure_safe_norm,
+    "eager": measure_eager,
+    "compiling": measure_compilation,
+    "percentiles": measure_percentiles,
+}
 
 
 def draw(document: str, picture: str) -> None:
-    """Time beside the optimizer alone, of the first two tables of a document with all clips:
-    medians and quartiles.
-    """
+    """Draws times relative to the bare optimizer, from the two tables of GPT-2 in a document."""
     import matplotlib.pyplot as plt
 
     with open(document) as file:
         tables = re.findall(r"### (GPT-2 small, .*?)\n(.*?)(?=###|<!--)", file.read(), re.DOTALL)
-    fig, axes = plt.subplots(
-        1, len(tables), figsize=(10, 4), sharey=True, layout="constrained", squeeze=False
-    )
+    look = {"figsize": (10, 4), "layout": "constrained"}
+    fig, axes = plt.subplots(1, len(tables), sharey=True, squeeze=False, **look)
     for ax, (title, text) in zip(axes[0], tables, strict=True):
         rows = re.findall(r"\| (.+?) \| ([\d.]+) \(([\d.]+)-([\d.]+)\)", text)
-        names, (middle, low, high) = (
-            [row[0] for row in rows],
-            np.array([row[1:] for row in rows], float).T,
-        )
-        theirs = ["//" if "Optax" in name else "" for name in names]
-        bars = {"color": "0.8", "edgecolor": "black", "hatch": theirs, "capsize": 3}
+        names = [row[0] for row in rows]
+        middle, low, high = np.array([row[1:] for row in rows], float).T
+        hatch = ["//" if "Optax" in name else "" for name in names]
+        bars = {"color": "0.8", "edgecolor": "black", "hatch": hatch, "capsize": 3}
         ax.barh(names, middle, xerr=(middle - low, high - middle), **bars)
         ax.axvline(1, color="black", linestyle="--", linewidth=1)
         ax.set(title=title, xlabel="time / time of the optimizer alone")
@@ -232,25 +216,18 @@ def draw(document: str, picture: str) -> None:
 
 
 def main(argv=None) -> None:
-    """Prints the tables, and puts them into a document; or draws those of the document."""
+    """Prints the tables and writes them into a document, or draws those of the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=SECTIONS)
-    parser.add_argument(
-        "--small", action="store_true", help="tiny trees, three rounds: to see that it runs"
-    )
-    parser.add_argument(
-        "--into", help="a document between whose marks the tables are put: docs/performance.md"
-    )
-    parser.add_argument(
-        "--picture",
-        help="draw what stands in docs/performance.md to this file, and measure nothing",
-    )
+    parser.add_argument("--small", action="store_true", help="tiny trees, to see that it runs")
+    parser.add_argument("--into", help="document to write the tables into: docs/performance.md")
+    parser.add_argument("--picture", help="draw the tables of docs/performance.md to this file")
     args = parser.parse_args(argv)
     if args.picture:
         return draw("docs/performance.md", args.picture)
     for name in args.only:
         start = time.perf_counter()
-        text = f"Measured with {device()}.\n\n{SECTIONS[name](args.small)}"
+        text = f"Measured with {describe_device()}.\n\n{SECTIONS[name](args.small)}"
         took = f"{time.perf_counter() - start:.0f} s, load {os.getloadavg()[0]:.1f}"
         print(f"## {name} ({took})\n\n{text}", flush=True)
         if args.into:

@@ -1,11 +1,9 @@
-"""Small trainings that fail, or suffer, without a clip: seconds each, many runs side by side.
+"""Small trainings that fail or suffer without a clip. Each takes seconds.
 
-All are plain functions of arrays, so that seeds, learning rates and settings of a clip are one
-`vmap`.
+All are plain functions of arrays, so that one `vmap` runs many seeds, learning rates and settings
+of a clip side by side.
 """
 
-import glob
-import os
 import pathlib
 import sysconfig
 from collections.abc import Callable
@@ -22,11 +20,11 @@ class Training(NamedTuple):
     """A task.
 
     Attributes:
-      name: what it is.
+      name: its name in tables.
       init: key -> parameters.
       loss: (parameters, key, step, bad=...) -> the loss of the batch of a step, which may be bad.
-      evaluate: parameters -> what is reported, the lower the better.
-      failed: a run that is reported to be over this has diverged.
+      evaluate: parameters -> the score, lower is better.
+      failed: a run whose score is higher has diverged.
       optimizer: learning rate -> transformation.
       rates: the learning rates.
       steps: the steps of a run.
@@ -42,57 +40,55 @@ class Training(NamedTuple):
     steps: int
 
 
-LETTERS = 3.0  # nats a character: what a model that only knows how frequent each letter is comes to
+LETTERS = 3.0  # nats per character of a model that knows only the frequency of each letter
 
 
-def momentum(rate):
-    """SGD with momentum."""
+def make_momentum(rate):
+    """Makes SGD with momentum."""
     return optax.chain(optax.trace(0.9), optax.scale_by_learning_rate(rate))
 
 
-def dense(key, *shape, gain=1.0):
-    """Weights of variance gain² / fan-in."""
+def init_weights(key, *shape, gain=1.0):
+    """Draws weights of variance gain² / fan-in."""
     return jax.random.normal(key, shape) * gain / np.prod(shape[:-1]) ** 0.5
 
 
-def library_text(size=400_000) -> tuple[jax.Array, jax.Array]:
-    """The source of Python's standard library as numbers from 0 to 127: text to train on, and text
-    to evaluate on.
-    """
-    names = sorted(glob.glob(os.path.join(sysconfig.get_paths()["stdlib"], "*.py")))
-    text = b"".join(pathlib.Path(name).read_bytes() for name in names[:60])
+def load_text(size=400_000) -> tuple[jax.Array, jax.Array]:
+    """Loads Python's own source as numbers from 0 to 127. A tenth is held out."""
+    files = sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    text = b"".join(file.read_bytes() for file in files[:60])
     numbers = jnp.asarray(np.frombuffer(text[:size], np.uint8) & 127)
     return numbers[: size * 9 // 10], numbers[size * 9 // 10 :]
 
 
-def windows(text, key, count, length):
-    """Random windows of a text: what is read, and what comes next."""
+def sample_windows(text, key, count, length):
+    """Samples random windows of a text: the characters to read, and the next ones."""
     starts = jax.random.randint(key, (count, 1), 0, len(text) - length)
     rows = text[starts + jnp.arange(length + 1)].astype(jnp.int32)
     return rows[:, :-1], rows[:, 1:]
 
 
-def cross_entropy(logits, labels):
+def compute_cross_entropy(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def spoil(labels, key, bad, kinds):
-    """The labels of a batch and the weight of its loss: noise and 1,000 if the batch is bad."""
+    """Returns the labels of a batch and the weight of its loss: noise and 1,000 if it is bad."""
     noise = jax.random.randint(key, labels.shape, 0, kinds).astype(labels.dtype)
     return jnp.where(bad, noise, labels), jnp.where(bad, 1000.0, 1.0)
 
 
 def char_rnn(width=48, length=40, batch=8) -> Training:
-    """A tanh recurrent network on text, started where gradients can explode."""
-    train, held_out = library_text()
+    """A tanh recurrent network on text, initialized so that gradients can explode."""
+    train, held_out = load_text()
 
     def init(key):
         a, b, c = jax.random.split(key, 3)
         recurrent = jax.nn.initializers.orthogonal(1.3)(a, (width, width))
         return {
-            "in": dense(b, 128, width, gain=11.0),
+            "in": init_weights(b, 128, width, gain=11.0),
             "recurrent": recurrent,
-            "out": dense(c, width, 128),
+            "out": init_weights(c, width, 128),
         }
 
     def run(params, rows):
@@ -104,30 +100,29 @@ def char_rnn(width=48, length=40, batch=8) -> Training:
         return jnp.swapaxes(states, 0, 1) @ params["out"]
 
     def loss(params, key, step, bad=False):
-        rows, labels = windows(train, key, batch, length)
+        rows, labels = sample_windows(train, key, batch, length)
         labels, weight = spoil(labels, key, bad, 128)
-        return cross_entropy(run(params, rows), labels) * weight
+        return compute_cross_entropy(run(params, rows), labels) * weight
 
     def evaluate(params):
-        rows, labels = windows(held_out, jax.random.key(7), 64, length)
-        return cross_entropy(run(params, rows), labels)
+        rows, labels = sample_windows(held_out, jax.random.key(7), 64, length)
+        return compute_cross_entropy(run(params, rows), labels)
 
-    return Training("character RNN", init, loss, evaluate, LETTERS, momentum, (0.1, 0.3, 1.0), 250)
+    name, rates = "character RNN", (0.1, 0.3, 1.0)
+    return Training(name, init, loss, evaluate, LETTERS, make_momentum, rates, 250)
 
 
 def transformer(width=32, length=32, batch=8) -> Training:
     """One layer of a transformer on text, Adam; without `bad`, every 40th batch is bad."""
-    train, held_out = library_text()
+    train, held_out = load_text()
     causal = np.tril(np.ones((length, length), bool))
 
     def init(key):
-        keys = jax.random.split(key, 7)
         shapes = {"embed": (128, width), "place": (length, width), "qkv": (width, 3 * width)}
         shapes |= {"mix": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
         shapes |= {"head": (width, 128)}
-        return {
-            name: dense(k, *shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)
-        }
+        keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+        return {name: init_weights(keys[name], *shape) for name, shape in shapes.items()}
 
     def norm(x):
         return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
@@ -141,39 +136,35 @@ def transformer(width=32, length=32, batch=8) -> Training:
         return norm(x) @ params["head"]
 
     def loss(params, key, step, bad=None):
-        rows, labels = windows(train, key, batch, length)
+        rows, labels = sample_windows(train, key, batch, length)
         labels, weight = spoil(labels, key, step % 40 == 20 if bad is None else bad, 128)
-        return cross_entropy(run(params, rows), labels) * weight
+        return compute_cross_entropy(run(params, rows), labels) * weight
 
     def evaluate(params):
-        rows, labels = windows(held_out, jax.random.key(7), 64, length)
-        return cross_entropy(run(params, rows), labels)
+        rows, labels = sample_windows(held_out, jax.random.key(7), 64, length)
+        return compute_cross_entropy(run(params, rows), labels)
 
     name, rates = "transformer, bad batches", (1e-3, 4e-3, 16e-3)
     return Training(name, init, loss, evaluate, LETTERS, optax.adam, rates, 200)
 
 
 def digits_cnn(width=8, depth=5, batch=16) -> Training:
-    """A residual convolutional network without normalisers on scikit-learn's digits, SGD with
-    momentum.
-    """
+    """A residual convolutional network without normalization, on scikit-learn's digits."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
-    images, labels = (
-        jnp.asarray(data.images[order] / 16, jnp.float32)[..., None],
-        jnp.asarray(data.target[order]),
-    )
+    images = jnp.asarray(data.images[order] / 16, jnp.float32)[..., None]
+    labels = jnp.asarray(data.target[order])
 
     def init(key):
-        keys = jax.random.split(key, depth + 2)
-        first, *rest, last = keys
-        layers = [dense(k, 9 * width, width, gain=2.0) for k in rest]
-        return {"first": dense(first, 9, width), "layers": layers, "head": dense(last, width, 10)}
+        first, *rest, last = jax.random.split(key, depth + 2)
+        layers = [init_weights(k, 9 * width, width, gain=2.0) for k in rest]
+        ends = {"first": init_weights(first, 9, width), "head": init_weights(last, width, 10)}
+        return ends | {"layers": layers}
 
     def conv(x, kernel):
-        """3 x 3, as one product: a convolution for each of many runs is slow on a CPU."""
+        """Convolves, 3 x 3, as one product: under `vmap` a convolution is slow on a CPU."""
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifts = [padded[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
         return jnp.concatenate(shifts, -1) @ kernel
@@ -186,65 +177,62 @@ def digits_cnn(width=8, depth=5, batch=16) -> Training:
 
     def loss(params, key, step, bad=False):
         picked = jax.random.randint(key, (batch,), 0, 1400)
-        told, weight = spoil(labels[picked], key, bad, 10)
-        return cross_entropy(run(params, images[picked]), told) * weight
+        spoiled, weight = spoil(labels[picked], key, bad, 10)
+        return compute_cross_entropy(run(params, images[picked]), spoiled) * weight
 
     def evaluate(params):
-        return cross_entropy(run(params, images[1400:]), labels[1400:])
+        return compute_cross_entropy(run(params, images[1400:]), labels[1400:])
 
-    return Training(
-        "normaliser-free CNN", init, loss, evaluate, np.log(10), momentum, (0.01, 0.03, 0.1), 150
-    )
+    name, rates = "normaliser-free CNN", (0.01, 0.03, 0.1)
+    return Training(name, init, loss, evaluate, np.log(10), make_momentum, rates, 150)
+
+
+def push_cart(state, right):
+    """Pushes a cart (1 kg) with a pole (0.1 kg, 0.5 m to its middle) by 10 N for 20 ms."""
+    _, speed, angle, spin = state
+    force = jnp.where(right, 10.0, -10.0)
+    sine, cosine = jnp.sin(angle), jnp.cos(angle)
+    thrust = (force + 0.05 * spin**2 * sine) / 1.1
+    twist = (9.8 * sine - cosine * thrust) / (0.5 * (4 / 3 - 0.1 * cosine**2 / 1.1))
+    pull = thrust - 0.05 * twist * cosine / 1.1
+    return state + 0.02 * jnp.stack([speed, pull, spin, twist])
 
 
 def cartpole(width=32, episodes=8, horizon=200) -> Training:
-    """REINFORCE on CartPole, without a baseline, SGD: a gradient is the longer, the longer the pole
-    stood.
-    """
+    """REINFORCE on CartPole without a baseline. Gradients grow with the time the pole stood."""
 
     def init(key):
         a, b = jax.random.split(key)
-        return {"in": dense(a, 4, width), "out": dense(b, width, 2, gain=0.1)}
-
-    def move(state, push):
-        """One step of 20 ms of the classic equations of a cart (1 kg) and a pole (0.1 kg, 0.5 m to
-        its middle).
-        """
-        x, v, angle, spin = state
-        force = jnp.where(push, 10.0, -10.0)
-        sine, cosine = jnp.sin(angle), jnp.cos(angle)
-        thrust = (force + 0.05 * spin**2 * sine) / 1.1
-        twist = (9.8 * sine - cosine * thrust) / (0.5 * (4 / 3 - 0.1 * cosine**2 / 1.1))
-        pull = thrust - 0.05 * twist * cosine / 1.1
-        return state + 0.02 * jnp.stack([v, pull, spin, twist])
+        return {"in": init_weights(a, 4, width), "out": init_weights(b, width, 2, gain=0.1)}
 
     def play(params, key):
-        """An episode: the log-probability of each action, and whether the pole still stood."""
+        """Plays an episode: the log-probability of each action, and whether the pole stood."""
 
         def step(carry, key):
             state, up = carry
             logits = jnp.tanh(state @ params["in"]) @ params["out"]
             push = jax.random.categorical(key, logits)
-            state = lax.stop_gradient(move(state, push == 1))
+            state = lax.stop_gradient(push_cart(state, push == 1))
             still = up & (jnp.abs(state[0]) < 2.4) & (jnp.abs(state[2]) < 0.21)
             return (state, still), (jax.nn.log_softmax(logits)[push], up)
 
         keys = jax.random.split(key, horizon + 1)
         state = jax.random.uniform(keys[0], (4,), minval=-0.05, maxval=0.05)
-        _, (chosen, up) = lax.scan(step, (state, jnp.array(True)), keys[1:])
-        return chosen, up.astype(jnp.float32)
+        _, (log_probs, up) = lax.scan(step, (state, jnp.array(True)), keys[1:])
+        return log_probs, up.astype(jnp.float32)
 
     def loss(params, key, step, bad=False):
-        chosen, up = jax.vmap(play, (None, 0))(params, jax.random.split(key, episodes))
+        log_probs, up = jax.vmap(play, (None, 0))(params, jax.random.split(key, episodes))
         to_go = jnp.cumsum(up[:, ::-1], axis=1)[:, ::-1]
         to_go, weight = spoil(to_go, key, bad, horizon)
-        return -jnp.sum(chosen * up * to_go) / episodes * weight
+        return -jnp.sum(log_probs * up * to_go) / episodes * weight
 
     def evaluate(params):
         _, up = jax.vmap(play, (None, 0))(params, jax.random.split(jax.random.key(7), 16))
         return 1 - up.mean()
 
-    return Training("policy gradient", init, loss, evaluate, 0.9, momentum, (1e-5, 1e-4, 1e-3), 120)
+    name, rates = "policy gradient", (1e-5, 1e-4, 1e-3)
+    return Training(name, init, loss, evaluate, 0.9, make_momentum, rates, 120)
 
 
 TRAININGS = {make.__name__: make for make in (char_rnn, transformer, digits_cnn, cartpole)}

@@ -1,4 +1,4 @@
-"""The shapes of real models, by name of the leaf: what the benchmarks clip."""
+"""The trees that the benchmarks clip: the shapes of real models, by name of the leaf."""
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,12 @@ def gpt2(
     norms = {"ln_f/scale": (width,), "ln_f/bias": (width,)}
     shapes = {"wte": (words, width), "wpe": (length, width)} | norms
     for i in range(layers):
-        dense = {
-            "qkv": (width, 3 * width),
-            "out": (width, width),
-            "up": (width, 4 * width),
-            "down": (4 * width, width),
-        }
+        dense = {"qkv": (width, 3 * width), "out": (width, width)}
+        dense |= {"up": (width, 4 * width), "down": (4 * width, width)}
         for name, shape in dense.items():
             shapes |= {f"h{i}/{name}/kernel": shape, f"h{i}/{name}/bias": shape[1:]}
-        shapes |= {
-            f"h{i}/{ln}/{name}": (width,) for ln in ("ln_1", "ln_2") for name in ("scale", "bias")
-        }
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"h{i}/{name}/scale": (width,), f"h{i}/{name}/bias": (width,)}
     return shapes
 
 
@@ -37,24 +32,18 @@ def resnet50(width: int = 64) -> dict[str, tuple[int, ...]]:
             convs += [(1, inputs, outputs)] if block == 0 else []
             for i, (size, a, b) in enumerate(convs):
                 name = f"stage{stage}/{block}/{i}"
-                shapes |= {
-                    f"{name}/kernel": (size, size, a, b),
-                    f"{name}/scale": (b,),
-                    f"{name}/bias": (b,),
-                }
+                shapes |= {f"{name}/kernel": (size, size, a, b)}
+                shapes |= {f"{name}/scale": (b,), f"{name}/bias": (b,)}
             inputs = outputs
     return shapes | {"head/kernel": (inputs, 1000), "head/bias": (1000,)}
 
 
 def lora(width: int = 4096, rank: int = 16, layers: int = 64) -> dict[str, tuple[int, ...]]:
     """Low-rank adapters of queries and values: 16.8 M parameters in 256 leaves."""
-    pair = {"a": (width, rank), "b": (rank, width)}
-    return {
-        f"h{i}/{part}/{ab}": shape
-        for i in range(layers)
-        for part in "qv"
-        for ab, shape in pair.items()
-    }
+    shapes = {}
+    for name in (f"h{i}/{part}" for i in range(layers) for part in "qv"):
+        shapes |= {f"{name}/a": (width, rank), f"{name}/b": (rank, width)}
+    return shapes
 
 
 def small_leaves(count: int) -> dict[str, tuple[int, ...]]:
@@ -65,15 +54,13 @@ def small_leaves(count: int) -> dict[str, tuple[int, ...]]:
 TREES = {"GPT-2 small": gpt2, "ResNet-50": resnet50, "LoRA": lora}
 
 
-def shapes_of(tree: dict, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    """A tree of shapes as JAX takes them."""
+def to_structs(tree: dict, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """Turns shapes into `ShapeDtypeStruct`s."""
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in tree.items()}
 
 
-def numbers(tree: dict, dtype=jnp.float32) -> dict[str, jax.Array]:
-    """Normal numbers in the shapes of a tree; any norm is far over 1."""
+def draw_numbers(tree: dict, dtype=jnp.float32) -> dict[str, jax.Array]:
+    """Draws normal numbers in these shapes. Their norm is far over 1."""
     rng = np.random.default_rng(0)
-    return {
-        name: jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype)
-        for name, shape in tree.items()
-    }
+    drawn = {name: rng.standard_normal(shape, np.float32) for name, shape in tree.items()}
+    return {name: jnp.asarray(x).astype(dtype) for name, x in drawn.items()}

@@ -3,10 +3,10 @@
     python -m tests.benchmarks.watching [--small] [--models cnn transformer] [--seconds 60]
         [--into docs/watching.md]
 
-Prints the time of a whole training step (forward, backward, clip, Adam) relative to one
-without a watch, as the median and the quartiles of ratios of runs that followed each other, A B ..
-B A. "log every N" reads `optaxclip.metrics`, jitted apart from the step, to the host every N-th
-step and writes a line of CSV.
+Prints the time of a whole training step (forward, backward, clip, Adam) relative to one without a
+watch: the median and quartiles of ratios of consecutive runs, in the order A B ... B A. "log every
+N" reads `optaxclip.metrics`, jitted separately from the step, to the host at every N-th step, and
+writes a line of CSV.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import numpy as np
 import optax
 
 import optaxclip
-from tests.benchmarks.per_example import CNN, Model, Transformer, model_of
-from tests.benchmarks.reporting import device, publish, quartiles, table
+from tests.benchmarks.per_example import CNN, Model, Transformer, make_model
+from tests.benchmarks.reporting import describe_device, format_quartiles, publish, table
 
 CLIP = optaxclip.clip_by_global_norm(1.0)
 CHAINS = {
@@ -33,30 +33,30 @@ CHAINS = {
 EVERY = (1, 10, 100)
 
 
-def models(small: bool) -> dict:
-    """What each name stands for: a function, so that only what is asked for is built."""
+def list_models(small: bool) -> dict:
+    """Lists models by name, as functions, so that only the chosen ones are built."""
     rng = np.random.default_rng(0)
     n, width, words, length, side = (2, 32, 40, 4, 8) if small else (32, 256, 2000, 32, 32)
 
-    def text(tokens):
+    def draw_text(tokens):
         return jnp.asarray(rng.integers(0, words, (max(tokens // length, 1), length)))
 
-    def image():
-        return jnp.asarray(rng.normal(size=(n, side, side, 3)), jnp.float32), jnp.asarray(
-            rng.integers(0, 10, n)
-        )
+    def make_transformer(tokens):
+        return make_model(Transformer(words, width // 2), draw_text(tokens), draw_text(tokens))
+
+    def make_cnn():
+        images = jnp.asarray(rng.normal(size=(n, side, side, 3)), jnp.float32)
+        return make_model(CNN(width // 16), images, jnp.asarray(rng.integers(0, 10, n)))
 
     return {
-        "cnn": lambda: model_of(CNN(width // 16), *image()),
-        "transformer": lambda: model_of(Transformer(words, width // 2), text(16 * n), text(16 * n)),
-        "transformer, few tokens": lambda: model_of(
-            Transformer(words, width // 2), text(4 * n), text(4 * n)
-        ),
+        "cnn": make_cnn,
+        "transformer": lambda: make_transformer(16 * n),
+        "transformer, few tokens": lambda: make_transformer(4 * n),
     }
 
 
-def training(model: Model, clip):
-    """A compiled step, `state -> (state, loss)`, and its first state."""
+def make_training(model: Model, clip):
+    """Makes a compiled step, `state -> (state, loss)`, and its first state."""
     tx = optax.chain(clip, optax.adam(1e-3))
 
     def loss_of(params):
@@ -73,8 +73,8 @@ def training(model: Model, clip):
     return step, (params, tx.init(params))
 
 
-def logged(step, every: int | None):
-    """Runs one step at a time, and logs every so many of them."""
+def add_log(step, every: int | None):
+    """Makes a step that logs each time that `every` steps are done."""
     count, sink, read = 0, io.StringIO(), jax.jit(optaxclip.metrics)
 
     def run(state):
@@ -89,8 +89,8 @@ def logged(step, every: int | None):
     return run
 
 
-def measured(runs: dict, states: dict, seconds: float, burst: int) -> dict[str, list[float]]:
-    """The time of each way relative to the first, in each round."""
+def compare_runs(runs: dict, states: dict, seconds: float, burst: int) -> dict[str, list[float]]:
+    """Measures the time of each run relative to the first one, in each round."""
     names = list(runs)
     ratios: dict = {name: [] for name in names}
     end = time.perf_counter() + seconds
@@ -108,44 +108,40 @@ def measured(runs: dict, states: dict, seconds: float, burst: int) -> dict[str, 
     return ratios
 
 
-def rows(model: Model, seconds: float, small: bool):
-    """One row a way of taking steps."""
-    made = {name: training(model, clip) for name, clip in CHAINS.items()}
-    made |= {f"watch, log every {n}": training(model, CHAINS["watch"]) for n in EVERY}
+def make_rows(model: Model, seconds: float, small: bool):
+    """Makes one row per way to take steps."""
     every = {f"watch, log every {n}": n for n in EVERY}
-    runs = {name: logged(step, every.get(name)) for name, (step, _) in made.items()}
+    chains = CHAINS | dict.fromkeys(every, CHAINS["watch"])
+    made = {name: make_training(model, clip) for name, clip in chains.items()}
+    runs = {name: add_log(step, every.get(name)) for name, (step, _) in made.items()}
     states = {name: jax.block_until_ready(runs[name](state)) for name, (_, state) in made.items()}
     start = time.perf_counter()
     states["no watch"] = jax.block_until_ready(runs["no watch"](states["no watch"]))
     step_seconds = time.perf_counter() - start
     burst = 1 if small else max(1, round(0.1 / step_seconds))  # a tenth of a second
-    for name, ratios in measured(runs, states, seconds, burst).items():
-        yield [name, quartiles(ratios), str(len(ratios))]
+    for name, ratios in compare_runs(runs, states, seconds, burst).items():
+        yield [name, format_quartiles(ratios), str(len(ratios))]
 
 
 def race_steps(names: list[str], seconds: float, small: bool) -> str:
-    """The table of training steps on this machine."""
+    """Makes the table of training steps on this machine."""
     lines = []
     for name in names:
-        model = models(small)[name]()
+        model = list_models(small)[name]()
         leaves = jax.tree.leaves(model.params)
         size = f"{sum(x.size for x in leaves) / 1e6:.2f} M"
-        lines += [[name, size, str(len(leaves)), *row] for row in rows(model, seconds, small)]
+        lines += [[name, size, str(len(leaves)), *row] for row in make_rows(model, seconds, small)]
     head = ["model", "parameters", "leaves", "", "time of a step (quartiles)", "rounds"]
-    return f"{table(head, lines)}\n{device()}.\n"
+    return f"{table(head, lines)}\n{describe_device()}.\n"
 
 
 def main(argv=None) -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--small", action="store_true", help="tiny models, one round: to see that it runs"
-    )
+    parser.add_argument("--small", action="store_true", help="tiny models, to see that it runs")
     parser.add_argument("--models", nargs="+", default=["cnn", "transformer"])
-    parser.add_argument(
-        "--seconds", type=float, default=60.0, help="how long to measure each model"
-    )
-    parser.add_argument("--into", help="a document between whose marks the table is put")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time to measure each model")
+    parser.add_argument("--into", help="document to write the table into")
     args = parser.parse_args(argv)
     text = race_steps(args.models, 0 if args.small else args.seconds, args.small)
     publish(text, args.into, "watching")

@@ -1,11 +1,11 @@
-"""What `optaxclip.watch` costs on an H100, by XLA's compiler for it; no GPU has to be there.
+"""What `optaxclip.watch` costs on an H100, as XLA compiles it. No GPU is needed.
 
     uv run --group accelerators python -m tests.benchmarks.watching_gpu [--small]
         [--into docs/watching.md]
 
-Prints a markdown table: kernels and bytes of a step of a clip and AdamW on GPT-2, with a watch in
-front of the clip and without. It is a file of its own, as the compilers have an environment of
-their own, in which there is no Flax.
+Prints a Markdown table: kernels and bytes of a step of a clip and AdamW on GPT-2, with and without
+a watch in front of the clip. This is not part of `watching`, because the compilers are installed in
+an environment without Flax.
 """
 
 import argparse
@@ -25,16 +25,15 @@ ROWS = {
 
 
 def main(argv=None) -> None:
-    """Compiles each row, and prints the table."""
+    """Compiles each row and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="GPT-2 with 2 layers")
-    parser.add_argument("--into", help="a document between whose marks the table is put")
+    parser.add_argument("--into", help="document to write the table into")
     args = parser.parse_args(argv)
     found = compile_case(Case("gpu", "H100", "gpt2-2" if args.small else "gpt2"), list(ROWS))
-    lines = [
-        [text, str(found[name]["kernels"]), f"{found[name]['bytes']:.2f}"]
-        for name, text in ROWS.items()
-    ]
+    lines = []
+    for name, label in ROWS.items():
+        lines.append([label, str(found[name]["kernels"]), f"{found[name]['bytes']:.2f}"])
     text = f"{table(['', 'kernels', 'bytes per parameter'], lines)}\n{name_versions('gpu')}.\n"
     publish(text, args.into, "watching gpu")
 

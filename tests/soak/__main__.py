@@ -16,6 +16,9 @@ from tests.soak.laws import hold
 from tests.soak.parts import compositions, shrink
 
 AT_ONCE = 200
+# Chunks after which compiled programs are dropped: with jax 0.12 more would exceed the mappings that
+# Linux grants a process.
+CLEARED = 8
 
 
 class Tally:
@@ -81,6 +84,8 @@ def main(argv=None) -> int:
                 print(f"{tally.last} breaks a law, and so does", shrink(tally.last, breaks))
             return 1
         print(tally, flush=True)
+        if chunk % CLEARED == 0:
+            jax.clear_caches()
     return 0
 
 

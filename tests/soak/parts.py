@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
 from optaxclip import actions, feeds, norms, scopes, thresholds, wrappers
-from optaxclip.thresholds.fixed import as_threshold
+from optaxclip.thresholds.convert import as_threshold
 
 # A mesh of 2 x 4 devices cuts them.
 SHAPES = {

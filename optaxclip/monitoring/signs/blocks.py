@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from optaxclip.monitoring import limits
 from optaxclip.monitoring.fits import is_known
 from optaxclip.monitoring.history import RecordedRun
-from optaxclip.monitoring.limits import AHEAD, NEIGHBOURS
 from optaxclip.monitoring.summary import natural_key
 
 
@@ -31,7 +31,7 @@ def first_large(run: RecordedRun, at: int, end: int) -> str:
     foot = max(2 * at - end, 1)
     rises = {}
     for name, x in run.blocks.items():
-        before, now = x[max(foot - 2 * NEIGHBOURS, 0) : foot], x[at:end]
+        before, now = x[max(foot - 2 * limits.NEIGHBOURS, 0) : foot], x[at:end]
         if is_known(before).any() and is_known(now).all():
             rises[name] = np.log(now) - np.log(np.median(before[is_known(before)]))
     if len(rises) < 2:
@@ -39,7 +39,7 @@ def first_large(run: RecordedRun, at: int, end: int) -> str:
     # Relative to the other blocks: noise and growth that all of them share tell nothing.
     table = np.stack(list(rises.values()))
     leads = (table - np.median(table, axis=0)).mean(axis=1)
-    return list(rises)[int(np.argmax(leads))] if leads.max() >= np.log(AHEAD) else ""
+    return list(rises)[int(np.argmax(leads))] if leads.max() >= np.log(limits.AHEAD) else ""
 
 
 def first_lost(run: RecordedRun, at: int) -> str:

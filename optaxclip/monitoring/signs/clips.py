@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from optaxclip.monitoring import limits
 from optaxclip.monitoring.display import format_number, format_share
 from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.history import RecordedRun
-from optaxclip.monitoring.limits import ALWAYS, BEFORE_MEAN, ENOUGH, ENOUGH_FOR_TAILS, RESERVE
 
 
 def clipping(run: RecordedRun) -> Iterator[Sign]:
@@ -17,7 +17,7 @@ def clipping(run: RecordedRun) -> Iterator[Sign]:
     for head, clip in run.measuring_clips().items():
         known = np.isfinite(clip["grad_norm"]) & np.isfinite(clip["bound"])
         norms, bounds, share = (clip[field][known] for field in ("grad_norm", "bound", "clipped"))
-        if len(norms) < ENOUGH:
+        if len(norms) < limits.ENOUGH:
             continue
         # A run of zero norms has nothing to clip, and does not show that the bound is too far.
         usual = {"norm": float(np.median(norms)), "bound": float(np.median(bounds))}
@@ -26,9 +26,11 @@ def clipping(run: RecordedRun) -> Iterator[Sign]:
         # A bound of 0 may be intended.
         nearest = float(np.max(norms / np.maximum(bounds, 1e-30)))
         name = head.rstrip("/") or "the clip"
-        if evidence["share"] >= ALWAYS:
+        # Before a record that begins late the clip may have been active.
+        enough = len(norms) >= limits.ENOUGH_FOR_TAILS and not run.begins_late
+        if evidence["share"] >= limits.ALWAYS:
             yield _always(name, evidence)
-        elif not share.any() and 0 < nearest < RESERVE and len(norms) >= ENOUGH_FOR_TAILS:
+        elif enough and not share.any() and 0 < nearest < limits.RESERVE:
             yield _never(name, evidence | {"nearest": nearest})
 
 
@@ -66,7 +68,10 @@ def averaging(run: RecordedRun) -> Iterator[Sign]:
     for head, clip in run.measuring_clips().items():
         known = np.isfinite(clip["grad_norm"]) & np.isfinite(own) & (own > 0)
         ratios = clip["grad_norm"][known] / own[known]
-        if len(ratios) >= ENOUGH and np.quantile(ratios, 1 - ALWAYS) >= BEFORE_MEAN:
+        if (
+            len(ratios) >= limits.ENOUGH
+            and np.quantile(ratios, 1 - limits.ALWAYS) >= limits.BEFORE_MEAN
+        ):
             usual = float(np.median(ratios))
             yield Sign(
                 "clip-before-averaging",

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from optaxclip.monitoring import limits
 from optaxclip.monitoring.display import format_share
 from optaxclip.monitoring.findings import Sign
-from optaxclip.monitoring.fits import find_runs
+from optaxclip.monitoring.fits import find_runs, zeros_at_end
 from optaxclip.monitoring.history import Columns, RecordedRun
-from optaxclip.monitoring.limits import ENOUGH, HALVINGS, SKIPPED
 from optaxclip.monitoring.signs.blocks import first_lost, in_block, step_at
 from optaxclip.wrappers.skip import LOSS, NONFINITE, NORM
 
@@ -19,16 +19,13 @@ _WRAP = "Meanwhile use optaxclip.skip_nonfinite(optimizer), so that such a step 
 
 def losing(run: RecordedRun) -> Iterator[Sign]:
     """Finds the first loss or norm that is not finite, and what it was."""
-    norms, losses = ~np.isfinite(run.norms), np.zeros(len(run.norms), bool)
-    if len(run.losses):
-        losses = ~np.isfinite(run.losses)
+    norms = ~np.isfinite(run.norms)
+    losses = run.lost_losses if len(run.losses) else np.zeros(len(norms), bool)
     if _is_of_loss_scale(run, norms | losses):
         return
     # If the loss is not finite, neither is its gradient: at the same step the loss comes first.
     if losses.any() and (not norms.any() or np.argmax(losses) <= np.argmax(norms)):
         yield _loss(run, losses)
-    elif norms.any() and np.isinf(run.norms[np.argmax(norms)]):
-        yield _overflow(run, norms)
     elif norms.any():
         yield _norm(run, norms)
 
@@ -38,7 +35,7 @@ def _is_of_loss_scale(run: RecordedRun, bad: np.ndarray) -> bool:
     scales = run.table.get("loss_scale")
     if scales is None or not bad.any():
         return False
-    if max(end - start for start, end in find_runs(bad)) > HALVINGS:
+    if max(end - start for start, end in find_runs(bad)) > limits.HALVINGS:
         return False
     # Lowered at that step or at the next: it may be recorded before or after its update.
     lowered = np.diff(scales, prepend=scales[0]) < 0
@@ -48,57 +45,50 @@ def _is_of_loss_scale(run: RecordedRun, bad: np.ndarray) -> bool:
     return bool(max(here, behind) * bad.sum() >= bad.sum() - bad[0] - bad[-1])
 
 
-def _say(run: RecordedRun, what: str, bad: np.ndarray) -> tuple[str, dict[str, float], int]:
+def _loss(run: RecordedRun, bad: np.ndarray) -> Sign:
+    name = "loss-not-finite"
+    if np.isinf(run.losses[np.argmax(bad)]):
+        cause = (
+            "look for a logarithm or a division at 0 in the loss, and add ε inside it (log_softmax"
+            " instead of log(softmax))."
+        )
+        return _lost(run, bad, name, "loss is infinite", cause)
+    cause = "look at the batch of this step for NaN or empty entries (watch keeps its tag=)."
+    return _lost(run, bad, name, "loss is NaN", cause)
+
+
+def _norm(run: RecordedRun, bad: np.ndarray) -> Sign:
+    first = int(np.argmax(bad))
+    block = first_lost(run, first)
+    if np.isinf(run.norms[first]):
+        cause = (
+            "bfloat16, or a dynamic loss scale if this is float16; with one, some such steps are"
+            " normal while it searches for its value (record it as loss_scale=)."
+        )
+        what = "norm is infinite although the loss is finite"
+        return _lost(run, bad, "norm-overflow", what, cause, block)
+    cause = "look at the loss and the batch of this step (watch keeps its tag=)."
+    if block:
+        cause = (
+            f"look in the backward pass of {block} for roots, norms and divisions at 0: jnp.where"
+            " does not stop NaN unless its argument is safe, too."
+        )
+    return _lost(run, bad, "norm-not-finite", "norm is NaN", cause, block)
+
+
+def _lost(
+    run: RecordedRun, bad: np.ndarray, name: str, what: str, cause: str, block: str = ""
+) -> Sign:
     """Says how often it happened, and when first, in words and numbers."""
     first, count = int(np.argmax(bad)), int(bad.sum())
     stays = find_runs(bad)[0] == (first, len(bad)) and count > 1
     often = "from then on" if stays else f"on {count} of {len(bad)} steps"
-    text = f"the {what}, first at step {step_at(run, first)}, {often}"
-    return text, {"steps": count, "share": count / len(bad), "first": first}, first
-
-
-def _loss(run: RecordedRun, bad: np.ndarray) -> Sign:
-    infinite = np.isinf(run.losses[np.argmax(bad)])
-    kind = "infinite" if infinite else "NaN"
-    what, evidence, first = _say(run, f"loss is {kind}", bad)
-    cause = (
-        "look for a logarithm or a division at 0 in the loss, and add ε inside it (log_softmax"
-        " instead of log(softmax)). "
-        if infinite
-        else "look at the batch of this step for NaN or empty entries (watch keeps its tag=). "
-    )
-    fix = cause + _WRAP
-    return Sign("loss-not-finite", f"{what}.", evidence, fix, step_at(run, first))
-
-
-def _overflow(run: RecordedRun, bad: np.ndarray) -> Sign:
-    what, evidence, first = _say(run, "norm is infinite although the loss is finite", bad)
-    block = first_lost(run, first)
-    return Sign(
-        "norm-overflow",
-        f"{what}{in_block(block)}.",
-        evidence,
-        "bfloat16, or a dynamic loss scale if this is float16; with one, some such steps are normal"
-        " while it searches for its value (record it as loss_scale=). " + _WRAP,
-        step_at(run, first),
-        block,
-    )
-
-
-def _norm(run: RecordedRun, bad: np.ndarray) -> Sign:
-    what, evidence, first = _say(run, "norm is NaN", bad)
-    block = first_lost(run, first)
+    evidence = {"steps": count, "share": count / len(bad), "first": first}
     if block:
-        count = sum(not np.isfinite(x[first]) for x in run.blocks.values())
-        evidence["blocks"] = count
-        fix = (
-            f"look in the backward pass of {block} for roots, norms and divisions at 0: jnp.where"
-            " does not stop NaN unless its argument is safe, too. "
-        )
-    else:
-        fix = "look at the loss and the batch of this step (watch keeps its tag=). "
-    what = f"{what}{in_block(block)}."
-    return Sign("norm-not-finite", what, evidence, fix + _WRAP, step_at(run, first), block)
+        evidence["blocks"] = sum(not np.isfinite(x[first]) for x in run.blocks.values())
+    step = step_at(run, first)
+    text = f"the {what}, first at step {step}, {often}{in_block(block)}."
+    return Sign(name, text, evidence, f"{cause} {_WRAP}", step, block)
 
 
 _REASONS = {
@@ -123,12 +113,11 @@ def skipping(run: RecordedRun) -> Iterator[Sign]:
     for head, skip in run.skips.items():
         # Uses consecutive skips, not their total, which jumps in a history that is thinned out.
         skipped = skip["consecutive"] > 0
-        runs = find_runs(skipped)
-        last = runs[-1] if runs and runs[-1][1] == len(skipped) else (len(skipped), len(skipped))
-        count, share = last[1] - last[0], float(skipped.mean())
-        if len(skipped) < 3 or (share < SKIPPED and (count < ENOUGH or count < len(skipped) / 4)):
+        count, share = zeros_at_end(~skipped), float(skipped.mean())
+        often = share >= limits.SKIPPED
+        if len(skipped) < 3 or not (often or count >= max(limits.ENOUGH, len(skipped) / 4)):
             continue
-        first = int(np.argmax(skipped)) if share >= SKIPPED else last[0]
+        first = int(np.argmax(skipped)) if often else len(skipped) - count
         what, fix = _REASONS.get(int(skip["last_reason"][-1]), ("reason unknown", "find out why."))
         name, step, block = head.rstrip("/") or "skip", step_at(run, first), first_lost(run, first)
         yield Sign(
@@ -149,7 +138,7 @@ def forgetting(run: RecordedRun) -> Iterator[Sign]:
     # If every step is skipped, the wrapper still counts the steps that it skips.
     moving = any(np.ptp(x) > 0 for x in (_count_steps(run.skips) | counters).values())
     steps = max(map(len, counters.values()), default=0)
-    if steps < ENOUGH or moving or _is_explained(run, counters):
+    if steps < limits.ENOUGH or moving or _is_explained(run, counters):
         return
     name, count = next((name, int(x[0])) for name, x in counters.items())
     yield Sign(

@@ -6,47 +6,39 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from optaxclip.monitoring import limits
 from optaxclip.monitoring.display import format_number
 from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import compare_parts, fit_growth, is_known
 from optaxclip.monitoring.history import RecordedRun
-from optaxclip.monitoring.limits import (
-    ENOUGH,
-    GROWN,
-    GROWN_LATE,
-    GROWN_R2,
-    RISEN,
-    RISEN_ERRORS,
-    STILL,
-    UNMOVED,
-    UNMOVED_ERRORS,
-)
 
 
 def moving(run: RecordedRun) -> Iterator[Sign]:
     """Finds a loss that rises, or does not move, and then whether the weights do."""
     x = run.losses[np.isfinite(run.losses)]
-    if len(x) < 2 * ENOUGH:
+    if len(x) < 2 * limits.ENOUGH:
         return
     before, after, error = compare_parts(*np.array_split(x, 2))
     start, rest, start_error = compare_parts(x[: max(len(x) // 20, 3)], x[len(x) // 2 :])
     change = (after - before) / max(abs(before), 1e-30)
     evidence = {"before": before, "after": after, "change": change, "standard_error": error}
-    still = abs(change) < UNMOVED and abs(after - before) <= UNMOVED_ERRORS * error
+    still = abs(change) < limits.UNMOVED and abs(after - before) <= limits.UNMOVED_ERRORS * error
     # The loss of a run that has converged did move at first.
-    still &= start - rest <= max(UNMOVED * abs(start), UNMOVED_ERRORS * start_error)
+    still &= start - rest <= max(limits.UNMOVED * abs(start), limits.UNMOVED_ERRORS * start_error)
+    # A record that lacks the start of a run cannot tell whether it has converged.
+    whole = not run.begins_late
     # Full-batch losses have no noise: a small fall is still many standard errors.
-    if _weights_are_still(run) and abs(change) < UNMOVED:
+    if whole and _weights_are_still(run) and abs(change) < limits.UNMOVED:
         yield _too_low(run, evidence)
-    elif still:
+    elif whole and still:
         yield _not_moving(evidence)
-    elif change > RISEN and after - before > RISEN_ERRORS * error:
+    elif change > limits.RISEN and after - before > limits.RISEN_ERRORS * error:
         yield _loss_rising(evidence)
 
 
 def _weights_are_still(run: RecordedRun) -> bool:
     known = run.param_norms[is_known(run.param_norms)]
-    return len(known) >= ENOUGH and bool(np.ptp(known) < STILL * np.median(known))
+    return len(known) >= limits.ENOUGH and bool(np.ptp(known) < limits.STILL * np.median(known))
 
 
 def _too_low(run: RecordedRun, evidence: dict[str, float]) -> Sign:
@@ -86,13 +78,17 @@ def _loss_rising(evidence: dict[str, float]) -> Sign:
 def growing(run: RecordedRun) -> Iterator[Sign]:
     """Finds weights that grow exponentially: those that start at zero grow ever more slowly."""
     x = run.param_norms[is_known(run.param_norms)]
-    if len(x) < ENOUGH:
+    if len(x) < limits.ENOUGH:
         return
     # If growth is like t or sqrt(t), its factor is smaller in the second half; in an exponential
     # both halves have the same factor.
     fit, middle = fit_growth(x), x[len(x) // 2]
     early, late = middle / x[0], x[-1] / middle
-    if fit.growth >= GROWN and fit.r2 >= GROWN_R2 and late >= max(early, 1) ** GROWN_LATE:
+    if (
+        fit.growth >= limits.GROWN
+        and fit.r2 >= limits.GROWN_R2
+        and late >= max(early, 1) ** limits.GROWN_LATE
+    ):
         doubling = np.log(2) * (fit.steps - 1) / np.log(fit.growth)
         yield Sign(
             "weights-growing",

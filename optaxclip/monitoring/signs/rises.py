@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from optaxclip.monitoring import limits
 from optaxclip.monitoring.fits import (
     Fit,
     find_runs,
@@ -15,15 +16,6 @@ from optaxclip.monitoring.fits import (
     large_ratio,
     over_neighbours,
     zeros_at_end,
-)
-from optaxclip.monitoring.limits import (
-    ENOUGH,
-    JUMP,
-    NEIGHBOURS,
-    RISE,
-    RISE_R2,
-    RISE_STEPS,
-    STILL_RISING,
 )
 
 
@@ -62,7 +54,7 @@ def find_rise(x: np.ndarray) -> Rise | None:
 def is_lost(x: np.ndarray) -> np.ndarray:
     """Returns where norms are not finite, or zero to the end, as in units that saturated."""
     lost = ~np.isfinite(x)
-    lost[len(x) - zeros_at_end(x) :] |= zeros_at_end(x) >= ENOUGH
+    lost[len(x) - zeros_at_end(x) :] |= zeros_at_end(x) >= limits.ENOUGH
     return lost
 
 
@@ -79,7 +71,7 @@ def _rise_to(x: np.ndarray, begin: int, at: int, limit: float) -> Rise | None:
     low = np.flatnonzero(y <= usual * min(limit, (peak / usual) ** 0.1))
     first = low[-1] + 1
     heights = np.log(y[first:] / usual) / np.log(peak / usual)
-    if len(heights) == 0 or (len(heights) > 5 and heights.mean() > STILL_RISING):
+    if len(heights) == 0 or (len(heights) > 5 and heights.mean() > limits.STILL_RISING):
         return None
     return Rise(int(where[_foot(y, first)]), at, float(usual), float(peak), "broke")
 
@@ -91,7 +83,11 @@ def _foot(y: np.ndarray, first: int) -> int:
     of the rise to the next step, on a log scale.
     """
     while first > 1:
-        before, low, high = y[max(first - 1 - NEIGHBOURS, 0) : first - 1], y[first - 1], y[first]
+        before, low, high = (
+            y[max(first - 1 - limits.NEIGHBOURS, 0) : first - 1],
+            y[first - 1],
+            y[first],
+        )
         if low >= high or low <= before.max() or low < np.median(before) * np.sqrt(high / low):
             break
         first -= 1
@@ -100,18 +96,18 @@ def _foot(y: np.ndarray, first: int) -> int:
 
 def _shift(x: np.ndarray, where: np.ndarray) -> Rise | None:
     """Finds a change to a level that lasts until the end."""
-    if len(where) < ENOUGH:
+    if len(where) < limits.ENOUGH:
         return None
     y = np.log(x[where])
     split = find_shift(y)
     before, after = y[:split], y[split:]
     low, high = np.median(before), np.median(after)
     apart = np.quantile(after, 0.1) > np.quantile(before, 0.9)
-    if high - low < np.log(JUMP) or not apart or min(len(before), len(after)) < 5:
+    if high - low < np.log(limits.JUMP) or not apart or min(len(before), len(after)) < 5:
         return None
     # Noise does not matter between a quarter and three quarters of the way.
     top = int(np.argmax(y >= low + 0.75 * (high - low)))
-    if len(y) - top >= RISE_STEPS and _is_steep(fit_growth(np.exp(y[top:] - y[top]))):
+    if len(y) - top >= limits.RISE_STEPS and _is_steep(fit_growth(np.exp(y[top:] - y[top]))):
         return None
     start = int(np.flatnonzero(y[: top + 1] <= low + 0.25 * (high - low))[-1]) + 1
     usual, peak = float(np.exp(low)), float(np.exp(high))
@@ -121,7 +117,9 @@ def _shift(x: np.ndarray, where: np.ndarray) -> Rise | None:
 def _growing(x: np.ndarray, where: np.ndarray) -> Rise | None:
     """Finds exponential growth in the last half, quarter, ..., because explosions are short."""
     y = x[where]
-    sizes = [len(y) >> halvings for halvings in range(20) if len(y) >> halvings >= RISE_STEPS]
+    sizes = [
+        len(y) >> halvings for halvings in range(20) if len(y) >> halvings >= limits.RISE_STEPS
+    ]
     fits = [fit_growth(y[-size:]) for size in sizes]
     # The second half must have its part of the growth; otherwise it is over, or is a warm-up.
     steep = [
@@ -137,4 +135,4 @@ def _growing(x: np.ndarray, where: np.ndarray) -> Rise | None:
 
 
 def _is_steep(fit: Fit) -> bool:
-    return fit.growth >= RISE and fit.r2 >= RISE_R2
+    return fit.growth >= limits.RISE and fit.r2 >= limits.RISE_R2

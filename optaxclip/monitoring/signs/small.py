@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from optaxclip.monitoring import limits
 from optaxclip.monitoring.display import format_number, format_share
 from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import (
@@ -17,18 +18,6 @@ from optaxclip.monitoring.fits import (
     zeros_at_end,
 )
 from optaxclip.monitoring.history import RecordedRun
-from optaxclip.monitoring.limits import (
-    CHANCE,
-    DEPTH,
-    DEPTH_LAYERS,
-    DYING,
-    ENOUGH,
-    FADED,
-    FADED_UNKNOWN,
-    RISE_R2,
-    UNMOVED,
-    UNMOVED_ERRORS,
-)
 from optaxclip.monitoring.signs.blocks import step_at
 from optaxclip.monitoring.summary import natural_key
 
@@ -48,7 +37,7 @@ def zero(run: RecordedRun) -> Iterator[Sign]:
             step,
         )
         return
-    if not np.isfinite(run.norms[-ENOUGH:]).all():
+    if not np.isfinite(run.norms[-limits.ENOUGH :]).all():
         # ReLU and masks stop NaN in the backward pass, so zeros after a NaN mean nothing.
         return
     blocks = run.blocks.items()
@@ -66,13 +55,13 @@ def _find_death(x: np.ndarray, blocks: int = 1) -> int | None:
     zero, last = x == 0, len(x) - zeros_at_end(x)
     # Rare experts and embeddings pause as well: a pause at the end must be longer than theirs.
     pause = max((end - start for start, end in find_runs(zero[:last])), default=0)
-    if len(x) - last >= max(ENOUGH, 3 * pause):
+    if len(x) - last >= max(limits.ENOUGH, 3 * pause):
         return last
     first = int(np.argmax(zero))
     share = np.mean(zero[first:])
     # A block that always paused this often would hardly begin with so many steps without a pause.
-    new = blocks * (1 - share) ** first < CHANCE
-    return first if share >= DYING and new and len(x) - first >= ENOUGH else None
+    new = blocks * (1 - share) ** first < limits.CHANCE
+    return first if share >= limits.DYING and new and len(x) - first >= limits.ENOUGH else None
 
 
 def _say_from(step: int, share: float) -> str:
@@ -118,16 +107,16 @@ def _frozen(names: list[str], count: int) -> Sign:
 def vanishing(run: RecordedRun) -> Iterator[Sign]:
     """Finds norms that fall exponentially while the loss does not."""
     x = run.norms[is_known(run.norms)]
-    if len(x) < ENOUGH:
+    if len(x) < limits.ENOUGH:
         return
-    fit, least = fit_growth(x), FADED_UNKNOWN
-    if np.isfinite(run.losses).any():
-        halves = np.array_split(run.losses[np.isfinite(run.losses)], 2)
-        before, after, error = compare_parts(*halves)
+    fit, least = fit_growth(x), limits.FADED_UNKNOWN
+    known = run.losses[np.isfinite(run.losses)]
+    if len(known) >= limits.ENOUGH:
+        before, after, error = compare_parts(*np.array_split(known, 2))
         # If the loss falls, the norms may fall, too.
-        falls = before - after > max(UNMOVED_ERRORS * error, UNMOVED * abs(before))
-        least = 0.0 if falls else FADED
-    if fit.growth <= least and fit.r2 >= RISE_R2:
+        falls = before - after > max(limits.UNMOVED_ERRORS * error, limits.UNMOVED * abs(before))
+        least = 0.0 if falls else limits.FADED
+    if fit.growth <= least and fit.r2 >= limits.RISE_R2:
         yield Sign(
             "norms-vanishing",
             f"the norm falls exponentially, to {fit.growth:.1g} of its value {fit.steps} steps"
@@ -165,12 +154,12 @@ def depth(run: RecordedRun) -> Iterator[Sign]:
     for head, layers in _by_depth(run.blocks).items():
         usual = {n: np.median(x[np.isfinite(x)]) for n, x in layers.items() if np.isfinite(x).any()}
         norms = np.array([x for x in usual.values() if x > 0])
-        if len(norms) < DEPTH_LAYERS:
+        if len(norms) < limits.DEPTH_LAYERS:
             continue
         # The ratio of the ends alone would mistake one odd layer for a trend.
         fit = fit_growth(norms)
         ratio = max(fit.growth, 1 / fit.growth)
-        if ratio < DEPTH or fit.r2 < RISE_R2:
+        if ratio < limits.DEPTH or fit.r2 < limits.RISE_R2:
             continue
         falls, per_layer = fit.growth > 1, ratio ** (1 / (len(norms) - 1))
         first, last = (f"{head}{n}{']' * ('[' in head)}" for n in (min(usual), max(usual)))

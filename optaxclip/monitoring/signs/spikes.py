@@ -6,28 +6,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from optaxclip.monitoring import limits
 from optaxclip.monitoring.display import format_number
 from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import is_known, large_ratio, over_neighbours, tail_index
 from optaxclip.monitoring.history import RecordedRun
-from optaxclip.monitoring.limits import (
-    BURST,
-    ENOUGH,
-    ENOUGH_FOR_TAILS,
-    EVENT_STEPS,
-    TAIL_INDEX,
-    TAIL_RATIO,
-)
 from optaxclip.monitoring.signs.blocks import first_large, in_block, step_at
 
 
 def spiking(run: RecordedRun) -> Iterator[Sign]:
     """Finds single spikes, a burst, or a heavy tail, which has spikes everywhere."""
     where = np.flatnonzero(is_known(run.norms))
-    if len(where) < ENOUGH:
+    if len(where) < limits.ENOUGH:
         return
     ratios = over_neighbours(run.norms[where])
-    if len(where) >= ENOUGH_FOR_TAILS and _is_heavy(ratios):
+    if len(where) >= limits.ENOUGH_FOR_TAILS and _is_heavy(ratios):
         yield _heavy_tail(ratios)
         return
     large = np.flatnonzero(ratios >= large_ratio(ratios, len(ratios)))
@@ -35,10 +28,10 @@ def spiking(run: RecordedRun) -> Iterator[Sign]:
     large = large[large >= 5]
     if not len(large):
         return
-    events = np.split(large, np.flatnonzero(np.diff(large) > EVENT_STEPS) + 1)
+    events = np.split(large, np.flatnonzero(np.diff(large) > limits.EVENT_STEPS) + 1)
     # A burst matters more than single spikes in the same run, however large these are.
     event = max(events, key=len)
-    if len(event) >= BURST:
+    if len(event) >= limits.BURST:
         yield _burst(run, where, ratios, event)
     else:
         yield _spike(run, where, ratios, events)
@@ -47,8 +40,10 @@ def spiking(run: RecordedRun) -> Iterator[Sign]:
 def _is_heavy(ratios: np.ndarray) -> bool:
     """Whether the tail is heavy in the whole run, and nearly everywhere in it."""
     # A spike or a burst makes the tail of one quarter heavy, and with it that of the whole run.
-    everywhere = [quarter.max() >= TAIL_RATIO for quarter in np.array_split(ratios, 4)]
-    heavy = tail_index(ratios) < TAIL_INDEX and np.quantile(ratios, 0.99) >= TAIL_RATIO
+    everywhere = [quarter.max() >= limits.TAIL_RATIO for quarter in np.array_split(ratios, 4)]
+    heavy = (
+        tail_index(ratios) < limits.TAIL_INDEX and np.quantile(ratios, 0.99) >= limits.TAIL_RATIO
+    )
     return bool(heavy) and sum(everywhere) >= 3
 
 

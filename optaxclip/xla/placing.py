@@ -1,0 +1,82 @@
+"""How arrays lie on devices by their types: what varies in `shard_map`, what Explicit axes cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
+
+from optaxclip.compat import manual_axes, to_varying, varying_axes
+
+
+def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """`x`, cast to the type that a collective over `axes` takes."""
+    # If types are kept, a `psum` over two axes of an array that varies over one is an error.
+    missing = sorted(set(axes) & set(manual_axes()) - varying_axes(x), key=str)
+    return to_varying(x, missing) if missing and types_are_kept() else x
+
+
+def types_are_kept() -> bool:
+    """Whether `shard_map` tracks what varies: if it does, its axis index is of a varying type."""
+    # There is no other way to ask: with `check_vma=False` all types are empty, as if replicated.
+    return all(axis in varying_axes(lax.axis_index(axis)) for axis in manual_axes())
+
+
+def vary_as(x: jax.Array, like: Any) -> jax.Array:
+    """`x`, cast to vary over the devices among which `like` does."""
+    return vary(x, varying_axes(like))
+
+
+def fill_like(x: Any, value: ArrayLike, dtype: DTypeLike | None = None) -> jax.Array:
+    """An array of copies of `value`, (*the shape of x, *that of value), which lies as `x` does."""
+    filled = jnp.full(x.shape + jnp.shape(value), value, dtype or x.dtype)
+    spec = spec_of(x)
+    return vary_as(jax.sharding.reshard(filled, spec) if any(spec) else filled, x)
+
+
+def is_shared(x: jax.Array, axes: Sequence[str]) -> bool:
+    """Whether the type of `x` says that it is the same on all devices along one of `axes`."""
+    # `vmap` and silent types say nothing.
+    if not set(axes) <= set(manual_axes()) or not types_are_kept():
+        return False
+    return not set(axes) <= varying_axes(x)
+
+
+def spec_of(x: Any) -> PartitionSpec:
+    """How Explicit axes cut an array or shape, which its type says; Auto axes do not show."""
+    return jax.typeof(x).sharding.spec
+
+
+def call_in_auto_axes(
+    function: Callable[..., tuple[list[jax.Array], Any]],
+    arrays: list[jax.Array],
+    state: Any,
+    rest: Any = None,
+) -> tuple[list[jax.Array], Any]:
+    """`function(arrays, state, rest)`, with Explicit mesh axes treated as Auto inside.
+
+    With Explicit axes each product, select and vmap would have to be told the sharding of its
+    result. The arrays and the state come out sharded as they went in.
+    """
+    kinds = [jax.typeof(x).sharding for x in arrays]
+    cut = [kind for kind in kinds if any(kind.spec)]
+    if not cut:
+        return function(arrays, state, rest)
+    leaves, structure = jax.tree.flatten((state, rest))
+    # Types change inside, so arrays may not be closed over; strings and the like may.
+    numbers = {i: x for i, x in enumerate(leaves) if hasattr(x, "dtype")}
+
+    def inside(arrays, numbers):
+        whole = [numbers.get(i, x) for i, x in enumerate(leaves)]
+        return function(arrays, *structure.unflatten(whole))
+
+    results = jax.tree.map(spec_of, (arrays, state))
+    # The mesh in the types, as the context of `jax.set_mesh` may have ended.
+    with jax.sharding.use_abstract_mesh(cut[0].mesh):
+        run: Any = jax.sharding.auto_axes(inside, out_sharding=results)
+        return run(arrays, numbers)
