@@ -1,4 +1,4 @@
-"""What "correct" means: each test is a law that holds for every case, in every dtype."""
+"""What "correct" means: each test is a law that every case obeys, in every dtype."""
 
 import collections
 import contextlib
@@ -136,7 +136,7 @@ def test_an_infinite_bound_changes_nothing(case):
 
 @each_case
 def test_a_bound_of_zero_or_less_and_gradients_of_zero_give_zeros(case):
-    """Only a traced bound can be negative: a number is refused, as the next test says."""
+    """Only a traced bound can be negative; a concrete one is rejected by the next test."""
     grads = tree("mixed")
     zeros = jax.tree.map(np.zeros_like, grads)
 
@@ -156,7 +156,7 @@ def test_a_bound_of_zero_or_less_and_gradients_of_zero_give_zeros(case):
 @pytest.mark.parametrize(
     "bound", [-1.0, float("nan"), "1.0", True, None, np.float32(-1), jnp.array(-1.0)], ids=repr
 )
-def test_a_bound_that_is_none_is_refused(case, bound):
+def test_an_invalid_bound_is_rejected(case, bound):
     if case.name in ("scheduled", "per_block", "until", "at_least"):
         pytest.skip("checked where the part is built: test_parts")
     with pytest.raises(ValueError, match=r"must be a number from 0 to inf"):
@@ -206,7 +206,7 @@ def test_any_magnitude_is_measured_right(case):
 @pytest.mark.parametrize(
     "grads", [{"w": jnp.full(2, 3e38)}, {"w": jnp.full(1, 3e38)}], ids=["norm", "factor"]
 )
-def test_a_norm_or_factor_that_is_no_normal_float_counts_as_not_finite(grads):
+def test_a_norm_or_factor_outside_the_normal_floats_counts_as_not_finite(grads):
     loud, state = update(optaxclip.clip_by_global_norm(1.0), grads)
     assert np.isnan(loud["w"]).all() and optaxclip.metrics(state)["clip/nonfinite_steps"] == 1
     quiet, state = update(optaxclip.clip_by_global_norm(1.0, nonfinite="zero"), grads)
@@ -221,8 +221,8 @@ def test_the_smallest_beside_the_largest():
 
 
 @pytest.mark.parametrize("scope", ["tree", "leaf", "units"])
-def test_float32_beside_float64_is_as_right_as_alone(scope):
-    """The scales at which float64 is summed are no float32, and nor are its factors."""
+def test_float32_beside_float64_is_as_accurate_as_alone(scope):
+    """Neither the scales at which float64 is summed nor its factors fit in float32."""
     scopes = optaxclip.scopes
     scope = {"tree": scopes.tree, "leaf": scopes.leaf, "units": scopes.units()}[scope]
     with jax.enable_x64(True):
@@ -257,7 +257,7 @@ def test_a_clip_of_ninety_thousand_numbers_is_exact_to_rounding():
 
 
 @each_case
-def test_what_is_not_a_gradient_passes_through(case):
+def test_non_gradients_pass_through(case):
     others = {
         "count": jnp.arange(3),
         "flags": jnp.array([True, False]),
@@ -405,7 +405,7 @@ def test_a_tree_that_init_did_not_see_is_named():
         tx.update({"b": jnp.ones(2)}, tx.init({"a": jnp.ones(2)}))
 
 
-def test_the_state_of_another_scope_is_named_as_such():
+def test_the_state_of_another_scope_is_named():
     grads = {"a": jnp.ones(2)}
     whole, by_leaf = optaxclip.clip_by(1.0), optaxclip.clip_by(1.0, scope=optaxclip.scopes.leaf)
     for tx, other in ((whole, by_leaf), (by_leaf, whole)):
@@ -422,7 +422,7 @@ def test_the_state_of_another_scope_is_named_as_such():
         ({}, "dict"),
     ],
 )
-def test_a_state_that_is_no_clips_is_named(make, state, name):
+def test_a_foreign_state_is_named(make, state, name):
     with pytest.raises(
         ValueError, match=f"not a state of .*clip.* but {name}: .*docs/old-checkpoints.md"
     ):
@@ -455,6 +455,6 @@ def test_a_state_may_have_another_type_with_the_same_fields():
         ({"exclude": ["a"]}, r"exclude must be a regular expression .*got the list \['a'\]"),
     ],
 )
-def test_parts_that_do_not_exist_are_refused(options, message):
+def test_unknown_parts_are_rejected(options, message):
     with pytest.raises(ValueError, match=f"clip_by: {message}"):
         optaxclip.clip_by(1.0, **options)

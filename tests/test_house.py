@@ -122,7 +122,7 @@ def test_every_public_function_that_checks_its_arguments_is_named_in_errors():
         ("scopes.l2", "write optaxclip.norms.l2"),
     ],
 )
-def test_a_name_that_is_not_there_says_which_is(name, advice):
+def test_a_misspelt_name_suggests_the_nearest(name, advice):
     with pytest.raises(AttributeError, match=advice):
         operator.attrgetter(name)(optaxclip)
 
