@@ -26,7 +26,7 @@ from optaxclip.base import Norm, Norms
 from optaxclip.xla.layout import Layout
 from optaxclip.xla.mesh import hold_everywhere
 from optaxclip.xla.scaling import spread
-from optaxclip.xla.sums import Pieces, lifted, plain, stacking, units, variadic
+from optaxclip.xla.sums import Pieces, join, lifted, plain, stack, stacking, units, variadic
 from optaxclip.xla.widths import accumulator, widen
 
 
@@ -63,7 +63,7 @@ def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
 
     def at_one(scale, arrays):
         pools = pool(stacking, arrays, (scale,))
-        return [_join([x for (x,) in row], n.ndim) for row, n in zip(pools, counts, strict=True)]
+        return [join([x for (x,) in row], n.ndim) for row, n in zip(pools, counts, strict=True)]
 
     def rescue(arrays):
         # One scale after another. In one read XLA:CPU would allocate a float32 copy of all narrow
@@ -106,23 +106,16 @@ def join_lengths(norm: Norm, lengths: jax.Array, count: ArrayLike = 1) -> jax.Ar
     return _chosen(norm, pools, scales, count)
 
 
-def _join(pieces: list[jax.Array], ndim: int) -> jax.Array:
-    pieces = [x if x.ndim == ndim else x[None] for x in pieces]
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
-
-
 def _finish(norm: Norm, pieces: Pieces, scales, count: np.ndarray) -> jax.Array:
-    """The lengths in one array of norms.
-
-    Pieces are joined last. If they were joined first, a TPU would copy each of them once per scale.
-    """
-    counts = [count]
-    if len(pieces) > 1:
-        sizes = [len(x) if x.ndim == count.ndim else 1 for x, *_ in pieces]
-        counts = np.split(count, np.cumsum(sizes)[:-1])
+    """The lengths in one array of norms."""
+    if count.ndim != 1 or len(pieces) == 1:
+        pools = [stack(list(at), count.ndim) for at in zip(*pieces, strict=True)]
+        return _chosen(norm, pools, scales, count)
+    # Units that are whole leaves are joined last: a TPU finishes scalars in passing.
+    counts = np.split(count, np.cumsum([x.size for x, *_ in pieces])[:-1])
     each = zip(pieces, counts, strict=True)
     lengths = [_chosen(norm, pools, scales, n.reshape(pools[0].shape)) for pools, n in each]
-    return _join(lengths, count.ndim)
+    return join(lengths, 1)
 
 
 def scales_of(norm: Norm, dtype, units: bool) -> tuple[float, ...]:
@@ -226,7 +219,7 @@ def _measure_jvp(norm: Norm, layout: Layout, primals, tangents):
     parts = [_along(norm, x, n, count, dot) for x, n, count, dot in each]
     pools = _pool(plain, _IDENTITY, layout, parts, (1.0,), dtype)
     each = zip(jax.tree.leaves(lengths), pools, strict=True)
-    along = [_join([x for (x,) in pieces], n.ndim) for n, pieces in each]
+    along = [join([x for (x,) in pieces], n.ndim) for n, pieces in each]
     return lengths, along if layout.blocks.units else along[0]
 
 

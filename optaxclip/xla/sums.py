@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optaxclip.base import Norm
@@ -34,6 +35,8 @@ ADDENDS = 64
 # Smaller alike leaves are stacked: XLA:CPU has an overhead per array, and copying so little is
 # cheap.
 SMALL, MOST = 4096, 256
+# Each element of a stack takes as many selects, and reads as many arrays.
+SELECTED, FEW = 8, 1 << 16
 
 _REDUCE = {"sum": jnp.sum, "max": lambda x, **kw: jnp.max(x, initial=0, **kw)}
 _MEET = {"sum": lax.add, "max": lax.max}
@@ -193,3 +196,28 @@ def _units_of_row(norm, layout, row, arrays, scales, dtype, stacked) -> Pieces:
         return layout.span.pool_leaf(sums, i, norm.pool)
 
     return [[pool(i, s) for s in scales] for i in row]
+
+
+def join(pieces: list[jax.Array], ndim: int) -> jax.Array:
+    """The pieces of one array of norms at one scale as that array."""
+    pieces = [x if x.ndim == ndim else x[None] for x in pieces]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+
+
+def stack(pieces: list[jax.Array], ndim: int) -> jax.Array:
+    """As `join`, but by selects if pieces are small and have no axis of leaves.
+
+    XLA:TPU computes these where the array is read, and takes a kernel to give a vector one more
+    axis.
+    """
+    if pieces[0].ndim == ndim or pieces[0].size > FEW:
+        return join(pieces, ndim)
+
+    def select(part):
+        place = np.arange(len(part)).reshape(-1, *[1] * (ndim - 1))
+        met = jnp.broadcast_to(part[0], (len(part), *part[0].shape))
+        for i, x in enumerate(part[1:], start=1):
+            met = jnp.where(place == i, x, met)
+        return met
+
+    return join([select(part) for part in chunks(pieces, SELECTED)], ndim)
