@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optaxclip.base import Norm
@@ -37,6 +38,8 @@ SMALL, MOST = 4096, 256
 # Larger leaves are summed one by one on a CPU: a loop that reads twelve of them at once takes a
 # fifth longer.
 LARGE = 2**16
+# Each element of a stack takes as many selects, and reads as many arrays.
+SELECTED, FEW = 8, 1 << 16
 
 _REDUCE = {"sum": jnp.sum, "max": largest}
 _MEET = {"sum": lax.add, "max": lax.max}
@@ -200,3 +203,28 @@ def _units_of_row(norm, layout, row, arrays, scales, dtype, stacked) -> Pieces:
         return layout.span.pool_leaf(sums, i, norm.pool)
 
     return [[pool(i, s) for s in scales] for i in row]
+
+
+def join(pieces: list[jax.Array], ndim: int) -> jax.Array:
+    """The pieces of one array of norms at one scale as that array."""
+    pieces = [x if x.ndim == ndim else x[None] for x in pieces]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+
+
+def stack(pieces: list[jax.Array], ndim: int) -> jax.Array:
+    """As `join`, but by selects if pieces are small and have no axis of leaves.
+
+    XLA:TPU computes these where the array is read, and takes a kernel to give a vector one more
+    axis.
+    """
+    if pieces[0].ndim == ndim or pieces[0].size > FEW:
+        return join(pieces, ndim)
+
+    def select(part):
+        place = np.arange(len(part)).reshape(-1, *[1] * (ndim - 1))
+        met = jnp.broadcast_to(part[0], (len(part), *part[0].shape))
+        for i, x in enumerate(part[1:], start=1):
+            met = jnp.where(place == i, x, met)
+        return met
+
+    return join([select(part) for part in chunks(pieces, SELECTED)], ndim)
