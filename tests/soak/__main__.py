@@ -16,7 +16,7 @@ from tests.soak.laws import hold
 from tests.soak.parts import compositions, shrink
 
 AT_ONCE = 200
-# Chunks after which compiled programs are dropped: with jax 0.12 more of them would exceed the memory
+# Chunks after which compiled programs are dropped: with jax 0.12 more would exceed the number of
 # mappings that Linux grants a process.
 CLEARED = 8
 
