@@ -275,11 +275,11 @@ ROWS: dict[str, Callable[[], Any]] = {
 
 
 def program_lines(jaxpr):
-    """A program as text, each inner one where it is called: JAX may print equal ones only once."""
+    """The lines of a program, with inner ones inlined: JAX prints equal inner ones only once."""
     numbers = {}
 
     def show(atoms):
-        # A literal cannot be a key, but its text is its value.
+        # A literal is not hashable, but its text is its value.
         ids = [x if hasattr(x, "val") else numbers.setdefault(x, len(numbers)) for x in atoms]
         return " ".join(f"{i}:{x.aval}" for i, x in zip(ids, atoms, strict=True))
 

@@ -57,7 +57,8 @@ jax.config.update("jax_num_cpu_devices", int(os.environ.get("OPTAXCLIP_TEST_DEVI
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache")
 )
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Small programs too: the processes of a run have most of their thousands in common.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 set_promotion("strict", "raise")
 
 # With Python's default thresholds, garbage collection took 5% of the CPU time of 357 tests in one

@@ -16,9 +16,7 @@ QUOTES = ("a", 0, True), ("a", 1), ("b", 0), ("b", 0, True), ("c", 0)
 @pytest.mark.slow
 # The other tasks are trained in the tests of examples and of tuning.
 @pytest.mark.parametrize("task", ["digits_cnn", "cartpole", "speech"])
-def test_every_task_trains_is_reported_and_is_not_trained_again(
-    task, tmp_path, capsys, monkeypatch
-):
+def test_every_task_is_trained_once_and_reported(task, tmp_path, capsys, monkeypatch):
     document, name = tmp_path / "choosing.md", choosing.REFERENCE
     runs = ["--tasks", task, "--methods", name, "--steps", "2", "--seeds", "3"]
     runs += ["--into", str(document), "--kept", str(tmp_path / "new" / "runs.jsonl")]
@@ -106,7 +104,7 @@ def test_a_quote_is_read_from_any_table():
     assert read[4] == []
 
 
-def test_a_poisoned_peer_is_seen():
+def test_a_poisoned_peer_is_detected():
     """Tests the measure on bounds that are near at once, never, and after a while."""
     bounds = robustness.np.ones((50, 1))
     poison = robustness.POISONS["NaN first"]
@@ -119,7 +117,7 @@ def test_a_poisoned_peer_is_seen():
 
 
 @pytest.mark.slow
-def test_the_tuned_threshold_is_judged_on_other_seeds(tmp_path, capsys):
+def test_the_tuned_threshold_is_evaluated_on_other_seeds(tmp_path, capsys):
     document, picture = tmp_path / "tuning.md", tmp_path / "tuning.png"
     document.write_text("before\n<!-- results -->\nyesterday\n<!-- end results -->\nafter\n")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -101,7 +101,7 @@ def test_the_overview_of_the_api_lists_every_function_under_the_page_that_has_it
         assert functions <= listed <= entries.keys(), page
 
 
-def test_what_is_said_of_versions_is_so():
+def test_the_stated_versions_are_those_of_the_project():
     text = {name: (DOCS.parent / name).read_text() for name in ("README.md", "CHANGELOG.md")}
     needed = re.findall(r'"(jax|optax)>=([\d.]+)"', (DOCS.parent / "pyproject.toml").read_text())
     for name, version in needed:

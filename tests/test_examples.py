@@ -45,14 +45,14 @@ def test_char_rnn_ends_better_clipped_at_the_same_rate(run):
     assert without.max() > fixed.max() + 0.3
 
 
-def test_transformer_gets_over_bad_batches_only_without_them(run):
+def test_transformer_recovers_only_if_bad_batches_are_skipped(run):
     methods = ["no clip", "skip 20 x the mean"]
     without, skipped = scores(run("transformer", methods, steps=140, seeds=2, rates=0.004))
     assert skipped.max() < 2.9
     assert without.min() > 3.2
 
 
-def test_cnn_without_normalisers_learns_with_agc_where_it_does_not_without(run):
+def test_cnn_without_normalisers_learns_only_with_agc(run):
     methods = ["no clip", "AGC, not the head"]
     without, clipped = scores(run("cnn_agc", methods, steps=100, seeds=2, rates=0.3))
     assert without.max() < 0.3

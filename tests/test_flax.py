@@ -1,7 +1,5 @@
 """The same network in nnx, linen and Equinox: the same paths, norms and training, and what only one
 of them has.
-
-`test_training.py` trains a layerwise clip in each; here the three are held against one another.
 """
 
 import equinox as eqx
@@ -46,7 +44,7 @@ def in_nnx(tx):
         def __call__(self, x):
             return self.outer(jnp.tanh(self.inner(x)))
 
-    model = Net()
+    model = nnx.eval_shape(Net)
     nnx.update(model, WEIGHTS)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 

@@ -83,6 +83,8 @@ def test_after_a_restart_the_later_rows_count():
     assert first_sign(columns) == ("norms-exploding", 181)
     np.testing.assert_array_equal(read_run(columns).steps, STEPS)
     assert np.isfinite(read_run(columns).losses).all()
+    late = {"grad_norm": [1.0, 3.0, 2.0], "step": [1, 3, 2]}  # reports may arrive out of order
+    assert read_run(late).norms.tolist() == [1, 2, 3] == read_run(late).steps.tolist()
     beside = {"grad_norm": np.ones(6), "step": [1, 1, 2, 2, 3, 3]}  # two rows a step
     assert len(read_run(beside).steps) == 6 == len(read_run(beside | {"run": [0, 1] * 3}).steps)
     several = {"grad_norm": np.ones(6), "step": [1, 2, 3] * 2, "run": [0, 0, 0, 1, 1, 1]}

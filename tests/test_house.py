@@ -95,6 +95,20 @@ def test_a_signature_can_be_read(name):
     assert len(signature) < 600 and " at 0x" not in signature
 
 
+NAMESPACES = (
+    *("actions", "aggregation", "norms", "per_example", "scopes", "thresholds", "wrappers"),
+    *("tuning", "plots", "monitoring"),
+)
+
+
+def test_every_public_function_that_checks_its_arguments_is_named_in_errors():
+    rooms = [optaxclip, *(getattr(optaxclip, name) for name in NAMESPACES)]
+    public = {getattr(room, name) for room in rooms for name in room.__all__}
+    functions = [f for f in public if inspect.isfunction(f)]
+    bare = [f.__name__ for f in functions if "validate" in f.__code__.co_names]
+    assert bare == [] and len(functions) > 60
+
+
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
@@ -108,7 +122,7 @@ def test_a_signature_can_be_read(name):
         ("scopes.l2", "write optaxclip.norms.l2"),
     ],
 )
-def test_a_name_that_is_not_there_says_which_is(name, advice):
+def test_a_misspelt_name_suggests_the_nearest(name, advice):
     with pytest.raises(AttributeError, match=advice):
         operator.attrgetter(name)(optaxclip)
 

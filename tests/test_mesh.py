@@ -114,7 +114,7 @@ def test_one_bad_number_on_one_device_is_seen_on_all(way):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_shard_map_rescues_unusual_magnitudes(scale):
-    """The loop that looks again holds a collective: all devices must agree on it."""
+    """The second look at odd magnitudes contains a collective, so all devices must take it."""
     grads = jax.tree.map(lambda g: g * scale, GRADS)
     tx = optaxclip.clip_by_leaf_norm(scale)
     chex.assert_trees_all_close(jax.jit(spread(tx))(grads), on_one_device(tx, grads), rtol=1e-6)
@@ -137,7 +137,7 @@ def test_shard_map_without_types_takes_names(names):
 
 
 def by_root_mean_square(**names):
-    """Its norm asks for the size of whole leaves of parameters."""
+    """Its norm needs the size of the unsharded parameters."""
     threshold = optaxclip.thresholds.previous(1.1)
     return optaxclip.clip_by(threshold, view=SizedView(rms, lambda g, size: g * size), **names)
 
@@ -148,8 +148,8 @@ def by_element(**names):
 
 @pytest.mark.parametrize("make", [by_root_mean_square, by_element])
 @pytest.mark.parametrize("typed", [True, False], ids=["typed", "named"])
-def test_sizes_of_parameters_are_of_all_parts_and_single_numbers_have_none(make, typed):
-    # Each device has another part of the leaf, so it decides for its own elements.
+def test_parameter_sizes_count_all_shards_and_elements_need_none(make, typed):
+    # Each device holds another shard, so it decides about its own elements.
     grad, spec = GRADS["dense"], P("x", "y")
     tx = make() if typed else make(axis_names=("x", "y"))
     run = jax.shard_map(
@@ -174,7 +174,7 @@ def test_shard_map_without_types_or_names_is_an_error():
         jax.eval_shape(run, GRADS)
 
 
-def test_names_override_a_replicated_value_that_is_typed_as_varying():
+def test_axis_names_override_a_varying_type():
     tx = optaxclip.clip_by_global_norm(1.0, axis_names=())
 
     def step(grads):
@@ -222,7 +222,7 @@ def test_units_in_shard_map_need_names_and_then_are_right():
         chex.assert_trees_all_close(got, want, rtol=1e-6)
 
 
-def test_numbers_are_clipped_and_judged_where_they_lie():
+def test_elements_are_clipped_without_a_collective():
     tx = optaxclip.zclip(scope=optaxclip.scopes.element)
     spec = NamedSharding(mesh_of(4, 2), P("x", "y"))
     grads = jax.device_put(GRADS["dense"], spec)

@@ -77,7 +77,7 @@ def test_one_norm_over_the_run():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_steps_that_are_not_finite_are_counted_apart(bad):
-    """They show in the norm of the step, count as not finite, and not as clipped."""
+    """They show in the norm of the step, and count as nonfinite but not as clipped."""
     tx = optaxclip.clip_by_global_norm(6.5, nonfinite="zero")
     seen = after(tx, 1.0, bad)
     matches(seen, nonfinite_steps=1, clipped_fraction=0.5, steps=2, factor=0)
@@ -301,7 +301,7 @@ BATCHED = {
 
 
 @pytest.mark.parametrize("make", BATCHED.values(), ids=BATCHED)
-def test_of_a_batch_of_runs_every_value_has_its_shape_and_is_that_of_its_run(make):
+def test_metrics_of_vmapped_runs_are_those_of_each_run(make):
     values = np.linspace(1.0, 20.0, 6, dtype=np.float32).reshape(3, 2)
 
     def run(value):
@@ -337,7 +337,7 @@ NO_STATES = {
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("case", NO_STATES)
-def test_what_is_no_state_is_refused(read, case):
+def test_a_non_state_is_rejected(read, case):
     wrong, words = NO_STATES[case]
     with pytest.raises(ValueError, match=f"{read.__name__}: .*{words}"):
         read(wrong)

@@ -47,18 +47,18 @@ def check_near(params, printed, alone):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(alone, whole):
+def test_two_processes_match_one(alone, whole):
     check_near(*whole, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--simulate", "4", "--layout", "data"]])
-def test_processes_train_what_one_trains(alone, tmp_path, options):
+def test_several_processes_match_one(alone, tmp_path, options):
     check_near(*run(tmp_path, "several", *options), alone)
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(whole, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path):
     """It is killed between two checkpoints, after the bad step. The statistics come back, too."""
     run(tmp_path, "killed", *TWO, "--die-after", "39", fails=True)
     resumed, printed = run(tmp_path, "killed", *TWO)

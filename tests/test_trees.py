@@ -21,12 +21,12 @@ each_row = pytest.mark.parametrize("name", ROWS)
 pytestmark = pytest.mark.usefixtures("as_users")  # Optax's transformations promote dtypes
 
 
-# They group leaves by name, which is up to the user.
+# They group leaves by name.
 BY_NAME = ("clip_by_group_norm", "band_clip")
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in BY_NAME])
-def test_leaves_of_one_path_are_told_apart_by_their_place(name):
+def test_leaves_that_share_a_path_are_told_apart(name):
     tx, leaves = ROWS[name](), [jnp.ones(shape) for shape in (2, (3, 4), 5, (4, 6))]
 
     def update(params):
@@ -55,7 +55,7 @@ NAMED |= {
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_leaf_that_is_called_value_has_its_name(name):
+def test_a_leaf_called_value_keeps_its_name(name):
     make = NAMED[name]
     in_nnx = nnx.State(jax.tree.map(nnx.Param, ATTENTION))
     for params in (ATTENTION, in_nnx):
@@ -70,7 +70,7 @@ def test_a_leaf_that_is_called_value_has_its_name(name):
 
 
 @each_row
-def test_what_users_look_up_is_found_and_set(name):
+def test_optax_tree_get_and_set_still_find_their_fields(name):
     """`optax.tree.get` refuses a name that is there twice: no clip may have one of Optax's."""
     tx = optax.chain(ROWS[name](), optax.inject_hyperparams(optax.adam)(0.1))
     state = jax.eval_shape(tx.init, ATTENTION)
@@ -84,7 +84,7 @@ def test_what_users_look_up_is_found_and_set(name):
 
 
 class Unfiltered(eqx.Module):
-    """A model as Equinox's users have it: functions and strings are leaves."""
+    """A typical Equinox model, in which functions and strings are leaves."""
 
     weight: jax.Array
     activation: Callable = jax.nn.relu

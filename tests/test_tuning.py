@@ -235,7 +235,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("case", FORMS)
-def test_functions_of_another_form_are_refused(case):
+def test_functions_of_another_form_are_rejected(case):
     wrong, words = FORMS[case]
     more = {"step": step, "init": init, "evaluate": None, "batches": BATCHES[:1]} | wrong
     with pytest.raises(ValueError, match=f"tune: .*{words}"):

@@ -100,11 +100,13 @@ def read_run(
     more = {key: x for key, x in columns.items() if x is not None}
     table = read_table(history) | read_table(more)
     require_steps(table)
-    count = len(next(iter(table.values())))
-    numbers = history.steps if isinstance(history, History) else np.arange(1, count + 1)
-    kept = ~_is_taken_again(table, count)
-    if not every_row:
-        kept &= _has_norm(_sort(table, numbers, clip))
+    rows = _order_rows(table)
+    table = {key: x[rows] for key, x in table.items()}
+    numbers = history.steps[rows] if isinstance(history, History) else 1 + np.arange(len(rows))
+    run = _sort(table, numbers, clip)
+    kept = _has_norm(run)
+    if every_row or kept.all():
+        return run
     return _sort({key: x[kept] for key, x in table.items()}, numbers[kept], clip)
 
 
@@ -132,15 +134,19 @@ def _has_norm(run: RecordedRun) -> np.ndarray:
     return known if len(known) else np.ones(len(run.steps), bool)
 
 
-def _is_taken_again(table: Columns, count: int) -> np.ndarray:
-    """Returns where a step has a number that a later row goes back to, or behind."""
-    steps = table.get("step", _NOTHING)
+def _order_rows(table: Columns) -> np.ndarray:
+    """Returns the rows in the order of their steps, without those that a restart replaced."""
+    everything, steps = np.arange(len(next(iter(table.values())))), table.get("step", _NOTHING)
     several = len(np.unique(table.get("run", _NOTHING))) > 1
     if several or not len(steps) or not np.isfinite(steps).all():
-        return np.zeros(count, bool)
+        return everything
+    if len(np.unique(steps)) == len(steps):
+        # Reports from inside a compiled step may arrive out of order.
+        return np.argsort(steps)
     # Rows with the same number are no restart: they may be of training and of evaluation.
     back = np.where(np.diff(steps) < 0, steps[1:], np.inf)
-    return steps >= np.r_[np.minimum.accumulate(back[::-1])[::-1], np.inf]
+    lowest_after = np.r_[np.minimum.accumulate(back[::-1])[::-1], np.inf]
+    return everything[steps < lowest_after]
 
 
 def _sort(table: Columns, numbers: np.ndarray, clip: int | None) -> RecordedRun:
