@@ -27,7 +27,8 @@ from optaxclip.xla.layout import Layout
 from optaxclip.xla.mesh import hold_everywhere
 from optaxclip.xla.scales import choose, is_exact, scales_of
 from optaxclip.xla.scaling import spread
-from optaxclip.xla.sums import Pieces, join, lifted, plain, stack, stacking, units, variadic
+from optaxclip.xla.sums import lifted, plain, stacking, variadic
+from optaxclip.xla.units import Pieces, join, stack, units
 from optaxclip.xla.widths import accumulator, largest, widen
 
 

@@ -2,9 +2,7 @@
 
 For blocks of leaves and layers a form takes a norm, a layout, the leaves and scales, and returns
 `(S, P)` pools of P parts at S scales, and one leaf of each part. A part is a leaf, or several alike
-leaves of one block; a leaf that stacks layers has one part per layer, in order. For units it
-returns the pieces of each array of norms: at each scale an array `(*one entry per unit)` for one
-leaf, or for several leaves with a leading axis.
+leaves of one block; a leaf that stacks layers has one part per layer, in order.
 
 Measured with XLA's own compilers, GPT-2 small before AdamW (150 kernels without a clip):
 
@@ -20,11 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from optaxclip.base import Norm
-from optaxclip.compat import varying_axes
 from optaxclip.xla.layout import Layout, chunks, group, same_types
 from optaxclip.xla.widths import largest, times, widen
 
@@ -38,16 +34,11 @@ SMALL, MOST = 4096, 256
 # Larger leaves are summed one by one on a CPU: a loop that reads twelve of them at once takes a
 # fifth longer.
 LARGE = 2**16
-# Each element of a stack takes as many selects, and reads as many arrays.
-SELECTED, FEW = 8, 1 << 16
 
-_REDUCE = {"sum": jnp.sum, "max": largest}
+REDUCE = {"sum": jnp.sum, "max": largest}
 _MEET = {"sum": lax.add, "max": lax.max}
 
 Pools = tuple[jax.Array, list[int]]
-# Pools of units, split along the leaves of an array of norms: each piece has one array per scale,
-# for several leaves, or for one leaf and then without the axis of leaves.
-Pieces = list[list[jax.Array]]
 
 
 def lifted(norm: Norm, x: jax.Array, scale) -> jax.Array:
@@ -91,7 +82,7 @@ def plain(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool = 
 
     def add(x, parts, axis):
         """Pools of one array, or of a stack of them."""
-        sums = [_REDUCE[norm.pool](x(s), axis=axis).astype(dtype) for s in scales]
+        sums = [REDUCE[norm.pool](x(s), axis=axis).astype(dtype) for s in scales]
         pools.append([jnp.atleast_1d(of_scale).ravel() for of_scale in sums])
         first.extend(parts)
 
@@ -165,66 +156,3 @@ def _joined(pools, first: list[int], scales: int, dtype) -> Pools:
         return jnp.zeros((scales, 0), dtype), first
     joined = jnp.concatenate([x for at in zip(*pools, strict=True) for x in at])
     return joined.reshape(scales, -1), first
-
-
-def units(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool) -> list[Pieces]:
-    """Sums along the axes of units, as pieces of each array of norms.
-
-    Args:
-      norm, layout, arrays, scales, dtype: as in `plain`.
-      stacked: whether to stack alike leaves and reduce them at once. It is free on a GPU (62
-        kernels instead of 473), but copies all gradients on a TPU or a CPU.
-    """
-    rows = [_units_of_row(norm, layout, row, arrays, scales, dtype, stacked) for row in layout.rows]
-    # Finish the sums of all leaves first, or XLA:TPU stacks them one by one in three times as many
-    # kernels.
-    rows = _finished(rows)
-    return [[piece for r in array for piece in rows[r]] for array in layout.arrays]
-
-
-def _finished(rows: list[Pieces]) -> list[Pieces]:
-    """The sums behind a barrier, one for each type: what leaves one varies as all that enters."""
-    flat, structure = jax.tree.flatten(rows)
-    for kind in dict.fromkeys(map(varying_axes, flat)):
-        own = [i for i, x in enumerate(flat) if varying_axes(x) == kind]
-        for i, x in zip(own, lax.optimization_barrier([flat[i] for i in own]), strict=True):
-            flat[i] = x
-    return structure.unflatten(flat)
-
-
-def _units_of_row(norm, layout, row, arrays, scales, dtype, stacked) -> Pieces:
-    axes, reduce = layout.axes_of(row[0]), _REDUCE[norm.pool]
-    if stacked and not layout.span.axes and len(same_types(layout, row, arrays)) == 1:
-        below, whole = tuple(axis + 1 for axis in axes), jnp.stack([arrays[i] for i in row])
-        return [[reduce(lifted(norm, whole, s), axis=below).astype(dtype) for s in scales]]
-
-    def pool(i, s):
-        sums = reduce(lifted(norm, arrays[i], s), axis=axes).astype(dtype)
-        return layout.span.pool_leaf(sums, i, norm.pool)
-
-    return [[pool(i, s) for s in scales] for i in row]
-
-
-def join(pieces: list[jax.Array], ndim: int) -> jax.Array:
-    """The pieces of one array of norms at one scale as that array."""
-    pieces = [x if x.ndim == ndim else x[None] for x in pieces]
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
-
-
-def stack(pieces: list[jax.Array], ndim: int) -> jax.Array:
-    """As `join`, but by selects if pieces are small and have no axis of leaves.
-
-    XLA:TPU computes these where the array is read, and takes a kernel to give a vector one more
-    axis.
-    """
-    if pieces[0].ndim == ndim or pieces[0].size > FEW:
-        return join(pieces, ndim)
-
-    def select(part):
-        place = np.arange(len(part)).reshape(-1, *[1] * (ndim - 1))
-        met = jnp.broadcast_to(part[0], (len(part), *part[0].shape))
-        for i, x in enumerate(part[1:], start=1):
-            met = jnp.where(place == i, x, met)
-        return met
-
-    return join([select(part) for part in chunks(pieces, SELECTED)], ndim)
