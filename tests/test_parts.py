@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip.thresholds.blocks import learns
+from optaxclip.thresholds.blocks import learns, reads_params
 from tests import reference
 
 N = np.float32([0.0, 0.5, 1.0, 2.0, 1e10, 1e-20])
@@ -440,6 +440,33 @@ def test_a_composite_of_a_learned_threshold_learns(make):
     assert learns(make(oc.thresholds.zscore()).update)
     # It bounds growth, and looks for no spikes.
     assert not learns(make(2.0).update) and not learns(make(oc.thresholds.previous()).update)
+
+
+SHARE = oc.thresholds.param_relative(0.1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda inner: inner,
+        lambda inner: oc.thresholds.at_most(inner, 1.0),
+        lambda inner: oc.thresholds.at_least(1.0, inner),
+        lambda inner: oc.thresholds.until(3, 1.0, inner),
+        oc.thresholds.lag,
+    ],
+    ids=["itself", "at_most", "at_least", "until", "lag"],
+)
+def test_parameters_are_measured_only_for_what_reads_them(make):
+    assert reads_params(make(SHARE)) and not reads_params(make(oc.thresholds.running()))
+
+
+def test_a_threshold_of_the_users_may_take_no_scalar():
+    tx = optax.GradientTransformation(
+        lambda norms: norms[0], lambda norms, state, _: (norms, state)
+    )
+    grads = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    clip = oc.clip_by(tx, scope=oc.scopes.leaf)
+    chex.assert_trees_all_close(clip.update(grads, clip.init(grads))[0], grads)
 
 
 def test_an_example_that_is_not_finite_weighs_nothing():

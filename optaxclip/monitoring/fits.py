@@ -70,9 +70,8 @@ def zeros_at_end(x: np.ndarray) -> int:
 
 def _medians_before(x: np.ndarray) -> np.ndarray:
     """Returns the median of the steps before each step; NaN where there are none."""
-    few = np.array(
-        [np.median(x[:i]) if i else np.nan for i in range(min(limits.NEIGHBOURS, len(x)))]
-    )
+    count = min(limits.NEIGHBOURS, len(x))
+    few = np.array([np.median(x[:i]) if i else np.nan for i in range(count)])
     if len(x) <= limits.NEIGHBOURS:
         return few
     windows = np.lib.stride_tricks.sliding_window_view(x[:-1], limits.NEIGHBOURS)
@@ -104,9 +103,8 @@ def large_ratio(ratios: np.ndarray, steps: int) -> float:
     # For a power law x^-a, ln(5) / ln(high / middle) is a. It uses quantiles, so that up to a tenth
     # of the steps may be spikes themselves.
     power = np.log(high / middle) / np.log(5)
-    return float(
-        np.clip(high * (0.1 * steps / limits.CHANCE) ** power, limits.LARGE, limits.LARGE_FOR_SURE)
-    )
+    large = high * (0.1 * steps / limits.CHANCE) ** power
+    return float(np.clip(large, limits.LARGE, limits.LARGE_FOR_SURE))
 
 
 def find_shift(y: np.ndarray) -> int:

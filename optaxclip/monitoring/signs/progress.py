@@ -84,11 +84,8 @@ def growing(run: RecordedRun) -> Iterator[Sign]:
     # both halves have the same factor.
     fit, middle = fit_growth(x), x[len(x) // 2]
     early, late = middle / x[0], x[-1] / middle
-    if (
-        fit.growth >= limits.GROWN
-        and fit.r2 >= limits.GROWN_R2
-        and late >= max(early, 1) ** limits.GROWN_LATE
-    ):
+    grows = fit.growth >= limits.GROWN and fit.r2 >= limits.GROWN_R2
+    if grows and late >= max(early, 1) ** limits.GROWN_LATE:
         doubling = np.log(2) * (fit.steps - 1) / np.log(fit.growth)
         yield Sign(
             "weights-growing",

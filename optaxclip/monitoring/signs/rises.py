@@ -83,11 +83,7 @@ def _foot(y: np.ndarray, first: int) -> int:
     of the rise to the next step, on a log scale.
     """
     while first > 1:
-        before, low, high = (
-            y[max(first - 1 - limits.NEIGHBOURS, 0) : first - 1],
-            y[first - 1],
-            y[first],
-        )
+        before, low, high = y[: first - 1][-limits.NEIGHBOURS :], y[first - 1], y[first]
         if low >= high or low <= before.max() or low < np.median(before) * np.sqrt(high / low):
             break
         first -= 1
@@ -117,10 +113,8 @@ def _shift(x: np.ndarray, where: np.ndarray) -> Rise | None:
 def _growing(x: np.ndarray, where: np.ndarray) -> Rise | None:
     """Finds exponential growth in the last half, quarter, ..., because explosions are short."""
     y = x[where]
-    sizes = [
-        len(y) >> halvings for halvings in range(20) if len(y) >> halvings >= limits.RISE_STEPS
-    ]
-    fits = [fit_growth(y[-size:]) for size in sizes]
+    sizes = [len(y) >> halvings for halvings in range(20)]
+    fits = [fit_growth(y[-size:]) for size in sizes if size >= limits.RISE_STEPS]
     # The second half must have its part of the growth; otherwise it is over, or is a warm-up.
     steep = [
         fit

@@ -41,10 +41,9 @@ def _is_heavy(ratios: np.ndarray) -> bool:
     """Whether the tail is heavy in the whole run, and nearly everywhere in it."""
     # A spike or a burst makes the tail of one quarter heavy, and with it that of the whole run.
     everywhere = [quarter.max() >= limits.TAIL_RATIO for quarter in np.array_split(ratios, 4)]
-    heavy = (
-        tail_index(ratios) < limits.TAIL_INDEX and np.quantile(ratios, 0.99) >= limits.TAIL_RATIO
-    )
-    return bool(heavy) and sum(everywhere) >= 3
+    index, high = tail_index(ratios), float(np.quantile(ratios, 0.99))
+    heavy = index < limits.TAIL_INDEX and high >= limits.TAIL_RATIO
+    return heavy and sum(everywhere) >= 3
 
 
 def _heavy_tail(ratios: np.ndarray) -> Sign:
