@@ -137,6 +137,40 @@ def test_clipped_scion_of_one_matrix_is_muons_steepest_descent_with_a_bound():
     np.testing.assert_allclose(followed(tx, params, grads), list(leaf(params, grads)), atol=5e-3)
 
 
+def shared(bound, params):
+    """Of updates that are a multiple of a polar factor: one multiple for all, at most the bound."""
+    roots = np.sqrt([min(p.shape) for p in jax.tree.leaves(params)]).astype(np.float32)
+    return optax.stateless(lambda norms, _: roots * jnp.minimum(bound, (norms / roots).sum()))
+
+
+def test_clipped_scion_of_several_matrices_shares_one_step():
+    """Pethick et al. 2025, with the largest spectral norm: min(ρ, Σ nuclear norms) for all."""
+    params = {"a": RNG.normal(size=(4, 3)), "b": RNG.normal(size=(2, 5))}
+    scale = np.array([1, 0.1, 0.01, 0.01])[:, None, None]  # the bound acts, and then not
+    grads = {name: scale * RNG.normal(size=(4, *w.shape)) for name, w in params.items()}
+    means, want = {name: 0 * w for name, w in params.items()}, []
+    w = dict(params)
+    for t in range(4):
+        means = {name: 0.5 * m + 0.5 * grads[name][t] for name, m in means.items()}
+        factors = {name: np.linalg.svd(m, full_matrices=False) for name, m in means.items()}
+        step = min(2.0, sum(s.sum() for _, s, _ in factors.values()) / (1 - 0.5 ** (t + 1)))
+        w = {name: w[name] - 0.1 * step * u @ v for name, (u, _, v) in factors.items()}
+        want.append(w)
+    axes = jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
+    newton = optax.contrib.scale_by_muon(
+        (1.875, -1.25, 0.375),
+        20,
+        0.5,
+        nesterov=False,
+        adaptive=True,
+        weight_dimension_numbers=axes,
+    )
+    clip = oc.clip_by(shared(2.0, params), scope=scopes.leaf, action=actions.normalize)
+    got = followed(optax.chain(newton, clip, optax.scale_by_learning_rate(0.1)), params, grads)
+    for name in params:
+        np.testing.assert_allclose(got[name], [w[name] for w in want], atol=1e-4)
+
+
 def test_a_spectral_bound_follows_the_largest_singular_values():
     """Yukhimchuk et al. 2026: the bound is a quantile over a window of them."""
 

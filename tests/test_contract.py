@@ -1,7 +1,6 @@
 """What "correct" means: each test is a law that every case obeys, in every dtype."""
 
 import collections
-import contextlib
 import functools
 
 import chex
@@ -13,7 +12,7 @@ import pytest
 
 import optaxclip
 from tests.cases import CASES, HARD
-from tests.conftest import AS_USERS
+from tests.conftest import AS_USERS, allow
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_hard_case = pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
@@ -34,11 +33,6 @@ def tree(dtype, scale=1.0, seed=0):
     return {
         name: leaf(shape, dtype) for (name, shape), dtype in zip(shapes.items(), own, strict=True)
     }
-
-
-def wide(dtype):
-    """The context in which a dtype exists."""
-    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
 
 
 def updater(tx, options=None):
@@ -96,7 +90,7 @@ def params_of_norm_one(case, grads):
 @each_hard_case
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_within_the_bound_nothing_changes_and_over_it_the_block_gets_that_long(case, dtype):
-    with wide(dtype):
+    with allow(dtype):
         grads = tree(dtype)
         params = params_of_norm_one(case, grads)
         longest = max(length(block, case.norm) for block in blocks(case, grads))

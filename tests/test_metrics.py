@@ -19,11 +19,7 @@ GRADS = {
 PARAMS = jax.tree.map(jnp.ones_like, GRADS)
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    """Optax's wrappers promote dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")  # Optax promotes dtypes
 
 
 def after(tx, *factors, grads=GRADS):

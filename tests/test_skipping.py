@@ -16,11 +16,7 @@ PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
 GRADS = {"w": jnp.array([0.3, 0.4]), "b": jnp.array([0.0])}  # norm 0.5
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    """Optax's optimizers promote dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")  # Optax promotes dtypes
 
 
 def times(factor):
