@@ -1,6 +1,4 @@
-"""Runs every example in docstrings, README and docs as a test, under JAX's defaults, as a user
-would.
-"""
+"""Runs every example in the docstrings, the README and the docs as a test, under JAX's defaults."""
 
 import pytest
 from sybil import Sybil
@@ -11,44 +9,32 @@ from xdist.scheduler import LoadScopeScheduling
 from tests import conftest as strict
 
 
-def _as_users(namespace):
+def _use_defaults(namespace):
     strict.set_promotion("standard", "allow")
 
 
-def _as_tests(namespace):
+def _use_strict_promotion(namespace):
     strict.set_promotion("strict", "raise")
 
 
-pytest_collect_file = (
-    Sybil(
-        parsers=[DocTestParser()],
-        patterns=["*.py"],
-        path="optaxclip",
-        setup=_as_users,
-        teardown=_as_tests,
-    )
-    + Sybil(
-        parsers=[PythonCodeBlockParser()], patterns=["*.md"], setup=_as_users, teardown=_as_tests
-    )
-).pytest()
+_promotion = {"setup": _use_defaults, "teardown": _use_strict_promotion}
+_docstrings = Sybil(parsers=[DocTestParser()], patterns=["*.py"], path="optaxclip", **_promotion)
+_pages = Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"], **_promotion)
+pytest_collect_file = (_docstrings + _pages).pytest()
 
 
-class _PageAtOnce(LoadScopeScheduling):
-    """Gives the examples of one page to one process: a later example uses the names of an earlier
-    one.
+class _KeepTogether(LoadScopeScheduling):
+    """Gives a page to one process, because its later examples use names of earlier ones.
 
-    Also the tests of a module whose fixture takes long.
+    The same holds for modules with a fixture that takes long.
     """
 
     def _split_scope(self, nodeid):
         module = nodeid.split("::")[0]
-        return (
-            module
-            if "::line:" in nodeid or module.endswith(("test_meshes.py", "test_processes.py"))
-            else nodeid
-        )
+        slow_fixture = module.endswith(("test_meshes.py", "test_processes.py"))
+        return module if "::line:" in nodeid or slow_fixture else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    return _PageAtOnce(config, log)
+    return _KeepTogether(config, log)

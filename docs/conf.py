@@ -1,4 +1,4 @@
-"""Sphinx: pages are MyST Markdown, the API comes from docstrings; no network is needed."""
+"""Sphinx: pages are MyST Markdown, the API comes from docstrings. No network is needed."""
 
 import os
 import pathlib
@@ -24,27 +24,26 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 nitpicky = True
-nitpick_ignore = [
-    ("py:class", "optax.ScalarOrSchedule")
-]  # public, but without an entry in Optax's docs
+# This type is public, but has no entry in Optax's docs.
+nitpick_ignore = [("py:class", "optax.ScalarOrSchedule")]
 
 myst_heading_anchors = 3
 autosummary_generate = False
 autodoc_preserve_defaults = True
-napoleon_attr_annotations = False  # the text says what a field is; the types are long
+napoleon_attr_annotations = False  # the text describes the fields, and the types are long
 napoleon_use_ivar = True
 maximum_signature_line_length = 80
 
-# The inventory of each project; without a network a list of the names that are used here.
+# Without a network, a short list of the names that are used replaces the inventory of a project.
+_sites = {
+    "flax": "https://flax.readthedocs.io/en/latest/",
+    "jax": "https://docs.jax.dev/en/latest/",
+    "numpy": "https://numpy.org/doc/stable/",
+    "optax": "https://optax.readthedocs.io/en/latest/",
+    "python": "https://docs.python.org/3/",
+}
 intersphinx_mapping = {
-    name: (address, (None, f"inventories/{name}.inv"))
-    for name, address in {
-        "flax": "https://flax.readthedocs.io/en/latest/",
-        "jax": "https://docs.jax.dev/en/latest/",
-        "numpy": "https://numpy.org/doc/stable/",
-        "optax": "https://optax.readthedocs.io/en/latest/",
-        "python": "https://docs.python.org/3/",
-    }.items()
+    name: (site, (None, f"inventories/{name}.inv")) for name, site in _sites.items()
 }
 intersphinx_timeout = 5
 
@@ -55,7 +54,7 @@ nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 
 copybutton_exclude = ".linenos, .gp, .go"
-# Where the site will be, for links that are shared; a card needs the full address of its picture.
+# The address of the site, for previews of shared links, which need the full address of the picture.
 ogp_site_url = html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
 ogp_image = "_static/card.png"
 ogp_enable_meta_description = True

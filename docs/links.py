@@ -1,6 +1,6 @@
-"""Links that nobody writes: types in signatures, and code spans that are names.
+"""Automatic links from types in signatures and from code spans that are names.
 
-A name is looked up among the entries of this site, then in the inventories of other projects.
+A name is looked up first in this site, then in the inventories of other projects.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from sphinx.ext.intersphinx import InventoryAdapter
 from sphinx.util.inspect import stringify_signature
 from sphinx.util.typing import stringify_annotation
 
-# How the library writes a name, and how the project that has it does.
+# The module of each prefix that the library writes.
 HEADS = {
     "": "",
     "jnp": "jax.numpy",
@@ -27,8 +27,8 @@ NAME = re.compile(r"(?P<name>[A-Za-z_][\w.]*)(\(.*\))?", re.DOTALL)
 SPANS = re.compile(r"^\s*(?:>>>|\.\.\.) .*$|(?P<link>`[^`]+`_)|`(?P<code>[^`]+)`|(?P<bar>\|)", re.M)
 
 
-def hang(app, what, name, obj, options, lines):
-    """Lines that go on with a `Raises:` are indented, or each would be an exception of its own."""
+def indent_raises(app, what, name, obj, options, lines):
+    """Indents continuation lines of `Raises:`, which would otherwise be exceptions themselves."""
     inside = False
     for i, line in enumerate(lines):
         inside = (inside or line == "Raises:") and bool(line)
@@ -36,16 +36,16 @@ def hang(app, what, name, obj, options, lines):
             lines[i] = f"  {line}"
 
 
-def as_written(app, what, name, obj, options, lines):
-    """Backticks in docstrings are code, and bars are bars: |x| is a modulus, not a substitution."""
+def escape_markup(app, what, name, obj, options, lines):
+    """Turns backticks into code, and escapes bars: |x| is a modulus, not a substitution."""
 
-    def piece(found):
+    def replace(found):
         if found["code"]:
             return f"``{found['code']}``"
         return r"\|" if found["bar"] else found[0]
 
-    text = SPANS.sub(piece, "\n".join(lines))
-    # Of several fields with one text the first would be the type of the last.
+    text = SPANS.sub(replace, "\n".join(lines))
+    # In fields that share a description, Sphinx would take the first name for the type of the last.
     lines[:] = re.sub(r"(?<=:ivar )[\w, ]+(?=:)", _join_names, text).split("\n")
 
 
@@ -53,10 +53,10 @@ def _join_names(found):
     return found[0].replace(" ", "\u200b")
 
 
-def sign(app, what, name, obj, options, signature, returns):
-    """The signature with its types as they are written, and not as they are made of others."""
+def write_signature(app, what, name, obj, options, signature, returns):
+    """Writes the signature with the documented aliases of the source, not what they stand for."""
     if what == "class" and hasattr(obj, "_fields"):
-        return "", None  # the fields are told one by one
+        return "", None  # the fields are described one by one
     if signature is None or isinstance(obj, property):
         return None
     found = inspect.signature(obj.__init__ if what == "class" else obj)
@@ -68,28 +68,28 @@ def sign(app, what, name, obj, options, signature, returns):
 
 
 def _spell_out(signature, obj):
-    """The signature in which types that have no entry are what they stand for."""
+    """Replaces aliases that have no entry by the types that they stand for."""
     inside = inspect.unwrap(obj)
     scope = getattr(inside, "__globals__", {})
 
     def spell(annotation):
         if not isinstance(annotation, str):
             return annotation
-        return re.sub(r"(?<![\w.])[A-Z]\w*", lambda found: _alias(scope, found[0]), annotation)
+        names = re.compile(r"(?<![\w.])[A-Z]\w*")
+        return names.sub(lambda found: _resolve_alias(scope, found[0]), annotation)
 
     parameters = [p.replace(annotation=spell(p.annotation)) for p in signature.parameters.values()]
-    return signature.replace(
-        parameters=parameters, return_annotation=spell(signature.return_annotation)
-    )
+    returned = spell(signature.return_annotation)
+    return signature.replace(parameters=parameters, return_annotation=returned)
 
 
-def _alias(scope, name):
+def _resolve_alias(scope, name):
     value = scope.get(name)
     own = scope.get("__name__", "").startswith("optaxclip.") and name not in DOCUMENTED
     is_alias = get_origin(value) is not None or isinstance(value, GenericAlias | UnionType)
     if not (own and is_alias):
         return name
-    # Where JAX's array is made is no name of it.
+    # The module that defines JAX's array is private.
     return re.sub(r"[\w.]*\._jax\.Array", "jax.Array", stringify_annotation(value))
 
 
@@ -100,11 +100,11 @@ DOCUMENTED = {
 
 
 def find(env, name):
-    """Where the entry of a name is: (page, anchor), or (address,); None if it has none."""
+    """Finds the entry of a name: (page, anchor), (address,), or None."""
     own = env.domains.python_domain.objects
     name = name.removeprefix("optaxclip.")
     entry = own.get(f"optaxclip.{name}")
-    # A type may be written without the module that it lies in.
+    # A type may be written without its module.
     inside = [key for key in own if key.endswith(f".{name}") and name[:1].isupper()]
     entry = entry or (own[inside[0]] if len(inside) == 1 else None)
     if entry:
@@ -127,7 +127,7 @@ def _link(app, page, place, inner):
 
 
 def link_type(app, env, node, inner):
-    """A type in a signature that Sphinx does not find by itself."""
+    """Links a type in a signature that Sphinx does not find by itself."""
     if node.get("refdomain") != "py":
         return None
     place = find(env, node["reftarget"])
@@ -135,7 +135,7 @@ def link_type(app, env, node, inner):
 
 
 def link_spans(app, doctree, page):
-    """Code spans that are a name, or a call of one, as links."""
+    """Links code spans that are a name or a call."""
     for span in list(doctree.findall(nodes.literal)):
         above = span.parent
         if isinstance(above, nodes.reference | nodes.title | addnodes.pending_xref):
@@ -147,10 +147,10 @@ def link_spans(app, doctree, page):
 
 
 def setup(app):
-    """Connects all of it."""
-    app.connect("autodoc-process-docstring", hang, priority=400)  # before Napoleon reads it
-    app.connect("autodoc-process-docstring", as_written, priority=600)  # after it
-    app.connect("autodoc-process-signature", sign)
+    """Registers the extension."""
+    app.connect("autodoc-process-docstring", indent_raises, priority=400)  # before Napoleon
+    app.connect("autodoc-process-docstring", escape_markup, priority=600)  # after Napoleon
+    app.connect("autodoc-process-signature", write_signature)
     app.connect("missing-reference", link_type)
     app.connect("doctree-resolved", link_spans)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -18,13 +18,8 @@ from tqdm import tqdm
 
 SHOWN = "loss", "clip/grad_norm", "clip/clipped"  # next to the progress bar
 # Colours that colour-blind people can tell apart. In grey print, lines and markers differ.
-LOOKS = (
-    ("0.45", "-o"),
-    ("#0072B2", "--s"),
-    ("#D55E00", "-.^"),
-    ("#009E73", ":d"),
-    ("#CC79A7", "--v"),
-)
+COLORS = "0.45", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+STYLES = "-o", "--s", "-.^", ":d", "--v"
 
 
 class Task(NamedTuple):
@@ -217,7 +212,8 @@ def format_row(name: str, runs: Runs, rates: list[float], at: int, goal: Goal) -
 def draw(results: dict[str, Runs], rates: list[float], goal: Goal, path: str) -> None:
     """Draws scores against rates: which method still works at which rate."""
     fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    for i, ((name, runs), look) in enumerate(zip(results.items(), LOOKS, strict=False)):
+    looks = zip(COLORS, STYLES, strict=True)
+    for i, ((name, runs), look) in enumerate(zip(results.items(), looks, strict=False)):
         # Side by side, because bars at the same rate would hide each other.
         shifted = np.array(rates) * 1.06 ** (i - (len(results) - 1) / 2)
         plot_scores(runs, shifted, goal, ax, name, *look)

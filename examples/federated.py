@@ -90,7 +90,7 @@ def make_task(start, follow, train, held_out):
         drawn = optax.tree.random_like(noise, total)
         total = jax.tree.map(lambda t, n: t + scale * n, total, drawn)
         params = jax.tree.map(lambda p, t: p + rate * t / SENT, params, total)
-        if follow:
+        if follow:  # through a noisy count of the norms within the bound
             tracked = median.update(norms, tracked)
         return (params, tracked), report_clip(norms, bound, clipped)
 

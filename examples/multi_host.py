@@ -137,7 +137,7 @@ def simulate(args):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     count = str(args.simulate)
-    # The last of two equal options wins: the processes do not start others.
+    # argparse takes the last value of an option, so the processes do not start others.
     own = [*sys.argv[1:], "--simulate", "0", "--coordinator", address, "--processes", count]
     command = [sys.executable, __file__, *own, "--devices", str(4 // args.simulate), "--process"]
     running = [subprocess.Popen([*command, str(i)]) for i in range(args.simulate)]

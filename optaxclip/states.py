@@ -137,7 +137,7 @@ def explain_leaves(call: str, tree: Any) -> Generator[None, None, None]:
     try:
         yield
     except (TypeError, NotImplementedError) as error:
-        strange = {_name_strange(x) for x in jax.tree.leaves(tree)} - {None}
+        strange = {name for x in jax.tree.leaves(tree) if (name := _name_strange(x))}
         if not strange:
             raise
         raise ValueError(

@@ -34,10 +34,12 @@ class Advice(NamedTuple):
 
 
 def run(tx, grads=GRADS, params=GRADS, **more):
-    """Two updates, the second one traced."""
-    state = tx.init(params)
-    _, state = tx.update(grads, state, params, **more)
-    return jax.eval_shape(tx.update, grads, state, params, **more)
+    """Two updates, traced; gradients and parameters are concrete in the first."""
+
+    def first():
+        return tx.update(grads, tx.init(params), params, **more)[1]
+
+    return jax.eval_shape(tx.update, grads, jax.eval_shape(first), params, **more)
 
 
 def state_of(tx):

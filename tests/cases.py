@@ -272,3 +272,26 @@ ROWS: dict[str, Callable[[], Any]] = {
     "stable_spam": lambda: oc.stable_spam(0.1),
     "spectra": lambda: oc.wrappers.spectra(optax.trace(0.9), 0.1),
 }
+
+
+def program_lines(jaxpr):
+    """The lines of a program, with inner ones inlined: JAX prints equal inner ones only once."""
+    numbers = {}
+
+    def show(atoms):
+        # A literal is not hashable, but its text is its value.
+        ids = [x if hasattr(x, "val") else numbers.setdefault(x, len(numbers)) for x in atoms]
+        return " ".join(f"{i}:{x.aval}" for i, x in zip(ids, atoms, strict=True))
+
+    yield show([*jaxpr.constvars, *jaxpr.invars])
+    for line in jaxpr.eqns:
+        yield f"{show(line.outvars)} = {line.primitive} {show(line.invars)}"
+        for name, value in sorted(line.params.items()):
+            for inner in jax.tree.leaves(value):
+                yield f"  {getattr(inner, 'consts', '')}"
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from program_lines(inner)
+                elif not callable(inner):
+                    yield f"  {name}={inner}"
+    yield show(jaxpr.outvars)

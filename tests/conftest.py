@@ -2,6 +2,7 @@
 kept between runs.
 """
 
+import contextlib
 import gc
 import os
 import pathlib
@@ -38,6 +39,11 @@ if not hasattr(jax, "enable_x64"):
     jax.enable_x64 = enable_x64
 
 
+def allow(dtype: str):
+    """The context in which a dtype exists."""
+    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
+
+
 def set_promotion(dtypes: str, ranks: str) -> None:
     jax.config.update("jax_numpy_dtype_promotion", dtypes)
     jax.config.update("jax_numpy_rank_promotion", ranks)
@@ -51,13 +57,21 @@ def as_users():
     set_promotion("strict", "raise")
 
 
+@pytest.fixture
+def mixed_dtypes():
+    """Promotion of dtypes, but not of ranks."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 # Eight devices. CI also runs the laws on one device, which is what most users have.
 jax.config.update("jax_num_cpu_devices", int(os.environ.get("OPTAXCLIP_TEST_DEVICES", "8")))
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".jax_cache")
 )
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Small programs too: the processes of a run have most of their thousands in common.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 set_promotion("strict", "raise")
 
 # With Python's default thresholds, garbage collection took 5% of the CPU time of 357 tests in one

@@ -1,4 +1,4 @@
-"""Series of gradients that poison statistics, and how long a clip takes to recover."""
+"""Series of gradients that poison statistics, and the time a clip takes to recover."""
 
 from typing import NamedTuple
 

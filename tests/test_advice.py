@@ -25,7 +25,7 @@ def message_of(name):
 
 
 @pytest.mark.parametrize("name", ADVICE)
-def test_what_an_error_advises_works(name):
+def test_advice_in_an_error_works(name):
     assert ADVICE[name].says in message_of(name)
     ADVICE[name].right()
 
@@ -69,7 +69,7 @@ def advising():
                 yield room, pieces
 
 
-def test_every_error_that_advises_something_is_in_the_table():
+def test_every_error_with_advice_is_in_the_table():
     messages = [message_of(name) for name in ADVICE]
     missing = [
         (room, "...".join(pieces))
@@ -102,7 +102,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_part_in_the_place_of_another_is_refused(place):
+def test_a_part_in_the_place_of_another_is_rejected(place):
     for part in PARTS:
         own = getattr(part, "name", "").startswith((f"{place}s.", f"{place}."))
         if own:
@@ -135,7 +135,7 @@ OF_GRADIENTS = [
 
 
 @pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS.keys())
-def test_what_is_of_gradients_is_no_threshold(take):
+def test_a_transformation_of_gradients_is_not_a_threshold(take):
     for tx in OF_GRADIENTS:
         with pytest.raises(ValueError, match="threshold"):
             take(tx)

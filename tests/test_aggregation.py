@@ -1,4 +1,4 @@
-"""Clients, some of which lie: each clips its own gradient before they are averaged."""
+"""Each client clips its own gradient before the average, and some clients lie."""
 
 import re
 from functools import partial
@@ -54,7 +54,7 @@ def as_rows(tree):
 
 
 def play(tx, grads, params=PARAMS):
-    """What comes out step by step, as one client sees it; gradients are (steps, ...)."""
+    """The output of each step, as one client sees it; gradients are (steps, ...)."""
 
     def step(state, grad):
         out, state = tx.update(grad, state, params)
@@ -65,14 +65,14 @@ def play(tx, grads, params=PARAMS):
 
 
 def simulate(tx, rows):
-    """The same of rows of gradients, with one device for all clients."""
+    """The same for rows of gradients, with all clients on one device."""
     run = jax.vmap(partial(play, tx), 1, (None, ROWS), axis_name=AXIS)
     out, state = jax.jit(run)(as_tree(rows))
     return as_rows(out), state
 
 
 @each_method
-def test_every_method_is_that_of_its_paper(name):
+def test_every_method_matches_its_paper(name):
     rows = draw()
     method, options = OPTIONS[name]
     oracle = getattr(reference, method.__name__)
@@ -83,8 +83,8 @@ def test_every_method_is_that_of_its_paper(name):
 
 
 @each_method
-def test_devices_give_what_a_simulation_gives_and_agree_by_type(name):
-    """Twice over the border of `shard_map`, with an optimizer that takes the mean for its own."""
+def test_devices_match_a_simulation_and_agree_by_type(name):
+    """The state crosses the border of `shard_map` twice; the optimizer is fed the mean."""
     tx = optax.chain(make(name), optax.trace(0.9))
     mesh, specs = Mesh(jax.devices()[:N], AXIS), (SPECS, P())
     start = jax.jit(jax.shard_map(tx.init, mesh=mesh, in_specs=P(), out_specs=specs))
@@ -119,7 +119,7 @@ def test_a_client_may_be_spread_over_devices():
 
 
 @pytest.mark.parametrize("typed", [False, True], ids=["without types", "with types"])
-def test_clients_may_lie_along_two_axes_and_without_types(typed):
+def test_clients_along_two_axes_with_and_without_types(typed):
     mesh = Mesh(np.array(jax.devices()[:N]).reshape(2, 2), ("x", "y"))
     tx, rows = make("centered_clip", axis=("x", "y")), draw(3)
 
@@ -176,7 +176,7 @@ CLIPS = {
 
 
 @pytest.mark.parametrize("kind", CLIPS)
-def test_any_transformation_may_be_what_clients_do(kind):
+def test_clients_may_use_any_transformation(kind):
     clip, expected = CLIPS[kind]
     rows = draw(1) * 4
     want = np.mean([expected(g) for g in rows[0]], axis=0)
@@ -193,7 +193,7 @@ def test_each_client_has_a_bound_of_its_own():
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_with_a_wide_bound_and_no_attacker_it_is_the_plain_mean(name):
+def test_a_wide_bound_gives_the_plain_mean(name):
     rows, plain = draw(3), {} if name == "clipped_mean" else {"momentum": 0.0}
     plain |= {"rate": 1.0} if name == "clip21_sgd2m" else {}
     got, _ = simulate(make(name, oc.clip_by_global_norm(1e6), **plain), rows)
@@ -213,7 +213,7 @@ LIES = {
 
 
 @each_method
-def test_one_client_moves_the_mean_by_a_little_whatever_it_sends(name):
+def test_one_client_moves_the_mean_by_at_most_its_share(name):
     rows = np.stack([draw(2)] * (1 + len(LIES)))
     rows[1:, 1, 0] = list(LIES.values())
     run = jax.vmap(partial(play, make(name)), 1, (None, ROWS), axis_name=AXIS)
@@ -245,7 +245,7 @@ def test_only_a_clip_before_it_and_a_guard_around_it_let_one_client_stop_the_oth
 
 
 @each_method
-def test_a_client_that_sends_nan_once_is_counted_and_remembers_nothing_of_it(name):
+def test_one_nan_is_counted_and_leaves_no_trace_in_the_state(name):
     rows = draw(4)
     rows[1, 0, 3] = np.nan
     out, state = simulate(make(name), rows)
@@ -260,13 +260,13 @@ def test_a_clip_learns_of_the_first_iteration():
     rows = draw(2)
     once, twice = (simulate(make(f"centered_clip{often}"), rows[:1])[1] for often in ("", " twice"))
     chex.assert_trees_all_close(once.clients, twice.clients, atol=1e-6)
-    # What it learned there takes effect at the next step only; here it would clip at once.
+    # A learned bound takes effect at the next step; in the second iteration it would clip at once.
     learner = oc.thresholds.per_block(np.inf, lambda norm, bound: (bound, norm / 10))
     tx = make("centered_clip twice", oc.clip_by(learner), momentum=0.0)
     np.testing.assert_allclose(simulate(tx, rows)[0][0], rows[0].mean(axis=0), atol=1e-6)
 
 
-def test_types_and_what_is_no_gradient_stay_as_they_are():
+def test_dtypes_and_non_gradients_are_preserved():
     grads = {"half": jnp.ones((N, 3), jnp.bfloat16), "count": jnp.arange(N), "none": None}
     params = {"half": jnp.ones(3, jnp.bfloat16), "count": jnp.int32(0), "none": None}
     tx = make("clip21_sgd2m")
@@ -277,8 +277,8 @@ def test_types_and_what_is_no_gradient_stay_as_they_are():
     chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
 
 
-def test_clients_that_differ_end_at_the_middle_with_clip21_only():
-    """Client i wants parameters to be aᵢ, and one of them is far from the others."""
+def test_only_clip21_converges_to_the_mean_of_clients_that_differ():
+    """Client i pulls the parameter towards aᵢ; one of them is far from the others."""
     wanted = jnp.array([0.0, 1.0, 2.0, 9.0])
 
     def descend(tx, wanted):
@@ -298,7 +298,7 @@ def test_clients_that_differ_end_at_the_middle_with_clip21_only():
     assert end("clipped_mean") < 1.6 and end("centered_clip") < 2
 
 
-def test_a_gradient_that_is_the_same_for_all_already_is_refused_and_the_advice_works():
+def test_a_gradient_that_does_not_vary_over_clients_is_rejected():
     def update(params, data, own):
         params = own(params)
         grads = jax.grad(lambda w: jnp.sum(w * data[0]))(params)
@@ -319,7 +319,7 @@ def test_a_gradient_that_is_the_same_for_all_already_is_refused_and_the_advice_w
     np.testing.assert_allclose(run(lambda params: to_varying(params, [AXIS])), want, atol=1e-6)
 
 
-def test_what_is_wrong_is_said():
+def test_bad_arguments_are_rejected():
     tx = make("centered_clip")
     with pytest.raises(ValueError, match=r"aggregation.centered_clip: there is no axis .*vmap"):
         jax.jit(tx.update)(PARAMS, tx.init(PARAMS))
@@ -339,12 +339,12 @@ def test_what_is_wrong_is_said():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["mean, by value", "mean, by norm", "centered"])
-def test_training_gets_through_every_attack(method):
+def test_training_survives_every_attack(method):
     assert max(attacks.losses(method).values()) < 0.25  # 0.69 at the start
 
 
 @pytest.mark.slow
-def test_what_is_no_defence_does_not():
+def test_training_without_a_defence_does_not_survive():
     plain, momenta = attacks.losses("pmean"), attacks.losses("Clip21")
     for attack in ("sign flip", "scaled", "NaN", "inner product"):
         assert not plain[attack] < 5, attack
@@ -352,7 +352,7 @@ def test_what_is_no_defence_does_not():
 
 
 @pytest.mark.slow
-def test_momentum_takes_away_where_an_attacker_hides():
+def test_momentum_defeats_an_attack_that_hides_in_the_noise():
     attack = "a little is enough"
     with_it, without = (attacks.losses(f"centered{name}") for name in ("", ", no momentum"))
     assert without[attack] - without["none"] > 4 * max(0, with_it[attack] - with_it["none"])

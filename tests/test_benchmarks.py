@@ -1,4 +1,4 @@
-"""The scripts behind the numbers in the docs run; what they measure is not judged here."""
+"""The scripts behind the numbers in the docs run. What they measure is not judged here."""
 
 import jax
 import numpy as np
@@ -14,12 +14,9 @@ QUOTES = ("a", 0, True), ("a", 1), ("b", 0), ("b", 0, True), ("c", 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "task", ["digits_cnn", "cartpole", "speech"]
-)  # the others are trained in the tests of examples and of tuning
-def test_every_task_trains_is_reported_and_is_not_trained_again(
-    task, tmp_path, capsys, monkeypatch
-):
+# The other tasks are trained in the tests of examples and of tuning.
+@pytest.mark.parametrize("task", ["digits_cnn", "cartpole", "speech"])
+def test_every_task_is_trained_once_and_reported(task, tmp_path, capsys, monkeypatch):
     document, name = tmp_path / "choosing.md", choosing.REFERENCE
     runs = ["--tasks", task, "--methods", name, "--steps", "2", "--seeds", "3"]
     runs += ["--into", str(document), "--kept", str(tmp_path / "new" / "runs.jsonl")]
@@ -43,7 +40,7 @@ def test_every_task_trains_is_reported_and_is_not_trained_again(
 
 
 def test_a_difference_is_within_noise_if_its_interval_contains_zero():
-    """The interval against the normal one of a mean; pairs that differ by less than seeds do."""
+    """Compares the interval with the normal one of a mean, and pairs that hardly differ."""
     seeds = np.random.default_rng(1).normal(2.0, 0.3, 60)
     low, high = tables.bootstrap(seeds)
     half = 1.96 * seeds.std() / np.sqrt(seeds.size)
@@ -87,14 +84,14 @@ def test_speed_is_measured_and_put_into_the_document(name, tmp_path):
 
 def test_the_first_page_quotes_the_page_of_performance():
     page, readme = ((frontpage.ROOT / name).read_text() for name in PAGES)
-    told = readme.split("<!-- cost -->")[1].split("<!-- end cost -->")[0].split("\n")
-    rows = [line for line in told if line.startswith("| ")]
+    quoted = readme.split("<!-- cost -->")[1].split("<!-- end cost -->")[0].split("\n")
+    rows = [line for line in quoted if line.startswith("| ")]
     # Nothing is quoted that is not written there.
     assert len(rows) > 3 and set(rows) <= set(frontpage.quote_costs(page).split("\n"))
 
 
 def test_a_quote_is_read_from_any_table():
-    """With numbers beside the first row, or as they are; with rows that nobody asked for."""
+    """Numbers are differences from the first row or plain, among rows that are not quoted."""
     added = "|---|\n| no clip | 1.00 (1-1) | 40.0 |\n| clip | 1.0 (1-1) | +0.0 |\n"
     added += "| Optax's global norm | 2.47 (2-3) | +20.0 |\n| global norm | 1.12 (1-1) | +4.0 |\n"
     plain = "| | k |\n|---|---|\n| no clip | 1,150 |\n| optax.clip_by_global_norm | 2,300 |\n"
@@ -107,10 +104,8 @@ def test_a_quote_is_read_from_any_table():
     assert read[4] == []
 
 
-def test_a_poisoned_peer_is_seen():
-    """The measure itself: a running mean that a NaN gets into never comes back, one that it does
-    not never leaves.
-    """
+def test_a_poisoned_peer_is_detected():
+    """Tests the measure on bounds that are near at once, never, and after a while."""
     bounds = robustness.np.ones((50, 1))
     poison = robustness.POISONS["NaN first"]
     assert robustness.near(bounds, bounds, poison) == 0
@@ -122,13 +117,12 @@ def test_a_poisoned_peer_is_seen():
 
 
 @pytest.mark.slow
-def test_the_tuned_threshold_is_judged_on_other_seeds(tmp_path, capsys):
+def test_the_tuned_threshold_is_evaluated_on_other_seeds(tmp_path, capsys):
     document, picture = tmp_path / "tuning.md", tmp_path / "tuning.png"
     document.write_text("before\n<!-- results -->\nyesterday\n<!-- end results -->\nafter\n")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        tuning.main(
-            ["--small", "--tasks", "char_rnn", "--into", str(document), "--picture", str(picture)]
-        )
+        words = ["--tasks", "char_rnn", "--into", str(document), "--picture", str(picture)]
+        tuning.main(["--small", *words])
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "yesterday" not in text
     rows = [line for line in text.splitlines() if line.startswith("| character RNN |")]
@@ -141,7 +135,5 @@ def test_the_cost_of_a_watch_is_reported(capsys):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         watching.main(["--small", "--models", "cnn"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert (
-        len(lines) == 2 + len(watching.CHAINS) + len(watching.EVERY)
-        and len({line.count("|") for line in lines}) == 1
-    )
+    assert len(lines) == 2 + len(watching.CHAINS) + len(watching.EVERY)
+    assert len({line.count("|") for line in lines}) == 1

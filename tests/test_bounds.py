@@ -1,4 +1,4 @@
-"""Bounds that docstrings state hold, and are reached."""
+"""The bounds that docstrings state hold, and are tight."""
 
 import math
 
@@ -14,7 +14,7 @@ LASTING = 60
 
 
 def follow(tx, norms):
-    """What is left of numbers, one a step."""
+    """The updates of a series of numbers, one per step."""
 
     def step(state, norm):
         update, state = tx.update(norm[None], state)
@@ -38,7 +38,7 @@ RATES = {
 @pytest.mark.parametrize("name", RATES)
 def test_a_lasting_rise_is_followed_no_faster_than_stated(name):
     tx, rate = RATES[name]
-    # Steady for long, so that bias corrections have faded, and then as large as floats can be.
+    # First steady, until bias corrections have faded, and then near the largest float.
     left = np.asarray(follow(tx, np.r_[np.ones(9000), np.full(LASTING, 1e30)]))[-LASTING:]
     growth = left[1:] / left[:-1]
     assert rate * (1 - 1e-3) < growth.max() < rate * (1 + 1e-5)
@@ -49,7 +49,7 @@ def test_a_tenfold_rise_takes_adagc_as_long_as_stated():
     assert abs(int(jnp.argmax(left > 9.999)) - 200 - 2300) < 50
 
 
-def test_what_u_clip_carries_is_capped_and_nothing_else_is_lost():
+def test_the_carry_of_u_clip_is_capped_and_nothing_else_is_lost():
     rng = np.random.default_rng(0)
     few, many = rng.normal(size=400), 5 + rng.normal(size=400)
     for grads, capped in ((few, False), (many, True)):
@@ -67,7 +67,7 @@ def test_what_u_clip_carries_is_capped_and_nothing_else_is_lost():
         assert np.allclose(kept, np.cumsum(grads), atol=1e-3) != capped
 
 
-def test_the_estimate_of_the_largest_singular_value_is_as_close_as_stated():
+def test_the_largest_singular_value_is_estimated_as_accurately_as_stated():
     stack = np.random.default_rng(0).normal(size=(200, 12, 9)).astype(np.float32)
     tx = oc.spectral_clip(1.0, stacked="")
     _, state = tx.update(jnp.asarray(stack), tx.init(stack))
@@ -96,7 +96,7 @@ def test_each_step_of_the_polar_iteration_reaches_four_times_as_far():
 
 
 @pytest.mark.parametrize("largest", [1e3, 1e9])
-def test_in_float64_it_is_as_right_as_stated(largest):
+def test_float64_is_as_accurate_as_stated(largest):
     with jax.enable_x64(True):
         x = jnp.asarray(matrix((9, 8), np.geomspace(1e-3, largest, 8)))
         error = np.linalg.norm(clipped(oc.spectral_clip(1.0), x) - decomposed(x, 1.0, "hard"), 2)

@@ -1,4 +1,4 @@
-"""A schedule or a threshold of its own for each group."""
+"""Each group has its own schedule or threshold."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ MIXED = {
 
 
 def steps(tx, factors):
-    """The state after gradients of ones, times factors: an array with a row for each step."""
+    """The final state; gradients are ones times `factors`, which has a row per step."""
     grads = {name: jnp.ones(1) for name in ("attn", "embed", "mlp")}
     state, update = tx.init(grads), jax.jit(tx.update)
     bounds = []
@@ -30,7 +30,7 @@ def steps(tx, factors):
 
 
 def test_each_group_has_its_own_threshold():
-    """`attn` may be twice the mean of its own norms, whatever those of the others are."""
+    """`attn` is bounded by twice the mean of its own norms, whatever the other norms are."""
     bounds, updates, state = steps(
         oc.clip_by_group_norm(MIXED, PARTS), [(1.0, 50.0, 2.0), (1.0, 0.0, 2.0), (9.0, 7.0, 9.0)]
     )
@@ -39,7 +39,7 @@ def test_each_group_has_its_own_threshold():
     assert oc.metrics(state)["clip/clipped/attn"] == 1
 
 
-def test_one_bad_group_does_not_move_the_threshold_of_another():
+def test_a_bad_group_does_not_move_the_threshold_of_another():
     bounds, updates, state = steps(
         oc.clip_by_group_norm(MIXED, PARTS), [(1.0, 1.0, 1.0), (2.0, jnp.nan, 1.0), (9.0, 1.0, 1.0)]
     )
@@ -48,8 +48,8 @@ def test_one_bad_group_does_not_move_the_threshold_of_another():
     assert np.isfinite([u[0] for u in updates.values()]).all()
 
 
-def test_thresholds_by_name_are_parts_of_others():
-    """Of a cap, a lag, a warm-up: whatever holds a threshold hands on the names."""
+def test_thresholds_by_name_work_inside_other_thresholds():
+    """A cap, a lag and a warm-up pass the names on to the thresholds they contain."""
     inner = thresholds.by_name({"attn": 3.0, "embed": 1.0, "mlp": 2.0})
     last = thresholds.Statistic(0.0, lambda n, v, s: n, lambda n, v, s: v)
     outer = {
@@ -86,6 +86,6 @@ def test_errors(bounds, message):
 
 
 @pytest.mark.parametrize("scope", [scopes.tree, scopes.units()], ids=repr)
-def test_blocks_without_names_are_refused(scope):
+def test_blocks_without_names_are_rejected(scope):
     with pytest.raises(ValueError, match="clip_by: bounds is a mapping by block name"):
         steps(oc.clip_by(thresholds.by_name({"a": 1.0}), scope=scope), [(1.0, 1.0, 1.0)])

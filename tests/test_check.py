@@ -405,14 +405,14 @@ WRAPPERS = {
     "for some steps": lambda tx: optax.conditionally_mask(tx, lambda step: step < 9),
     "foreign": lambda tx: foreign(tx),
 }
-# The first and the last way to plant each: mostly with a clip of Optax, and with one of ours.
+# The first and the last example of each mistake: usually one with a clip of Optax, one with ours.
 ENDS = [(name, i) for name in MISTAKES for i in (0, -1)]
 WITH_A_GUARD = {("spike-test-after-clip", -1), ("idle-exclude", -1)}
 
 
 @pytest.mark.parametrize(("name", "which"), ENDS, ids=[f"{name}{i}" for name, i in ENDS])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_mistake_is_found_wherever_it_is_held(wrapper, name, which):
+def test_a_mistake_is_found_inside_every_wrapper(wrapper, name, which):
     # A guard inside MultiSteps is another mistake, unless there is also one around it.
     accumulates = wrapper in ("accumulated", "object")
     if "guard" in name and (accumulates or wrapper in ("finite", "skip")):
@@ -424,7 +424,7 @@ def test_a_mistake_is_found_wherever_it_is_held(wrapper, name, which):
 
 
 def foreign(tx):
-    """A wrapper that cannot be read: who knows what it does with what goes in and comes out."""
+    """A wrapper that `check` cannot read, and which may change gradients and updates."""
 
     def update(updates, state, params=None):
         return tx.update(updates, state, params)
@@ -628,7 +628,7 @@ def test_reads_well():
     assert "(head/w)" in finding.what
 
 
-def test_what_accumulates_between_two_is_between_them():
+def test_accumulation_separates_two_clips():
     """The mean of clipped gradients is not a clipped gradient: neither clip is idle."""
     for inside in (clipped(optax.sgd(1.0)), optax.sign_sgd(1.0)):
         assert names(chain(clip(2.0), accumulated(inside))) == ["clip-before-accumulation"]
@@ -662,8 +662,8 @@ def test_trees_without_gradients(kind):
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_an_unfiltered_model_is_no_reason_to_fail(name):
-    """Its leaves are functions and strings, too, which masks and labels are asked about."""
+def test_an_unfiltered_model_does_not_fail(name):
+    """Masks and labels are evaluated on its functions and strings too."""
     model = equinox.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
     oc.check(SOUND[name], model)
 
@@ -715,7 +715,7 @@ def test_only_transformations():
 
 
 def _made(make):
-    """An optimizer of Optax from a learning rate alone; None for anything that needs more."""
+    """An optimizer of Optax that needs only a learning rate; None for anything else."""
     try:
         required = [p for p in inspect.signature(make).parameters.values() if p.default is p.empty]
         return make(0.1) if [p.name for p in required] == ["learning_rate"] else None
@@ -747,8 +747,8 @@ ALL = {case.name: lambda case=case: case.make(1.0) for case in CASES} | {
 
 
 @pytest.mark.parametrize("name", ALL | OTHERS | HOLDERS)
-def test_each_of_ours_says_what_it_is(name):
-    """So that nobody has to read its closures."""
+def test_each_of_ours_describes_itself(name):
+    """So `check` need not read its closures."""
     tx = (ALL | OTHERS | HOLDERS)[name]()
     about = tx.update.description if hasattr(tx.update, "description") else None
     nodes = [node for node in read_chain(tx, PARAMS) if node.module.startswith("optaxclip")]
@@ -790,8 +790,8 @@ def norms(updates):
 
 
 @pytest.mark.slow
-def test_what_is_said_of_each_mistake_is_true():
-    """Run, not read: the mistake does what its finding says, the fix does not."""
+def test_each_finding_is_true():
+    """The chains are run: the mistake has the effect that its finding states, the fix has not."""
     sgd, big, nan, inf = optax.sgd(1.0), grads(9.0, 9.0), grads(jnp.nan, 1.0), grads(jnp.inf, 1.0)
     per_branch, once = branches(clipped(sgd), clipped(sgd)), clipped(branches(sgd, sgd))
     assert (names(per_branch), norms(run(per_branch, big)), norms(run(once, big))) == (
@@ -861,7 +861,7 @@ def test_flax():
     assert len(names(frozen, nnx.to_pure_dict(nnx.state(model, nnx.Param)))) == 1
 
 
-def test_findings_print_one_below_the_other():
+def test_findings_print_one_per_line():
     found = oc.check(chain(optax.adam(1e-3), clip(1.0), clip(2.0)), PARAMS)
     assert len(found) > 1 and str(found) == "\n".join(map(str, found)) and found == tuple(found)
     assert str(oc.check(chain(clip(1.0), optax.adam(1e-3)), PARAMS)) == "nothing found"

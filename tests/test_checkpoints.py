@@ -37,11 +37,7 @@ HISTORY = optaxclip.thresholds.until(
 )
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    """Adam promotes dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")  # Optax promotes dtypes
 
 
 def optimizer():
@@ -87,7 +83,7 @@ def by_orbax(state, path):
 
 @pytest.mark.filterwarnings("ignore")  # Orbax's own warnings
 @pytest.mark.parametrize("keep", [by_pickle, by_flax, by_flax_dict, by_orbax])
-def test_a_run_goes_on_where_it_stopped(keep, tmp_path):
+def test_a_run_resumes_where_it_stopped(keep, tmp_path):
     params, state = steps(PARAMS, optimizer().init(PARAMS), [1.0, 2.0, 0.5])
     restored = keep(state, tmp_path)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
@@ -126,8 +122,8 @@ def test_an_nnx_model_and_its_optimizer_through_orbax(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_clip_can_be_added_to_a_run_that_had_none(tmp_path):
-    """Restore what there is, and put a fresh clip before it."""
+def test_a_clip_can_be_added_to_a_checkpoint_without_one(tmp_path):
+    """Restore the old state and put a fresh clip in front of it."""
     old = optax.chain(optax.adamw(0.1))
     _, state = old.update(GRADS, old.init(PARAMS), PARAMS)
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
@@ -143,7 +139,7 @@ def test_a_clip_can_be_added_to_a_run_that_had_none(tmp_path):
 
 
 def test_the_record_is_arrays_and_dicts_only():
-    """No node type that a serializer would have to know, and nothing that is not an array of fixed
+    """No node type that a serializer would have to know, and nothing but arrays of fixed
     shape.
     """
     state = optimizer().init(PARAMS)[0]
@@ -187,7 +183,7 @@ def test_the_names_of_the_fields_are_frozen(state):
     assert state._fields == tuple(FIELDS[state].split())
 
 
-def test_the_names_by_which_optax_users_look_up_adam_are_not_taken():
+def test_field_names_do_not_shadow_those_of_adam():
     """(A threshold made of `optax.ema` does bring a second `count`: that is Optax's own.)"""
     threshold = optaxclip.thresholds.until(2, 5.0, optaxclip.thresholds.lag(optax.scale(2.0)))
     state = optax.chain(optaxclip.clip_by(threshold), optax.adamw(0.1)).init(PARAMS)

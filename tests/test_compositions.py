@@ -1,4 +1,4 @@
-"""Optimizers' own clips, each a composition of parts, against the paper retold in NumPy."""
+"""The clips inside published optimizers, as compositions of parts, against NumPy oracles."""
 
 import chex
 import jax
@@ -38,7 +38,7 @@ def adams(g, state, b1=0.9, b2=0.999, eps=1e-6):
 
 
 def lambs(phi, rate=0.1, decay=0.01):
-    """You et al. 2020: Adam's direction, as long as φ of the layer's norm."""
+    """You et al. 2020: Adam's direction, rescaled to φ of the layer's norm."""
 
     def leaf(w, grads):
         state = (0 * w, 0 * w, 0)
@@ -69,7 +69,7 @@ def test_lambs_trust_ratio_is_a_normalisation_to_a_share_of_the_parameters():
 
 
 def test_lambs_clipped_trust_ratio_is_a_clip_to_the_norm_of_the_parameters():
-    """LAMBC, Fong et al. 2020, as timm's `trust_clip`; parameters of zero are free."""
+    """LAMBC, Fong et al. 2020, which is timm's `trust_clip`. Zero parameters are not clipped."""
     got = followed(lamb(oc.clip_by(thresholds.param_relative(1.0, None), scope=scopes.leaf)))
     want = lambs(lambda w, u: min(1, w / u) if w else 1)
     chex.assert_trees_all_close(got, want, rtol=1e-4)
@@ -129,7 +129,7 @@ def test_clipped_scion_of_one_matrix_is_muons_steepest_descent_with_a_bound():
 
     scale = np.array([1, 1, 0.1, 0.1, 0.01, 0.01])[:, None, None]  # the bound acts, and then not
     params, grads = PARAMS["kernel"], GRADS["kernel"] * scale
-    # These coefficients converge; Muon's own end anywhere from 0.7 to 1.2.
+    # These coefficients converge; those of Muon leave singular values between 0.7 and 1.2.
     newton = optax.contrib.scale_by_muon(
         (1.875, -1.25, 0.375), 20, 0.9, nesterov=False, adaptive=True
     )
@@ -137,8 +137,42 @@ def test_clipped_scion_of_one_matrix_is_muons_steepest_descent_with_a_bound():
     np.testing.assert_allclose(followed(tx, params, grads), list(leaf(params, grads)), atol=5e-3)
 
 
+def shared(bound, params):
+    """Of updates that are a multiple of a polar factor: one multiple for all, at most the bound."""
+    roots = np.sqrt([min(p.shape) for p in jax.tree.leaves(params)]).astype(np.float32)
+    return optax.stateless(lambda norms, _: roots * jnp.minimum(bound, (norms / roots).sum()))
+
+
+def test_clipped_scion_of_several_matrices_shares_one_step():
+    """Pethick et al. 2025, with the largest spectral norm: min(ρ, Σ nuclear norms) for all."""
+    params = {"a": RNG.normal(size=(4, 3)), "b": RNG.normal(size=(2, 5))}
+    scale = np.array([1, 0.1, 0.01, 0.01])[:, None, None]  # the bound acts, and then not
+    grads = {name: scale * RNG.normal(size=(4, *w.shape)) for name, w in params.items()}
+    means, want = {name: 0 * w for name, w in params.items()}, []
+    w = dict(params)
+    for t in range(4):
+        means = {name: 0.5 * m + 0.5 * grads[name][t] for name, m in means.items()}
+        factors = {name: np.linalg.svd(m, full_matrices=False) for name, m in means.items()}
+        step = min(2.0, sum(s.sum() for _, s, _ in factors.values()) / (1 - 0.5 ** (t + 1)))
+        w = {name: w[name] - 0.1 * step * u @ v for name, (u, _, v) in factors.items()}
+        want.append(w)
+    axes = jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
+    newton = optax.contrib.scale_by_muon(
+        (1.875, -1.25, 0.375),
+        20,
+        0.5,
+        nesterov=False,
+        adaptive=True,
+        weight_dimension_numbers=axes,
+    )
+    clip = oc.clip_by(shared(2.0, params), scope=scopes.leaf, action=actions.normalize)
+    got = followed(optax.chain(newton, clip, optax.scale_by_learning_rate(0.1)), params, grads)
+    for name in params:
+        np.testing.assert_allclose(got[name], [w[name] for w in want], atol=1e-4)
+
+
 def test_a_spectral_bound_follows_the_largest_singular_values():
-    """Yukhimchuk et al. 2026: a quantile of a window of them."""
+    """Yukhimchuk et al. 2026: the bound is a quantile over a window of them."""
 
     def leaf(grads):
         largest = [np.linalg.norm(g, 2) for g in grads]
@@ -198,7 +232,7 @@ def test_a_cap_on_the_step_as_a_share_of_the_layer():
 
 
 def project_units(w, most):
-    """Keras's MaxNorm: each column to a norm of at most so much."""
+    """Keras's MaxNorm: the norm of each column is at most `most`."""
     return w * np.minimum(1, most / np.linalg.norm(w, axis=0))
 
 
@@ -253,7 +287,7 @@ def test_updates_and_parameters_may_differ_in_width():
             np.testing.assert_allclose(updates, 0, atol=1e-6)
 
 
-def test_a_clip_of_parameters_says_what_it_needs_and_troubles_no_check():
+def test_a_clip_of_parameters_asks_for_parameters_and_passes_check():
     tx, params = clip_params(oc.clip_by_leaf_norm(1.0)), {"w": jnp.ones((2, 2))}
     assert not oc.check(optax.chain(optax.adamw(1e-3), tx), params)
     with pytest.raises(ValueError, match=r"clip_params: .*tx.update\(grads, state, params\)"):

@@ -1,5 +1,5 @@
-"""What a clip costs on a CPU, read from XLA's programs: a broken fusion, a copy or a second read
-fails here. Nothing is timed.
+"""The cost of a clip on a CPU, read from the compiled programs: a broken fusion, a copy or a second
+read of the gradients fails here. Nothing is timed.
 """
 
 import functools
@@ -58,8 +58,8 @@ def bare(optimizer, dtype):
 
 
 def beside(clip, optimizer, dtype):
-    """Bytes a parameter, and temporaries relative to the gradients, that a clip adds to an
-    optimizer.
+    """What a clip adds to an optimizer: bytes per parameter, and temporaries relative to the
+    gradients.
     """
     own = account(compile_chain(clip, optimizer, dtype), TREE, dtype)
     return tuple(a - b for a, b in zip(own, bare(optimizer, dtype), strict=True))
@@ -98,9 +98,9 @@ def test_limits_of_elements_cost_nothing(dtype):
     assert abs(read) < 0.1 and copies < 0.05
 
 
-def test_the_account_sees_what_it_is_to_see():
-    """Optax's clip divides, which XLA does not repeat in each loop that reads the result. Neither
-    has a branch.
+def test_the_account_detects_an_extra_read():
+    """Optax's clip divides, and XLA keeps the quotient instead of fusing it. Neither program has a
+    branch.
     """
     read, copies = beside(optax.clip_by_global_norm(1.0), "adamw", jnp.float32)
     assert read > 15 and copies > 0.9
@@ -116,7 +116,7 @@ PLATFORMS = ["cuda", "tpu"]
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_the_forms_for_other_platforms_give_the_same_numbers(platform, monkeypatch):
-    """They are run here, on a CPU: nothing but the order of sums may differ."""
+    """They run on a CPU here; only the order of summation may differ."""
     everything = {case.name: case.make(0.7) for case in CASES}
     everything |= {"adagc": optaxclip.adagc(), "zclip": optaxclip.zclip()}
     everything["watch"] = optaxclip.watch(histogram=True)
@@ -134,7 +134,7 @@ def test_the_forms_for_other_platforms_give_the_same_numbers(platform, monkeypat
         return {name: two(tx) for name, tx in everything.items()}
 
     def slopes(small):
-        """Of each clip alone, so that none hides behind another."""
+        """The gradient of each clip by itself, so that none masks another."""
 
         def through(tx, grads):
             return sum(
@@ -170,7 +170,7 @@ def test_the_forms_for_other_platforms_give_the_same_numbers(platform, monkeypat
     chex.assert_trees_all_close(here[1], there[1], rtol=2e-5, atol=1e-6)
 
 
-def test_rounding_to_bfloat16_is_that_of_a_conversion():
+def test_rounding_to_bfloat16_matches_a_conversion():
     bits = jnp.concatenate(
         [jnp.arange(0, 2**32 - 1, 65_521, jnp.uint32), jnp.arange(2**15, dtype=jnp.uint32)]
     )

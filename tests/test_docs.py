@@ -56,7 +56,7 @@ def everything_documented():
 
 
 def public():
-    """The full names of what is public, those of types included."""
+    """The full names of everything public, types included."""
     yield from (f"optaxclip.{name}" for name in optaxclip.__all__ if name not in NAMESPACES)
     for room, module in NAMESPACES.items():
         types = [name for name, value in vars(module).items() if hasattr(value, "_fields")]
@@ -101,7 +101,7 @@ def test_the_overview_of_the_api_lists_every_function_under_the_page_that_has_it
         assert functions <= listed <= entries.keys(), page
 
 
-def test_what_is_said_of_versions_is_so():
+def test_the_stated_versions_are_those_of_the_project():
     text = {name: (DOCS.parent / name).read_text() for name in ("README.md", "CHANGELOG.md")}
     needed = re.findall(r'"(jax|optax)>=([\d.]+)"', (DOCS.parent / "pyproject.toml").read_text())
     for name, version in needed:
@@ -125,7 +125,7 @@ class Page(html.parser.HTMLParser):
 
 
 def assert_links_lead_somewhere(root, pages):
-    """Every link within the site, and every part of a page that one names."""
+    """Every link within the site resolves, including its fragment."""
     for page, content in pages.items():
         for link in content.links:
             path, _, anchor = link.partition("#")

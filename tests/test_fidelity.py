@@ -30,7 +30,7 @@ def series(seed=0):
 
 
 def followed(tx, grads, params):
-    """What comes out of a transformation, step by step."""
+    """The updates of each step."""
 
     def step(state, grad):
         updates, state = tx.update(grad, state, params)
@@ -219,7 +219,7 @@ def test_the_same_steps_are_skipped(name):
 RECORDED = json.loads((pathlib.Path(__file__).parent / "recorded.json").read_text())
 
 
-def test_zclip_does_what_its_authors_code_did():
+def test_zclip_matches_its_authors_code():
     (recorded,) = (run for name, run in RECORDED.items() if name.startswith("ZClip"))
     got = followed(oc.zclip(), series(), jnp.ones(SHAPE))
     np.testing.assert_allclose(lengths(got), recorded, rtol=2e-5)
@@ -231,7 +231,7 @@ def test_zclip_does_what_its_authors_code_did():
 # The spikes detect a warm-up that is off by one step (63 is the first to be judged), and a window
 # that is off by one norm: the norm of step 63 is in it up to 191.
 @pytest.mark.parametrize("run", OLMOS, ids=lambda run: " ".join(run["spikes"]))
-def test_skip_spikes_skips_what_olmos_code_did(run):
+def test_skip_spikes_matches_olmos_code(run):
     norms = np.exp(0.2 * np.random.default_rng(0).normal(size=STEPS))
     norms[list(map(int, run["spikes"]))] *= list(run["spikes"].values())
     got = followed(oc.skip_spikes(optax.identity()), norms.astype(np.float32)[:, None], jnp.ones(1))

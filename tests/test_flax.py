@@ -1,7 +1,5 @@
 """The same network in nnx, linen and Equinox: the same paths, norms and training, and what only one
 of them has.
-
-`test_training.py` trains a layerwise clip in each; here the three are held against one another.
 """
 
 import equinox as eqx
@@ -27,11 +25,7 @@ WEIGHTS = jax.tree.map(np.float32, WEIGHTS)
 STEPS = 5
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    """Flax's and Optax's own steps promote dtypes."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users")  # Flax's and Optax's own steps promote dtypes
 
 
 def mse(predicted):
@@ -46,7 +40,7 @@ def in_nnx(tx):
         def __call__(self, x):
             return self.outer(jnp.tanh(self.inner(x)))
 
-    model = Net()
+    model = nnx.eval_shape(Net)
     nnx.update(model, WEIGHTS)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 

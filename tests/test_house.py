@@ -1,4 +1,4 @@
-"""The rules of the house: layers, sizes, words, and what one update of the simplest clip calls."""
+"""Rules for the code: layers, sizes, words, and the number of calls in one update."""
 
 import ast
 import inspect
@@ -25,7 +25,7 @@ LAYERS = {
 
 
 def imports(path):
-    """The modules of the house that a file imports, at the top or inside a function."""
+    """Our own modules that a file imports, at the top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "optaxclip":
@@ -35,14 +35,14 @@ def imports(path):
 
 
 @pytest.mark.parametrize("name", [name for name in ROOMS if name != "__init__.py"])
-def test_a_room_imports_only_rooms_below_it(name):
+def test_a_module_imports_only_lower_layers(name):
     own = name.split("/")[0].removesuffix(".py")
     for module in imports(ROOMS[name]):
         if module[0] != own:
             assert LAYERS[module[0]] < LAYERS[own], f"{name} imports {'.'.join(module)}"
 
 
-def test_no_file_imports_itself_in_a_circle():
+def test_imports_have_no_cycles():
     modules = {
         n.removesuffix(".py").removesuffix("/__init__").replace("/", "."): f
         for n, f in ROOMS.items()
@@ -95,6 +95,20 @@ def test_a_signature_can_be_read(name):
     assert len(signature) < 600 and " at 0x" not in signature
 
 
+NAMESPACES = (
+    *("actions", "aggregation", "norms", "per_example", "scopes", "thresholds", "wrappers"),
+    *("tuning", "plots", "monitoring"),
+)
+
+
+def test_every_public_function_that_checks_its_arguments_is_named_in_errors():
+    rooms = [optaxclip, *(getattr(optaxclip, name) for name in NAMESPACES)]
+    public = {getattr(room, name) for room in rooms for name in room.__all__}
+    functions = [f for f in public if inspect.isfunction(f)]
+    bare = [f.__name__ for f in functions if "validate" in f.__code__.co_names]
+    assert bare == [] and len(functions) > 60
+
+
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
@@ -108,7 +122,7 @@ def test_a_signature_can_be_read(name):
         ("scopes.l2", "write optaxclip.norms.l2"),
     ],
 )
-def test_a_name_that_is_not_there_says_which_is(name, advice):
+def test_a_misspelt_name_suggests_the_nearest(name, advice):
     with pytest.raises(AttributeError, match=advice):
         operator.attrgetter(name)(optaxclip)
 

@@ -1,8 +1,7 @@
-"""Laws of everything that has a history: its state keeps its structure, and nothing that is not
-finite gets into it.
+"""Laws of everything with a history: the state keeps its structure, and nothing nonfinite enters
+it.
 """
 
-import contextlib
 import itertools
 import operator
 
@@ -16,6 +15,7 @@ import pytest
 import optaxclip
 from optaxclip.base import Metrics
 from tests.cases import ADAPTIVE, HOLDERS, OTHERS
+from tests.conftest import allow
 
 SCOPES = {
     "tree": optaxclip.scopes.tree,
@@ -47,7 +47,7 @@ def tree(dtype):
 
 
 def learned(state):
-    """A state without the record of what happened, which does count what is not finite."""
+    """The state without its metrics, which do count nonfinite steps."""
     return jax.tree.map(
         lambda x: None if isinstance(x, Metrics) else x,
         state,
@@ -60,7 +60,7 @@ def learned(state):
     ("name", "dtype"), [(n, "mixed") for n in MAKE] + [(n, "float64") for n in by_tree[::3]]
 )
 def test_the_state_keeps_its_form_from_the_first_step(name, dtype):
-    with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
+    with allow(dtype):
         tx, grads = MAKE[name](), tree(dtype)
 
         def step(state, factor):
@@ -80,7 +80,7 @@ def test_the_state_keeps_its_form_from_the_first_step(name, dtype):
 
 @pytest.mark.slow
 @each_by_tree
-def test_nothing_is_learned_from_what_is_not_finite(make):
+def test_nothing_is_learned_from_nonfinite_gradients(make):
     tx, grads = make(), tree("float32")
     step = jax.jit(tx.update)
     _, state = step(grads, tx.init(grads), grads)
@@ -95,13 +95,13 @@ def test_nothing_is_learned_from_what_is_not_finite(make):
         chex.assert_tree_all_finite(updates)
 
 
-# The engine applies the policy, unknown to thresholds, so each row is tested with one of the two.
+# The engine applies the policy and thresholds never see it, so one of the two is enough per row.
 @pytest.mark.parametrize(
     ("case", "nonfinite"),
     list(zip(ADAPTIVE, itertools.cycle(["propagate", "zero"]))),
     ids=lambda x: getattr(x, "name", x),
 )
-def test_a_threshold_stays_as_it_was(case, nonfinite):
+def test_a_nonfinite_step_leaves_the_threshold_unchanged(case, nonfinite):
     tx, grads = case.make(scope=optaxclip.scopes.leaf, nonfinite=nonfinite), tree("float32")
     step = jax.jit(tx.update)
     _, state = step(grads, tx.init(grads), grads)
@@ -114,7 +114,7 @@ def test_a_threshold_stays_as_it_was(case, nonfinite):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in by_tree if name not in HOLDERS])
-def test_what_is_not_a_gradient_passes_through(name):
+def test_non_gradients_pass_through(name):
     others = {"count": jnp.arange(3), "none": None, "masked": optax.MaskedNode(), "empty": {}}
     grads = {"kernel": jnp.full((4, 3), 2.0), "nothing": jnp.zeros((0, 3)), **others}
     tx = MAKE[name]()
@@ -148,22 +148,26 @@ SIZES = {"autoclip": ("window",), "clip_by_median": ("window", "every")}
 
 @pytest.mark.parametrize("name", NAMED)
 def test_numbers_can_be_injected(name):
-    """`optax.inject_hyperparams` makes arrays of all numeric arguments, but for those that set the
+    """`optax.inject_hyperparams` turns all numeric arguments into arrays, except those that set the
     size of a state.
     """
     algorithm, grads = getattr(optaxclip, name), tree("float32")
-    tx = optax.inject_hyperparams(algorithm, static_args=SIZES.get(name, ()))()
-    plain = algorithm()
+
+    def second_update(tx):
+        _, state = tx.update(grads, tx.init(grads), grads)
+        return tx.update(grads, state, grads)[0]
+
+    @jax.jit
+    def both():
+        injected = optax.inject_hyperparams(algorithm, static_args=SIZES.get(name, ()))
+        return second_update(injected()), second_update(algorithm())
+
     with jax.numpy_dtype_promotion("standard"):
-        step = jax.jit(lambda state: tx.update(grads, state, grads))
-        _, state = step(tx.init(grads))
-        updates, _ = step(state)
-    _, state = plain.update(grads, plain.init(grads), grads)
-    chex.assert_trees_all_close(updates, plain.update(grads, state, grads)[0], rtol=1e-5)
+        chex.assert_trees_all_close(*both(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_size_that_is_injected_is_refused_with_the_way_out(name):
+def test_an_injected_size_is_rejected_with_the_fix(name):
     with pytest.raises(ValueError, match=r"static_args=\('window',\)"):
         optax.inject_hyperparams(getattr(optaxclip, name))().init(tree("float32"))
 
@@ -203,7 +207,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_numbers_are_refused_by_name(name):
+def test_bad_numbers_are_rejected_by_name(name):
     for arguments in BAD[name]:
         (argument,) = arguments
         with pytest.raises(ValueError, match=rf"^{name}: {argument} must be .*, got "):

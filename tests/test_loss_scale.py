@@ -82,7 +82,7 @@ def train(scaled):
     return w
 
 
-def test_it_trains_what_float16_alone_does_not():
+def test_it_trains_where_plain_float16_fails():
     assert np.all(train(scaled=False) == 0)
     np.testing.assert_allclose(train(scaled=True), 1, atol=0.05)
 
@@ -92,6 +92,6 @@ def test_it_trains_what_float16_alone_does_not():
     [{"initial_scale": 0}, {"factor": 1.0}, {"growth_interval": 0}, {"min_scale": -1.0}],
     ids=str,
 )
-def test_numbers_out_of_range_are_refused(wrong):
+def test_numbers_out_of_range_are_rejected(wrong):
     with pytest.raises(ValueError, match=f"dynamic_loss_scale: {next(iter(wrong))}"):
         dynamic_loss_scale(optax.sgd(0.1), **wrong)

@@ -60,12 +60,16 @@ def spread(tx):
     )
 
 
+def on_one_device(tx, grads=GRADS):
+    return jax.jit(partial(steps, tx))(grads)
+
+
 @pytest.mark.parametrize("name", CLIPS)
 def test_sharded_arrays_under_jit_give_the_numbers_of_one_device(name):
     tx, mesh = CLIPS[name], mesh_of(4, 2)
     sharded = {k: jax.device_put(g, NamedSharding(mesh, SPECS[k])) for k, g in GRADS.items()}
     updates, seen = jax.jit(partial(steps, tx))(sharded)
-    chex.assert_trees_all_close((updates, seen), steps(tx, GRADS), rtol=1e-6)
+    chex.assert_trees_all_close((updates, seen), on_one_device(tx), rtol=1e-6)
     assert all(
         updates[k].sharding.is_equivalent_to(sharded[k].sharding, updates[k].ndim) for k in GRADS
     )
@@ -83,7 +87,7 @@ def test_sharded_arrays_cost_one_all_reduce():
 @pytest.mark.parametrize("name", CLIPS)
 def test_shard_map_knows_from_the_types(name):
     run = jax.jit(spread(CLIPS[name]))
-    chex.assert_trees_all_close(run(GRADS), steps(CLIPS[name], GRADS), rtol=1e-6)
+    chex.assert_trees_all_close(run(GRADS), on_one_device(CLIPS[name]), rtol=1e-6)
 
 
 AGC = optaxclip.adaptive_grad_clip(1e-3)
@@ -95,7 +99,7 @@ WAYS |= {f"{name}, shard_map": (tx, spread(tx)) for name, tx in CLIPS.items()}
 def test_one_bad_number_on_one_device_is_seen_on_all(way):
     """Not by itself: where it takes a maximum, XLA:CPU's all-reduce drops NaN."""
     (tx, run), mesh = WAYS[way], mesh_of(4, 2)
-    run = jax.jit(run)
+    run, alone = jax.jit(run), jax.jit(partial(steps, tx))
     for leaf, place, bad in [
         ("dense", (0, 0), jnp.nan),
         ("dense", (7, 3), jnp.nan),
@@ -105,15 +109,15 @@ def test_one_bad_number_on_one_device_is_seen_on_all(way):
     ]:
         grads = GRADS | {leaf: GRADS[leaf].at[place].set(bad)}
         sharded = {k: jax.device_put(g, NamedSharding(mesh, SPECS[k])) for k, g in grads.items()}
-        chex.assert_trees_all_close(run(sharded), steps(tx, grads), rtol=1e-6)
+        chex.assert_trees_all_close(run(sharded), alone(grads), rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_shard_map_rescues_unusual_magnitudes(scale):
-    """The loop that looks again holds a collective: all devices must agree on it."""
+    """The second look at odd magnitudes contains a collective, so all devices must take it."""
     grads = jax.tree.map(lambda g: g * scale, GRADS)
     tx = optaxclip.clip_by_leaf_norm(scale)
-    chex.assert_trees_all_close(jax.jit(spread(tx))(grads), steps(tx, grads), rtol=1e-6)
+    chex.assert_trees_all_close(jax.jit(spread(tx))(grads), on_one_device(tx, grads), rtol=1e-6)
 
 
 NAMES = {"dense": ("x", "y"), "bias": (), "table": "y"}
@@ -129,11 +133,11 @@ def test_shard_map_without_types_takes_names(names):
         out_specs=(SPECS, P()),
         check_vma=False,
     )
-    chex.assert_trees_all_close(jax.jit(run)(GRADS), steps(CLIPS["tree"], GRADS), rtol=1e-6)
+    chex.assert_trees_all_close(jax.jit(run)(GRADS), on_one_device(CLIPS["tree"]), rtol=1e-6)
 
 
 def by_root_mean_square(**names):
-    """Its norm asks for the size of whole leaves of parameters."""
+    """Its norm needs the size of the unsharded parameters."""
     threshold = optaxclip.thresholds.previous(1.1)
     return optaxclip.clip_by(threshold, view=SizedView(rms, lambda g, size: g * size), **names)
 
@@ -144,17 +148,18 @@ def by_element(**names):
 
 @pytest.mark.parametrize("make", [by_root_mean_square, by_element])
 @pytest.mark.parametrize("typed", [True, False], ids=["typed", "named"])
-def test_sizes_of_parameters_are_of_all_parts_and_single_numbers_have_none(make, typed):
-    def updates(tx, grad):
-        return steps(tx, grad)[0]
-
-    # Each device has another part of the leaf, so it decides for its own elements.
+def test_parameter_sizes_count_all_shards_and_elements_need_none(make, typed):
+    # Each device holds another shard, so it decides about its own elements.
     grad, spec = GRADS["dense"], P("x", "y")
     tx = make() if typed else make(axis_names=("x", "y"))
     run = jax.shard_map(
-        partial(updates, tx), mesh=mesh_of(4, 2), in_specs=spec, out_specs=spec, check_vma=typed
+        lambda grad: steps(tx, grad)[0],
+        mesh=mesh_of(4, 2),
+        in_specs=spec,
+        out_specs=spec,
+        check_vma=typed,
     )
-    chex.assert_trees_all_close(jax.jit(run)(grad), updates(make(), grad), rtol=1e-6)
+    chex.assert_trees_all_close(jax.jit(run)(grad), on_one_device(make(), grad)[0], rtol=1e-6)
 
 
 def test_shard_map_without_types_or_names_is_an_error():
@@ -166,10 +171,10 @@ def test_shard_map_without_types_or_names_is_an_error():
         check_vma=False,
     )
     with pytest.raises(ValueError, match=r"Pass axis_names= to the clip"):
-        run(GRADS)
+        jax.eval_shape(run, GRADS)
 
 
-def test_names_override_a_replicated_value_that_is_typed_as_varying():
+def test_axis_names_override_a_varying_type():
     tx = optaxclip.clip_by_global_norm(1.0, axis_names=())
 
     def step(grads):
@@ -178,7 +183,7 @@ def test_names_override_a_replicated_value_that_is_typed_as_varying():
         return jax.tree.map(lambda u: jax.lax.pmean(u, "x"), updates), seen
 
     run = jax.shard_map(step, mesh=mesh_of(4), in_specs=P(), out_specs=P())
-    chex.assert_trees_all_close(jax.jit(run)(GRADS), steps(CLIPS["tree"], GRADS), rtol=1e-6)
+    chex.assert_trees_all_close(jax.jit(run)(GRADS), on_one_device(CLIPS["tree"]), rtol=1e-6)
 
 
 def test_the_derivative_goes_through_shard_map():
@@ -193,27 +198,31 @@ def test_the_derivative_goes_through_shard_map():
         )(grads)
         return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(u))
 
-    chex.assert_trees_all_close(jax.jit(jax.grad(sharded))(GRADS), jax.grad(loss)(GRADS), atol=1e-6)
+    both = jax.jit(lambda grads: (jax.grad(sharded)(grads), jax.grad(loss)(grads)))
+    chex.assert_trees_all_close(*both(GRADS), atol=1e-6)
 
 
 def test_units_in_shard_map_need_names_and_then_are_right():
-    specs, params = {"w": P("x", None)}, {"w": GRADS["dense"]}
-    whole = optaxclip.clip_by(1.0, scope=optaxclip.scopes.units())
-    run = partial(jax.shard_map, mesh=mesh_of(4), in_specs=(specs,), out_specs=specs)
+    columns, rows = optaxclip.scopes.units(), optaxclip.scopes.units(axes=1)
+
+    def clip(grads, scope, **names):
+        return optaxclip.clip_by(1.0, scope=scope, **names).update(grads, None)[0]
+
+    def in_parts(**options):
+        spec = {"w": P("x", None)}
+        clip_part = partial(clip, **options)
+        return jax.shard_map(clip_part, mesh=mesh_of(4), in_specs=(spec,), out_specs=spec)
+
+    params = {"w": GRADS["dense"]}
     with pytest.raises(ValueError, match="cannot know whether these cut units"):
-        run(lambda g: whole.update(g, None)[0])(params)
-    cut = optaxclip.clip_by(1.0, scope=optaxclip.scopes.units(), axis_names="x")
-    chex.assert_trees_all_close(
-        run(lambda g: cut.update(g, None)[0])(params), whole.update(params, None)[0], rtol=1e-6
-    )
-    own = optaxclip.clip_by(1.0, scope=optaxclip.scopes.units(axes=1), axis_names=())
-    rows = optaxclip.clip_by(1.0, scope=optaxclip.scopes.units(axes=1))
-    chex.assert_trees_all_close(
-        run(lambda g: own.update(g, None)[0])(params), rows.update(params, None)[0], rtol=1e-6
-    )
+        jax.eval_shape(in_parts(scope=columns), params)
+    for scope, names in ((columns, "x"), (rows, ())):
+        got = jax.jit(in_parts(scope=scope, axis_names=names))(params)
+        want = jax.jit(partial(clip, scope=scope))(params)
+        chex.assert_trees_all_close(got, want, rtol=1e-6)
 
 
-def test_numbers_are_clipped_and_judged_where_they_lie():
+def test_elements_are_clipped_without_a_collective():
     tx = optaxclip.zclip(scope=optaxclip.scopes.element)
     spec = NamedSharding(mesh_of(4, 2), P("x", "y"))
     grads = jax.device_put(GRADS["dense"], spec)

@@ -194,7 +194,7 @@ def gradients(params, size):
 
 
 def stepper(tx, extra_args=("value",)):
-    """One jitted step that hands the optimizer what it asks for, and the optimizer's `init`."""
+    """A jitted step that passes the optimizer what it asks for, and the optimizer's `init`."""
     tx = optax.with_extra_args_support(tx)
 
     @jax.jit
@@ -237,7 +237,7 @@ def test_clip_then_optimizer_is_clipping_by_hand(name):
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_the_clips_by_hand_change_some_steps_and_not_others(name):
-    """Else the matrix above would prove nothing."""
+    """Otherwise the test above would prove nothing."""
     changed, norms = [], []
     for size in STEPS:
         grads = gradients(PARAMS, size)

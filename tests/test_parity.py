@@ -2,6 +2,7 @@
 itself if it is installed.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +20,7 @@ PARAMS = {"b": RNG.normal(size=3).astype("float32"), "w": RNG.normal(size=(4, 3)
 
 
 def ours(tx):
-    grads, params = jax.tree.map(jnp.asarray, (GRADS, PARAMS))
-    return tx.update(grads, tx.init(params), params)[0]
+    return jax.jit(lambda: tx.update(GRADS, tx.init(PARAMS), PARAMS)[0])()
 
 
 def close(got, want, rtol=2e-6):
@@ -49,8 +49,13 @@ def test_optax(own, theirs, bound):
 @pytest.mark.parametrize("name", ["per_example_global_norm_clip", "per_example_layer_norm_clip"])
 @pytest.mark.parametrize("bound", [0.0, 1.0, 2.0, jnp.inf])
 def test_optax_per_example(name, bound):
-    grads = jax.tree.map(lambda g: jnp.asarray(np.stack([g, g * 0.1, g * 2])), GRADS)
-    got, want = (getattr(module, name)(grads, bound) for module in (optaxclip, optax))
+    grads = jax.tree.map(lambda g: np.stack([g, g * 0.1, g * 2]), GRADS)
+
+    @jax.jit
+    def both(grads):
+        return [getattr(module, name)(grads, bound) for module in (optaxclip, optax)]
+
+    got, want = both(grads)
     close(got[0], want[0], rtol=1e-5)
     assert jax.tree.map(int, got[1]) == jax.tree.map(int, want[1])
 
@@ -59,15 +64,14 @@ def test_optax_per_example(name, bound):
     "shape", [(), (5,), (4, 3), (2, 3, 4), (2, 2, 3, 4), (2, 2, 2, 3, 4), (1, 5)]
 )
 def test_optax_units(shape):
-    x = jnp.asarray(RNG.normal(size=shape), jnp.float32)
-    norm = optax.transforms.unitwise_norm(x)
-    np.testing.assert_allclose(optaxclip.unitwise_norm(x), norm, rtol=1e-6)
-    limit = jnp.full_like(norm, 0.5)
-    np.testing.assert_allclose(
-        optaxclip.unitwise_clip(norm, limit, x),
-        optax.transforms.unitwise_clip(norm, limit, x),
-        rtol=1e-6,
-    )
+    def both(x):
+        norm = optax.transforms.unitwise_norm(x)
+        limit = jnp.full_like(norm, 0.5)
+        own = optaxclip.unitwise_norm(x), optaxclip.unitwise_clip(norm, limit, x)
+        return own, (norm, optax.transforms.unitwise_clip(norm, limit, x))
+
+    own, theirs = jax.jit(both)(jnp.asarray(RNG.normal(size=shape), jnp.float32))
+    chex.assert_trees_all_close(own, theirs, rtol=1e-6)
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1, (0, 2), (1, 2), ()], ids=str)

@@ -10,11 +10,11 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip.thresholds.blocks import learns
+from optaxclip.thresholds.blocks import learns, reads_params
 from tests import reference
 
-N = jnp.array([0.0, 0.5, 1.0, 2.0, 1e10, 1e-20])
-ONE = jnp.ones_like(N)
+N = np.float32([0.0, 0.5, 1.0, 2.0, 1e10, 1e-20])
+ONE = np.ones_like(N)
 
 ACTIONS = {
     "rescale": (oc.actions.rescale, lambda n, b: min(1, b / n)),
@@ -30,30 +30,28 @@ ACTIONS = {
 
 @pytest.mark.parametrize(("action", "formula"), ACTIONS.values(), ids=ACTIONS)
 def test_actions_are_their_formulas(action, formula):
+    factors = jax.jit(lambda bound: action(N, jnp.full_like(N, bound)))
     want = [1.0, *(formula(float(n), 1.0) for n in N[1:])]
-    np.testing.assert_allclose(action(N, ONE), want, rtol=1e-6)
-    assert np.all(
-        action(N, ONE * jnp.inf)[1:]
-        == np.where(action(N, ONE)[1:] > 1, action(N, ONE * jnp.inf)[1:], 1)
-    )
-    assert not np.any(np.isnan(action(N, ONE * 0)))
-    chex.assert_tree_all_finite(jax.grad(lambda n: jnp.sum(action(n, jnp.ones_like(n))))(N[:5]))
+    np.testing.assert_allclose(factors(1.0), want, rtol=1e-6)
+    # No bound shortens nothing; an action that lengthens may still do so.
+    lengthens = np.asarray(factors(1.0)) > 1
+    np.testing.assert_array_equal(factors(jnp.inf)[1:][~lengthens[1:]], 1)
+    assert not np.any(np.isnan(factors(0.0)))
+    slope = jax.jit(jax.grad(lambda n: jnp.sum(action(n, jnp.ones_like(n)))))
+    chex.assert_tree_all_finite(slope(N[:5]))
 
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3, 7, np.inf])
 def test_norms_are_numpys(p):
     x = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
-    _, state = oc.clip_by(jnp.inf, norm=p).update(x, None)
-    np.testing.assert_allclose(state.metrics.grad_norm, np.linalg.norm(x.ravel(), p), rtol=1e-6)
-    for scale in (1e-30, 1e30):
-        _, state = oc.clip_by(jnp.inf, norm=p).update(jnp.asarray(x * np.float32(scale)), None)
-        np.testing.assert_allclose(
-            state.metrics.grad_norm / scale, np.linalg.norm(x.ravel(), p), rtol=1e-5
-        )
+    update = jax.jit(oc.clip_by(jnp.inf, norm=p).update)
+    for scale, rtol in ((1.0, 1e-6), (1e-30, 1e-5), (1e30, 1e-5)):
+        norm = update(x * np.float32(scale), None)[1].metrics.grad_norm
+        np.testing.assert_allclose(norm / scale, np.linalg.norm(x.ravel(), p), rtol=rtol)
 
 
 @pytest.mark.parametrize("p", [0.5, 0, -1, float("nan"), True, "2"])
-def test_norms_that_are_none_are_refused(p):
+def test_invalid_norms_are_rejected(p):
     with pytest.raises(ValueError, match="lp: p must be"):
         oc.norms.lp(p)
 
@@ -81,7 +79,7 @@ def test_thresholds_by_hand():
 
 
 def test_a_state_made_by_computing_with_norms_moves_as_a_whole():
-    """Which of it is kept per block cannot be known."""
+    """The engine cannot know which parts of it are kept per block."""
     last = optax.GradientTransformation(lambda n: n + 1.0, lambda n, state, params=None: (state, n))
     tx, grads = oc.clip_by(last, scope=oc.scopes.leaf), {"a": jnp.ones(1), "b": 3 * jnp.ones(1)}
     state = tx.init(grads)
@@ -94,7 +92,8 @@ def test_a_state_made_by_computing_with_norms_moves_as_a_whole():
 def test_a_counter_moves_where_any_block_is_finite(bad):
     tx = oc.clip_by(optax.constant_schedule(1.0), scope=oc.scopes.units())
     grads = {"a": jnp.ones((2, 2)), "b": jnp.ones((3, 2))}
-    _, state = tx.update({**grads, **{name: jnp.nan * grads[name] for name in bad}}, tx.init(grads))
+    bad_grads = {**grads, **{name: jnp.nan * grads[name] for name in bad}}
+    _, state = jax.jit(tx.update)(bad_grads, tx.init(grads))
     assert int(state.threshold.clip_step) == (len(bad) < 2)
 
 
@@ -165,7 +164,7 @@ def test_groups_match_each_leaf_once():
 
 
 def test_each_number_has_a_threshold_of_its_own():
-    """Against the paper's rule in NumPy, for each of six series."""
+    """Each of six series follows the paper's rule in NumPy."""
     rng = np.random.default_rng(0)
     series = np.exp(rng.normal(size=(2, 3, 1))) * np.exp(0.2 * rng.normal(size=(2, 3, 80)))
     series[:, 1, 40:] *= np.where(rng.random(40) < 0.1, 20, 1)
@@ -184,7 +183,7 @@ def test_each_number_has_a_threshold_of_its_own():
 
 
 @pytest.mark.parametrize(("threshold", "size"), [(1.0, 24), (oc.thresholds.zscore(), 40)])
-def test_what_is_kept_of_each_number(threshold, size):
+def test_the_state_per_element_has_the_documented_size(threshold, size):
     """The figures of docs/parts.md, in bytes."""
     tx = oc.clip_by(threshold, scope=oc.scopes.element)
     state = jax.eval_shape(tx.init, jax.ShapeDtypeStruct((1000,), jnp.float32))
@@ -241,7 +240,9 @@ def test_value_clip_keeps_nan_and_takes_schedules():
         *("scopes.tree", "scopes.leaf", "scopes.element", "scopes.groups()", "scopes.units()"),
         *("scopes.units(...)", "scopes.units(-1)", "scopes.units(batch_axes=1)"),
         *("scopes.units((0, 1), batch_axes=1)", "scopes.stacked('^a', scopes.groups())"),
-        *("scopes.stacked('^a')", "norms.l2", "norms.lp(3)", "feeds.raw", "actions.zero"),
+        *("scopes.stacked('^a')", "norms.l2", "norms.lp(3)", "per_example.psac(0.1)"),
+        *(f"actions.{name}" for name in ("rescale", "normalize", "zero", "keep")),
+        *(f"feeds.{name}" for name in ("raw", "clipped", "accepted")),
         *("actions.smooth(2.0)", "actions.band(0.5)", "actions.band(0.5, floor=0.1)"),
     ],
 )
@@ -258,7 +259,7 @@ def test_a_part_shows_itself_as_one_writes_it(text):
     ],
 )
 def test_a_threshold_has_the_defaults_of_its_paper(clip, threshold):
-    """Those of the clip, which other tests hold to it."""
+    """They equal those of the clip, which other tests compare with the paper."""
     own, papers = (inspect.signature(call).parameters for call in (threshold, clip))
     assert {n: own[n].default for n in own if n in papers} == {
         n: papers[n].default for n in papers if n in own
@@ -271,6 +272,7 @@ def test_a_threshold_has_the_defaults_of_its_paper(clip, threshold):
         (oc.thresholds.percentile, "percentile", 10.0),  # AutoClip's
         (oc.thresholds.param_relative, "floor", 1e-3),  # of AGC, in its authors' code
         (oc.per_example.per_example_normalize, "gamma", 0.01),  # AUTO-S's
+        (oc.per_example.psac, "r", 0.1),  # ours
     ],
 )
 def test_defaults_are_the_papers(call, name, default):
@@ -377,7 +379,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_is_refused_where_it_is_written(call, message):
+def test_bad_arguments_are_rejected_at_construction(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -395,6 +397,21 @@ def test_what_cannot_be_is_refused_where_it_is_written(call, message):
 def test_an_error_names_the_part(call):
     with pytest.raises(ValueError, match=f"^{call.split('(')[0]}: "):
         eval(call, vars(oc))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("thresholds.percentile(0.0)", "thresholds.percentile(100.0, window=1)"),
+        *("thresholds.quantile(0.0)", "thresholds.quantile(1.0)", "thresholds.zscore(0.0, 0.0)"),
+        *("thresholds.window_zscore(0.0, 1, warmup_steps=1)", "thresholds.until(0, 0.0)"),
+        *("thresholds.running(relearn_after=1)", "thresholds.previous(1.0)"),
+        *("actions.smooth(1.0)", "actions.band(0.0)", "actions.band(1.0)", "norms.lp(1)"),
+        *("per_example.auto_s(0.0)", "clip_by(0.0)", "clip_by_value(1.0, 1.0)"),
+    ],
+)
+def test_the_ends_of_a_range_are_in_it(call):
+    eval(call, vars(oc))
 
 
 @pytest.mark.parametrize("name", sorted(set(oc.thresholds.__all__) - {"Statistic"}))
@@ -419,10 +436,37 @@ def test_a_scope_that_was_not_called_is_refused(name):
     ],
     ids=["at_most", "at_least", "until", "param_relative"],
 )
-def test_what_is_made_of_a_threshold_that_learns_learns(make):
+def test_a_composite_of_a_learned_threshold_learns(make):
     assert learns(make(oc.thresholds.zscore()).update)
     # It bounds growth, and looks for no spikes.
     assert not learns(make(2.0).update) and not learns(make(oc.thresholds.previous()).update)
+
+
+SHARE = oc.thresholds.param_relative(0.1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda inner: inner,
+        lambda inner: oc.thresholds.at_most(inner, 1.0),
+        lambda inner: oc.thresholds.at_least(1.0, inner),
+        lambda inner: oc.thresholds.until(3, 1.0, inner),
+        oc.thresholds.lag,
+    ],
+    ids=["itself", "at_most", "at_least", "until", "lag"],
+)
+def test_parameters_are_measured_only_for_what_reads_them(make):
+    assert reads_params(make(SHARE)) and not reads_params(make(oc.thresholds.running()))
+
+
+def test_a_threshold_of_the_users_may_take_no_scalar():
+    tx = optax.GradientTransformation(
+        lambda norms: norms[0], lambda norms, state, _: (norms, state)
+    )
+    grads = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    clip = oc.clip_by(tx, scope=oc.scopes.leaf)
+    chex.assert_trees_all_close(clip.update(grads, clip.init(grads))[0], grads)
 
 
 def test_an_example_that_is_not_finite_weighs_nothing():

@@ -1,4 +1,4 @@
-"""Gradients of examples, clipped and summed: each method agrees with the slow one on every loss."""
+"""Per-example clipping: each method agrees with a slow loop over the examples, for every loss."""
 
 import functools
 import operator
@@ -107,7 +107,7 @@ class Pair(nnx.Module):
 
 
 def in_dicts():
-    """A batch of dicts and tuples, and several losses, of which parameters share one."""
+    """The batch is nested dicts and tuples; the loss is a sum of two, which share parameters."""
 
     def loss(p, example):
         (x, label), weight = example["in"], example["weight"]["of regression"]
@@ -166,7 +166,7 @@ def scanned():
 
 
 def tables():
-    """Entries that are not there, by every mode; other axes; one row; a table that is cut."""
+    """Out-of-range ids in every mode; other axes; a single row; a sliced table."""
 
     def loss(p, ids):
         clipped, filled = (
@@ -188,7 +188,7 @@ def tables():
 
 
 def convolutions():
-    """Padding, dilation on both sides, another layout, groups; wide kernels and long ones."""
+    """Padding, both dilations, another layout, groups; wide kernels and long ones."""
     layout = jax.lax.conv_dimension_numbers((1, 3, 6, 5), (4, 3, 2, 3), ("NCHW", "OIHW", "NCHW"))
 
     def loss(p, x):
@@ -229,7 +229,7 @@ RUNS += [(in_nnx, "microbatch of 2"), (in_dicts, "microbatch of 2")]
 @pytest.mark.parametrize(
     ("make", "way"), RUNS, ids=[f"{make.__name__} {way}" for make, way in RUNS]
 )
-def test_every_method_is_as_clipping_one_example_after_another(make, way):
+def test_every_method_matches_clipping_one_example_at_a_time(make, way):
     loss, params, batch, _ = make()
     bound = float(np.median(oracle(loss, params, batch, 1.0)[1])) * 1.0001
     want, norms = oracle(loss, params, batch, bound)
@@ -277,7 +277,7 @@ def test_an_example_that_is_not_finite_weighs_nothing_and_is_counted(way, poison
 @pytest.mark.parametrize("method", ["ghost", "microbatch"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_measured_in_float32(dtype, method):
-    """The norm of the gradients that were formed in half precision, to their rounding."""
+    """The norm is that of the half-precision gradients, up to their rounding."""
     loss, params, batch, _ = plain()
     params, batch = jax.tree.map(lambda x: x.astype(dtype), (params, batch))
     want, norms = oracle(loss, params, batch, 0.5)
@@ -307,7 +307,7 @@ def test_gradients_of_any_size(size, method):
 
 
 @pytest.mark.parametrize("way", ["ghost", "microbatch of 2"])
-def test_keys_shared_arguments_and_what_the_loss_returns_beside(way):
+def test_keys_shared_arguments_and_auxiliary_outputs(way):
     def loss(w, example, scale):
         x, k = example
         mask = jax.random.bernoulli(k, 0.5, x.shape)
@@ -396,7 +396,7 @@ def assert_close(got, want, rtol=1e-5, atol=1e-6):
     + [(plain, "ghost, 2 at a time"), (scanned, "microbatch of 2")],
 )
 def test_a_mesh_of_explicit_axes(make, way):
-    """Where the types of arrays say how they are sharded, nothing is ambiguous."""
+    """With explicit axes the types say how arrays are sharded."""
     loss, params, batch, _ = make()
     batch = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), batch)
     step = jax.jit(oc.clipped_value_and_grad(loss, 0.5, **WAYS[way]))
@@ -436,7 +436,7 @@ def test_gradients_on_a_mesh_of_explicit_axes(clip):
 @pytest.mark.parametrize("typed", [True, False], ids=["typed", "untyped"])
 @pytest.mark.parametrize("way", ["ghost", "ghost, 2 at a time", "microbatch of 2"])
 def test_in_shard_map_each_device_clips_its_own_examples(way, typed):
-    """JAX sums the gradient of what all devices share: here of two examples, clipped as one."""
+    """JAX sums gradients of replicated parameters over devices, but not before they are clipped."""
     loss, params, batch, _ = plain()
     batch = jnp.concatenate([batch, batch[:1]])
     step = oc.clipped_value_and_grad(loss, 0.5, reduce="sum", **WAYS[way])
@@ -461,13 +461,13 @@ MASKS = {
 }
 
 
-# Which weights are valid does not depend on the method, and "auto" is one of the others.
+# The test for valid weights is the same for all methods, and "auto" picks one of them.
 @pytest.mark.parametrize(
     ("way", "reduce", "mask"),
     [(way, "mean", "negative and NaN") for way in WAYS if way != "auto"]
     + [("ghost", "sum", "booleans"), ("microbatch of 2", "sum", "ones and zeros")],
 )
-def test_an_example_of_weight_zero_is_as_if_it_were_not_there(way, reduce, mask):
+def test_an_example_of_weight_zero_is_ignored(way, reduce, mask):
     loss, params, batch, _ = plain()
     step = oc.clipped_value_and_grad(loss, 0.5, reduce=reduce, **WAYS[way])
     padded = batch.at[1].set(jnp.nan).at[4].set(99.0)
@@ -559,7 +559,7 @@ def test_of_one_example_it_is_the_global_clip(way, bound):
 
 @pytest.mark.parametrize("size", [1e-33, 1e-27, 1e-19, 1.0, 1e19, 1e30, 1e34])
 def test_formed_gradients_of_any_size(size):
-    """Each example in a size of its own, beside one of zeros."""
+    """Each example has its own magnitude; one is zero."""
     grads = {"a": normal(4, 300), "b": normal(4, 7, 5, seed=1), "c": jnp.zeros((4, 3))}
     scale = jnp.array([1.0, size, 0.0, 1e-3])
     scaled = jax.tree.map(lambda g: g * scale.reshape(-1, *[1] * (g.ndim - 1)), grads)
@@ -646,14 +646,14 @@ BATCH_NORMS = {
 
 @pytest.mark.parametrize("make", BATCH_NORMS.values(), ids=BATCH_NORMS)
 @pytest.mark.parametrize("method", ["ghost", "microbatch"])
-def test_batch_norm_is_refused(method, make):
+def test_batch_norm_is_rejected(method, make):
     loss, params = make()
     step = oc.clipped_value_and_grad(loss, 1.0, has_aux=True, keep_batch_dim=True, method=method)
     with pytest.raises(ValueError, match=r"clipped_value_and_grad: .*Use GroupNorm"):
         step(params, normal(B, 3))
 
 
-def test_the_first_line_of_what_the_loss_says_is_told():
+def test_an_error_of_the_loss_is_quoted():
     def loss(params, example):
         raise NameError("unbound axis name: batch\nand more")
 
@@ -715,7 +715,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("make", "call", "message"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("method", ["auto", "ghost", "microbatch"])
-def test_what_cannot_be_is_refused(method, make, call, message):
+def test_bad_arguments_are_rejected(method, make, call, message):
     make = {"loss": lambda p, x: jnp.sum(p["w"] * x), "max_norm": 1.0, "method": method, **make}
     call = {"params": {"w": jnp.ones(3)}, "batch": jnp.ones((2, 3)), **call}
     with pytest.raises(ValueError, match=f"clipped_value_and_grad: .*{message}"):
@@ -729,7 +729,7 @@ AUTO = {"ghost": plain, "microbatch": tied}
 
 @pytest.mark.parametrize("method", AUTO)
 def test_auto_counts_parameters(method):
-    """A table that is used twice outweighs the layer between: its gradients are formed."""
+    """A table that is used twice is no ghost. It outweighs the layer between: microbatch wins."""
     loss, params, batch, _ = AUTO[method]()
     auto, ghost, microbatch = (
         jax.jit(oc.clipped_value_and_grad(loss, 1.0, method=m)).lower(params, batch).as_text()
@@ -761,7 +761,7 @@ def convolve(image, kernel):
     ],
     ids=["ids that the table has not, clipped", "filled", "pairs of ids", "one id", "convolution"],
 )
-def test_the_norm_of_one_ghost_is_that_of_its_gradient(layer, weights, batch):
+def test_a_ghost_norm_matches_the_norm_of_the_gradient(layer, weights, batch):
     def loss(weights, example):
         out = layer(weights, example)
         return jnp.sum(jnp.sin(out) * jnp.arange(1.0, out.size + 1).reshape(out.shape))
@@ -777,6 +777,16 @@ def test_a_negative_bound_of_examples_counts_as_zero():
     lengths = jnp.array([0.5, 2.0])
     assert not weigh(oc.actions.rescale, lengths, -1.0).any()
     assert not weigh(oc.per_example.auto_s(0.1), lengths, -1.0).any()
+    # One on a device is not waited for, so nothing can be refused.
+    for clip in (oc.per_example_global_norm_clip, oc.per_example_layer_norm_clip):
+        sums, _ = clip([jnp.ones((2, 3))], jnp.array(-1.0))
+        assert not sums[0].any()
+
+
+@pytest.mark.parametrize(("reduce", "value"), [("mean", 4.0), ("sum", 8.0)])
+def test_the_loss_of_a_user_is_that_of_the_examples_that_are_there(reduce, value):
+    loss = per_example.user_loss(lambda w, x: w * x, reduce=reduce)
+    assert loss(1.0, (jnp.array([3.0, 5.0, 9.0]), jnp.array([True, True, False]))) == value
 
 
 def test_an_example_of_zeros_weighs_nothing_without_gamma():
@@ -786,7 +796,7 @@ def test_an_example_of_zeros_weighs_nothing_without_gamma():
     )
 
 
-def test_bad_numbers_are_refused_by_name():
+def test_bad_numbers_are_rejected_by_name():
     with pytest.raises(ValueError, match=r"^per_example_normalize: gamma must"):
         per_example.per_example_normalize(jnp.ones((1, 1)), gamma=-1.0)
     with pytest.raises(ValueError, match=r"^per_example_layer_norm_clip: global_l2_norm_clip must"):

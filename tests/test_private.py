@@ -1,6 +1,6 @@
-"""What private training needs beyond one clip: other actions, bounds by layer, users, a bound that
-is learned privately, and error feedback. Each is tested against the paper in NumPy, and for its
-promise: how far one example can move the result.
+"""Private training beyond a single clip: actions, bounds by layer, users, a privately learned bound
+and error feedback. Each is tested against its paper in NumPy, and for its guarantee: how far one
+example can move the result.
 """
 
 import jax
@@ -15,28 +15,31 @@ from optaxclip import actions, per_example, scopes
 B = 8
 
 
+def normal(*shape, seed=0):
+    """Drawn by NumPy, because `jax.random` compiles a program for each shape."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
 def params():
-    """`head` is no site of ghost clipping, `in/w`, behind it, is one."""
-    keys = jax.random.split(jax.random.key(0))
-    return {
-        "head": jax.random.normal(keys[1], (4,)),
-        "in": {"w": jax.random.normal(keys[0], (6, 4))},
-    }
+    """Ghost clipping applies to `in/w`, but not to `head`."""
+    return {"head": normal(4), "in": {"w": normal(6, 4, seed=1)}}
 
 
 def batch(seed=1):
-    """Examples of very different size."""
-    x, size = jax.random.normal(jax.random.key(seed), (B, 6)), jnp.logspace(-2, 1, B)
-    return x * size[:, None]
+    """Examples whose sizes differ by a factor of 1,000."""
+    return normal(B, 6, seed=seed) * np.logspace(-2, 1, B, dtype=np.float32)[:, None]
 
 
 def loss(p, x):
     return jnp.sum(jnp.tanh(x @ p["in"]["w"]) * p["head"]) ** 2
 
 
+gradient_of_each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))
+
+
 def gradients(p, examples):
     """The gradient of each example, (B, 4) and (B, 24) in float64."""
-    grads = jax.vmap(jax.grad(loss), (None, 0))(p, examples)
+    grads = gradient_of_each(p, examples)
     return [np.asarray(g, np.float64).reshape(len(examples), -1) for g in jax.tree.leaves(grads)]
 
 
@@ -62,7 +65,7 @@ FACTORS = {
 
 
 @pytest.mark.parametrize("name", FACTORS)
-def test_an_action_is_as_its_paper_says_and_keeps_the_bound(name):
+def test_an_action_matches_its_paper_and_respects_the_bound(name):
     action, factor = FACTORS[name]
     grads, bound = np.concatenate(gradients(params(), batch()), axis=1), 0.7
     norms = np.linalg.norm(grads, axis=1)
@@ -70,15 +73,17 @@ def test_an_action_is_as_its_paper_says_and_keeps_the_bound(name):
     each = grads * np.array([factor(n, bound) for n in norms])[:, None]
     _, total = summed(batch(), bound, action=action, method="ghost")
     np.testing.assert_allclose(flat(total), each.sum(0), rtol=1e-4, atol=1e-5)
-    formed, _ = per_example.per_example_global_norm_clip(jnp.float32(grads), bound, action)
+    clip = jax.jit(lambda grads: per_example.per_example_global_norm_clip(grads, bound, action))
+    formed, _ = clip(jnp.float32(grads))
     np.testing.assert_allclose(formed, each.sum(0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FACTORS)
 def test_no_action_makes_an_example_longer_than_its_bound(name):
-    norms = jnp.concatenate([jnp.logspace(-30, 30, 200), jnp.zeros(1)])
-    factors = (FACTORS[name][0] or actions.rescale)(norms, jnp.full_like(norms, 0.7))
-    assert jnp.all(norms * factors <= 0.7 * (1 + 1e-6)) and jnp.all(jnp.isfinite(factors))
+    norms = np.r_[np.logspace(-30, 30, 200), 0].astype(np.float32)
+    action = jax.jit(FACTORS[name][0] or actions.rescale)
+    factors = np.asarray(action(norms, np.full_like(norms, 0.7)))
+    assert np.all(norms * factors <= 0.7 * (1 + 1e-6)) and np.all(np.isfinite(factors))
 
 
 @pytest.mark.parametrize("make", [per_example.auto_s, per_example.psac])
@@ -90,7 +95,7 @@ def test_without_a_bound_nothing_changes_and_derivatives_are_finite(make):
         assert jnp.all(jnp.isfinite(slope))
 
 
-def test_numbers_that_are_none_are_refused():
+def test_invalid_numbers_are_rejected():
     with pytest.raises(ValueError, match="auto_s: gamma must be a number from 0"):
         per_example.auto_s(-1.0)
     with pytest.raises(ValueError, match="psac: r must be a number larger than 0"):
@@ -105,7 +110,7 @@ BLOCKS = {
 
 @pytest.mark.parametrize("method", ["ghost", "microbatch"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_bounds_by_block_are_as_each_block_by_itself(name, method):
+def test_bounds_by_block_match_clipping_each_block_alone(name, method):
     scope, bounds = BLOCKS[name]
     seen, total = summed(batch(), bounds, scope=scope, method=method, microbatch_size=3)
     norms = [np.linalg.norm(g, axis=1) for g in gradients(params(), batch())]
@@ -122,7 +127,7 @@ def test_bounds_by_block_are_as_each_block_by_itself(name, method):
 
 @pytest.mark.parametrize("scope", [scopes.leaf, scopes.groups()], ids=["leaf", "module"])
 def test_blocks_of_leaves_alike_and_of_any_size(scope):
-    """Leaves alike are measured together, and each norm still goes to its own block."""
+    """Leaves of equal shape are measured together, but each norm belongs to its own block."""
     sizes = np.float32([1.0, 1e-30, 0.0, 1e20, 3.0])
     params = {"h": [{"b": jnp.zeros(()), "w": jnp.zeros(3)} for _ in sizes]}
 
@@ -139,7 +144,7 @@ def test_blocks_of_leaves_alike_and_of_any_size(scope):
 
 
 def test_an_example_that_is_not_finite_in_one_block_is_left_out_of_all():
-    """Its loss and the other block are finite: the root has no slope at 0."""
+    """The derivative of the root at 0 is infinite; the loss and the other block are finite."""
     params = {"a": jnp.zeros(()), "b": jnp.ones(())}
     rooted = lambda p, x: 2 * p["a"] + jnp.sqrt(p["b"] * x)  # noqa: E731
     step = oc.clipped_value_and_grad(rooted, 5.0, scope=scopes.leaf, reduce="sum")
@@ -150,7 +155,7 @@ def test_an_example_that_is_not_finite_in_one_block_is_left_out_of_all():
 
 @pytest.mark.parametrize("options", [{}, {"scope": scopes.leaf}, {"action": per_example.psac()}])
 def test_no_example_moves_the_sum_by_more_than_its_bound(options):
-    """Added to a batch, however large and wherever it points: by C, or √K · C for K blocks."""
+    """An added example of any size moves it by at most C, or √K · C for K blocks."""
     bound = 0.5 * (2**0.5 if "scope" in options else 1)
     step = jax.jit(oc.clipped_value_and_grad(loss, 0.5, reduce="sum", **options))
     base = flat(step(params(), batch(), weights=np.arange(B) > 0)[1])
@@ -175,7 +180,7 @@ SCOPES = {
 
 
 @pytest.mark.parametrize(("bounds", "scope", "message"), SCOPES.values(), ids=SCOPES)
-def test_bounds_that_do_not_fit_are_refused(bounds, scope, message):
+def test_mismatched_bounds_are_rejected(bounds, scope, message):
     with pytest.raises(ValueError, match=f"clipped_value_and_grad: {message}"):
         summed(batch(), bounds, scope=scope)
 
@@ -198,7 +203,7 @@ def over_devices(x):
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
 
 
-def test_over_eight_devices_and_in_another_order_it_is_the_same():
+def test_the_result_does_not_depend_on_devices_or_order():
     options = {"scope": scopes.leaf, "action": per_example.psac(), "keep_unclipped": True}
     seen, total = summed(batch(), {"in/w": 0.3, "head": 0.8}, **options)
     others = over_devices(batch()), batch()[::-1]
@@ -237,7 +242,7 @@ def test_a_user_is_clipped_as_one(method, reduce):
     assert seen.clipped == sum(n > 0.5 for n in norms) and seen.nonfinite == 0
 
 
-def test_groups_are_those_of_a_loop():
+def test_grouping_by_user_matches_a_loop():
     rng = np.random.default_rng(0)
     users, highest = rng.integers(-2, 6, 60), np.iinfo(np.int32).max
     users[users == 5] = highest
@@ -267,7 +272,7 @@ def test_no_user_moves_the_sum_by_more_than_the_bound_and_the_order_does_not_mat
     np.testing.assert_allclose(reordered, flat(step(batch(), USERS)), rtol=1e-4, atol=1e-6)
 
 
-def test_each_example_a_user_of_its_own_is_the_clip_of_examples():
+def test_one_example_per_user_matches_the_clip_of_examples():
     _, want = summed(batch(), 0.5)
     groups = per_example.group_by_user(batch(), np.arange(B), max_examples=2)
     of_user = per_example.user_loss(loss)
@@ -276,7 +281,7 @@ def test_each_example_a_user_of_its_own_is_the_clip_of_examples():
     np.testing.assert_allclose(flat(got), flat(want), rtol=1e-5, atol=1e-6)
 
 
-def test_an_example_that_is_not_finite_takes_its_user_along_and_no_other():
+def test_a_nonfinite_example_drops_its_user_and_no_other():
     step = jax.jit(lambda x, users: by_user(x, users, method="ghost"))
     (_, seen), total = step(batch().at[0].set(jnp.nan), USERS)
     _, want = step(batch(), np.where(USERS == 4, -1, USERS))
@@ -292,13 +297,13 @@ WRONG_USERS = {
 
 
 @pytest.mark.parametrize(("users", "message"), WRONG_USERS.values(), ids=WRONG_USERS)
-def test_users_that_are_none_are_refused(users, message):
+def test_invalid_users_are_rejected(users, message):
     with pytest.raises(ValueError, match=f"group_by_user: users must be {message}"):
         per_example.group_by_user(np.arange(B), users, max_examples=2)
 
 
 def andrew(norms, weights, draws, start, q=0.6, rate=0.3, size=5.0, sigma=0.7):
-    """Bounds before each batch, by Andrew et al. with their code's shift and limits."""
+    """The bound before each batch: Andrew et al., with the shift and the limits of their code."""
     bound, out = start, []
     for batch_norms, batch_weights, draw in zip(norms, weights, draws, strict=True):
         out.append(bound)
@@ -311,7 +316,7 @@ def andrew(norms, weights, draws, start, q=0.6, rate=0.3, size=5.0, sigma=0.7):
     return np.array(out)
 
 
-def test_the_private_quantile_is_as_the_paper_in_a_scan():
+def test_the_private_quantile_matches_the_paper_in_a_scan():
     rng = np.random.default_rng(0)
     norms = np.exp(rng.normal(size=(40, 6)))
     norms[5, 2], norms[9, 1] = np.nan, np.inf
@@ -330,7 +335,7 @@ def test_the_private_quantile_is_as_the_paper_in_a_scan():
 
 def test_the_private_quantile_finds_the_quantile_of_each_block():
     tracker = per_example.private_quantile(0.75, init=[0.1, 50.0], batch_size=64)
-    norms = jnp.exp(jax.random.normal(jax.random.key(1), (200, 64, 2)) + jnp.array([[[0.0, 3.0]]]))
+    norms = jnp.exp(normal(200, 64, 2) + np.float32([[[0.0, 3.0]]]))
     update = lambda state, seen: (tracker.update(seen, state), None)  # noqa: E731
     state, _ = jax.lax.scan(update, tracker.init(jax.random.key(0)), norms)
     want = np.quantile(np.asarray(norms), 0.75, axis=(0, 1))
@@ -338,11 +343,12 @@ def test_the_private_quantile_finds_the_quantile_of_each_block():
 
 
 def test_one_example_moves_the_count_by_half():
-    """Whatever its norm, NaN included: seen through the bound, without noise."""
+    """Any norm, NaN included. The count is read off the bound, without noise."""
     tracker = per_example.private_quantile(0.9, 1.0, 1.0, batch_size=4, noise=0.0)
     state, rest = tracker.init(jax.random.key(0)), jnp.arange(6) > 0
     norms = jnp.array([0.0, 0.5, 2.0, 0.1, 3.0, 1.0])
-    share = lambda x, w: 4 * (0.9 - np.log(tracker.update(x, state, weights=w).bound))  # noqa: E731
+    update = jax.jit(lambda x, w: tracker.update(x, state, weights=w).bound)
+    share = lambda x, w: 4 * (0.9 - np.log(update(x, w)))  # noqa: E731
     base = share(norms, rest)
     moved = [
         share(norms.at[0].set(n), jnp.ones(6)) - base for n in (0.0, 1.0, 5.0, jnp.nan, jnp.inf)
@@ -351,13 +357,13 @@ def test_one_example_moves_the_count_by_half():
 
 
 def test_the_private_quantile_over_eight_devices():
-    norms = jnp.exp(jax.random.normal(jax.random.key(1), (16,)))
+    norms = jnp.exp(normal(16))
     spec, whole = PartitionSpec("data"), PartitionSpec()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     make = lambda axes: per_example.private_quantile(init=0.5, batch_size=16, axis_names=axes)  # noqa: E731
     tracker = make(None)
     state = tracker.init(jax.random.key(0))
-    want = tracker.update(norms, state)
+    want = jax.jit(tracker.update)(norms, state)
     for typed, axes in [(True, None), (False, "data")]:
         update = jax.shard_map(
             lambda n, s, axes=axes: make(axes).update(n, s),
@@ -371,7 +377,7 @@ def test_the_private_quantile_over_eight_devices():
     np.testing.assert_allclose(spread.bound, want.bound, rtol=1e-6)
 
 
-def test_numbers_of_the_private_quantile_that_are_none_are_refused():
+def test_invalid_numbers_of_the_private_quantile_are_rejected():
     for wrong, message in [
         ({"quantile": 2.0}, "quantile must be a number from 0 to 1"),
         ({"init": 0.0}, "init must be a number larger than 0"),
@@ -386,7 +392,7 @@ def test_numbers_of_the_private_quantile_that_are_none_are_refused():
 
 
 def dice(stacks, bound, cap):
-    """The updates of DiceSGD without noise, of gradients of examples (steps, B, D)."""
+    """The updates of DiceSGD without noise; `stacks` is (steps, B, D)."""
     shorten = lambda x, c: x * min(1, c / max(np.linalg.norm(x), 1e-30))  # noqa: E731
     error, out = np.zeros(stacks.shape[2]), []
     for grads in stacks:
@@ -405,7 +411,7 @@ def test_error_feedback_is_dice_sgd():
         updates, state = tx.update(grads, state, p, unclipped=seen.unclipped)
         return state, updates
 
-    batches = jnp.stack([0.1 * batch(seed) for seed in range(1, 7)])  # e is within its bound first
+    batches = jnp.stack([0.5 * batch(seed) for seed in range(1, 7)])  # e is within its bound first
     _, got = jax.jit(lambda: jax.lax.scan(one, tx.init(p), batches))()
     stacks = np.stack([np.concatenate(gradients(p, x), axis=1) for x in batches])
     want = dice(stacks, 0.3, 0.6)
@@ -414,9 +420,9 @@ def test_error_feedback_is_dice_sgd():
     assert 0.6 < np.linalg.norm(got, axis=1).max() <= 0.3 + 0.6  # whatever the error has become
 
 
-def test_error_feedback_settles_where_clipping_alone_does_not():
-    """Two examples that pull to 0, one to 8, each by at most 1: the mean is 8/3, the clip rests
-    near the two.
+def test_error_feedback_converges_where_clipping_alone_does_not():
+    """Two examples pull towards 0 and one towards 8, each by at most 1. The mean is 8/3; clipping
+    alone stops near the two.
     """
     targets = jnp.array([0.0, 0.0, 8.0])
     grad = oc.clipped_value_and_grad(
@@ -438,7 +444,7 @@ def test_error_feedback_settles_where_clipping_alone_does_not():
     np.testing.assert_allclose(train(0.0), 0.5, atol=0.01)
 
 
-def test_error_feedback_keeps_its_state_over_a_bad_step_and_its_dtypes():
+def test_error_feedback_keeps_its_state_and_dtypes_over_a_bad_step():
     tx = per_example.error_feedback(1.0)
     grads = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(3)}
     state = tx.init(jax.eval_shape(lambda: grads))
@@ -453,7 +459,7 @@ def test_error_feedback_keeps_its_state_over_a_bad_step_and_its_dtypes():
 
 
 def test_chunks_in_a_scan_sum_to_the_whole_batch():
-    """So the noise can be added once, behind the scan."""
+    """So noise can be added once, after the scan."""
     step = oc.clipped_value_and_grad(loss, 0.5, reduce="sum")
 
     def chunked(examples):

@@ -79,7 +79,7 @@ def counts_as_bad(norm, bound, margin=1.0):
 @pytest.mark.parametrize("scope", SCOPES)
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(grads=trees(), exponent=st.floats(-30, 38))
-def test_no_block_is_longer_than_its_bound_and_no_direction_is_lost(scope, grads, exponent):
+def test_every_block_is_within_its_bound_and_keeps_its_direction(scope, grads, exponent):
     bound = np.float32(10.0**exponent)
     updates, _ = STEPS[scope](bound, grads)
     assert jax.tree.structure(updates) == jax.tree.structure(grads)
@@ -88,7 +88,7 @@ def test_no_block_is_longer_than_its_bound_and_no_direction_is_lost(scope, grads
         if counts_as_bad(norm, float(bound), 1 - 1e-5):
             assert np.all(np.isnan(after))
             continue
-        # Rounding may make it NaN, and units have the right norms only up to 1e36.
+        # Rounding may tip it into NaN, and norms of units are accurate only up to 1e36.
         may_be = counts_as_bad(norm, float(bound), 1 + 1e-5) or (scope == "units" and norm > 1e36)
         if may_be and np.all(np.isnan(after)):
             continue
@@ -114,7 +114,7 @@ def test_the_norm_of_a_tree_is_right_at_any_magnitude(grads):
 
 @settings(deadline=None, max_examples=30, derandomize=True)
 @given(grads=trees(), bad=st.sampled_from([np.nan, np.inf, -np.inf]), where=st.integers(0, 2))
-def test_one_bad_number_makes_its_whole_block_bad_and_no_other(grads, bad, where):
+def test_one_bad_number_spoils_its_block_and_no_other(grads, bad, where):
     grads[1] = grads[1].at[where].set(bad)
     bound = np.float32(1e3)  # large enough that any float can be shortened to it
     updates, _ = STEPS["leaf"](bound, grads)

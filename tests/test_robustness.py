@@ -1,4 +1,4 @@
-"""Laws of adaptive clips: no statistic can be poisoned, and none locks a block out forever."""
+"""Laws of adaptive clips: no statistic can be poisoned, and no block is locked out forever."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_bounds_recover_from_every_poison(case, scope):
 @pytest.mark.slow
 @each_adaptive
 def test_constant_norms_for_ten_thousand_steps(case):
-    """The deviation of constant norms is nothing but rounding."""
+    """The deviation of constant norms is pure rounding error."""
     tx, grads = (
         case.make(scope=optaxclip.scopes.leaf),
         {"a": jnp.array([3.7, 0.1]), "b": jnp.array([1e-3])},

@@ -9,7 +9,7 @@ from tests.soak.parts import Composition, compositions
 
 @pytest.mark.usefixtures("as_users")  # Optax's parts promote dtypes
 def test_random_compositions_keep_the_laws():
-    @settings(max_examples=12, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=6, derandomize=True, deadline=None, database=None)
     @given(compositions(wide=False, meshes={"op by op": 1}))
     def run(parts: Composition):
         hold(parts)

@@ -1,4 +1,4 @@
-"""Singular values are clipped as by a decomposition in NumPy."""
+"""`spectral_clip` against a singular value decomposition in NumPy."""
 
 import chex
 import jax
@@ -16,8 +16,8 @@ METHODS = ["hard", "soft"]
 
 
 def spectra(count):
-    """Singular values: of all sizes, nearly all 0, at the bound, large spikes, next to the bound
-    among small ones.
+    """Singular values over eight decades, nearly all zero, at the bound, with a spike, and close to
+    the bound.
     """
     yield np.geomspace(1e-6, 100, count)
     yield np.r_[np.zeros(count - 1), 5.0]
@@ -63,7 +63,7 @@ def test_singular_values_are_clipped(method, solver):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_large_matrices(method):
-    """The sum of many small singular values does not slow those that matter."""
+    """Many small singular values do not slow the convergence of the large ones."""
     values = np.r_[np.full(40, 0.01), np.linspace(0.99, 1.01, 23), 900.0]
     x = jnp.asarray(matrix((80, 64), values), jnp.float32)
     error = clipped(oc.spectral_clip(1.0, method=method), x) - decomposed(x, 1.0, method)
@@ -96,8 +96,8 @@ def test_any_scale(method):
 
 
 def test_stacked_layers_and_kernels():
-    """Leading axes stack matrices where the caller says so; all axes between are one side of a
-    matrix.
+    """Leading axes number layers only where `stacked` says so; otherwise all axes but the last are
+    the rows of one matrix.
     """
     rng = np.random.default_rng(0)
     stack, kernel = rng.normal(size=(3, 6, 4)), rng.normal(size=(3, 3, 2, 4))
@@ -138,7 +138,7 @@ def test_float64():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_the_corners(method):
+def test_edge_cases(method):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
 
     def at(bound, grads=x, compiled=None, **options):
@@ -188,13 +188,13 @@ BAD = [
 
 
 @pytest.mark.parametrize("argument", BAD)
-def test_what_does_not_exist_is_refused(argument):
+def test_bad_arguments_are_rejected(argument):
     with pytest.raises(ValueError, match=r"spectral_clip: .*(must be|is none of)"):
         oc.spectral_clip(**({"max_singular_value": 1.0} | argument))
 
 
-def test_the_norm_is_found_where_the_longest_row_is_no_guide():
-    """One row of 2, orthogonal to a hundred of 1, which together are 10 long."""
+def test_the_norm_is_found_where_the_longest_row_misleads():
+    """One row of norm 2, orthogonal to a hundred parallel rows of norm 1 (singular value 10)."""
     rows = jnp.zeros((101, 3)).at[0, 0].set(2.0).at[1:, 1].set(1.0)
     tx = oc.spectral_clip(1.0)
     _, state = tx.update(rows, tx.init(rows))
@@ -257,7 +257,7 @@ SPECS = {
 
 
 @pytest.mark.parametrize("typed", [True, False])
-def test_in_shard_map_matrices_in_parts_are_clipped_as_whole_ones(typed):
+def test_sharded_matrices_are_clipped_as_whole_ones_in_shard_map(typed):
     rng = np.random.default_rng(0)
     shapes = {"both": (6, 4), "one": (3, 8), "layers": (2, 4, 3), "whole": (5,)}
     grads = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
@@ -280,14 +280,14 @@ def test_in_shard_map_matrices_in_parts_are_clipped_as_whole_ones(typed):
     assert not np.allclose(got[0]["both"], grads["both"], atol=0.1)
 
 
-def test_specs_that_are_none_or_miss_a_leaf_are_refused():
+def test_invalid_or_incomplete_specs_are_rejected():
     with pytest.raises(ValueError, match="specs must be a PartitionSpec, a function of the path"):
         oc.spectral_clip(1.0, specs={"a": "x"})
     with pytest.raises(ValueError, match=r"spectral_clip: specs must .* for 'b', got \['a'\]"):
         oc.spectral_clip(1.0, specs={"a": P()}).update({"b": jnp.ones((2, 2))}, None)
 
 
-def test_layers_on_several_devices_are_refused():
+def test_layers_on_several_devices_are_rejected():
     run = jax.shard_map(
         lambda g: oc.spectral_clip(1.0, stacked="", specs=P("x")).update(g, None)[0],
         mesh=Mesh(np.array(jax.devices()[:2]), ("x",)),

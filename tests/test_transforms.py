@@ -1,5 +1,5 @@
-"""Laws of our rows under JAX's transformations and in Optax's wrappers: one compilation tests
-several of them.
+"""Laws of the rows under JAX's transformations and inside Optax's wrappers; one program covers
+several of these at once.
 """
 
 import functools
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import optaxclip
 from tests.cases import CASES, ROWS
 
-# One row of each kind, because each costs a second of compilation.
+# One row of each kind, because each takes a second to compile.
 KINDS = ["clip_by_leaf_norm", "adaptive_grad_clip", "zclip", "skip_spikes", "watch"]
 each_kind = pytest.mark.parametrize("make", [ROWS[name] for name in KINDS], ids=KINDS)
 PARAMS = {"kernel": jnp.ones((3, 2)), "bias": jnp.full(2, 0.5)}
@@ -43,7 +43,7 @@ def draw_grads(*batch):
 
 
 def step_of(tx):
-    """One update of parameters that stay, as `scan` takes it."""
+    """One update at fixed parameters, in the form that `scan` takes."""
 
     def step(state, grads):
         updates, state = tx.update(grads, state, PARAMS)
@@ -65,10 +65,10 @@ FIXED = {case.name for case in CASES if not case.history}
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_healthy_gradients_alarm_no_checks_of_floats(name):
+def test_healthy_gradients_pass_checkify_and_the_nan_checks(name):
     tx, grads = ROWS[name](), draw_grads()
     checked = jax.jit(checkify.checkify(lambda g: scan(tx, g), errors=checkify.float_checks))
-    # Learned bounds may start at infinity; a fixed one has no reason to hold any.
+    # Learned bounds may start at infinity; a fixed bound never needs one.
     with jax.debug_nans(True), jax.debug_infs(name in FIXED):
         error, (state, updates) = checked(grads)
         seen = optaxclip.metrics(state) if jax.tree.leaves(state) else {}
@@ -76,7 +76,7 @@ def test_healthy_gradients_alarm_no_checks_of_floats(name):
     assert all(not np.isnan(x).any() for x in seen.values())
 
 
-# Of the clips with a fixed bound only one for each scope: it is thresholds that compute.
+# Only one fixed bound per scope: the arithmetic is in the thresholds.
 SEARCHED = {
     name: make
     for name, make in ROWS.items()
@@ -86,8 +86,8 @@ SEARCHED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", SEARCHED.values(), ids=SEARCHED.keys())
-def test_op_by_op_healthy_gradients_alarm_no_search_for_nan(make):
-    """So `jax.debug_nans` looks for the first NaN: one that no select takes would be blamed."""
+def test_healthy_gradients_pass_debug_nans_op_by_op(make):
+    """This is how `jax.debug_nans` locates a NaN, and it would blame one that a select discards."""
     tx, params = make(), jnp.ones((3, 2))
     with jax.debug_nans(True), jax.disable_jit():
         _, state = tx.update(params, tx.init(params), params)
@@ -97,7 +97,7 @@ def test_op_by_op_healthy_gradients_alarm_no_search_for_nan(make):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FIXED - {"at_most"}))  # one of its two bounds is infinite
-def test_op_by_op_fixed_bounds_alarm_no_search_for_infinity(name):
+def test_fixed_bounds_pass_debug_infs_op_by_op(name):
     tx, params = ROWS[name](), jnp.ones((3, 2))
     with jax.debug_infs(True), jax.disable_jit():
         for factor in (1.0, 1e3, 0.0):
@@ -108,8 +108,8 @@ each_row = pytest.mark.parametrize("name", ROWS)
 
 
 @each_row
-def test_every_row_keeps_its_types_in_all_of_them(name):
-    """Traced only; the numbers are below, for one row of each kind."""
+def test_every_row_keeps_its_types_in_all_transformations_at_once(name):
+    """Traced only; values are tested below, for one row of each kind."""
     inner = optax.conditionally_transform(ROWS[name](), lambda step: step >= 0)
     tx = optax.apply_if_finite(optax.MultiSteps(inner, 1).gradient_transformation(), 2)
 
@@ -131,18 +131,21 @@ def test_every_row_keeps_its_types_in_all_of_them(name):
     assert {x.shape for x in seen.values()} <= {(2,)}
 
 
-@pytest.mark.slow
-@each_row
-def test_every_row_is_exported_with_the_shapes_that_it_has(name):
-    tx, grads = ROWS[name](), jnp.ones((3, 2))
+def test_every_row_is_exported_for_every_platform():
+    """In one program. No device is needed to lower for one: nothing in a row is for CPUs alone."""
 
-    def step(grads):
-        updates, state = tx.update(grads, tx.init(grads), grads)
-        return updates, jax.tree.leaves(state)
+    def step_of_each(grads):
+        def step(tx):
+            updates, state = tx.update(grads, tx.init(grads), grads)
+            return updates, jax.tree.leaves(state)
 
-    exported = jax.export.export(jax.jit(step))(grads)
-    there = jax.eval_shape(exported.call, grads)
-    assert jax.tree.map(jnp.shape, there) == jax.tree.map(jnp.shape, jax.eval_shape(step, grads))
+        return {name: step(make()) for name, make in ROWS.items()}
+
+    platforms = ("cpu", "tpu", "cuda")
+    exported = jax.export.export(jax.jit(step_of_each), platforms=platforms)(PARAMS)
+    assert exported.platforms == platforms
+    there, here = jax.eval_shape(exported.call, PARAMS), jax.eval_shape(step_of_each, PARAMS)
+    assert jax.tree.map(jnp.shape, there) == jax.tree.map(jnp.shape, here)
 
 
 class Layer(nnx.Module):
@@ -168,7 +171,7 @@ def test_every_row_is_traced_in_nnx_jit(name):
 
 
 @each_row
-def test_with_explicit_axes_updates_are_sharded_as_they_came(name):
+def test_with_explicit_axes_updates_keep_their_sharding(name):
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Explicit,))
     specs = {"bias": P(), "kernel": P("data")}
 
@@ -192,7 +195,7 @@ def update(tx, params):
 
 
 @each_row
-def test_over_axes_of_one_device_nothing_need_be_said(name):
+def test_axes_of_one_device_need_no_axis_names(name):
     step, params = functools.partial(update, ROWS[name]()), {"w": jnp.ones((4, 2))}
     for typed in (True, False):
         spec = {"in_specs": P("data"), "out_specs": P("data")}
@@ -217,7 +220,7 @@ def scan_parts(tx, kernel):
 
 
 @each_row
-def test_beside_parts_a_replicated_leaf_stays_replicated_by_type(name):
+def test_a_replicated_leaf_beside_sharded_ones_stays_replicated_by_type(name):
     why = ""
     try:
         scan_parts(ROWS[name](), P("data"))
@@ -260,7 +263,7 @@ def test_where_one_device_has_no_finite_unit_all_count_the_step():
 
 
 @each_row
-def test_where_types_are_silent_it_is_local_or_says_what_to_pass(name):
+def test_without_types_it_is_local_or_asks_for_axis_names(name):
     step = functools.partial(update, ROWS[name]())
     spec = {"in_specs": P("data"), "out_specs": P("data"), "check_vma": False}
     run = jax.shard_map(step, mesh=mesh_of(2), **spec)
@@ -274,13 +277,13 @@ def test_where_types_are_silent_it_is_local_or_says_what_to_pass(name):
         assert "axis_names" in inspect.signature(public).parameters
         assert "axis_names=()" in message
     else:
-        # It clips by element, so each device may treat its own part alone.
+        # It clips by element, so each device can handle its own shard.
         jaxpr = str(program)
         assert not any(word in jaxpr for word in ("reduce_sum", "reduce_max", "dot_general"))
 
 
 @each_kind
-def test_in_vmap_remat_and_cond_it_is_as_alone(make):
+def test_vmap_remat_and_cond_change_nothing(make):
     tx, grads = make(), draw_grads(2)
 
     @jax.checkpoint
@@ -309,7 +312,7 @@ def test_in_vmap_remat_and_cond_it_is_as_alone(make):
 
 
 @each_kind
-def test_in_wrappers_of_optax_and_exported_it_is_as_alone(make):
+def test_wrappers_of_optax_and_export_change_nothing(make):
     tx, grads = make(), draw_grads()
     inner = optax.conditionally_transform(tx, lambda step: step >= 0)
     inner = optax.MultiSteps(inner, 1).gradient_transformation()
@@ -327,7 +330,7 @@ def test_in_wrappers_of_optax_and_exported_it_is_as_alone(make):
 
 
 @each_kind
-def test_in_nnx_jit_and_scan_it_is_as_alone(make):
+def test_nnx_jit_and_scan_change_nothing(make):
     class Model(nnx.Module):
         def __init__(self):
             self.params = nnx.data({name: nnx.Param(p) for name, p in PARAMS.items()})

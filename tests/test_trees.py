@@ -13,7 +13,7 @@ from flax import nnx
 
 import optaxclip as oc
 from optaxclip.record import find_nodes, unpack_names
-from tests.cases import ADAPTIVE, CASES, ROWS
+from tests.cases import ADAPTIVE, CASES, ROWS, program_lines
 
 each_row = pytest.mark.parametrize("name", ROWS)
 
@@ -21,12 +21,12 @@ each_row = pytest.mark.parametrize("name", ROWS)
 pytestmark = pytest.mark.usefixtures("as_users")  # Optax's transformations promote dtypes
 
 
-# They group leaves by name, which is up to the user.
+# They group leaves by name.
 BY_NAME = ("clip_by_group_norm", "band_clip")
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in BY_NAME])
-def test_leaves_of_one_path_are_told_apart_by_their_place(name):
+def test_leaves_that_share_a_path_are_told_apart(name):
     tx, leaves = ROWS[name](), [jnp.ones(shape) for shape in (2, (3, 4), 5, (4, 6))]
 
     def update(params):
@@ -34,31 +34,8 @@ def test_leaves_of_one_path_are_told_apart_by_their_place(name):
 
     one, two, three, four = leaves
     twice = {"x": {"y": one}, "x/y": two, "z": {1: three}, "z/1": four}
-    # It must be the same program; nothing needs to be compiled for this.
     of_names, of_places = (jax.make_jaxpr(update)(tree).jaxpr for tree in (twice, leaves))
-    assert list(lines_of(of_names)) == list(lines_of(of_places))
-
-
-def lines_of(jaxpr):
-    """A program as text, each inner one where it is called: JAX may print equal ones only once."""
-    numbers = {}
-
-    def show(atoms):
-        # A literal cannot be a key, but its text is its value.
-        ids = [x if hasattr(x, "val") else numbers.setdefault(x, len(numbers)) for x in atoms]
-        return " ".join(f"{i}:{x.aval}" for i, x in zip(ids, atoms, strict=True))
-
-    yield show([*jaxpr.constvars, *jaxpr.invars])
-    for line in jaxpr.eqns:
-        yield f"{show(line.outvars)} = {line.primitive} {show(line.invars)}"
-        for name, value in sorted(line.params.items()):
-            for inner in jax.tree.leaves(value):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from lines_of(inner)
-                elif not callable(inner):
-                    yield f"  {name}={inner}"
-    yield show(jaxpr.outvars)
+    assert list(program_lines(of_names)) == list(program_lines(of_places))
 
 
 @each_row
@@ -78,7 +55,7 @@ NAMED |= {
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_leaf_that_is_called_value_has_its_name(name):
+def test_a_leaf_called_value_keeps_its_name(name):
     make = NAMED[name]
     in_nnx = nnx.State(jax.tree.map(nnx.Param, ATTENTION))
     for params in (ATTENTION, in_nnx):
@@ -93,7 +70,7 @@ def test_a_leaf_that_is_called_value_has_its_name(name):
 
 
 @each_row
-def test_what_users_look_up_is_found_and_set(name):
+def test_optax_tree_get_and_set_still_find_their_fields(name):
     """`optax.tree.get` refuses a name that is there twice: no clip may have one of Optax's."""
     tx = optax.chain(ROWS[name](), optax.inject_hyperparams(optax.adam)(0.1))
     state = jax.eval_shape(tx.init, ATTENTION)
@@ -107,7 +84,7 @@ def test_what_users_look_up_is_found_and_set(name):
 
 
 class Unfiltered(eqx.Module):
-    """A model as Equinox's users have it: functions and strings are leaves."""
+    """A typical Equinox model, in which functions and strings are leaves."""
 
     weight: jax.Array
     activation: Callable = jax.nn.relu

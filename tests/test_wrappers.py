@@ -1,5 +1,5 @@
-"""Our clips inside Optax's wrappers and JAX's transformations: what each must change, and what it
-must not.
+"""Clips inside Optax's wrappers and JAX's transformations: what each must change, and what it must
+not.
 """
 
 import chex
@@ -16,11 +16,7 @@ PARAMS = jax.tree.map(jnp.ones_like, GRADS)
 UNIT = {"a": jnp.array([0.6, 0.8]), "b": jnp.array([[0.6], [0.8]])}
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    """Optax's optimizers and wrappers promote dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")  # Optax promotes dtypes
 
 
 def scaled(tree, factor):
@@ -28,7 +24,7 @@ def scaled(tree, factor):
 
 
 def lagging(scope=optaxclip.scopes.leaf):
-    """An adaptive clip: at most the norm before."""
+    """An adaptive clip: the bound is the previous norm."""
     return optaxclip.clip_by(optaxclip.thresholds.lag(optax.identity()), scope=scope)
 
 
@@ -37,7 +33,7 @@ def once(tx, grads=GRADS, params=PARAMS):
     return jax.jit(tx.update)(grads, tx.init(params), params)[0]
 
 
-def test_masked_clips_only_what_the_mask_shows():
+def test_masked_clips_only_the_masked_leaves():
     """Neither clipped nor counted: the norm is that of "a" alone."""
     for mask in ({"a": True, "b": False}, lambda tree: {"a": True, "b": False}):
         updates = once(optax.masked(optaxclip.clip_by_global_norm(1.0), mask))
@@ -146,7 +142,7 @@ def test_injected_hyperparameters_can_be_set_in_the_state():
     assert step._cache_size() == 1
 
 
-def test_injected_hyperparameters_are_looked_at_where_they_can_be():
+def test_injected_hyperparameters_are_validated_where_they_are_concrete():
     """Out of jit a bound is a number, and refused if it is negative; in jit it is a tracer, and
     counts as 0.
     """
@@ -241,7 +237,7 @@ def test_scan_cond_and_donation_agree_with_plain_steps(scope):
 
 @pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES)
 def test_map_params_passes_over_our_state(scope):
-    """It is how the shardings of an optimizer's state are made of those of the parameters."""
+    """It is used to derive the shardings of an optimizer state from those of the parameters."""
     adaptive = (
         lagging(scope) if scope is not SCOPES["units"] else optaxclip.clip_by(1.0, scope=scope)
     )

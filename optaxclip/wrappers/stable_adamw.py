@@ -132,6 +132,9 @@ def stable_adamw(
     Raises:
       ValueError: for a b2 outside [0, 1) or a negative eps.
 
+    Derivatives of updates (for meta-learning) are NaN at elements that were always zero, where
+    Optax's Adam takes the root of v = 0.
+
     References:
       Wortsman et al., `Stable and low-precision training for large-scale vision-language models
       <https://arxiv.org/abs/2304.13013>`_, 2023

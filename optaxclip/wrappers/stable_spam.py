@@ -42,6 +42,9 @@ def stable_spam(
     Raises:
       ValueError: for numbers out of range.
 
+    Derivatives of updates (for meta-learning) are NaN at elements that were always zero, where
+    Optax's Adam takes the root of v = 0.
+
     References:
       Huang et al., `Stable-SPAM <https://arxiv.org/abs/2502.17055>`_, 2025
 

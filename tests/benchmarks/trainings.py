@@ -187,22 +187,23 @@ def digits_cnn(width=8, depth=5, batch=16) -> Training:
     return Training(name, init, loss, evaluate, np.log(10), make_momentum, rates, 150)
 
 
+def push_cart(state, right):
+    """Pushes a cart (1 kg) with a pole (0.1 kg, 0.5 m to its middle) by 10 N for 20 ms."""
+    _, speed, angle, spin = state
+    force = jnp.where(right, 10.0, -10.0)
+    sine, cosine = jnp.sin(angle), jnp.cos(angle)
+    thrust = (force + 0.05 * spin**2 * sine) / 1.1
+    twist = (9.8 * sine - cosine * thrust) / (0.5 * (4 / 3 - 0.1 * cosine**2 / 1.1))
+    pull = thrust - 0.05 * twist * cosine / 1.1
+    return state + 0.02 * jnp.stack([speed, pull, spin, twist])
+
+
 def cartpole(width=32, episodes=8, horizon=200) -> Training:
     """REINFORCE on CartPole without a baseline. Gradients grow with the time the pole stood."""
 
     def init(key):
         a, b = jax.random.split(key)
         return {"in": init_weights(a, 4, width), "out": init_weights(b, width, 2, gain=0.1)}
-
-    def move(state, push):
-        """Pushes a cart (1 kg) with a pole (0.1 kg, 0.5 m to its middle) by 10 N for 20 ms."""
-        x, v, angle, spin = state
-        force = jnp.where(push, 10.0, -10.0)
-        sine, cosine = jnp.sin(angle), jnp.cos(angle)
-        thrust = (force + 0.05 * spin**2 * sine) / 1.1
-        twist = (9.8 * sine - cosine * thrust) / (0.5 * (4 / 3 - 0.1 * cosine**2 / 1.1))
-        pull = thrust - 0.05 * twist * cosine / 1.1
-        return state + 0.02 * jnp.stack([v, pull, spin, twist])
 
     def play(params, key):
         """Plays an episode: the log-probability of each action, and whether the pole stood."""
@@ -211,7 +212,7 @@ def cartpole(width=32, episodes=8, horizon=200) -> Training:
             state, up = carry
             logits = jnp.tanh(state @ params["in"]) @ params["out"]
             push = jax.random.categorical(key, logits)
-            state = lax.stop_gradient(move(state, push == 1))
+            state = lax.stop_gradient(push_cart(state, push == 1))
             still = up & (jnp.abs(state[0]) < 2.4) & (jnp.abs(state[2]) < 0.21)
             return (state, still), (jax.nn.log_softmax(logits)[push], up)
 

@@ -16,8 +16,9 @@ from tests.soak.laws import hold
 from tests.soak.parts import compositions, shrink
 
 AT_ONCE = 200
-# Chunks after which compiled programs are dropped: they would take a megabyte per composition.
-CLEARED = 16
+# Chunks after which compiled programs are dropped: with jax 0.12 more would exceed the number of
+# mappings that Linux grants a process.
+CLEARED = 8
 
 
 class Tally:
