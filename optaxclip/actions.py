@@ -46,7 +46,9 @@ def rescale(norms: jax.Array, bounds: jax.Array) -> jax.Array:
     >>> actions.rescale(jnp.array([0.5, 2.0]), jnp.array([1.0, 1.0]))
     Array([1. , 0.5], dtype=float32)
     """
-    return _factor(jnp.minimum(norms, bounds), norms)
+    # Not `_factor` of the smaller one, which is three more kernels on a TPU.
+    same = norms <= bounds
+    return jnp.where(same, 1, bounds / jnp.where(same, 1, norms))
 
 
 @_action

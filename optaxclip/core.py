@@ -135,7 +135,7 @@ def decide(norms: Norms, bounds: Norms, action: Action, bad: float) -> Step:
     factors = action(jnp.where(finite, norms, 0), bounds).astype(norms.dtype)
     # XLA flushes a factor below the smallest normal float to zero, and the block would silently
     # vanish. This is read off norm and bound, because the factor itself is already 0.
-    vanishes = (bounds > 0) & (bounds < norms * jnp.finfo(norms.dtype).tiny)
-    fine = finite & jnp.isfinite(factors) & ~vanishes
+    stays = (bounds <= 0) | (bounds >= norms * jnp.finfo(norms.dtype).tiny)
+    fine = finite & jnp.isfinite(factors) & stays
     factors = xla.poison(fine, factors) if np.isnan(bad) else jnp.where(fine, factors, 0)
-    return Step(norms, bounds, factors, (norms > bounds).astype(norms.dtype), ~fine)
+    return Step(norms, bounds, factors, norms > bounds, ~fine)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from optaxclip import xla
 from optaxclip.base import Metrics, Norms
@@ -23,7 +22,7 @@ class Step(NamedTuple):
       norms: of the blocks.
       bounds: what the norms were compared with.
       factors: what the blocks were multiplied by.
-      over: 1 where a norm was over its bound, else 0; for value clipping the share of elements.
+      over: whether a norm was over its bound; for value clipping the share of elements that were.
       bad: whether a block counted as not finite.
     """
 
@@ -68,19 +67,20 @@ def record(old: Metrics, step: Step) -> Metrics:
     # norms of units do, but the types of a state must not change.
     seen = jax.tree.map(lambda new, old: xla.vary_as(new.astype(old.dtype), old), step[:4], old[:4])
     # An infinite norm exceeds every bound, but was not clipped: it only counts as not finite.
-    clipped = jax.tree.map(lambda over, bad: (over > 0) & ~bad, step.over, step.bad)
+    clipped = jax.tree.map(lambda over, bad: over.astype(bool) & ~bad, step.over, step.bad)
+    # At the largest int32 all counters stop: none is ahead of that of the steps.
+    more = old.total_steps < jnp.iinfo(jnp.int32).max
+
+    def count(counter, happened):
+        return counter + (happened & more).astype(counter.dtype)
+
     return Metrics(
         *seen,
-        clipped_steps=jax.tree.map(_count, old.clipped_steps, clipped),
-        nonfinite_steps=jax.tree.map(_count, old.nonfinite_steps, step.bad),
-        total_steps=_count(old.total_steps, True),
+        clipped_steps=jax.tree.map(count, old.clipped_steps, clipped),
+        nonfinite_steps=jax.tree.map(count, old.nonfinite_steps, step.bad),
+        total_steps=count(old.total_steps, True),
         blocks=old.blocks,
     )
-
-
-def _count(count: jax.Array, one_more) -> jax.Array:
-    """One more where `one_more`, up to the largest int32."""
-    return jnp.where(one_more, optax.safe_increment(count), count)
 
 
 def to_arrays(tree: Any) -> Any:

@@ -48,7 +48,7 @@ ATTACKS = {
 
 
 def draw_data():
-    """What each client has: (clients, examples, size), and labels."""
+    """The data of each client, (clients, examples, size), and the labels."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(CLIENTS, EXAMPLES, SIZE))
     noise = 0.3 * rng.normal(size=(CLIENTS, EXAMPLES))
@@ -60,7 +60,7 @@ def loss_of(w, x, y):
 
 
 def say(attack, own):
-    """What this client sends; attackers know what all honest ones do."""
+    """The message of this client; attackers know those of all honest clients."""
     liar = lax.axis_index(AXIS) < LIARS
 
     def average(x):
@@ -73,7 +73,7 @@ def say(attack, own):
 
 
 def train(tx, attack, x, y):
-    """The parameters after training, on one of many devices."""
+    """The parameters after training, as one of the devices computes them."""
 
     def step(carry, key):
         w, state = carry

@@ -2,6 +2,7 @@
 kept between runs.
 """
 
+import contextlib
 import gc
 import os
 import pathlib
@@ -38,6 +39,11 @@ if not hasattr(jax, "enable_x64"):
     jax.enable_x64 = enable_x64
 
 
+def allow(dtype: str):
+    """The context in which a dtype exists."""
+    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
+
+
 def set_promotion(dtypes: str, ranks: str) -> None:
     jax.config.update("jax_numpy_dtype_promotion", dtypes)
     jax.config.update("jax_numpy_rank_promotion", ranks)
@@ -49,6 +55,13 @@ def as_users():
     set_promotion("standard", "allow")
     yield
     set_promotion("strict", "raise")
+
+
+@pytest.fixture
+def mixed_dtypes():
+    """Promotion of dtypes, but not of ranks."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))

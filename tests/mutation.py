@@ -49,7 +49,7 @@ class Mutant(NamedTuple):
 
 
 def main(argv=None) -> int:
-    """Prints the score, and the mistakes that no test saw."""
+    """Prints the score, and the mistakes that no test detected."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
@@ -151,7 +151,7 @@ def draw(found: list[Mutant], count: int, seed: int) -> list[Mutant]:
 
 
 def run_tests(mutant: Mutant) -> bool:
-    """Whether a test fails, in a process of its own; or does not come to an end."""
+    """Whether a test fails or hangs, in a process of its own."""
     pid = os.fork()
     if pid == 0:
         os._exit(run_pytest(mutant))
@@ -169,7 +169,7 @@ def run_tests(mutant: Mutant) -> bool:
 
 
 def plant(mutant: Mutant) -> None:
-    """From here on an import of the module gives the one with the mistake."""
+    """Makes later imports of the module return the one with the mistake."""
     name = "optaxclip." + mutant.path.removesuffix(".py").replace("/", ".")
     path, text = str(HOUSE / mutant.path), mutant.text
 

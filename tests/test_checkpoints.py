@@ -37,11 +37,7 @@ HISTORY = optaxclip.thresholds.until(
 )
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    """Adam promotes dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")  # Optax promotes dtypes
 
 
 def optimizer():

@@ -1,4 +1,4 @@
-"""Derivatives through the state over many updates are finite, and correct where they are smooth."""
+"""Derivatives through many updates and their state are finite, and correct where smooth."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.usefixtures("as_users"), pytest.mark.slow]
 
 
 @pytest.mark.parametrize("name", LEARNING)
-def test_derivatives_through_many_updates_are_finite_and_right(name):
+def test_derivatives_through_many_updates_are_finite_and_correct(name):
     rng = np.random.default_rng(0)
     grads, along, weights = rng.normal(size=(3, STEPS, *SHAPE))
     # Zeros before and after the warm-up, but not for Optax's Adam: its derivatives there are NaN.

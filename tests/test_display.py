@@ -1,4 +1,4 @@
-"""What results look like, in a terminal and in a notebook."""
+"""How results are displayed in a terminal and in a notebook."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +60,7 @@ def test_a_result_shows_itself(name):
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_in_a_notebook_tables_are_tables(name):
-    """Each row of a table has as many cells as its head, whatever the names in it."""
+    """Each row of a table has as many cells as its head, whatever names it contains."""
     rows = [x for x in SHOWN[name][0]()._repr_markdown_().splitlines() if x.startswith("| ")]
     assert len({row.replace("\\|", "").count("|") for row in rows}) <= 1
 
@@ -69,7 +69,7 @@ def test_an_empty_history_says_so():
     assert repr(oc.History()) == "History without a step" == oc.History()._repr_markdown_()
 
 
-def test_of_many_keys_a_screen_is_shown():
+def test_many_keys_are_cut_to_one_screen():
     history = oc.History()
     history.append({f"clip/grad_norm/{i}": 1.0 for i in range(60)})
     assert repr(history).endswith("and 20 more keys") and repr(history).count("\n") == 42

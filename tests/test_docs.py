@@ -56,7 +56,7 @@ def everything_documented():
 
 
 def public():
-    """The full names of what is public, those of types included."""
+    """The full names of everything public, types included."""
     yield from (f"optaxclip.{name}" for name in optaxclip.__all__ if name not in NAMESPACES)
     for room, module in NAMESPACES.items():
         types = [name for name, value in vars(module).items() if hasattr(value, "_fields")]
@@ -125,7 +125,7 @@ class Page(html.parser.HTMLParser):
 
 
 def assert_links_lead_somewhere(root, pages):
-    """Every link within the site, and every part of a page that one names."""
+    """Every link within the site resolves, including its fragment."""
     for page, content in pages.items():
         for link in content.links:
             path, _, anchor = link.partition("#")

@@ -1,4 +1,4 @@
-"""What `explain` says of clips, watches and skip wrappers: the planted culprit, by name."""
+"""What `explain` says about clips, watches and skip wrappers; it names the planted culprit."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def grads_of(factor, culprit=1.0):
 
 
 def explained(tx, *steps, params=None):
-    """What `explain` says after steps, each a factor or a factor and one more for the culprit."""
+    """What `explain` says after steps, each a factor, or a factor and one for the culprit."""
     state = tx.init(PARAMS)
     update = jax.jit(tx.update)
     for step in steps:
@@ -48,7 +48,7 @@ def test_the_sentence_of_the_readme():
     assert text[3].startswith("would have clipped of 16 steps: 100 % at 0.1, 100 % at 0.5")
 
 
-def test_a_clip_alone_says_what_it_knows():
+def test_a_clip_without_a_watch():
     assert explained(CLIP) == "no step yet"
     assert explained(CLIP, 1.0) == "step 1: norm 2.45; clipped to 1.0 (1 of 1 steps)"
     assert explained(CLIP, 1.0, 0.1) == "step 2: norm 0.245; not clipped: within 1.0 (1 of 2 steps)"
@@ -182,7 +182,7 @@ def test_parameters_that_are_one_bare_array():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_culprit_is_the_planted_one(seed):
-    """Whichever of many blocks is blown up or made NaN, it is the one that is named."""
+    """Whichever block is scaled up or set to NaN is the one that is named."""
     rng = np.random.default_rng(seed)
     params = {
         f"block_{i}": jnp.asarray(rng.normal(size=3) * np.exp(rng.normal()), jnp.float32)

@@ -25,11 +25,7 @@ WEIGHTS = jax.tree.map(np.float32, WEIGHTS)
 STEPS = 5
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    """Flax's and Optax's own steps promote dtypes."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users")  # Flax's and Optax's own steps promote dtypes
 
 
 def mse(predicted):

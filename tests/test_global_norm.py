@@ -3,7 +3,6 @@
 `test_agree.py` has this for every p.
 """
 
-import contextlib
 import re
 from functools import partial
 
@@ -15,15 +14,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
-from tests.conftest import AS_USERS
+from tests.conftest import AS_USERS, allow
 
 DTYPES = ["float32", "bfloat16", "float16", "float64", "complex64"]
 RTOL = {"float64": 1e-14}
-
-
-def wide(dtype):
-    """The context in which a dtype exists."""
-    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
 
 
 def tree(dtype, scale=1.0):
@@ -52,7 +46,7 @@ def measured(grads, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_matches_the_clip_and_numpy_in_every_dtype(dtype):
-    with wide(dtype):
+    with allow(dtype):
         grads = tree(dtype)
         norm = oc.global_norm(grads)
         assert norm == measured(grads) and norm.shape == ()

@@ -1,4 +1,4 @@
-"""The rules of the house: layers, sizes, words, and what one update of the simplest clip calls."""
+"""Rules for the code: layers, sizes, words, and the number of calls in one update."""
 
 import ast
 import inspect
@@ -25,7 +25,7 @@ LAYERS = {
 
 
 def imports(path):
-    """The modules of the house that a file imports, at the top or inside a function."""
+    """Our own modules that a file imports, at the top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "optaxclip":
@@ -35,14 +35,14 @@ def imports(path):
 
 
 @pytest.mark.parametrize("name", [name for name in ROOMS if name != "__init__.py"])
-def test_a_room_imports_only_rooms_below_it(name):
+def test_a_module_imports_only_lower_layers(name):
     own = name.split("/")[0].removesuffix(".py")
     for module in imports(ROOMS[name]):
         if module[0] != own:
             assert LAYERS[module[0]] < LAYERS[own], f"{name} imports {'.'.join(module)}"
 
 
-def test_no_file_imports_itself_in_a_circle():
+def test_imports_have_no_cycles():
     modules = {
         n.removesuffix(".py").removesuffix("/__init__").replace("/", "."): f
         for n, f in ROOMS.items()

@@ -2,7 +2,6 @@
 it.
 """
 
-import contextlib
 import itertools
 import operator
 
@@ -16,6 +15,7 @@ import pytest
 import optaxclip
 from optaxclip.base import Metrics
 from tests.cases import ADAPTIVE, HOLDERS, OTHERS
+from tests.conftest import allow
 
 SCOPES = {
     "tree": optaxclip.scopes.tree,
@@ -60,7 +60,7 @@ def learned(state):
     ("name", "dtype"), [(n, "mixed") for n in MAKE] + [(n, "float64") for n in by_tree[::3]]
 )
 def test_the_state_keeps_its_form_from_the_first_step(name, dtype):
-    with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
+    with allow(dtype):
         tx, grads = MAKE[name](), tree(dtype)
 
         def step(state, factor):

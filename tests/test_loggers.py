@@ -1,4 +1,4 @@
-"""Runs the code in docs/watching.md for loggers that may not be installed."""
+"""Runs the examples in docs/watching.md whose loggers may not be installed."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ def row():
 
 
 def block(word):
-    """The one block of the page, of those that are not run by themselves, that this word is in."""
+    """The only block of the page with this word, among those that are not run as doctests."""
     (found,) = [text for text in re.findall(r"```py\n(.*?)```", PAGE, re.S) if word in text]
     return textwrap.dedent(found)
 
@@ -97,7 +97,7 @@ def test_clu():
     assert seen == [(3, {"clip/bound": 0.5})]
 
 
-def test_what_a_progress_bar_shows_of_any_prefix():
+def test_a_progress_bar_accepts_any_prefix():
     tx = oc.skip_nonfinite(optax.chain(oc.clip_by_global_norm(4.0), oc.watch()))
     grads = {"a": jnp.array([3.0, 4.0])}
     _, state = tx.update(grads, tx.init(grads))

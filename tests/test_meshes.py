@@ -40,9 +40,11 @@ CLIPS |= {
     for name in (
         *("adamw_clip", "clippy", "smooth_clip", "clip_by_running_max", "spectral_clip"),
         *("clip_by_median by params", "larc", "skip_spikes", "clip_params"),
+        "spectral_clip adaptive",
     )
 }
 CLIPS |= {
+    "clip_by_global_norm linf": oc.clip_by_global_norm(1.0, norm=jnp.inf),
     "zclip tree": oc.zclip(),
     "autoclip units": oc.autoclip(window=4, scope=oc.scopes.units()),
 }
@@ -72,10 +74,21 @@ def two_steps(clips, grads, in_scan=True):
     return {name: run(tx) for name, tx in clips.items()}
 
 
+# One bad number, on one of the devices.
+BAD = [
+    GRADS | {leaf: GRADS[leaf].at[place].set(bad)}
+    for leaf, place, bad in [
+        ("kernel", (0, 0), jnp.nan),
+        ("kernel", (7, 3), jnp.nan),
+        ("experts", (5, 1, 2), jnp.inf),
+    ]
+]
+
+
 @pytest.fixture(scope="module")
 def alone():
-    """The results on one device."""
-    return jax.jit(lambda grads: two_steps(CLIPS, grads))(GRADS)
+    """The results on one device, as a function of the gradients."""
+    return jax.jit(lambda grads: two_steps(CLIPS, grads))
 
 
 def close(got, want):
@@ -92,8 +105,11 @@ def test_sharded_under_jit(alone, name):
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), LAYOUTS[name], is_leaf=lambda x: isinstance(x, P)
     )
-    got = jax.jit(lambda grads: two_steps(CLIPS, grads))(jax.device_put(GRADS, shardings))
-    close(got, alone)
+    run = jax.jit(lambda grads: two_steps(CLIPS, grads))
+    got = run(jax.device_put(GRADS, shardings))
+    close(got, alone(GRADS))
+    for grads in BAD:
+        close(run(jax.device_put(grads, shardings)), alone(grads))
     updates, _ = got["clip_by_global_norm"]
     assert jax.tree.all(
         jax.tree.map(lambda u, s: u.sharding.is_equivalent_to(s, u.ndim), updates, shardings)
@@ -104,7 +120,7 @@ def test_sharded_under_jit(alone, name):
 IN_PARTS = {
     name: tx
     for name, tx in CLIPS.items()
-    if name not in ("adaptive_grad_clip", "autoclip units", "spectral_clip")
+    if name not in ("adaptive_grad_clip", "autoclip units") and "spectral" not in name
 }
 # Their states have the shapes of the parameters and start as zeros that do not vary over devices,
 # so a scan cannot carry them.
@@ -128,7 +144,10 @@ def test_in_shard_map(alone, name):
         in_specs=(layout,),
         out_specs=dict.fromkeys(IN_PARTS, (layout, P())),
     )
-    close(jax.jit(run)(GRADS), {n: alone[n] for n in IN_PARTS})
+    run = jax.jit(run)
+    for grads in (GRADS, *BAD):
+        want = alone(grads)
+        close(run(grads), {n: want[n] for n in IN_PARTS})
 
 
 def test_explicit_sharding(alone):
@@ -155,7 +174,8 @@ def test_explicit_sharding(alone):
             is_leaf=lambda x: isinstance(x, P),
         )
         got = jax.jit(lambda g: two_steps(clips, g))(grads)
-    close(jax.tree.map(np.asarray, got), {n: alone[n] for n in clips})
+    want = alone(GRADS)
+    close(jax.tree.map(np.asarray, got), {n: want[n] for n in clips})
     for updates, _ in got.values():
         assert jax.tree.all(
             jax.tree.map(

@@ -194,7 +194,7 @@ def gradients(params, size):
 
 
 def stepper(tx, extra_args=("value",)):
-    """One jitted step that hands the optimizer what it asks for, and the optimizer's `init`."""
+    """A jitted step that passes the optimizer what it asks for, and the optimizer's `init`."""
     tx = optax.with_extra_args_support(tx)
 
     @jax.jit

@@ -17,7 +17,7 @@ def names(norms):
     return [reason.name for reason in optaxclip.recommend(norms).reasons]
 
 
-def test_shares_are_right():
+def test_shares_match_numpy():
     found = optaxclip.recommend(PLAIN)
     for share, bound in found.thresholds.items():
         assert bound == np.quantile(PLAIN, 1 - share)
@@ -58,7 +58,7 @@ WANTED = {
 
 
 @pytest.mark.parametrize("case", PLANTED)
-def test_what_is_planted_is_found_and_the_code_runs(case):
+def test_planted_reasons_are_found_and_the_code_runs(case):
     found = optaxclip.recommend(PLANTED[case])
     assert [reason.name for reason in found.reasons] == WANTED[case]
     scope = {"optax": optax, "optaxclip": optaxclip, "optimizer": optax.sgd(0.1)}
@@ -69,7 +69,7 @@ def test_what_is_planted_is_found_and_the_code_runs(case):
     assert found.code in str(found) and all(reason.what in str(found) for reason in found.reasons)
 
 
-def test_silent_on_series_without_anything():
+def test_silent_on_plain_series():
     rng = np.random.default_rng(1)
     said = [name for _ in range(100) for name in names(rng.lognormal(0.0, 0.4, 300))]
     assert not {"drift", "heavy-tail", "spikes"} & set(said)
@@ -93,7 +93,7 @@ def test_the_numbers():
     [[1.0, 2.0, 3.0], np.zeros(100), np.full(100, np.nan), np.arange(19.0)],
     ids=["three", "zeros", "NaN", "nineteen"],
 )
-def test_too_few_steps_say_so(norms):
+def test_too_few_steps_are_reported(norms):
     found = optaxclip.recommend(norms)
     assert (
         found.reasons[0].name == "too-few-steps"
@@ -111,7 +111,7 @@ def test_too_few_steps_are_counted_or_explained():
     assert found[0] == "3 steps are too few." and found[1].startswith("only 1 of 3 steps have")
 
 
-def test_one_step_and_a_state_say_what_to_record():
+def test_one_step_or_a_state_is_rejected_with_what_to_record():
     state = optaxclip.clip_by_global_norm(1.0).init(jnp.ones(2))
     with pytest.raises(ValueError, match=r"recommend: this is one step.*a History"):
         optaxclip.recommend(optaxclip.metrics(state))
@@ -120,7 +120,7 @@ def test_one_step_and_a_state_say_what_to_record():
             optaxclip.recommend(wrong)
 
 
-def test_every_form_of_input_says_the_same():
+def test_every_form_of_input_gives_the_same_advice():
     layers = PLANTED["layers"]
     whole = optaxclip.recommend(layers)
     np.testing.assert_allclose(
@@ -166,7 +166,7 @@ def test_norms_are_found_under_any_prefix(head):
 
 
 @pytest.mark.parametrize("key", ["clip/1/bound", "clip/bound", "train/clip/0/clipped"])
-def test_a_recording_without_norms_says_what_is_there(key):
+def test_a_recording_without_norms_lists_its_keys(key):
     with pytest.raises(ValueError, match=f"no 'grad_norm' among .*{key}"):
         optaxclip.recommend({key: np.ones(50)})
 
@@ -185,7 +185,7 @@ def test_norms_of_any_size():
 @pytest.mark.parametrize(
     "norms", [np.ones((2, 2, 2)), [], 1.0], ids=["three axes", "empty", "a number"]
 )
-def test_other_shapes_are_refused(norms):
+def test_other_shapes_are_rejected(norms):
     with pytest.raises(ValueError, match="norms must have"):
         optaxclip.recommend(norms)
 
@@ -195,11 +195,11 @@ def test_other_shapes_are_refused(norms):
     [{"loss": np.ones(50)}, [{"loss": 1.0}] * 50, [{"accuracy": 1.0}] * 50],
     ids=["losses", "rows of losses", "rows of accuracies"],
 )
-def test_losses_are_not_taken_for_norms(history):
+def test_losses_are_not_mistaken_for_norms(history):
     with pytest.raises(ValueError, match="there is no 'grad_norm' among"):
         optaxclip.recommend(history)
 
 
-def test_shares_out_of_range_are_refused():
+def test_shares_out_of_range_are_rejected():
     with pytest.raises(ValueError, match="shares"):
         optaxclip.recommend(PLAIN, shares=(5.0,))

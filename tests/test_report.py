@@ -26,7 +26,7 @@ def reporting(every=3, callback=None, **options):
 
 
 def train(tx, factor=1.0, grads=None):
-    """What a fit does that returns no state: the norm of step t is t times `factor` times 4."""
+    """A training loop that returns no state; the norm at step t is 4 · t · `factor`."""
     grads = GRADS if grads is None else grads
 
     def step(state, t):
@@ -65,7 +65,7 @@ def test_one_step_at_a_time_without_jit():
     assert [step for step, _ in norms(seen)] == [1, 2, 4] and "loss" not in seen[0][1]
 
 
-def test_of_runs_side_by_side_each_reports():
+def test_vmapped_runs_report_each_for_itself():
     tx, seen = reporting()
     factors = jnp.arange(1.0, 7).reshape(2, 3)
     jax.jit(jax.vmap(jax.vmap(lambda factor: train(tx, factor))))(factors)
@@ -75,7 +75,7 @@ def test_of_runs_side_by_side_each_reports():
     assert found == pytest.approx(want) and len(seen) == 18
 
 
-def test_of_runs_at_different_steps_those_that_are_due_report():
+def test_only_runs_that_are_due_report():
     tx, seen = reporting()
     state = tx.init(GRADS)
     many = jax.vmap(lambda n: state._replace(total_steps=n))(jnp.arange(4, dtype=jnp.int32))
@@ -87,7 +87,7 @@ def test_of_runs_at_different_steps_those_that_are_due_report():
 
 
 def test_between_reports_the_host_is_not_called(monkeypatch):
-    """Not even to be told that there is nothing to do, under `vmap` neither."""
+    """Not even for a step that is not due, and not under `vmap` either."""
     calls, callback = [], jax.debug.callback
 
     def counting(f, *args):

@@ -16,11 +16,7 @@ PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
 GRADS = {"w": jnp.array([0.3, 0.4]), "b": jnp.array([0.0])}  # norm 0.5
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    """Optax's optimizers promote dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")  # Optax promotes dtypes
 
 
 def times(factor):
@@ -28,7 +24,7 @@ def times(factor):
 
 
 def run(tx, factors, losses=None):
-    """A jitted scan over gradients of these lengths: the state, and the updates of each step."""
+    """A jitted scan over multiples of the gradients: the state, and the updates of each step."""
 
     def step(state, now):
         factor, loss = now
@@ -44,10 +40,8 @@ def run(tx, factors, losses=None):
 @pytest.mark.parametrize(
     "inner", [optax.adamw, optax.contrib.muon, lambda r: optax.sgd(r, momentum=0.9), optax.lion]
 )
-def test_a_run_with_bad_steps_is_the_run_without_them(inner):
-    """Not a moment, counter or statistic moves in a skipped step, so leaving it out changes
-    nothing.
-    """
+def test_a_run_with_bad_steps_equals_the_run_without_them(inner):
+    """A skipped step moves no moment, counter or statistic, so leaving it out changes nothing."""
     tx = oc.skip_spikes(optax.chain(oc.zclip(warmup_steps=1), inner(0.1)), 10.0)
     params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
     good = [jax.tree.map(lambda p, i=i: p * (1.0 + i), params) for i in range(3)]
@@ -79,7 +73,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_rules_of_production_skip_a_spike_and_nothing_else(rule):
+def test_the_documented_rules_skip_a_spike_and_nothing_else(rule):
     make, warm = RULES[rule]
     noise = np.exp(0.2 * np.random.default_rng(0).normal(size=200))
     noise[[warm, 150]] = 1e3, np.nan
@@ -89,7 +83,7 @@ def test_the_rules_of_production_skip_a_spike_and_nothing_else(rule):
     assert state.last_reason == 3 and state.spike.metrics.nonfinite_steps == 1
 
 
-def test_the_loss_is_judged_where_it_is_passed():
+def test_a_loss_that_is_passed_is_tested():
     losses = np.random.default_rng(0).normal(size=200) * 0.1 - 3.0  # losses may be negative
     losses[[100, 120, 130]] = 50.0, np.nan, -np.inf
     state, (_, skipped) = run(oc.skip_spikes(optax.identity()), np.full(200, 1.0), losses)
@@ -121,7 +115,7 @@ def test_the_loss_is_passed_on():
 
 
 def test_no_run_is_locked_out():
-    """After so many consecutive skips the next step is taken, and the statistics are reset."""
+    """After the maximum of consecutive skips a step is taken and the statistics are reset."""
     rise = np.r_[np.ones(80), np.full(60, 1000.0)]
     tx = oc.skip_spikes(
         optax.identity(),
@@ -136,7 +130,7 @@ def test_no_run_is_locked_out():
     assert skipped[-1] == 50 and state.consecutive_skips == 50 and not updates["w"].any()
 
 
-def test_inside_multi_steps_the_mean_is_judged():
+def test_multi_steps_tests_the_mean():
     tx = optax.MultiSteps(oc.skip_spikes(optax.sgd(1.0, momentum=0.9), 3.0), every_k_schedule=2)
     state, step = tx.init(PARAMS), jax.jit(tx.update)
     seen = []
@@ -147,7 +141,7 @@ def test_inside_multi_steps_the_mean_is_judged():
     assert state.inner_opt_state.skipped_steps == 1
 
 
-def test_devices_agree_on_one_decision():
+def test_devices_agree_on_the_decision():
     """The norm of the whole is over the bound, that of no part is: under jit and in shard_map all
     skip.
     """

@@ -13,11 +13,7 @@ from optaxclip.tuning.runs import first_argument
 BATCHES = [jnp.float32(x) for x in np.linspace(0.5, 1.5, 12)]
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    """Optax promotes dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")  # Optax promotes dtypes
 
 
 def make_tx(value):

@@ -16,11 +16,7 @@ PARAMS = jax.tree.map(jnp.ones_like, GRADS)
 UNIT = {"a": jnp.array([0.6, 0.8]), "b": jnp.array([[0.6], [0.8]])}
 
 
-@pytest.fixture(autouse=True)
-def promotion():
-    """Optax's optimizers and wrappers promote dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")  # Optax promotes dtypes
 
 
 def scaled(tree, factor):

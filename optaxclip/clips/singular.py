@@ -26,7 +26,7 @@ from jax import lax
 
 from optaxclip.actions import rescale, smooth
 from optaxclip.norms import l2
-from optaxclip.xla import root, times
+from optaxclip.xla import largest, root, times
 
 Method = Literal["hard", "soft"]
 Solver = Literal["polar", "svd"]
@@ -62,7 +62,7 @@ def _adjoint(x: jax.Array) -> jax.Array:
 def largest_entry(x: jax.Array) -> jax.Array:
     """The largest entry of each matrix, (..., 1, 1): its unit. Not finite if the matrix is not."""
     entries = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
-    return lax.stop_gradient(jnp.max(entries, axis=(-1, -2), keepdims=True, initial=0))
+    return lax.stop_gradient(largest(entries, (-1, -2))[..., None, None])
 
 
 def _per(x: jax.Array, unit: jax.Array) -> jax.Array:

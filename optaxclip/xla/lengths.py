@@ -27,7 +27,8 @@ from optaxclip.xla.layout import Layout
 from optaxclip.xla.mesh import hold_everywhere
 from optaxclip.xla.scales import choose, is_exact, scales_of
 from optaxclip.xla.scaling import spread
-from optaxclip.xla.sums import Pieces, lifted, plain, stacking, units, variadic
+from optaxclip.xla.sums import lifted, plain, stacking, variadic
+from optaxclip.xla.units import Pieces, join, stack, units
 from optaxclip.xla.widths import accumulator, largest, widen
 
 
@@ -95,7 +96,7 @@ class _Forms:
     def at(self, scale: ArrayLike, arrays: list[jax.Array], form=stacking) -> list[jax.Array]:
         """The sums at one scale."""
         each = zip(self._pool(form, arrays, (scale,)), self.counts, strict=True)
-        return [_join([x for (x,) in pieces], n.ndim) for pieces, n in each]
+        return [join([x for (x,) in pieces], n.ndim) for pieces, n in each]
 
     def _pool(self, form, arrays, scales) -> list[Pieces]:
         """Sums of each array of norms, in pieces; named blocks are one array in one piece."""
@@ -119,23 +120,16 @@ def join_lengths(norm: Norm, lengths: jax.Array, count: ArrayLike = 1) -> jax.Ar
     return choose(norm, pools, scales, count)
 
 
-def _join(pieces: list[jax.Array], ndim: int) -> jax.Array:
-    pieces = [x if x.ndim == ndim else x[None] for x in pieces]
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
-
-
 def _finish(norm: Norm, pieces: Pieces, scales, count: np.ndarray) -> jax.Array:
-    """The lengths in one array of norms.
-
-    Pieces are joined last. If they were joined first, a TPU would copy each of them once per scale.
-    """
-    counts = [count]
-    if len(pieces) > 1:
-        sizes = [len(x) if x.ndim == count.ndim else 1 for x, *_ in pieces]
-        counts = np.split(count, np.cumsum(sizes)[:-1])
+    """The lengths in one array of norms."""
+    if count.ndim != 1 or len(pieces) == 1:
+        pools = [stack(list(at), count.ndim) for at in zip(*pieces, strict=True)]
+        return choose(norm, pools, scales, count)
+    # Units that are whole leaves are joined last: a TPU finishes scalars in passing.
+    counts = np.split(count, np.cumsum([x.size for x, *_ in pieces])[:-1])
     each = zip(pieces, counts, strict=True)
     lengths = [choose(norm, pools, scales, n.reshape(pools[0].shape)) for pools, n in each]
-    return _join(lengths, count.ndim)
+    return join(lengths, 1)
 
 
 def _apart(arrays):

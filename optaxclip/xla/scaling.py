@@ -125,18 +125,20 @@ def _held_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:
     return per_leaf(layout.rows, entry)
 
 
-def _layer_entries(vector: jax.Array, layout: Layout, hold=lambda x: x) -> list[jax.Array]:
+def _layer_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:
     """For each leaf the entries of the layers that it stacks, or its single entry."""
 
     def entries(leaf):
-        own = hold(layout.own_layers(vector, leaf)).reshape(layout.kept(leaf))
+        own = layout.own_layers(vector, leaf).reshape(layout.kept(leaf))
         return jnp.expand_dims(own, layout.axes_of(leaf))
 
     return [entries(leaf) for leaf in range(len(layout.shapes))]
 
 
-# One barrier per leaf, not one for eight: few leaves are alike in models that stack their layers.
-_held_layer_entries = functools.partial(_layer_entries, hold=lax.optimization_barrier)
+def _held_layer_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:
+    # One barrier for all: few leaves are alike in models that stack their layers, and behind a
+    # barrier of its own each slice takes a kernel on a GPU.
+    return _layer_entries(lax.optimization_barrier(vector), layout)
 
 
 def as_dtype_of(x: jax.Array, out: jax.Array) -> jax.Array:

@@ -2,9 +2,7 @@
 
 For blocks of leaves and layers a form takes a norm, a layout, the leaves and scales, and returns
 `(S, P)` pools of P parts at S scales, and one leaf of each part. A part is a leaf, or several alike
-leaves of one block; a leaf that stacks layers has one part per layer, in order. For units it
-returns the pieces of each array of norms: at each scale an array `(*one entry per unit)` for one
-leaf, or for several leaves with a leading axis.
+leaves of one block; a leaf that stacks layers has one part per layer, in order.
 
 Measured with XLA's own compilers, GPT-2 small before AdamW (150 kernels without a clip):
 
@@ -23,7 +21,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaxclip.base import Norm
-from optaxclip.compat import varying_axes
 from optaxclip.xla.layout import Layout, chunks, group, same_types
 from optaxclip.xla.widths import largest, times, widen
 
@@ -38,13 +35,10 @@ SMALL, MOST = 4096, 256
 # fifth longer.
 LARGE = 2**16
 
-_REDUCE = {"sum": jnp.sum, "max": largest}
+REDUCE = {"sum": jnp.sum, "max": largest}
 _MEET = {"sum": lax.add, "max": lax.max}
 
 Pools = tuple[jax.Array, list[int]]
-# Pools of units, split along the leaves of an array of norms: each piece has one array per scale,
-# for several leaves, or for one leaf and then without the axis of leaves.
-Pieces = list[list[jax.Array]]
 
 
 def lifted(norm: Norm, x: jax.Array, scale) -> jax.Array:
@@ -88,7 +82,7 @@ def plain(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool = 
 
     def add(x, parts, axis):
         """Pools of one array, or of a stack of them."""
-        sums = [_REDUCE[norm.pool](x(s), axis=axis).astype(dtype) for s in scales]
+        sums = [REDUCE[norm.pool](x(s), axis=axis).astype(dtype) for s in scales]
         pools.append([jnp.atleast_1d(of_scale).ravel() for of_scale in sums])
         first.extend(parts)
 
@@ -162,41 +156,3 @@ def _joined(pools, first: list[int], scales: int, dtype) -> Pools:
         return jnp.zeros((scales, 0), dtype), first
     joined = jnp.concatenate([x for at in zip(*pools, strict=True) for x in at])
     return joined.reshape(scales, -1), first
-
-
-def units(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool) -> list[Pieces]:
-    """Sums along the axes of units, as pieces of each array of norms.
-
-    Args:
-      norm, layout, arrays, scales, dtype: as in `plain`.
-      stacked: whether to stack alike leaves and reduce them at once. It is free on a GPU (62
-        kernels instead of 473), but copies all gradients on a TPU or a CPU.
-    """
-    rows = [_units_of_row(norm, layout, row, arrays, scales, dtype, stacked) for row in layout.rows]
-    # Finish the sums of all leaves first, or XLA:TPU stacks them one by one in three times as many
-    # kernels.
-    rows = _finished(rows)
-    return [[piece for r in array for piece in rows[r]] for array in layout.arrays]
-
-
-def _finished(rows: list[Pieces]) -> list[Pieces]:
-    """The sums behind a barrier, one for each type: what leaves one varies as all that enters."""
-    flat, structure = jax.tree.flatten(rows)
-    for kind in dict.fromkeys(map(varying_axes, flat)):
-        own = [i for i, x in enumerate(flat) if varying_axes(x) == kind]
-        for i, x in zip(own, lax.optimization_barrier([flat[i] for i in own]), strict=True):
-            flat[i] = x
-    return structure.unflatten(flat)
-
-
-def _units_of_row(norm, layout, row, arrays, scales, dtype, stacked) -> Pieces:
-    axes, reduce = layout.axes_of(row[0]), _REDUCE[norm.pool]
-    if stacked and not layout.span.axes and len(same_types(layout, row, arrays)) == 1:
-        below, whole = tuple(axis + 1 for axis in axes), jnp.stack([arrays[i] for i in row])
-        return [[reduce(lifted(norm, whole, s), axis=below).astype(dtype) for s in scales]]
-
-    def pool(i, s):
-        sums = reduce(lifted(norm, arrays[i], s), axis=axes).astype(dtype)
-        return layout.span.pool_leaf(sums, i, norm.pool)
-
-    return [[pool(i, s) for s in scales] for i in row]

@@ -29,10 +29,21 @@ def llama(layers: int = 80) -> dict[str, tuple[int, ...]]:
     return shapes | {f"layers/{name}": (layers, width) for name in ("norm_1", "norm_2")}
 
 
+def stack(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The same model with its layers stacked for a scan: `h0/qkv/kernel` and so on are one leaf."""
+    layers = len({path.partition("/")[0] for path in shapes if re.match(r"h\d+/", path)})
+    return {
+        re.sub(r"^h\d+/", "h/", path): (layers, *shape) if re.match(r"h\d+/", path) else shape
+        for path, shape in shapes.items()
+    }
+
+
 # The vocabulary padded to a multiple of 128, as those do who cut it over devices.
 MODELS = {
     "gpt2": lambda: gpt2(words=50304),
     "gpt2-2": lambda: gpt2(layers=2, words=50304),
+    "gpt2-stacked": lambda: stack(gpt2(words=50304)),
+    "gpt2-2-stacked": lambda: stack(gpt2(layers=2, words=50304)),
     "gpt2-xl": lambda: gpt2(1600, 48, words=50304),
     "resnet50": resnet50,
     "70b": llama,
@@ -50,6 +61,11 @@ CUTS = {
     r"embed": P("y", "x"),
     r"head": P("x", "y"),
 }
+
+
+def is_stacked(model: str) -> bool:
+    """Whether a model stacks its layers."""
+    return model == "70b" or model.endswith("-stacked")
 
 
 class Case(NamedTuple):
@@ -86,12 +102,14 @@ SUITES = {
         Case("gpu", "H100", "gpt2", **BFLOAT16, params="bfloat16"),
         Case("gpu", "H100", "resnet50"),
         Case("gpu", "H100", "gpt2-xl"),
+        Case("gpu", "H100", "gpt2-stacked"),
     ],
     "tpu": [
         Case("tpu", "v5e", "gpt2-2"),
         Case("tpu", "v5e", "gpt2-2", hosts=8),
         Case("tpu", "v5e", "gpt2-2", **BFLOAT16),
         Case("tpu", "v5e", "gpt2"),
+        Case("tpu", "v5e", "gpt2-stacked"),
     ],
     "mesh": [
         Case("mesh", "v5e 4x4", "gpt2-2"),
@@ -99,6 +117,7 @@ SUITES = {
         Case("mesh", "v5e 4x4", "gpt2-2", form="explicit"),
         Case("mesh", "v5e 4x4", "gpt2-2", form="fsdp"),
         Case("mesh", "v5e 4x4", "gpt2-2", form="shard_map"),
+        Case("mesh", "v5e 4x4", "gpt2-2-stacked"),
     ],
     "pod": [Case("pod", "v5p 8x8x8", "70b"), Case("pod", "v5p 8x8x8", "70b", hosts=8)],
     "examples": [Case("examples", "H100", "block"), Case("examples", "v5e", "block")],
@@ -106,6 +125,7 @@ SUITES = {
 }
 SMALL = {"gpu": [Case("gpu", "H100", "gpt2-2")], "mesh": [Case("mesh", "v5e 2x2", "gpt2-2")]}
 FEW = ("clip_by_global_norm", "clip_by_leaf_norm", "zclip", "adaptive_grad_clip", "clip")
+BY_LAYER = ("clip_by_leaf_norm, stacked", "clip_by_group_norm, stacked")
 
 
 WIDE = (SUITES["gpu"][0], SUITES["tpu"][0], SUITES["mesh"][0], SMALL["gpu"][0])
@@ -115,7 +135,9 @@ def choose_rows(
     case: Case, clips: Sequence[str] | None, everything: Sequence[str]
 ) -> Sequence[str]:
     """Those of our clips that a case has a row for: in most cases the few that differ in form."""
-    names = clips or (everything if case in WIDE else FEW)
+    names = clips or (everything if case in WIDE else (*FEW, *BY_LAYER))
+    if not is_stacked(case.model):
+        names = [name for name in names if name not in BY_LAYER]
     # In `shard_map` a device keeps the norms of its own units: no spec of a state says that.
     return [name for name in names if case.form != "shard_map" or name != "adaptive_grad_clip"]
 
@@ -123,7 +145,8 @@ def choose_rows(
 def cut(path: str, shape: tuple[int, ...], form: str, devices: int) -> P:
     """Over which axes of the mesh a leaf is cut."""
     if form != "fsdp":
-        return next((spec for rule, spec in CUTS.items() if re.search(f"{rule}$", path)), P())
+        spec = next((spec for rule, spec in CUTS.items() if re.search(f"{rule}$", path)), P())
+        return P(None, *spec) if path.startswith("h/") else spec
     largest = max(range(len(shape)), key=shape.__getitem__)
     if shape[largest] % devices:
         return P()

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 import optaxclip
-from tests.benchmarks.accelerators_cases import MODELS, Case, count_local, cut
+from tests.benchmarks.accelerators_cases import MODELS, Case, count_local, cut, is_stacked
 from tests.benchmarks.accelerators_targets import EVERYWHERE, Placement
 
 
@@ -37,9 +37,9 @@ NONE = "no clip"
 GLOBAL, AGC, VALUE = "optax.clip_by_global_norm", "optax.adaptive_grad_clip", "optax.clip"
 
 
-def _before(name: str, *args: Any) -> Callable:
+def _before(name: str, *args: Any, **more: Any) -> Callable:
     """A clip of ours, by name, in front of the optimizer."""
-    return lambda inner: optax.chain(getattr(optaxclip, name)(*args), inner)
+    return lambda inner: optax.chain(getattr(optaxclip, name)(*args, **more), inner)
 
 
 def _watch(clip: str = "clip_by_global_norm", **more: Any) -> Callable:
@@ -66,6 +66,12 @@ CLIPS = {
     "adaptive_grad_clip": Clip(_before("adaptive_grad_clip", 0.01), AGC),
     VALUE: Clip(lambda inner: optax.chain(optax.clip(1.0), inner)),
     "clip": Clip(_before("clip", 1.0), NONE),
+    "clip_by_leaf_norm, stacked": Clip(
+        _before("clip_by_leaf_norm", 1.0, stacked="^(h|layers)/"), GLOBAL
+    ),
+    "clip_by_group_norm, stacked": Clip(
+        _before("clip_by_group_norm", 1.0, stacked="^(h|layers)/"), GLOBAL
+    ),
 }
 # Layers stacked for a scan: a unit lies along the last axis but one, which Optax has to be told.
 STACKED = {
@@ -80,7 +86,7 @@ def build(case: Case, name: str, placement: Placement) -> Program:
         return _differentiate_examples(name, placement)
     if case.suite == "scan":
         return _scan(CLIPS[name], "seeds" in case.model, placement)
-    clip = STACKED.get(name, CLIPS[name]) if case.model == "70b" else CLIPS[name]
+    clip = STACKED.get(name, CLIPS[name]) if is_stacked(case.model) else CLIPS[name]
     return _train(case, clip, placement)
 
 

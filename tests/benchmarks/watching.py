@@ -3,10 +3,12 @@
     python -m tests.benchmarks.watching [--small] [--models cnn transformer] [--seconds 60]
         [--into docs/watching.md]
 
-Prints the time of a whole training step (forward, backward, clip, Adam) relative to one without a
-watch: the median and quartiles of ratios of consecutive runs, in the order A B ... B A. "log every
-N" reads `optaxclip.metrics`, jitted separately from the step, to the host at every N-th step, and
-writes a line of CSV.
+Prints the CPU time of a whole training step (forward, backward, clip, Adam) relative to one without
+a watch: the median and quartiles of ratios of consecutive runs, in the order A B ... B A. It is not
+the time on the clock, which depends on what else the machine does. Run it on one core, with
+`taskset -c 0`, or threads that wait for one another count as well. "log every N" reads
+`optaxclip.metrics`, jitted separately from the step, to the host at every N-th step, and writes a
+line of CSV.
 """
 
 import argparse
@@ -98,11 +100,11 @@ def compare_runs(runs: dict, states: dict, seconds: float, burst: int) -> dict[s
         times = dict.fromkeys(names, 0.0)
         for order in (names, names[::-1]):
             for name in order:
-                start = time.perf_counter()
+                start = time.process_time()
                 for _ in range(burst):
                     states[name] = runs[name](states[name])
                 jax.block_until_ready(states[name])
-                times[name] += time.perf_counter() - start
+                times[name] += time.process_time() - start
         for name in names:
             ratios[name].append(times[name] / times[names[0]])
     return ratios
@@ -115,9 +117,9 @@ def make_rows(model: Model, seconds: float, small: bool):
     made = {name: make_training(model, clip) for name, clip in chains.items()}
     runs = {name: add_log(step, every.get(name)) for name, (step, _) in made.items()}
     states = {name: jax.block_until_ready(runs[name](state)) for name, (_, state) in made.items()}
-    start = time.perf_counter()
+    start = time.process_time()
     states["no watch"] = jax.block_until_ready(runs["no watch"](states["no watch"]))
-    step_seconds = time.perf_counter() - start
+    step_seconds = time.process_time() - start
     burst = 1 if small else max(1, round(0.1 / step_seconds))  # a tenth of a second
     for name, ratios in compare_runs(runs, states, seconds, burst).items():
         yield [name, format_quartiles(ratios), str(len(ratios))]
@@ -131,7 +133,7 @@ def race_steps(names: list[str], seconds: float, small: bool) -> str:
         leaves = jax.tree.leaves(model.params)
         size = f"{sum(x.size for x in leaves) / 1e6:.2f} M"
         lines += [[name, size, str(len(leaves)), *row] for row in make_rows(model, seconds, small)]
-    head = ["model", "parameters", "leaves", "", "time of a step (quartiles)", "rounds"]
+    head = ["model", "parameters", "leaves", "", "CPU time of a step (quartiles)", "rounds"]
     return f"{table(head, lines)}\n{describe_device()}.\n"
 
 
