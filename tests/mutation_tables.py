@@ -113,6 +113,8 @@ EQUIVALENT = {
     "return skip_by(inner, watch, unchecked(math.inf), 0, needs_loss=False)": "none is over inf",
     "return skip_by(inner, watch, unchecked(math.inf), 2, needs_loss=False)": "none is over inf",
     "n >= m": "no slice is larger",
+    "fine = jnp.isfinite(back.losses) * jnp.all(jnp.isfinite(back.norms), axis=1)": "of booleans",
+    'grouped = p["feature_group_count"] > 1 or p["batch_group_count"] != 1': "never below 1",
     "fine = jnp.isfinite(norm) * (statistic.signed | (norm > 0))": "of booleans",
     '"gather": (_table, 0),': "what is looked up has the dtype of the table",
     "reason, loss_state = jnp.where(over, NORM, -1), state.loss": "any but those of a skip",
