@@ -113,6 +113,10 @@ EQUIVALENT = {
     "return skip_by(inner, watch, unchecked(math.inf), 0, needs_loss=False)": "none is over inf",
     "return skip_by(inner, watch, unchecked(math.inf), 2, needs_loss=False)": "none is over inf",
     "n >= m": "no slice is larger",
+    "statistic = Statistic((0.0, 1.0), learn, bound)": "the first norm has the weight 1",
+    'return f"{name} of optax.{makers[ -1]}" if makers else name': "there is one",
+    "real = jnp.issubdtype(before.dtype, jnp.floating) or"
+    " jnp.issubdtype(after.dtype, jnp.floating)": "integers have no gradient",
     "fine = jnp.isfinite(back.losses) * jnp.all(jnp.isfinite(back.norms), axis=1)": "of booleans",
     'grouped = p["feature_group_count"] > 1 or p["batch_group_count"] != 1': "never below 1",
     "fine = jnp.isfinite(norm) * (statistic.signed | (norm > 0))": "of booleans",

@@ -442,6 +442,10 @@ def test_a_composite_of_a_learned_threshold_learns(make):
     assert not learns(make(2.0).update) and not learns(make(oc.thresholds.previous()).update)
 
 
+def test_a_norm_is_one_object_so_that_nothing_compiles_again_for_it():
+    assert oc.norms.lp(3) is oc.norms.lp(3)
+
+
 SHARE = oc.thresholds.param_relative(0.1)
 
 
