@@ -97,7 +97,8 @@ TESTS = {
 
 # Survivors that were read: what became of the line, and why no test can or need see it.
 EQUIVALENT = {
-    "lambda u, count: jnp.where(jnp.abs(u) >= 1, jnp.sign(u), 0), 2.0,": "not read of a maximum",
+    "lambda u, count: jnp.where(jnp.abs(u) >= 1 - 2 * jnp.finfo(u.dtype).eps,"
+    " jnp.sign(u), 0), 2.0,": "not read of a maximum",
     'l1 = Norm("norms.l1", jnp.abs, "sum", lambda pool, count: pool, '
     "lambda u, count: jnp.sign(u), 0.0)": "powers of at most 1 are alike",
     "largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial= -1)": "of |x|",
@@ -113,6 +114,12 @@ EQUIVALENT = {
     "return skip_by(inner, watch, unchecked(math.inf), 0, needs_loss=False)": "none is over inf",
     "return skip_by(inner, watch, unchecked(math.inf), 2, needs_loss=False)": "none is over inf",
     "n >= m": "no slice is larger",
+    "statistic = Statistic((0.0, 1.0), learn, bound)": "the first norm has the weight 1",
+    'return f"{name} of optax.{makers[ -1]}" if makers else name': "there is one",
+    "real = jnp.issubdtype(before.dtype, jnp.floating) or"
+    " jnp.issubdtype(after.dtype, jnp.floating)": "integers have no gradient",
+    "fine = jnp.isfinite(back.losses) * jnp.all(jnp.isfinite(back.norms), axis=1)": "of booleans",
+    'grouped = p["feature_group_count"] > 1 or p["batch_group_count"] != 1': "never below 1",
     "fine = jnp.isfinite(norm) * (statistic.signed | (norm > 0))": "of booleans",
     '"gather": (_table, 0),': "what is looked up has the dtype of the table",
     "reason, loss_state = jnp.where(over, NORM, -1), state.loss": "any but those of a skip",

@@ -134,7 +134,10 @@ def test_clipped_scion_of_one_matrix_is_muons_steepest_descent_with_a_bound():
         (1.875, -1.25, 0.375), 20, 0.9, nesterov=False, adaptive=True
     )
     tx = optax.chain(newton, oc.spectral_clip(2.0), optax.scale_by_learning_rate(0.1))
-    np.testing.assert_allclose(followed(tx, params, grads), list(leaf(params, grads)), atol=5e-3)
+    # Without LLVM's optimizations, as tests compile, the XLA of JAX 0.7 is off by 1% where the clip
+    # changes nothing, if Muon is in the same program. Compiled as users do, it is not.
+    atol = 1e-5 if jax.__version_info__ >= (0, 10) else 5e-3
+    np.testing.assert_allclose(followed(tx, params, grads), list(leaf(params, grads)), atol=atol)
 
 
 def shared(bound, params):

@@ -273,6 +273,7 @@ def test_a_threshold_has_the_defaults_of_its_paper(clip, threshold):
         (oc.thresholds.param_relative, "floor", 1e-3),  # of AGC, in its authors' code
         (oc.per_example.per_example_normalize, "gamma", 0.01),  # AUTO-S's
         (oc.per_example.psac, "r", 0.1),  # ours
+        (oc.thresholds.window_zscore, "signed", False),
     ],
 )
 def test_defaults_are_the_papers(call, name, default):
@@ -440,6 +441,16 @@ def test_a_composite_of_a_learned_threshold_learns(make):
     assert learns(make(oc.thresholds.zscore()).update)
     # It bounds growth, and looks for no spikes.
     assert not learns(make(2.0).update) and not learns(make(oc.thresholds.previous()).update)
+
+
+def test_a_bound_from_before_this_norm_is_learned():
+    assert learns(oc.thresholds.lag(optax.scale(2.0)).update)
+
+
+def test_a_norm_is_one_object_so_that_nothing_compiles_again_for_it():
+    assert oc.norms.lp(3) is oc.norms.lp(3)
+    for p, norm in ((1, oc.norms.l1), (2, oc.norms.l2), (np.inf, oc.norms.linf)):
+        assert oc.norms.lp(p) is norm
 
 
 SHARE = oc.thresholds.param_relative(0.1)
