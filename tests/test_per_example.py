@@ -588,9 +588,13 @@ class WithBatchNorm(linen.Module):
         return jnp.sum(linen.Dense(2)(norm(linen.Dense(4)(x))))
 
 
+@functools.cache
+def batch_norm_variables():
+    return jax.jit(WithBatchNorm().init)(key(0), normal(1, 3))
+
+
 def in_linen_with_batch_norm(returned, axis_name=None, mutable=("batch_stats",)):
-    net = WithBatchNorm(axis_name)
-    variables = jax.jit(WithBatchNorm().init)(key(0), normal(1, 3))
+    net, variables = WithBatchNorm(axis_name), batch_norm_variables()
 
     def loss(params, x):
         variables_now = {**variables, "params": params}
@@ -662,8 +666,7 @@ def test_an_error_of_the_loss_is_quoted():
 
 
 def test_batch_norm_with_fixed_statistics_is_fine():
-    net = WithBatchNorm()
-    variables = jax.jit(net.init)(key(0), normal(1, 3))
+    net, variables = WithBatchNorm(), batch_norm_variables()
 
     def loss(params, x, stats):
         return net.apply({"params": params, "batch_stats": stats}, x, train=False)
