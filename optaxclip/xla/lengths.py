@@ -141,10 +141,11 @@ def _chosen(norm: Norm, pools: list[jax.Array], scales, count) -> jax.Array:
 
     NaN and infinity come out of the smallest scale.
     """
-    length = norm.finish(pools[-1], count) / scales[-1]
-    for pool, scale in list(zip(pools, scales, strict=True))[-2::-1]:
-        length = jnp.where(jnp.isfinite(pool), norm.finish(pool, count) / scale, length)
-    return length
+    pool, scale = pools[-1], np.asarray(scales[-1], pools[-1].dtype)
+    for larger, at in list(zip(pools, scales, strict=True))[-2::-1]:
+        fits = jnp.isfinite(larger)
+        pool, scale = jnp.where(fits, larger, pool), jnp.where(fits, scale.dtype.type(at), scale)
+    return norm.finish(pool, count) / scale
 
 
 def _inside(pools: jax.Array, count, dtype, units: bool) -> jax.Array:
