@@ -37,10 +37,12 @@ def choose(norm: Norm, pools: list[jax.Array], scales, count) -> jax.Array:
 
     NaN and infinity come out of the smallest scale.
     """
-    length = norm.finish(pools[-1], count) / scales[-1]
-    for pool, scale in list(zip(pools, scales, strict=True))[-2::-1]:
-        length = jnp.where(jnp.isfinite(pool), norm.finish(pool, count) / scale, length)
-    return length
+    pool, scale = pools[-1], np.asarray(scales[-1], pools[-1].dtype)
+    # Chosen before the root, which a TPU would otherwise take at each scale.
+    for larger, at in list(zip(pools, scales, strict=True))[-2::-1]:
+        fits = jnp.isfinite(larger)
+        pool, scale = jnp.where(fits, larger, pool), jnp.where(fits, scale.dtype.type(at), scale)
+    return norm.finish(pool, count) / scale
 
 
 def is_exact(pools: jax.Array, count, dtype, units: bool) -> jax.Array:

@@ -79,8 +79,9 @@ def stack(pieces: list[jax.Array], ndim: int) -> jax.Array:
         return join(pieces, ndim)
 
     def select(part):
-        place = np.arange(len(part)).reshape(-1, *[1] * (ndim - 1))
-        met = jnp.broadcast_to(part[0], (len(part), *part[0].shape))
+        # Not of NumPy's: XLA:TPU reads a constant mask from memory.
+        place = lax.broadcasted_iota(np.int32, (len(part), *part[0].shape), 0)
+        met = jnp.broadcast_to(part[0], place.shape)
         for i, x in enumerate(part[1:], start=1):
             met = jnp.where(place == i, x, met)
         return met

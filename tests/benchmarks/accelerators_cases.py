@@ -138,6 +138,9 @@ def choose_rows(
     names = clips or (everything if case in WIDE else (*FEW, *BY_LAYER))
     if not is_stacked(case.model):
         names = [name for name in names if name not in BY_LAYER]
+    # Of Optax's for stacked layers there is but one axis for all leaves, and a vector lacks it.
+    if case.model.endswith("-stacked"):
+        names = [name for name in names if name != "adaptive_grad_clip"]
     # In `shard_map` a device keeps the norms of its own units: no spec of a state says that.
     return [name for name in names if case.form != "shard_map" or name != "adaptive_grad_clip"]
 

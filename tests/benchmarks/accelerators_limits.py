@@ -15,6 +15,7 @@ WHOLE = ("clip_by_global_norm",)
 LEARNED = ("zclip", "autoclip", "quantile_clip", "clip_by_median", "skip_spikes")
 GROUPED = ("adagc", "clip_by_group_norm")
 BY_NORM = (*WHOLE, *LEAF, *LEARNED, *GROUPED)
+LAYERS = ("clip_by_leaf_norm, stacked", "clip_by_group_norm, stacked")
 UNITS = ("adaptive_grad_clip",)
 VALUES = ("clip",)
 
@@ -47,9 +48,10 @@ LIMITS = (
     Limit("gpu", "gpt2", UNITS, "kernels", 100),
     Limit("gpu", "gpt2-xl", LEAF, "kernels", 120),
     Limit("gpu", "gpt2-xl", UNITS, "kernels", 600),
+    Limit("gpu", "gpt2-stacked", LAYERS, "kernels", 0, 1, LEAF[0]),
     Limit("gpu", "", VALUES, "kernels", 10, 1, NONE),
     # In float32: 32.1 for norms, 40.2 for units, 28.1 for values.
-    Limit("gpu", "", BY_NORM, "bytes", 0.1, 1, PEER),
+    Limit("gpu", "", (*BY_NORM, *LAYERS), "bytes", 0.1, 1, PEER),
     Limit("gpu", "", UNITS, "bytes", 4.2, 1, PEER),
     Limit("gpu", "", VALUES, "bytes", 0.1, 1, NONE),
     Limit("gpu", "gpt2-xl", (*WHOLE, *LEAF, *UNITS), "temporaries", 0.01),
