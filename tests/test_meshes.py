@@ -4,11 +4,13 @@ numbers of one device.
 
 import math
 import re
+from functools import partial
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -184,6 +186,42 @@ def test_explicit_sharding(alone):
                 grads,
             )
         )
+
+
+WITH_NUMBERS = {
+    "adagc": (oc.adagc, {"warmup_steps": 1, "relearn_after": 3}),
+    "adaptive_grad_clip": (oc.adaptive_grad_clip, {"clipping": 0.1}),
+    "band_clip": (oc.band_clip, {"low": 0.5}),
+    "clip": (oc.clip, {"max_delta": 0.5}),
+    "clip_by_global_norm": (oc.clip_by_global_norm, {"max_norm": 1.0}),
+    "clip_by_log_zscore": (oc.clip_by_log_zscore, {"z": 2.0}),
+    "clippy": (oc.clippy, {}),
+    "clip_by_value": (oc.clip_by_value, {"lower": -0.5, "upper": 0.5}),
+    "limit_norm_growth": (oc.limit_norm_growth, {}),
+    "quantile_clip": (oc.quantile_clip, {"quantile": 0.4}),
+    "smooth_clip": (oc.smooth_clip, {"max_norm": 1.0}),
+    "zclip": (oc.zclip, {"z": 1.5, "warmup_steps": 1}),
+}
+
+
+def test_explicit_sharding_with_injected_numbers():
+    """Arrays that a clip closes over are of the Explicit mesh, its own code is not."""
+    mesh = mesh_of("2x4", AxisType.Explicit)
+    plain = {n: make(**w) for n, (make, w) in WITH_NUMBERS.items()}
+    injected = {n: optax.inject_hyperparams(make)(**w) for n, (make, w) in WITH_NUMBERS.items()}
+
+    def init(clips, grads):
+        return {n: tx.init(grads) for n, tx in clips.items()}
+
+    def run(clips, grads, states):
+        return {n: tx.update(grads, states[n], grads)[0] for n, tx in clips.items()}
+
+    with jax.set_mesh(mesh):
+        shardings = {name: NamedSharding(mesh, spec) for name, spec in LAYOUTS["2x4"].items()}
+        grads = jax.device_put(GRADS, shardings)
+        got = jax.jit(partial(run, injected))(grads, init(injected, grads))
+    want = jax.jit(partial(run, plain))(GRADS, init(plain, GRADS))
+    close(jax.tree.map(np.asarray, got), want)
 
 
 @pytest.mark.parametrize(

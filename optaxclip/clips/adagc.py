@@ -76,8 +76,8 @@ def adagc(
         # Starts at the first norm even without warm-up: an average with infinity would be NaN, and
         # a mean that started at 0 would hold the leaf there forever.
         old = jnp.where(seen == 0, norm, mean)
-        moved = old + like(1 - decay, norm) * (norm - old)
-        return jnp.where(seen < warmup_steps, jnp.minimum(old, norm), moved)
+        moved = old + like(1 - xla.here(decay), norm) * (norm - old)
+        return jnp.where(seen < xla.here(warmup_steps), jnp.minimum(old, norm), moved)
 
     threshold = learned(
         Statistic(math.inf, learn, lambda norm, mean, seen: like(ratio, norm) * mean),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate
+from optaxclip import scopes, validate, xla
 from optaxclip.actions import band
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
 from optaxclip.core import clip_by
@@ -70,7 +70,8 @@ def band_clip(
 
     def hold(norms, bounds):
         # Before the first norm the bound is infinite, and a share of infinity is not a floor.
-        lowest = jnp.where(jnp.isinf(bounds), 0, bounds * like(low / high, norms))
+        share = like(xla.here(low) / xla.here(high), norms)
+        lowest = jnp.where(jnp.isinf(bounds), 0, bounds * share)
         return jnp.clip(norms, lowest, bounds)
 
     statistic = Statistic(0.0, learn, lambda norm, mean, seen: like(high, norm) * mean)

@@ -10,6 +10,7 @@ from optaxclip import scopes, validate
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
 from optaxclip.core import clip_by
 from optaxclip.norms import linf
+from optaxclip.thresholds.learned import like
 
 
 @validate.named
@@ -60,7 +61,7 @@ def clippy(
     def ratio(update, param):
         size = jnp.abs(param)
         # Cast instead of `float(...)`, because under `inject_hyperparams` both are tracers.
-        share, least = (jnp.asarray(x).astype(size.dtype) for x in (relative, absolute))
+        share, least = (like(x, size) for x in (relative, absolute))
         # The inverse of the paper's ratio, so that an element that does not move gives 0, not 0/0.
         return jnp.abs(update) / (share * size + least).astype(update.real.dtype)
 

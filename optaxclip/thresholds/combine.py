@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import feeds, validate
+from optaxclip import feeds, validate, xla
 from optaxclip.base import Feed, Threshold, annotate
 from optaxclip.thresholds.blocks import hold, new_threshold
 from optaxclip.thresholds.convert import as_threshold
@@ -179,7 +179,7 @@ def param_relative(
     def bound(ratio, size):
         if floor is None:
             return jnp.where(size == 0, np.asarray(np.inf, size.dtype), ratio * size)
-        return ratio * jnp.maximum(size, jnp.asarray(floor).astype(size.dtype))
+        return ratio * jnp.maximum(size, jnp.asarray(xla.here(floor)).astype(size.dtype))
 
     def update_fn(norms, state, params=None, **extra_args):
         if params is None:

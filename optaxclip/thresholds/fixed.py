@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import validate
+from optaxclip import validate, xla
 from optaxclip.base import Norms, annotate
 from optaxclip.thresholds.blocks import Fixed, new_threshold
 
 
 def _bound_like(bound: Any, norms: jax.Array) -> jax.Array:
     """A number, or one number per block, in the shape and dtype of the norms."""
+    bound = xla.here(bound)
     # No broadcasting: bounds (3, 1) for norms (3,) would make factors (3, 3).
     if jnp.ndim(bound) and jnp.shape(bound) != norms.shape:
         raise ValueError(

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import feeds, validate
+from optaxclip import feeds, validate, xla
 from optaxclip.base import Feed, Threshold, annotate
 from optaxclip.thresholds.blocks import new_threshold, over_blocks, start_blocks
 from optaxclip.thresholds.convert import as_threshold
@@ -115,7 +115,7 @@ def learned(
         # A user's statistic may return another dtype, which strict promotion would not mix.
         bound = statistic.bound(norm, value, seen).astype(norm.dtype)
         # Both bounds are computed, because blocks warm up one by one: each has its own count.
-        bound = jnp.where(seen < warmup_steps, warmup_bound, bound)
+        bound = jnp.where(seen < xla.here(warmup_steps), warmup_bound, bound)
         if not update_first:
             value, seen = _learn(statistic, feed(norm, bound), value, seen)
         state = BlockState(value, seen, jnp.where(norm > bound, optax.safe_increment(over), 0))
@@ -163,12 +163,13 @@ def _reset(statistic: Statistic, norm, state: BlockState, relearn_after) -> Bloc
     # Computed at every step and selected: under `vmap` a `cond` would do the same.
     start = start_blocks(BlockState(statistic.start, 0, 0), norm)
     fresh = BlockState(*_learn(statistic, norm, start.value, start.seen), start.over)
-    return jax.tree.map(lambda a, b: jnp.where(state.over >= relearn_after, a, b), fresh, state)
+    locked = state.over >= xla.here(relearn_after)
+    return jax.tree.map(lambda a, b: jnp.where(locked, a, b), fresh, state)
 
 
 def like(value: Any, norm: jax.Array) -> jax.Array:
     """A number, array or tracer in the dtype of the norm."""
-    return jnp.asarray(value).astype(norm.dtype)
+    return jnp.asarray(xla.here(value)).astype(norm.dtype)
 
 
 def empty(*shape: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import feeds, validate
+from optaxclip import feeds, validate, xla
 from optaxclip.base import Feed, annotate
 from optaxclip.thresholds.learned import Statistic, learned, like
 
@@ -24,7 +24,7 @@ def debiased_weight(decay, norm, seen):
     """The weight of the t-th norm in an average with decay β: (1 - β) / (1 - βᵗ), at most 1."""
     # 1 - β is taken before rounding to float32, and 1 - βᵗ by logarithms: a float32 difference of
     # two numbers close to 1 loses half its digits.
-    log = jnp.log1p(-like(1 - decay, norm))
+    log = jnp.log1p(-like(1 - xla.here(decay), norm))
     # Plus 1 after the cast: `seen` stops at the largest int32, and one more would be negative.
     return jnp.minimum(jnp.expm1(log) / jnp.expm1((like(seen, norm) + 1) * log), 1)
 
@@ -148,8 +148,8 @@ def zscore(
     validate.choice(get_args(Target), target=target)
 
     def learn(norm, value, seen):
-        warm = seen < warmup_steps
-        weight = jnp.where(warm, 1 / like(seen + 1, norm), like(1 - decay, norm))
+        warm = seen < xla.here(warmup_steps)
+        weight = jnp.where(warm, 1 / like(seen + 1, norm), like(1 - xla.here(decay), norm))
         # After the warm-up the deviation is taken from the updated mean, as in the paper: hence the
         # square.
         return _move(norm, value, weight, weight * (1 - weight) * jnp.where(warm, 1, 1 - weight))
@@ -212,7 +212,7 @@ def log_zscore(
     validate.choice(("mean", "threshold"), target=target)
 
     def learn(norm, value, seen):
-        weight = jnp.maximum(like(1 - decay, norm), 1 / like(seen + 1, norm))
+        weight = jnp.maximum(like(1 - xla.here(decay), norm), 1 / like(seen + 1, norm))
         # The logarithm of a zero is infinite, but a zero is not learned.
         return _move(jnp.log(norm), value, weight, weight * (1 - weight))
 

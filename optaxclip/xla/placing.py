@@ -52,6 +52,16 @@ def spec_of(x: Any) -> PartitionSpec:
     return jax.typeof(x).sharding.spec
 
 
+def here(x: Any) -> Any:
+    """A number or array that a function closes over, as it may be used in `call_in_auto_axes`."""
+    mesh = jax.typeof(x).sharding.mesh if isinstance(x, jax.Array) else None
+    if mesh is None or mesh.empty or mesh == jax.sharding.get_abstract_mesh():
+        return x
+    # What comes out of such a call is cast to the axes around it.
+    cast: Any = jax.sharding.explicit_axes(lambda: x, in_sharding=())
+    return cast()
+
+
 def call_in_auto_axes(
     function: Callable[..., tuple[list[jax.Array], Any]],
     arrays: list[jax.Array],
