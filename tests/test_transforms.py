@@ -148,6 +148,13 @@ def test_every_row_is_exported_for_every_platform():
     assert jax.tree.map(jnp.shape, there) == jax.tree.map(jnp.shape, here)
 
 
+def test_an_exported_clip_gives_the_same_numbers():
+    tx, grads = optaxclip.zclip(), {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3)}
+    state = tx.init(grads)
+    exported = jax.export.export(jax.jit(tx.update), platforms=("cpu", "cuda"))(grads, state)
+    chex.assert_trees_all_close(exported.call(grads, state), tx.update(grads, state), rtol=1e-6)
+
+
 class Layer(nnx.Module):
     def __init__(self):
         self.params = nnx.data({name: nnx.Param(p) for name, p in PARAMS.items()})
