@@ -110,7 +110,7 @@ def smooth(p: ArrayLike = 2.0) -> Action:
         ratio = _factor(jnp.where(over, bounds, norms), jnp.where(over, norms, bounds))
         ratio = jnp.where((norms == 0) | _are_free(bounds), 0, ratio)
         # Cast, because p may be a NumPy float64 or a tracer in the dtype of the parameters.
-        power = jnp.asarray(xla.here(p)).astype(ratio.dtype)
+        power = xla.like(p, ratio)
         shrink = (1 + ratio**power) ** (-1 / power)
         return jnp.where(over, ratio, 1) * shrink
 
@@ -141,11 +141,8 @@ def band(low: ArrayLike = 0.0, *, floor: ArrayLike = 0.0) -> Action:
 
     def rule(norms, bounds):
         # Without a bound there is no relative floor: 0 · inf would be NaN.
-        share = jnp.asarray(xla.here(low)).astype(norms.dtype)
-        relative = share * jnp.where(_are_free(bounds), 0, bounds)
-        lowest = jnp.minimum(
-            jnp.maximum(relative, jnp.asarray(xla.here(floor), norms.dtype)), bounds
-        )
+        relative = xla.like(low, norms) * jnp.where(_are_free(bounds), 0, bounds)
+        lowest = jnp.minimum(jnp.maximum(relative, xla.like(floor, norms)), bounds)
         return _factor(jnp.clip(norms, lowest, bounds), norms)
 
     given = f"{low}" if isinstance(floor, float) and floor == 0 else f"{low}, floor={floor}"

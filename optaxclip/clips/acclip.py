@@ -13,8 +13,8 @@ from optaxclip.base import Exclude, annotate
 from optaxclip.clips.carry import start_carry
 from optaxclip.engine import Description
 from optaxclip.states import StateGuard
-from optaxclip.thresholds.learned import like
 from optaxclip.trees import select
+from optaxclip.xla import like
 
 
 class ACClipState(NamedTuple):

@@ -16,7 +16,8 @@ from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
 from optaxclip.thresholds.blocks import new_threshold
 from optaxclip.thresholds.convert import as_threshold
-from optaxclip.thresholds.learned import Statistic, learned, like
+from optaxclip.thresholds.learned import Statistic, learned
+from optaxclip.xla import like
 
 
 @validate.named

@@ -10,8 +10,9 @@ from optaxclip import scopes, validate, xla
 from optaxclip.actions import band
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
 from optaxclip.core import clip_by
-from optaxclip.thresholds.learned import Statistic, learned, like
+from optaxclip.thresholds.learned import Statistic, learned
 from optaxclip.thresholds.running import debiased_weight
+from optaxclip.xla import like
 
 
 @validate.named

@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
-from optaxclip.thresholds.learned import like
+from optaxclip.xla import like
 
 
 @validate.named

@@ -10,7 +10,7 @@ from optaxclip import scopes, validate
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
 from optaxclip.core import clip_by
 from optaxclip.norms import linf
-from optaxclip.thresholds.learned import like
+from optaxclip.xla import like
 
 
 @validate.named

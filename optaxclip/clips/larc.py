@@ -16,7 +16,7 @@ from optaxclip.core import clip_by
 from optaxclip.engine import chain
 from optaxclip.thresholds.blocks import new_threshold
 from optaxclip.thresholds.convert import as_threshold
-from optaxclip.thresholds.learned import like
+from optaxclip.xla import like
 
 
 @validate.named

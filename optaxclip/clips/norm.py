@@ -27,7 +27,7 @@ from optaxclip.core import clip_by
 from optaxclip.norms import as_norm, l2
 from optaxclip.thresholds.by_name import each_by_name
 from optaxclip.thresholds.convert import as_threshold
-from optaxclip.thresholds.learned import like
+from optaxclip.xla import like
 
 
 @validate.named

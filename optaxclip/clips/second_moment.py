@@ -18,7 +18,7 @@ from optaxclip.clips.elements import clip_each
 from optaxclip.engine import description_of
 from optaxclip.states import StateGuard
 from optaxclip.thresholds.fixed import advance
-from optaxclip.thresholds.learned import like
+from optaxclip.xla import like
 
 
 class SecondMomentState(NamedTuple):

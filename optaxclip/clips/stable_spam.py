@@ -16,9 +16,10 @@ from optaxclip.base import AxisNames, Exclude, Nonfinite, Norms, Scope
 from optaxclip.core import clip_by, decide
 from optaxclip.engine import Description, Rule, build
 from optaxclip.norms import linf
-from optaxclip.thresholds.learned import Statistic, learned, like
+from optaxclip.thresholds.learned import Statistic, learned
 from optaxclip.thresholds.running import debiased_weight
 from optaxclip.trees import Leaves
+from optaxclip.xla import like
 
 
 @validate.named

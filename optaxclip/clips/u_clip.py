@@ -17,8 +17,8 @@ from optaxclip.engine import description_of
 from optaxclip.states import StateGuard
 from optaxclip.thresholds.blocks import Fixed, new_threshold
 from optaxclip.thresholds.convert import as_threshold
-from optaxclip.thresholds.learned import like
 from optaxclip.trees import Leaves, select
+from optaxclip.xla import like
 
 
 class CarryState(NamedTuple):

@@ -124,7 +124,7 @@ def _limits(*limits: Any) -> optax.GradientTransformationExtraArgs:
         each = (limit(step) if callable(limit) else limit for limit in limits)
         # Arrays are made only here: made with the clip, they would start JAX's backend, or leak a
         # tracer of the `jit` that the clip is built in.
-        return tuple(jnp.asarray(xla.here(limit)).astype(norm.dtype) for limit in each)
+        return tuple(xla.like(limit, norm) for limit in each)
 
     def fixed_fn(norms, state, params=None, **extra_args):
         return at(0, norms), state

@@ -179,7 +179,7 @@ def param_relative(
     def bound(ratio, size):
         if floor is None:
             return jnp.where(size == 0, np.asarray(np.inf, size.dtype), ratio * size)
-        return ratio * jnp.maximum(size, jnp.asarray(xla.here(floor)).astype(size.dtype))
+        return ratio * jnp.maximum(size, xla.like(floor, size))
 
     def update_fn(norms, state, params=None, **extra_args):
         if params is None:

@@ -167,11 +167,6 @@ def _reset(statistic: Statistic, norm, state: BlockState, relearn_after) -> Bloc
     return jax.tree.map(lambda a, b: jnp.where(locked, a, b), fresh, state)
 
 
-def like(value: Any, norm: jax.Array) -> jax.Array:
-    """A number, array or tracer in the dtype of the norm."""
-    return jnp.asarray(xla.here(value)).astype(norm.dtype)
-
-
 def empty(*shape: int) -> np.ndarray:
     """Space for norms not seen yet, filled with infinity, which no stored norm can be."""
     # NumPy, because a JAX constant in a closure would start a backend when a clip is built.

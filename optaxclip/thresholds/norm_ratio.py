@@ -7,7 +7,8 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import feeds, validate
-from optaxclip.thresholds.learned import Statistic, learned, like
+from optaxclip.thresholds.learned import Statistic, learned
+from optaxclip.xla import like
 
 
 @validate.named

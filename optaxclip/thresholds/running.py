@@ -15,7 +15,8 @@ from jax.typing import ArrayLike
 
 from optaxclip import feeds, validate, xla
 from optaxclip.base import Feed, annotate
-from optaxclip.thresholds.learned import Statistic, learned, like
+from optaxclip.thresholds.learned import Statistic, learned
+from optaxclip.xla import like
 
 Target = Literal["adaptive", "mean", "threshold"]
 

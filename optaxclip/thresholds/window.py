@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
 from optaxclip.base import Threshold
-from optaxclip.thresholds.learned import Statistic, empty, learned, like
+from optaxclip.thresholds.learned import Statistic, empty, learned
+from optaxclip.xla import like
 
 
 class SortedRing(NamedTuple):

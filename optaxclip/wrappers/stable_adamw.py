@@ -15,9 +15,8 @@ from optaxclip.core import clip_by
 from optaxclip.engine import chain, description_of
 from optaxclip.norms import rms
 from optaxclip.states import StateGuard, explain_leaves, init_inside
-from optaxclip.thresholds.learned import like
 from optaxclip.trees import drop_gradientless
-from optaxclip.xla import root, widen
+from optaxclip.xla import like, root, widen
 
 
 class StableRmsState(NamedTuple):

@@ -28,7 +28,7 @@ from optaxclip.xla.mesh import (
     hold_somewhere,
     is_names,
 )
-from optaxclip.xla.placing import call_in_auto_axes, fill_like, here, is_shared, vary, vary_as
+from optaxclip.xla.placing import call_in_auto_axes, fill_like, here, is_shared, like, vary, vary_as
 from optaxclip.xla.scaling import as_dtype_of, scale, spread
 from optaxclip.xla.units import place_units
 from optaxclip.xla.widths import accumulator, largest, poison, root, smallest, times, widen
@@ -54,6 +54,7 @@ __all__ = [
     "join_lengths",
     "largest",
     "lay_out",
+    "like",
     "measure",
     "place_units",
     "poison",

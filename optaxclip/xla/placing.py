@@ -62,6 +62,11 @@ def here(x: Any) -> Any:
     return cast()
 
 
+def like(value: Any, x: jax.Array) -> jax.Array:
+    """A number, array or tracer that a function closes over, in the dtype of `x`."""
+    return jnp.asarray(here(value)).astype(x.dtype)
+
+
 def call_in_auto_axes(
     function: Callable[..., tuple[list[jax.Array], Any]],
     arrays: list[jax.Array],
