@@ -117,7 +117,7 @@ def lay_out(blocks: Blocks, paths: Sequence[str], shapes, span: Span = NOWHERE) 
 
 def _span_layers(blocks: Blocks, span: Span) -> Span:
     """The span of leaves of which it is known over which mesh axes their layers are cut."""
-    if not blocks.over or not span.sizes:
+    if not blocks.over or not span.mesh:
         return span
     own = span.leaves or (frozenset(),) * len(blocks.over)
     leaves = tuple(one.union(more) for one, more in zip(own, blocks.over, strict=True))

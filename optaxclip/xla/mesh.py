@@ -34,13 +34,14 @@ class Span(NamedTuple):
         spread.
       axes: all axes that occur, in order: pooled values are combined over these.
       explicit: whether the caller named the axes.
-      sizes: of all mesh axes along which code runs per device, on which blocks may depend.
+      mesh: all mesh axes along which code runs per device, with their sizes. Blocks may depend on
+        both, and layouts are cached by the span.
     """
 
     leaves: tuple[frozenset[str], ...] = ()
     axes: tuple[str, ...] = ()
     explicit: bool = False
-    sizes: tuple[int, ...] = ()
+    mesh: tuple[tuple[Any, int], ...] = ()
 
     def parts(self, leaf: int) -> int:
         """How many devices share leaf `leaf`."""
@@ -168,7 +169,7 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
         tuple(said),
         tuple(sorted(frozenset().union(*said, *typed))),
         axis_names is not None,
-        tuple(map(lax.axis_size, axes)),
+        tuple((axis, lax.axis_size(axis)) for axis in axes),
     )
 
 
