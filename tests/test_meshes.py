@@ -152,6 +152,31 @@ def test_in_shard_map(alone, name):
         close(run(grads), {n: want[n] for n in IN_PARTS})
 
 
+ROWS = CLIPS | {case.name: case.make(1.0) for case in CASES}
+ROWS |= {case.name: case.make() for case in ADAPTIVE}
+ROWS |= {name: make() for name, make in (OTHERS | HOLDERS).items()}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_states_that_lie_on_a_mesh_need_no_context(kind):
+    """All rows, with a state that an earlier step left on the mesh, outside `jax.set_mesh`."""
+    mesh = mesh_of("2x4", kind)
+
+    def lie(tree, specs):
+        return jax.tree.map(
+            lambda x, spec: x.update(sharding=NamedSharding(mesh, spec)), tree, specs
+        )
+
+    shapes = jax.eval_shape(lambda: GRADS)
+    for layout in (dict.fromkeys(GRADS, P()), LAYOUTS["2x4"]):
+        grads = lie(shapes, layout)
+        for tx in ROWS.values():
+            made = jax.jit(tx.init).trace(grads)
+            specs = [x.sharding.spec for x in made.jaxpr.out_avals]
+            state = lie(made.out_info, jax.tree.unflatten(jax.tree.structure(made.out_info), specs))
+            jax.jit(tx.update).trace(grads, state, grads)
+
+
 def test_explicit_sharding(alone):
     """With explicit axes, updates have the sharding types of the gradients."""
     mesh = mesh_of("2x4", AxisType.Explicit)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip.compat import manual_axes, to_varying, varying_axes
@@ -54,8 +54,11 @@ def spec_of(x: Any) -> PartitionSpec:
 
 def here(x: Any) -> Any:
     """A number or array that a function closes over, as it may be used in `call_in_auto_axes`."""
-    mesh = jax.typeof(x).sharding.mesh if isinstance(x, jax.Array) else None
-    if mesh is None or mesh.empty or mesh == jax.sharding.get_abstract_mesh():
+    if not isinstance(x, jax.Array):
+        return x
+    kinds = jax.typeof(x).sharding.mesh.axis_types, jax.sharding.get_abstract_mesh().axis_types
+    # Arrays of Auto axes have a mesh as well, but may be used anywhere.
+    if AxisType.Explicit not in kinds[0] or AxisType.Auto not in kinds[1]:
         return x
     # What comes out of such a call is cast to the axes around it.
     cast: Any = jax.sharding.explicit_axes(lambda: x, in_sharding=())
