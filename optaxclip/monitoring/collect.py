@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from optaxclip import validate
 from optaxclip.monitoring.display import describe_columns
+from optaxclip.monitoring.fits import MISSING
 from optaxclip.states import kind_of
 
 # Steps fetched together: few enough for the device to hold, enough to spread the cost.
@@ -26,7 +27,8 @@ class History:
     The scalars of a step are copied into one array on the device, so that their buffers may be
     donated to the next step, and are fetched together with those of other steps. Memory is bounded:
     a full history keeps every other step, then every fourth and so on, plus the steps at which
-    something stands out from its neighbours.
+    something stands out from its neighbours. Steps with a key that others lack, such as a loss that
+    is logged now and then, are counted by themselves.
 
     Args:
       window: how many of the last steps to keep; None: the whole run, thinned out.
@@ -55,9 +57,12 @@ class History:
                 none = ", or None" if name == "window" else ""
                 raise validate.fail(f"{name} must be {whole} {least}{none}", x, call="History")
         self._window, self._every, self._max_steps = window, every, max_steps
-        self._appended, self._stride = 0, every
-        self._waiting: list[tuple[int, dict[Any, Any]]] = []
-        # The column of each key, and tables of rows. Column 0 of a table is the step.
+        self._appended, self._stride = 0, 1
+        # How many rows there were with each set of keys.
+        self._alike: Counter[frozenset[str]] = Counter()
+        self._waiting: list[tuple[int, int, dict[Any, Any]]] = []
+        # The column of each key, and tables of rows. Column 0 of a table is the step, and column 1
+        # the number of the row among those with the same keys.
         self._columns: dict[str, int] = {}
         self._tables: list[np.ndarray] = []
 
@@ -75,27 +80,29 @@ class History:
         self._appended += 1
         if (self._appended - 1) % self._every:
             return
-        packed = _pack({**metrics, **more})
+        row = {**metrics, **more}
+        packed, keys = _pack(row), frozenset(row)
+        self._alike[keys] += 1
         for x in packed.values():
             # The copy runs while the device continues, so that nothing waits for it later.
             if isinstance(x, jax.Array):
                 x.copy_to_host_async()
-        self._waiting.append((self._appended, packed))
+        self._waiting.append((self._appended, self._alike[keys], packed))
         if len(self._waiting) >= _BATCH:
             self._fetch()
 
     def _fetch(self) -> None:
         """Brings the waiting steps from the device to the host, as one more table."""
         waiting, self._waiting = self._waiting, []
-        read = jax.device_get([packed for _, packed in waiting])
+        read = jax.device_get([packed for *_, packed in waiting])
         # Rows with the same keys in the same groups are filled together.
         alike = defaultdict(list)
         for i, packed in enumerate(read):
             alike[tuple(packed)].append(i)
         for name in (name for groups in alike for group in groups for name in group[0]):
-            self._columns.setdefault(name, len(self._columns) + 1)
-        table = np.full((len(waiting), len(self._columns) + 1), np.nan)
-        table[:, 0] = [step for step, _ in waiting]
+            self._columns.setdefault(name, len(self._columns) + 2)
+        table = np.full((len(waiting), len(self._columns) + 2), MISSING)
+        table[:, :2] = [numbers for *numbers, _ in waiting]
         for groups, rows in alike.items():
             for group in groups:
                 columns = [self._columns[name] for name in group[0]]
@@ -106,17 +113,18 @@ class History:
 
     def _join(self) -> np.ndarray:
         """Joins the tables into one, and thins it out if it is full."""
-        width = len(self._columns) + 1
+        width = len(self._columns) + 2
         padded = [
-            np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=np.nan)
+            np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=MISSING)
             for x in self._tables
         ]
         table = np.concatenate(padded) if padded else np.empty((0, width))
         if self._window:
             return table[-self._window :]
         full, table = len(table) > self._max_steps, _thin(table, self._stride)
-        # To well below the limit: thinning at every batch would have a quadratic cost.
-        while full and len(table) > self._max_steps * 3 // 4:
+        # To well below the limit: thinning at every batch would have a quadratic cost. The first
+        # row of each set of keys always stays, so there may be more than that.
+        while full and len(table) > self._max_steps * 3 // 4 and self._stride < self._appended:
             self._stride *= 2
             table = _thin(table, self._stride)
         return table
@@ -145,7 +153,7 @@ class History:
 
     def rows(self) -> list[dict[str, float]]:
         """Returns one dict per step, with NaN where a step lacks a key."""
-        return [dict(zip(self._columns, row, strict=True)) for row in self._read()[:, 1:].tolist()]
+        return [dict(zip(self._columns, row, strict=True)) for row in self._read()[:, 2:].tolist()]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns one array per key with one entry per step, NaN where a step lacks the key."""
@@ -175,7 +183,7 @@ def _pack(row: Mapping[str, Any]) -> dict[Any, Any]:
         )
     packed: dict[Any, Any] = {}
     for kind, keys in groups.items():
-        values = [row[key] for key in keys]
+        values = [MISSING if row[key] is None else row[key] for key in keys]
         packed[tuple(keys), kind] = np.array(values, float) if kind == _HOST else _stack(values)
     return packed
 
@@ -203,11 +211,11 @@ def _stack(scalars: list[jax.Array]) -> jax.Array:
 
 def _thin(table: np.ndarray, stride: int) -> np.ndarray:
     """Keeps one step in `stride`, and a quarter more: those that stand out."""
-    regular = (table[:, 0] - 1) % stride == 0
+    regular = (table[:, 1] - 1) % stride == 0
     if regular.all():
         return table
     most = int(regular.sum()) // 4 + 1
-    score = np.where(regular, 0, _stand_out(table[:, 1:], most))
+    score = np.where(regular, 0, _stand_out(table[:, 2:], most))
     extra = np.argsort(score)[-most:]
     return table[np.union1d(np.flatnonzero(regular), extra[score[extra] > 0])]
 
