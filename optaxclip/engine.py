@@ -28,11 +28,11 @@ from optaxclip.base import (
     annotate,
 )
 from optaxclip.compat import varying_axes
-from optaxclip.record import Step, fresh_metrics, pack_names, record
+from optaxclip.record import Step, fresh_metrics, record
 from optaxclip.scopes import leaf, tree
 from optaxclip.states import ParamsMemory, StateGuard, explain_leaves, init_inside
 from optaxclip.thresholds.blocks import hold, reads_params
-from optaxclip.trees import Leaves, drop_gradientless, match_params, select
+from optaxclip.trees import Leaves, drop_gradientless, match_params, pack_names, select
 
 
 class Description(NamedTuple):

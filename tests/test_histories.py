@@ -9,7 +9,7 @@ import pytest
 
 import optaxclip as oc
 from optaxclip.monitoring.fits import guess_recorded
-from optaxclip.monitoring.history import read_run
+from optaxclip.monitoring.recorded import read_run
 
 N = 200
 RNG = np.random.default_rng(0)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from optaxclip import validate
-from optaxclip.monitoring.collect import History
 from optaxclip.monitoring.fits import MISSING, guess_recorded, is_recorded
+from optaxclip.monitoring.history import History
 from optaxclip.states import kind_of
 
 Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]

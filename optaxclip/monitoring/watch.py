@@ -21,13 +21,12 @@ from optaxclip.monitoring.histograms import BINS, count_elements
 from optaxclip.monitoring.state import Numbers, WatchState, fresh_numbers, pack, unpack
 from optaxclip.monitoring.summary import Summary, summarize, update_episodes, update_nonfinite
 from optaxclip.norms import l2
-from optaxclip.record import metrics_of, pack_names, unpack_names
 from optaxclip.scopes.leaves import as_scope, leaf, tree
 from optaxclip.states import StateGuard, check_names
 from optaxclip.thresholds.blocks import reads_params
 from optaxclip.thresholds.fixed import unchecked
 from optaxclip.thresholds.running import zscore
-from optaxclip.trees import match_params, select
+from optaxclip.trees import match_params, pack_names, select, unpack_names
 
 # The names are keys in users' dashboards.
 _TYPICAL = {"0.1": 0.1, "0.5": 0.5, "1": 1.0, "5": 5.0, "z2.5": zscore(2.5)}
@@ -188,8 +187,8 @@ def _meter(
 
 def _start(meter: optax.GradientTransformationExtraArgs, params: Any) -> tuple[jax.Array, Any]:
     """Returns a zero norm for each block, and the packed names of the blocks."""
-    metrics = metrics_of(meter.init(params))
-    return metrics.grad_norm, metrics.blocks
+    state: Any = meter.init(params)
+    return state.metrics.grad_norm, state.metrics.blocks
 
 
 def _measure(
@@ -197,9 +196,8 @@ def _measure(
 ) -> tuple[jax.Array, tuple[str, ...]]:
     """Returns the norms of the blocks of a tree, and their names."""
     # The fresh state costs nothing under `jit`, because the counters of a meter are not read.
-    _, state = meter.update(updates, meter.init(updates))
-    metrics = metrics_of(state)
-    return metrics.grad_norm, unpack_names(metrics.blocks)
+    state: Any = meter.update(updates, meter.init(updates))[1]
+    return state.metrics.grad_norm, unpack_names(state.metrics.blocks)
 
 
 def _advance(old: Numbers, now: Summary, limit: ArrayLike, tag: jax.Array) -> Numbers:

@@ -11,13 +11,8 @@ import numpy as np
 from optaxclip import validate
 from optaxclip.monitoring.fits import find_runs
 from optaxclip.monitoring.histograms import Histograms, log_edges
-from optaxclip.monitoring.history import (
-    Recorded,
-    RecordedRun,
-    read_run,
-    require_norms,
-)
-from optaxclip.monitoring.tables import is_history
+from optaxclip.monitoring.recorded import RecordedRun, read_run, require_norms
+from optaxclip.monitoring.tables import Recorded, is_history
 from optaxclip.plots.axes import axes_or_new, colors_of, draw_legend_above, format_ticks, name_axes
 
 LINES = ("-", "--", "-.", ":")

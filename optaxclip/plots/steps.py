@@ -8,7 +8,8 @@ import numpy as np
 
 from optaxclip import validate
 from optaxclip.monitoring.fits import is_recorded
-from optaxclip.monitoring.history import Recorded, read_run, require_norms
+from optaxclip.monitoring.recorded import read_run, require_norms
+from optaxclip.monitoring.tables import Recorded
 from optaxclip.plots.axes import (
     axes_or_new,
     colors_of,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from optaxclip import validate
-from optaxclip.monitoring.history import read_run
+from optaxclip.monitoring.recorded import read_run
 from optaxclip.monitoring.tables import is_history
 from optaxclip.states import kind_of
 from optaxclip.tuning.recommendation import Reason, Recommendation

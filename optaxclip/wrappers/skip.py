@@ -21,7 +21,7 @@ from optaxclip.norms import l2
 from optaxclip.thresholds.convert import as_threshold, is_of_gradients
 from optaxclip.thresholds.fixed import unchecked
 from optaxclip.thresholds.window import window_zscore
-from optaxclip.wrappers.steps import LOSS, NONFINITE, NORM, SkipState, skip_by
+from optaxclip.wrappers.steps import skip_by
 
 
 @validate.named
@@ -155,6 +155,3 @@ def _refuse_chain(inner: Any, threshold: Any) -> None:
             f" gradients. {call} wraps one optimizer: put the clip into a chain with it,"
             f" {call}(optax.chain(clip, optimizer), threshold)."
         )
-
-
-__all__ = ["LOSS", "NONFINITE", "NORM", "SkipState", "skip_nonfinite", "skip_spikes"]

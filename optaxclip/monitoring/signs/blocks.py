@@ -6,7 +6,7 @@ import numpy as np
 
 from optaxclip.monitoring import limits
 from optaxclip.monitoring.fits import is_known
-from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.recorded import RecordedRun
 from optaxclip.monitoring.summary import natural_key
 
 

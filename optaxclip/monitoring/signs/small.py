@@ -17,7 +17,7 @@ from optaxclip.monitoring.fits import (
     is_known,
     zeros_at_end,
 )
-from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.recorded import RecordedRun
 from optaxclip.monitoring.signs.blocks import step_at
 from optaxclip.monitoring.summary import natural_key
 
