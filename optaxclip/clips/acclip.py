@@ -14,7 +14,6 @@ from optaxclip.clips.carry import start_carry
 from optaxclip.engine import Description
 from optaxclip.states import StateGuard
 from optaxclip.trees import select
-from optaxclip.xla import like
 
 
 class ACClipState(NamedTuple):
@@ -89,7 +88,7 @@ def scale_by_acclip(
 
 def _step(g, m, size, *numbers):
     """Computes the update of a leaf, and its new m and τ."""
-    rest, pace, power, least = (like(x, size) for x in numbers)
+    rest, pace, power, least = (xla.like(x, size) for x in numbers)
     wide, fine = xla.widen(g), jnp.isfinite(g)
     # `where` on the results: replacing what is not finite by zeros would learn them as gradients.
     moved = jnp.where(fine, m + xla.times(wide - m, rest), m)

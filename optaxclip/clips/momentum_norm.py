@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate, xla
+from optaxclip import scopes, thresholds, validate, xla
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, annotate
 from optaxclip.clips.carry import can_learn, start_carry
 from optaxclip.core import clip_by
 from optaxclip.engine import description_of
 from optaxclip.states import StateGuard
-from optaxclip.thresholds.combine import param_relative
 from optaxclip.trees import select
 
 
@@ -83,7 +82,7 @@ def clip_by_momentum_norm(
     # `param_relative` bounds a block by the norm of whatever tree it gets as `params`. Here
     # `update_fn` passes it the momentum instead.
     shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
-    clip = clip_by(param_relative(ratio, floor=None), scope=scope, **shared)
+    clip = clip_by(thresholds.param_relative(ratio, floor=None), scope=scope, **shared)
 
     def init_fn(params):
         momentum = start_carry(params, exclude)

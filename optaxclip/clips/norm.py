@@ -27,7 +27,6 @@ from optaxclip.core import clip_by
 from optaxclip.norms import as_norm, l2
 from optaxclip.thresholds.by_name import each_by_name
 from optaxclip.thresholds.convert import as_threshold
-from optaxclip.xla import like
 
 
 @validate.named
@@ -83,7 +82,7 @@ def _action(eps: ArrayLike, min_norm: ArrayLike) -> Action:
     # Added before the comparison, as in PyTorch, whose factor is just below 1 at the bound.
     name = f"{action!r} of norms + {eps}"
     # A `Part` has a name; otherwise a reader of the chain would see only a bare lambda.
-    return Part(name, lambda norms, bounds: action(norms + like(eps, norms), bounds))
+    return Part(name, lambda norms, bounds: action(norms + xla.like(eps, norms), bounds))
 
 
 @validate.named

@@ -18,7 +18,6 @@ from optaxclip.clips.elements import clip_each
 from optaxclip.engine import description_of
 from optaxclip.states import StateGuard
 from optaxclip.thresholds.fixed import advance
-from optaxclip.xla import like
 
 
 class SecondMomentState(NamedTuple):
@@ -55,7 +54,7 @@ def _clip_by_rms(
         """Computes the bound of each element of a leaf, and the new √v."""
         # A select, not a `cond`: counters are tracers, and a reset costs no more than the read.
         old = rms if every is None else jnp.where(step == 0, 0, rms)
-        bound, rest = bound_of(old, step), like(1 - decay, rms)
+        bound, rest = bound_of(old, step), xla.like(1 - decay, rms)
         # The size after the clip, as in both codes: a spike enters v at its bound.
         size = jnp.minimum(jnp.abs(xla.widen(x)), bound)
         # √(β·v + (1 - β)·x²) without a square, which would overflow.
@@ -134,7 +133,7 @@ def spam_clip(
     def bound(rms, step):
         # In the authors' code v = 0 makes a bound of 0, and elements clipped to 0 keep v at 0.
         free = (step < warmup_steps) | (rms == 0)
-        return jnp.where(free, math.inf, jnp.sqrt(like(threshold, rms)) * rms)
+        return jnp.where(free, math.inf, jnp.sqrt(xla.like(threshold, rms)) * rms)
 
     clip = clip_each(measure=measure, exclude=exclude, axis_names=axis_names)
     return _clip_by_rms(bound, decay, every, exclude, clip)
@@ -188,10 +187,10 @@ def adamw_clip(
 
     def bound(rms, step):
         # At least 1, to avoid 0/0 at step 0, where v = 0 and nothing is bounded.
-        seen = like(jnp.maximum(step, 1), rms)
+        seen = xla.like(jnp.maximum(step, 1), rms)
         # 1 - βᵗ by `expm1`: in float32 the difference loses its digits for β near 1 and small t.
-        corrected = rms / jnp.sqrt(-jnp.expm1(seen * jnp.log1p(-like(1 - decay, rms))))
-        most = jnp.maximum(like(ratio, rms) * corrected, like(floor, rms))
+        corrected = rms / jnp.sqrt(-jnp.expm1(seen * jnp.log1p(-xla.like(1 - decay, rms))))
+        most = jnp.maximum(xla.like(ratio, rms) * corrected, xla.like(floor, rms))
         return jnp.where((step < warmup_steps) | (rms == 0), math.inf, most)
 
     clip = clip_each(measure=measure, exclude=exclude, axis_names=axis_names)

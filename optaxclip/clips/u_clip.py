@@ -18,7 +18,6 @@ from optaxclip.states import StateGuard
 from optaxclip.thresholds.blocks import Fixed, new_threshold
 from optaxclip.thresholds.convert import as_threshold
 from optaxclip.trees import Leaves, select
-from optaxclip.xla import like
 
 
 class CarryState(NamedTuple):
@@ -111,7 +110,7 @@ def u_clip(
     clip = clip_by(as_threshold(max_norm=max_norm), scope=scope, **shared)
 
     def limit(norms, state, params=None, *, carry_bound, **extra_args):
-        return jax.tree.map(lambda bound: like(max_carry, bound) * bound, carry_bound), state
+        return jax.tree.map(lambda bound: xla.like(max_carry, bound) * bound, carry_bound), state
 
     # Built once, and given the bound at each update: a new clip would compile at each update.
     limits = new_threshold(lambda norms: optax.EmptyState(), limit, kind=Fixed)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import validate, xla
+from optaxclip import thresholds, validate, xla
 from optaxclip.actions import keep
 from optaxclip.base import AxisNames, Exclude, Norms, Scope, annotate
 from optaxclip.core import decide
@@ -25,11 +25,10 @@ from optaxclip.scopes.leaves import as_scope, leaf, tree
 from optaxclip.states import StateGuard, check_names
 from optaxclip.thresholds.blocks import reads_params
 from optaxclip.thresholds.fixed import unchecked
-from optaxclip.thresholds.running import zscore
 from optaxclip.trees import match_params, pack_names, select, unpack_names
 
 # The names are keys in users' dashboards.
-_TYPICAL = {"0.1": 0.1, "0.5": 0.5, "1": 1.0, "5": 5.0, "z2.5": zscore(2.5)}
+_TYPICAL = {"0.1": 0.1, "0.5": 0.5, "1": 1.0, "5": 5.0, "z2.5": thresholds.zscore(2.5)}
 _KNOWN = 10  # norms needed for a median
 
 

@@ -43,6 +43,11 @@ class Statistic(NamedTuple):
     signed: bool = False
 
 
+def multiple_of(factor: ArrayLike) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The bound factor · value, of a statistic that is one number."""
+    return lambda norm, value, seen: xla.like(factor, norm) * value
+
+
 class BlockState(NamedTuple):
     """What is kept for each block, each array in the shape of the norms.
 

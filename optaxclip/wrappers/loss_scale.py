@@ -89,7 +89,7 @@ def dynamic_loss_scale(
     0.0 8192.0
     -0.5 8192.0
     """
-    validate.above(0, initial_scale=initial_scale, min_scale=min_scale, max_scale=max_scale)
+    validate.positive(initial_scale=initial_scale, min_scale=min_scale, max_scale=max_scale)
     validate.above(1, factor=factor)
     validate.at_least(1, growth_interval=growth_interval)
     guarded: Any = skip_nonfinite(inner, axis_names=axis_names)

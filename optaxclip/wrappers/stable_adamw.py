@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate
+from optaxclip import scopes, validate, xla
 from optaxclip.base import AxisNames, annotate
 from optaxclip.core import clip_by
 from optaxclip.engine import chain, description_of
 from optaxclip.norms import rms
 from optaxclip.states import StateGuard, explain_leaves, init_inside
 from optaxclip.trees import drop_gradientless
-from optaxclip.xla import like, root, widen
 
 
 class StableRmsState(NamedTuple):
@@ -102,8 +101,8 @@ def _shares(call: str, updates: Any, state: optax.OptState, b2: ArrayLike, eps: 
 
     # Moments of bfloat16 gradients are bfloat16, and a ratio in that dtype would have 8 bits.
     def share(g, v):
-        corrected = root(widen(v) / like(seen, widen(v)))
-        return jnp.abs(widen(jnp.asarray(g))) / jnp.maximum(corrected, like(eps, corrected))
+        corrected = xla.root(xla.widen(v) / xla.like(seen, xla.widen(v)))
+        return jnp.abs(xla.widen(jnp.asarray(g))) / jnp.maximum(corrected, xla.like(eps, corrected))
 
     return jax.tree.map(share, updates, moments)
 
