@@ -50,12 +50,9 @@ class History:
     """
 
     def __init__(self, window: int | None = None, *, every: int = 1, max_steps: int = 20_000):
-        whole = "a whole number of at least"
-        given = {"window": (window, 1), "every": (every, 1), "max_steps": (max_steps, 64)}
-        for name, (x, least) in given.items():
-            if (name, x) != ("window", None) and (type(x) is not int or x < least):
-                none = ", or None" if name == "window" else ""
-                raise validate.fail(f"{name} must be {whole} {least}{none}", x, call="History")
+        with validate.speak_for("History"):
+            validate.size(every=every, max_steps=max_steps, window=1 if window is None else window)
+            validate.at_least(64, max_steps=max_steps)
         self._window, self._every, self._max_steps = window, every, max_steps
         self._appended, self._stride = 0, 1
         # How many rows there were with each set of keys.

@@ -105,6 +105,12 @@ def watch(
     blocks = _meter(as_scope(scope, named=True), exclude, axis_names)
     whole = _meter(tree, exclude, axis_names)
 
+    def size_of(params, updates):
+        """Returns the norm of all parameters that have an update."""
+        leaves = select(updates, exclude)
+        own = match_params(leaves, params, exclude, "watch")
+        return _measure(whole, leaves.rebuild(own))[0]
+
     def start(norms):
         """Returns the numbers before the first step, and the states of the candidates."""
         rooms = {"episodes": bad_steps, "quantiles": len(levels), "candidates": len(trials)}
@@ -147,16 +153,12 @@ def watch(
         numbers, shadows = unpack(state.packed, shapes_of(state.block_norms))
         size = None
         if params is not None and reads_params(*trials.values()):
-            # As in a clip, parameters without a gradient do not count.
-            leaves = select(updates, exclude)
-            matched = leaves.rebuild(match_params(leaves, params, exclude, "watch"))
-            size = _measure(whole, matched)[0].astype(dtype)
+            size = size_of(params, updates).astype(dtype)
         over, shadows = trackers.try_candidates(trials, now.total, shadows, size, extra_args)
-        numbers = _advance(numbers, now, spike_factor, as_tag(tag))._replace(
+        counted = optax.safe_increment(numbers.would_clip)
+        numbers = _advance(numbers, now, spike_factor, _as_tag(tag))._replace(
             trackers=trackers.update_trackers(levels, now.total, numbers.trackers),
-            would_clip=jnp.where(
-                over, optax.safe_increment(numbers.would_clip), numbers.would_clip
-            ),
+            would_clip=jnp.where(over, counted, numbers.would_clip),
         )
         return updates, state._replace(
             packed=pack((numbers, shadows)),
@@ -216,7 +218,7 @@ def _advance(old: Numbers, now: Summary, limit: ArrayLike, tag: jax.Array) -> Nu
     )
 
 
-def as_tag(tag: Any) -> jax.Array:
+def _as_tag(tag: Any) -> jax.Array:
     """Converts a tag to int32; None becomes -1.
 
     Raises:

@@ -33,7 +33,7 @@ def norm_ratio(
         1).
 
     Deviations: a norm of zero is not learned (in OLMo a mean that starts at zero stays there, and
-    holds the parameter for ever), nor one that is not finite. No 1e-6 is added to the norm. OLMo
+    holds the parameter forever), nor one that is not finite. No 1e-6 is added to the norm. OLMo
     starts from the norm of the second step.
 
     References:

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
 from optaxclip.base import Threshold
-from optaxclip.thresholds.learned import Statistic, empty, learned
+from optaxclip.thresholds.learned import Statistic, learned
 
 
 class SortedRing(NamedTuple):
@@ -29,8 +29,14 @@ class SortedRing(NamedTuple):
     ordered: jax.Array | np.ndarray
 
 
+def _make_room(window: int) -> np.ndarray:
+    """Room for norms not seen yet, filled with infinity, which no stored norm can be."""
+    # NumPy, because a JAX constant in a closure would start a backend when a clip is built.
+    return np.full(window, np.inf, np.float32)
+
+
 def _start_ring(window: int) -> SortedRing:
-    return SortedRing(empty(window), empty(window))
+    return SortedRing(_make_room(window), _make_room(window))
 
 
 def _find_oldest(window: int, seen: jax.Array) -> jax.Array:
@@ -167,7 +173,7 @@ def window_zscore(
         return (mean + xla.like(z, norm) * xla.root(variance)) * unit
 
     steps = max(window // 2, 2) - 1 if warmup_steps is None else warmup_steps
-    return learned(Statistic(empty(window), learn, bound, signed), warmup_steps=steps)
+    return learned(Statistic(_make_room(window), learn, bound, signed), warmup_steps=steps)
 
 
 class MedianState(NamedTuple):
