@@ -94,8 +94,8 @@ def _step(g, m, size, *numbers):
     moved = jnp.where(fine, m + xla.times(wide - m, rest), m)
     grown = jnp.where(fine, _mean_of_powers(size, jnp.abs(wide), pace, power), size)
     # Otherwise eps = 0 and all zeros would give 0 / 0.
-    longest = jnp.maximum(jnp.abs(moved) + least, jnp.finfo(size.dtype).tiny)
-    out = xla.times(moved, jnp.minimum(1, grown / longest))
+    divisor = jnp.maximum(jnp.abs(moved) + least, jnp.finfo(size.dtype).tiny)
+    out = xla.times(moved, jnp.minimum(1, grown / divisor))
     # Per element, not per block: NaN reports a fault that m and τ have already left out.
     return xla.as_dtype_of(g, xla.poison(fine, out)), moved, grown
 

@@ -122,6 +122,9 @@ def unitwise_clip(
 
     The three arrays have the same shape.
 
+    Raises:
+      ValueError: if they do not.
+
     >>> import jax.numpy as jnp, optaxclip
     >>> norms = jnp.array([5.0, 0.5])
     >>> optaxclip.unitwise_clip(norms, jnp.array([1.0, 1.0]), grad=norms)

@@ -95,7 +95,7 @@ def clip_by_momentum_norm(
         old = select(state.momentum, exclude)
         rest = jnp.asarray(1 - decay).astype(jnp.float32)
         # Corrected for the bound only: the next gradient goes into the momentum as it is stored.
-        scale = 1 / _seen(state.clip_step, rest)
+        scale = 1 / _correct(state.clip_step, rest)
         momentum = old.rebuild([xla.times(m, scale) for m in old.arrays])
         clipped, clip_state = clip.update(updates, state.clip, momentum, **extra_args)
         # Zeros would pull the momentum, and with it every later bound, to zero forever.
@@ -114,6 +114,6 @@ def _move(momentum: list, gradients: list, rest: jax.Array, fine: jax.Array) -> 
     return [jnp.where(fine, m + xla.times(xla.widen(g) - m, rest), m) for g, m in pairs]
 
 
-def _seen(step, rest):
-    """Computes the bias correction of a mean of decay 1 - `rest`; step 0 counts as 1."""
+def _correct(step, rest):
+    """Computes the divisor that debiases a mean of decay 1 - `rest`; step 0 counts as 1."""
     return -jnp.expm1(jnp.maximum(step, 1).astype(rest.dtype) * jnp.log1p(-rest))

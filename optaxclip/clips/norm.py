@@ -33,7 +33,7 @@ from optaxclip.thresholds.convert import as_threshold
 def global_norm(
     tree: Any,
     *,
-    norm: Norm | float = 2,
+    norm: Norm | float = l2,
     exclude: Exclude = None,
     axis_names: AxisNames | None = None,
 ) -> jax.Array:
@@ -70,7 +70,7 @@ def global_norm(
     return xla.measure(norm, leaves.arrays, xla.lay_out(blocks, leaves.paths, leaves.shapes, span))
 
 
-def _action(eps: ArrayLike, min_norm: ArrayLike) -> Action:
+def _make_action(eps: ArrayLike, min_norm: ArrayLike) -> Action:
     """Makes a `rescale` that adds `eps` to the norm and lengthens updates to `min_norm`."""
     validate.nonnegative(eps=eps, min_norm=min_norm)
     # The plain action if possible, because `check` recognizes a hard clip by it. A tracer may be 0
@@ -130,7 +130,7 @@ def clip_by_global_norm(
         # Here, because errors from `clip_by` would name its own argument, `threshold`.
         as_threshold(max_norm=max_norm),
         norm=norm,
-        action=_action(eps, min_norm),
+        action=_make_action(eps, min_norm),
         exclude=exclude,
         nonfinite=nonfinite,
         axis_names=axis_names,
@@ -177,7 +177,7 @@ def clip_by_leaf_norm(
         bound_leaves(exclude, max_norm=max_norm),
         scope=scopes.leaf if stacked is None else scopes.stacked(stacked),
         norm=norm,
-        action=_action(eps, min_norm),
+        action=_make_action(eps, min_norm),
         exclude=exclude,
         nonfinite=nonfinite,
         axis_names=axis_names,
@@ -236,7 +236,7 @@ def clip_by_group_norm(
         threshold,
         scope=scope if stacked is None else scopes.stacked(stacked, scope),
         norm=norm,
-        action=_action(eps, min_norm),
+        action=_make_action(eps, min_norm),
         exclude=exclude,
         nonfinite=nonfinite,
         axis_names=axis_names,

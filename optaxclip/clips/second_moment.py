@@ -143,8 +143,8 @@ def spam_clip(
 def adamw_clip(
     ratio: ArrayLike = 3.0,
     decay: ArrayLike = 0.999,
-    floor: ArrayLike = 1e-10,
     warmup_steps: ArrayLike = 0,
+    floor: ArrayLike = 1e-10,
     *,
     measure: bool = False,
     exclude: Exclude = None,
@@ -155,8 +155,8 @@ def adamw_clip(
     Args:
       ratio: k. Elements can grow by a factor of √(β + (1 - β)·k²) per step, 1.004 by default.
       decay: β, the decay of v; that of Adam.
-      floor: the smallest bound, in the units of the gradient.
       warmup_steps: how many updates pass unchanged.
+      floor: the smallest bound, in the units of the gradient.
       measure, exclude, axis_names: as in `spam_clip`.
 
     Raises:

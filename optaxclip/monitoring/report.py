@@ -65,7 +65,7 @@ def report(
         nothing to report.
 
     Reports are asynchronous: `jax.effects_barrier()` waits for the last. Under `vmap` there is one
-    for each run, and `row["run"]` is its number, counted from 0. Of several devices the first one
+    for each run, and `row["run"]` is its number, counted from 0. On several devices the first one
     reports. Put it around `optax.MultiSteps`, which runs its inside at every small step.
 
     >>> import jax, jax.numpy as jnp, optaxclip

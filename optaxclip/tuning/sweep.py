@@ -94,7 +94,7 @@ class Sweep(NamedTuple):
 
 def final_loss(losses: np.ndarray) -> np.ndarray:
     """Takes the median of the last tenth of the steps; NaN counts as infinite."""
-    # Of many steps, because the loss of a single one depends on its batch.
+    # Many steps, because the loss of a single one depends on its batch.
     last = losses[..., -max(losses.shape[-1] // 10, 1) :]
     # One NaN would make the median NaN, and runs could not be compared.
     return np.median(np.where(np.isnan(last), np.inf, last), axis=-1)

@@ -69,7 +69,7 @@ def dynamic_loss_scale(
 
     Raises:
       ValueError: for an `inner` that is not an optimizer, a scale that is not above 0, a `factor`
-        of at most 1, or an interval below 1.
+        of at most 1, or an interval that is not a whole number of at least 1.
 
     References:
       Micikevicius et al., `Mixed Precision Training <https://arxiv.org/abs/1710.03740>`_, 2018
@@ -91,7 +91,7 @@ def dynamic_loss_scale(
     """
     validate.positive(initial_scale=initial_scale, min_scale=min_scale, max_scale=max_scale)
     validate.above(1, factor=factor)
-    validate.at_least(1, growth_interval=growth_interval)
+    validate.steps(1, growth_interval=growth_interval)
     guarded: Any = skip_nonfinite(inner, axis_names=axis_names)
     call = validate.called()
 

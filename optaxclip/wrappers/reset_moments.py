@@ -46,8 +46,8 @@ def reset_moments(
         and at the start; 0: no warm-up.
 
     Raises:
-      ValueError: if `inner` is not an optimizer, `every` is a number below 1, or `warmup_steps` is
-        negative.
+      ValueError: if `inner` is not an optimizer, `every` is not a whole number of at least 1, or
+        `warmup_steps` not one of at least 0.
 
     Deviations: all of `inner`'s state is reset, including the counter of its bias correction (which
     goes on in the authors' code, where the first update after a reset is three times too long).
@@ -66,8 +66,8 @@ def reset_moments(
     1.5
     1.0
     """
-    validate.at_least(1, every=every)
-    validate.nonnegative(warmup_steps=warmup_steps)
+    validate.steps(1, every=every)
+    validate.steps(warmup_steps=warmup_steps)
     inner, call = validate.as_optimizer(inner), validate.called()
 
     def init_fn(params):

@@ -93,7 +93,7 @@ def skip_spikes(
     """
     _refuse_chain(inner, threshold)
     inner = validate.as_optimizer(inner)
-    validate.at_least(1, max_consecutive_skips=max_consecutive_skips)
+    validate.steps(1, max_consecutive_skips=max_consecutive_skips)
     rule = thresholds.window_zscore() if threshold is None else as_threshold(threshold=threshold)
     # Signed, because a loss such as a log-likelihood may be negative. Made even if no loss is ever
     # passed, because `init` cannot know that.

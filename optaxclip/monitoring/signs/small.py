@@ -77,7 +77,7 @@ def _list(names: list[str]) -> str:
 
 def _dead(run: RecordedRun, deaths: dict[str, int]) -> Sign:
     first = min(deaths.values())
-    # Of the blocks that died first, the nearest to the loss: it lets no gradient through.
+    # The one nearest to the loss of those that died first: it lets no gradient through.
     block = max((name for name, death in deaths.items() if death == first), key=natural_key)
     step, share = step_at(run, first), float(np.mean(run.blocks[block][first:] == 0))
     return Sign(
