@@ -9,10 +9,9 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
-from optaxclip.base import Exclude, annotate
+from optaxclip.base import Exclude
 from optaxclip.clips.carry import start_carry
-from optaxclip.engine import Description
-from optaxclip.states import StateGuard
+from optaxclip.engine import Description, guarded
 from optaxclip.trees import select
 
 
@@ -70,20 +69,16 @@ def scale_by_acclip(
         # steps are short.
         return ACClipState(start_carry(params, exclude), start_carry(params, exclude, real=True))
 
-    call, numbers = validate.called(), (1 - b1, 1 - b2, alpha, eps)
-    guard = StateGuard(call, ACClipState, init_fn)
+    numbers = 1 - b1, 1 - b2, alpha, eps
 
-    def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, updates)
+    def update_fn(updates, state, params, **extra_args):
         leaves, m, size = (select(tree, exclude) for tree in (updates, *state))
         each = zip(leaves.arrays, m.arrays, size.arrays, strict=True)
         done = [_step(*leaf, *numbers) for leaf in each]
         out, momentum, grown = ([each[i] for each in done] for i in range(3))
         return leaves.rebuild(out), ACClipState(m.rebuild(momentum), size.rebuild(grown))
 
-    about = Description(exclude=exclude, kind="other", name=call)
-    annotate(update_fn, description=about)
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    return guarded(ACClipState, init_fn, update_fn, Description(exclude=exclude, kind="other"))
 
 
 def _step(g, m, size, *numbers):

@@ -11,11 +11,10 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import scopes, thresholds, validate, xla
-from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, annotate
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
 from optaxclip.clips.carry import can_learn, start_carry
 from optaxclip.core import clip_by
-from optaxclip.engine import description_of
-from optaxclip.states import StateGuard
+from optaxclip.engine import description_of, guarded
 from optaxclip.trees import select
 
 
@@ -88,10 +87,7 @@ def clip_by_momentum_norm(
         momentum = start_carry(params, exclude)
         return MomentumNormState(jnp.zeros((), jnp.int32), momentum, clip.init(params))
 
-    guard = StateGuard(validate.called(), MomentumNormState, init_fn)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, updates)
+    def update_fn(updates, state, params, **extra_args):
         old = select(state.momentum, exclude)
         rest = jnp.asarray(1 - decay).astype(jnp.float32)
         # Corrected for the bound only: the next gradient goes into the momentum as it is stored.
@@ -104,8 +100,8 @@ def clip_by_momentum_norm(
         step = jnp.where(fine, optax.safe_increment(state.clip_step), state.clip_step)
         return clipped, MomentumNormState(step, old.rebuild(new), clip_state)
 
-    annotate(update_fn, description=description_of(clip)._replace(kind="other"))
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    about = description_of(clip)._replace(kind="other")
+    return guarded(MomentumNormState, init_fn, update_fn, about)
 
 
 def _move(momentum: list, gradients: list, rest: jax.Array, fine: jax.Array) -> list:

@@ -12,11 +12,10 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import trees, validate, xla
-from optaxclip.base import AxisNames, Exclude, annotate
+from optaxclip.base import AxisNames, Exclude
 from optaxclip.clips.carry import start_carry
 from optaxclip.clips.elements import clip_each
-from optaxclip.engine import description_of
-from optaxclip.states import StateGuard
+from optaxclip.engine import description_of, guarded
 from optaxclip.thresholds.fixed import advance
 
 
@@ -48,8 +47,6 @@ def _clip_by_rms(
         rms = start_carry(params, exclude, real=True)
         return SecondMomentState(jnp.zeros((), jnp.int32), rms, clip.init(params))
 
-    guard = StateGuard(validate.called(), SecondMomentState, init_fn)
-
     def learn(x, rms, step):
         """Computes the bound of each element of a leaf, and the new √v."""
         # A select, not a `cond`: counters are tracers, and a reset costs no more than the read.
@@ -61,8 +58,7 @@ def _clip_by_rms(
         new = jnp.hypot(jnp.sqrt(1 - rest) * old, jnp.sqrt(rest) * size)
         return bound, jnp.where(jnp.isfinite(x), new, old)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, updates)
+    def update_fn(updates, state, params, **extra_args):
         due = every is not None and state.clip_step >= every
         step = jnp.where(due, 0, state.clip_step)
         leaves, kept = trees.select(updates, exclude), trees.select(state.rms, exclude)
@@ -73,8 +69,7 @@ def _clip_by_rms(
         rms = kept.rebuild([rms for _, rms in done])
         return clipped, SecondMomentState(advance(step), rms, clip_state)
 
-    annotate(update_fn, description=description_of(clip))
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    return guarded(SecondMomentState, init_fn, update_fn, description_of(clip))
 
 
 @validate.named

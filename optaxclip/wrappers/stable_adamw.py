@@ -10,12 +10,11 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import scopes, validate, xla
-from optaxclip.base import AxisNames, annotate
+from optaxclip.base import AxisNames
 from optaxclip.core import clip_by
-from optaxclip.engine import chain, description_of
+from optaxclip.engine import chain, description_of, guarded
 from optaxclip.norms import rms
-from optaxclip.states import StateGuard, explain_leaves, init_inside
-from optaxclip.trees import drop_gradientless
+from optaxclip.states import explain_leaves, init_inside
 
 
 class StableRmsState(NamedTuple):
@@ -73,10 +72,7 @@ def scale_by_stable_rms(
     def init_fn(params):
         return StableRmsState(init_inside(call, inner, params), clip.init(params))
 
-    guard = StateGuard(call, StableRmsState, init_fn)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, drop_gradientless(params, updates))
+    def update_fn(updates, state, params, **extra_args):
         # Adam first, because its second moment must include this gradient. At the first step the
         # previous one is zero, compared with which every gradient is a spike.
         with explain_leaves(call, updates):
@@ -84,8 +80,8 @@ def scale_by_stable_rms(
         clipped, record = clip.update(steps, state.clip, _shares(call, updates, new, b2, eps))
         return clipped, StableRmsState(new, record)
 
-    annotate(update_fn, description=description_of(clip)._replace(inner=inner))
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    about = description_of(clip)._replace(inner=inner)
+    return guarded(StableRmsState, init_fn, update_fn, about)
 
 
 def _shares(call: str, updates: Any, state: optax.OptState, b2: ArrayLike, eps: ArrayLike) -> Any:
