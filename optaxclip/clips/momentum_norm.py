@@ -15,6 +15,7 @@ from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
 from optaxclip.clips.carry import can_learn, start_carry
 from optaxclip.core import clip_by
 from optaxclip.engine import description_of, guarded
+from optaxclip.thresholds.running import weight_so_far
 from optaxclip.trees import select
 
 
@@ -91,7 +92,8 @@ def clip_by_momentum_norm(
         old = select(state.momentum, exclude)
         rest = jnp.asarray(1 - decay).astype(jnp.float32)
         # Corrected for the bound only: the next gradient goes into the momentum as it is stored.
-        scale = 1 / _correct(state.clip_step, rest)
+        steps = jnp.maximum(state.clip_step, 1).astype(rest.dtype)
+        scale = 1 / weight_so_far(rest, steps)
         momentum = old.rebuild([xla.times(m, scale) for m in old.arrays])
         clipped, clip_state = clip.update(updates, state.clip, momentum, **extra_args)
         # Zeros would pull the momentum, and with it every later bound, to zero forever.
@@ -108,8 +110,3 @@ def _move(momentum: list, gradients: list, rest: jax.Array, fine: jax.Array) -> 
     """Updates the momentum with one more gradient, if it is fine."""
     pairs = zip(gradients, momentum, strict=True)
     return [jnp.where(fine, m + xla.times(xla.widen(g) - m, rest), m) for g, m in pairs]
-
-
-def _correct(step, rest):
-    """Computes the divisor that debiases a mean of decay 1 - `rest`; step 0 counts as 1."""
-    return -jnp.expm1(jnp.maximum(step, 1).astype(rest.dtype) * jnp.log1p(-rest))

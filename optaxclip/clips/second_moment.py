@@ -17,6 +17,7 @@ from optaxclip.clips.carry import start_carry
 from optaxclip.clips.elements import clip_each
 from optaxclip.engine import description_of, guarded
 from optaxclip.thresholds.fixed import advance
+from optaxclip.thresholds.running import weight_so_far
 
 
 class SecondMomentState(NamedTuple):
@@ -183,8 +184,7 @@ def adamw_clip(
     def bound(rms, step):
         # At least 1, to avoid 0/0 at step 0, where v = 0 and nothing is bounded.
         seen = xla.like(jnp.maximum(step, 1), rms)
-        # 1 - βᵗ by `expm1`: in float32 the difference loses its digits for β near 1 and small t.
-        corrected = rms / jnp.sqrt(-jnp.expm1(seen * jnp.log1p(-xla.like(1 - decay, rms))))
+        corrected = rms / jnp.sqrt(weight_so_far(xla.like(1 - decay, rms), seen))
         most = jnp.maximum(xla.like(ratio, rms) * corrected, xla.like(floor, rms))
         return jnp.where((step < warmup_steps) | (rms == 0), math.inf, most)
 

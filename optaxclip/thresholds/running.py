@@ -29,6 +29,12 @@ def debiased_weight(decay, norm, seen):
     return jnp.minimum(jnp.expm1(log) / jnp.expm1((xla.like(seen, norm) + 1) * log), 1)
 
 
+def weight_so_far(rest, steps):
+    """1 - βᵗ, with 1 - β = `rest`: the weight of t steps in a mean that began at 0."""
+    # By logarithms, for the same reason.
+    return -jnp.expm1(steps * jnp.log1p(-rest))
+
+
 def debiased_mean(decay):
     """The `learn` of a running mean with decay β: m ← m + w·(n - m), with the weight above."""
     return lambda norm, mean, seen: mean + debiased_weight(decay, norm, seen) * (norm - mean)

@@ -15,6 +15,7 @@ from optaxclip.core import clip_by
 from optaxclip.engine import chain, description_of, guarded
 from optaxclip.norms import rms
 from optaxclip.states import explain_leaves, init_inside
+from optaxclip.thresholds.running import weight_so_far
 
 
 class StableRmsState(NamedTuple):
@@ -91,13 +92,13 @@ def _shares(call: str, updates: Any, state: optax.OptState, b2: ArrayLike, eps: 
         raise ValueError(
             f"{call}: inner must keep Adam's `nu` and `count`: wrap optax.scale_by_adam()."
         )
-    # As in `debiased_weight`: 1 - b2 is computed before rounding, and 1 - b2ᵗ through logarithms.
+    # 1 - b2 is computed before rounding, as a float32 near 1 has only half the digits of it.
     rest = jnp.asarray(1 - b2).astype(jnp.float32)
-    seen = -jnp.expm1(count.astype(jnp.float32) * jnp.log1p(-rest))
+    weight = weight_so_far(rest, count.astype(jnp.float32))
 
     # Moments of bfloat16 gradients are bfloat16, and a ratio in that dtype would have 8 bits.
     def share(g, v):
-        corrected = xla.root(xla.widen(v) / xla.like(seen, xla.widen(v)))
+        corrected = xla.root(xla.widen(v) / xla.like(weight, xla.widen(v)))
         return jnp.abs(xla.widen(jnp.asarray(g))) / jnp.maximum(corrected, xla.like(eps, corrected))
 
     return jax.tree.map(share, updates, moments)
