@@ -96,7 +96,7 @@ def clip_by(
 
     Raises:
       ValueError: for a threshold that is negative, NaN, a boolean or a string; for an invalid
-        scope, norm, action, `exclude` or `nonfinite`; at the update, for the state of another
+        scope, norm, action, view, `exclude` or `nonfinite`; at the update, for the state of another
         transformation, for blocks other than those of `init`, or if parameters are needed but not
         passed.
 
@@ -109,6 +109,8 @@ def clip_by(
     """
     threshold, norm, action = as_threshold(threshold=threshold), as_norm(norm), as_action(action)
     bad = factor_of_bad(nonfinite)
+    if not (view is None or isinstance(view, SizedView) or validate.is_function(view)):
+        raise validate.fail("view must be a function (leaf, parameters) -> array, or None", view)
 
     def measure(leaves: Leaves, layout: xla.Layout) -> Norms:
         return xla.measure(norm, leaves.arrays, layout)

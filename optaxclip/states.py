@@ -65,11 +65,10 @@ class StateGuard:
         shapes = jax.tree.map(_shape, updates)
         fresh = jax.eval_shape(lambda: jax.tree.map(_to_array, self._make(shapes)))
         # Compare names first: "new are ['head/bias']" says more than a shape that differs.
-        if hasattr(fresh, "metrics"):
-            new, known = (unpack_names(x.metrics.blocks) for x in (fresh, state))
-            if bool(new) != bool(known):
-                raise self._refuse(_of_another_scope(named_updates=bool(new)), state, updates)
-            check_names(self.what, new, known)
+        new, known = _names_of_blocks(fresh), _names_of_blocks(state)
+        if bool(new) != bool(known):
+            raise self._refuse(_of_another_scope(named_updates=bool(new)), state, updates)
+        _check_names(self.what, new, known)
         want, got = _shapes(fresh), _shapes(state)
         if want != got:
             wrong = next(path for path in (*want, *got) if want.get(path) != got.get(path))
@@ -185,7 +184,12 @@ def _of_another_scope(*, named_updates: bool) -> str:
     )
 
 
-def check_names(what: str, new: tuple[str, ...], known: tuple[str, ...]) -> None:
+def _names_of_blocks(state: Any) -> tuple[str, ...]:
+    """The names in the state of a clip or a watch; () for any other."""
+    return unpack_names(getattr(getattr(state, "metrics", state), "blocks", {}))
+
+
+def _check_names(what: str, new: tuple[str, ...], known: tuple[str, ...]) -> None:
     """Raises unless the blocks of the updates are those that `init` saw."""
     added, missing = sorted(set(new) - set(known)), sorted(set(known) - set(new))
     if added or missing:
@@ -231,7 +235,6 @@ def _shape(x: Any) -> Any:
 __all__ = [
     "ParamsMemory",
     "StateGuard",
-    "check_names",
     "explain_leaves",
     "init_inside",
     "kind_of",

@@ -310,6 +310,11 @@ ADVICE = {
         "Pass the axes that a unit spans, for example as a function of the path",
         lambda: oc.clip_by(1.0, scope=UNITS(lambda path: (0, 1))).init({"x": jnp.ones([2] * 6)}),
     ),
+    "a view that is none": Advice(
+        lambda: oc.clip_by(1.0, view=1.0),
+        "a function (leaf, parameters) -> array, or None",
+        lambda: [run(oc.clip_by(1.0, view=x)) for x in (None, lambda leaf, w: leaf / (1 + w))],
+    ),
     "axes that are none": Advice(
         lambda: run(oc.clip_by(1.0, scope=UNITS("0"))),
         "Pass an axis, a tuple of axes, ... for all of them, or a function of the path",

@@ -133,6 +133,9 @@ def test_a_full_history_keeps_losses_recorded_now_and_then(every):
 def test_a_loss_that_is_nan_at_every_other_step_is_nan():
     history = rows(_healthy() | {"loss": np.where(STEPS % 2, FALLING, np.nan)})
     assert first_sign(history) == ("loss-not-finite", 2)
+    axes = oc.plots.plot_run(history).axes
+    assert f"NaN or infinite: {N // 2} steps" in axes[0].get_legend_handles_labels()[1]
+    plt.close(axes[0].figure)
     skipped = [row if row["loss"] == row["loss"] else row | {"loss": None} for row in history]
     assert oc.diagnose(skipped) == ()
 

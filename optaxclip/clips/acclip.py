@@ -44,7 +44,7 @@ def scale_by_acclip(
       exclude: leaves that pass unchanged, as in `optaxclip.clip_by`.
 
     Raises:
-      ValueError: for numbers out of range.
+      ValueError: for numbers out of range, or an invalid `exclude`.
 
     Deviations: an element that is not finite becomes NaN and leaves no trace in m and τ. The
     authors' code by default has α = 2 and also divides by Adam's root mean square, which is not the
@@ -63,6 +63,7 @@ def scale_by_acclip(
     validate.share(b1=b1, b2=b2)
     validate.positive(alpha=alpha)
     validate.nonnegative(eps=eps)
+    validate.exclude(exclude)
 
     def init_fn(params):
         # As in the paper, neither mean is bias-corrected. τ grows more slowly than m, so the first

@@ -98,6 +98,9 @@ def unitwise_norm(x: ArrayLike, axis: int | tuple[int, ...] | None = None) -> ja
       An array of the shape of `x` in which each element is the norm of its unit, in float32 at
       least.
 
+    Raises:
+      ValueError: if the axes do not fit, or the rank has no convention.
+
     >>> import jax.numpy as jnp, optaxclip
     >>> optaxclip.unitwise_norm(jnp.array([[3.0, 0.0], [4.0, 2.0]]))
     Array([[5., 2.],

@@ -17,6 +17,10 @@ Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 Columns = dict[str, np.ndarray]
 
 
+class Table(Columns):
+    """Columns that were read before, so that what is NaN in them is known and not guessed again."""
+
+
 def is_history(x: Any) -> bool:
     """Whether this is a recorded run, and not an array of norms."""
     rows = isinstance(x, list | tuple) and len(x) > 0 and isinstance(x[0], Mapping)
@@ -46,6 +50,8 @@ def require_steps(table: Columns) -> None:
 
 def read_table(history: Recorded) -> Columns:
     """Returns one array per key, on the host, with `MISSING` where a step lacks the key."""
+    if isinstance(history, Table):
+        return history
     if isinstance(history, History):
         return history.arrays()
     if isinstance(history, Mapping):
@@ -73,7 +79,7 @@ def _to_numbers(key: str, column: Any) -> np.ndarray:
     if array.dtype.kind in "USO":
         array = np.array([_to_number(key, x) for x in array.ravel()], object).reshape(array.shape)
     array = array.astype(np.float64)
-    # Gaps in what a `History` or `read_table` returned are known, and not guessed.
+    # In the arrays of a `History` gaps are marked.
     if array.ndim == 1 and is_recorded(array).all():
         array[~guess_recorded(array)] = MISSING
     return array

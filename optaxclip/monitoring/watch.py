@@ -13,16 +13,15 @@ from jax.typing import ArrayLike
 
 from optaxclip import thresholds, validate, xla
 from optaxclip.actions import keep
-from optaxclip.base import AxisNames, Exclude, Norms, Scope, annotate
+from optaxclip.base import AxisNames, Exclude, Norms, Scope
 from optaxclip.core import decide
-from optaxclip.engine import Description, Rule, build
+from optaxclip.engine import Description, Rule, build, guarded
 from optaxclip.monitoring import trackers
 from optaxclip.monitoring.histograms import BINS, count_elements
 from optaxclip.monitoring.state import Numbers, WatchState, fresh_numbers, pack, unpack
 from optaxclip.monitoring.summary import Summary, summarize, update_episodes, update_nonfinite
 from optaxclip.norms import l2
 from optaxclip.scopes.leaves import as_scope, leaf, tree
-from optaxclip.states import StateGuard, check_names
 from optaxclip.thresholds.blocks import reads_params
 from optaxclip.thresholds.fixed import unchecked
 from optaxclip.trees import match_params, pack_names, select, unpack_names
@@ -140,15 +139,8 @@ def watch(
             candidates=pack_names(tuple(trials)),
         )
 
-    guard = StateGuard("watch", WatchState, init_fn)
-
-    def update_fn(updates, state, params=None, *, tag=None, **extra_args):
-        norms, names = _measure(blocks, updates)
-        # Before the guard, because it compares shapes, and names say more.
-        if isinstance(getattr(state, "blocks", None), dict):
-            check_names("watch", names, unpack_names(state.blocks))
-        guard.check(state, updates)
-        dtype = state.block_norms.dtype
+    def update_fn(updates, state, params, *, tag=None, **extra_args):
+        (norms, names), dtype = _measure(blocks, updates), state.block_norms.dtype
         now = summarize(norms.astype(dtype), names)
         numbers, shadows = unpack(state.packed, shapes_of(state.block_norms))
         size = None
@@ -166,9 +158,8 @@ def watch(
             histogram=count_elements(updates, scope, exclude, axis_names) if histogram else None,
         )
 
-    about = Description(scope, l2, exclude=exclude, kind="other", name="watch")
-    annotate(update_fn, description=about)
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    about = Description(scope, l2, exclude=exclude, kind="other")
+    return guarded(WatchState, init_fn, update_fn, about)
 
 
 def _meter(

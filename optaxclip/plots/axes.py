@@ -28,10 +28,9 @@ def colors_of(ax: Any) -> Colors:
     from matplotlib.colors import to_rgb
 
     dark = np.dot(to_rgb(ax.get_facecolor()), (0.3, 0.6, 0.1)) < 0.5
-    return Colors("white", "#56B4E9", "#B87A00", "#FFB090") if dark else _ON_WHITE
-
-
-_ON_WHITE = Colors("black", "#0072B2", "#E69F00", "#882000")
+    if dark:
+        return Colors("white", "#56B4E9", "#B87A00", "#FFB090")
+    return Colors("black", "#0072B2", "#E69F00", "#882000")
 
 
 def axes_or_new(ax: Any, width: float = 7.0, height: float = 3.6) -> Any:

@@ -34,7 +34,9 @@ def _unit_axes(path: str, shape: tuple[int, ...], axes: Any, batch_axes: int) ->
         must = f"batch_axes must be a number of axes of the leaf {path!r}, whose shape is {shape}"
         raise fail(must, batch_axes)
     rank = len(shape) - batch_axes
-    if axes is Ellipsis or (rank <= 1 and axes != ()):
+    # Not `axes != ()`, at which an array fails: `optax.inject_hyperparams` makes one of a number.
+    empty = isinstance(axes, tuple) and not axes
+    if axes is Ellipsis or (rank <= 1 and not empty):
         chosen = tuple(range(rank))
     elif axes is None:
         chosen = _follow_convention(path, shape[batch_axes:])

@@ -17,7 +17,7 @@ import optax
 
 from optaxclip import xla
 from optaxclip.base import Norms, annotate
-from optaxclip.validate import named
+from optaxclip.validate import fail, is_function, named
 
 
 # A type, not an attribute of the function: a chain of thresholds then has Optax's type, and rightly
@@ -176,6 +176,9 @@ def per_block(
       step: the rule. It is called with norms that are not finite as well, but the clip drops the
         resulting state.
 
+    Raises:
+      ValueError: if `step` is not a function.
+
     Example, the longest norm so far, times 0.9:
 
     >>> import jax.numpy as jnp
@@ -188,6 +191,8 @@ def per_block(
     >>> threshold.update(norms, threshold.init(norms))
     (Array([0.9, 1.8], dtype=float32), Array([1., 2.], dtype=float32))
     """
+    if not is_function(step):
+        raise fail("step must be a function (norm, state) -> (bound, state)", step)
 
     def update_fn(norms, state, params=None, **extra_args):
         return over_blocks(step, init, norms, state)

@@ -39,6 +39,9 @@ def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransf
         `feeds.accepted`, or a function `(norms, bounds) -> norms` in which infinity and NaN
         mean "nothing".
 
+    Raises:
+      ValueError: for an invalid threshold or feed.
+
     >>> import jax.numpy as jnp, optax
     >>> from optaxclip import thresholds
     >>> threshold = thresholds.lag(optax.scale(2.0))
@@ -86,6 +89,9 @@ def _combine(pick: Callable, *both: optax.GradientTransformationExtraArgs):
 def at_most(threshold: Threshold, cap: Threshold) -> optax.GradientTransformationExtraArgs:
     """The smaller of two bounds: an adaptive threshold under an absolute cap.
 
+    Raises:
+      ValueError: for an invalid threshold or cap.
+
     >>> import jax.numpy as jnp
     >>> from optaxclip import thresholds
     >>> threshold = thresholds.at_most(lambda step: 10.0 + step, 5.0)
@@ -98,6 +104,9 @@ def at_most(threshold: Threshold, cap: Threshold) -> optax.GradientTransformatio
 @validate.named
 def at_least(threshold: Threshold, floor: Threshold) -> optax.GradientTransformationExtraArgs:
     """The larger of two bounds: an adaptive threshold that cannot shrink to nothing.
+
+    Raises:
+      ValueError: for an invalid threshold or floor.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import thresholds
@@ -126,7 +135,7 @@ def until(
     after 100 updates.
 
     Raises:
-      ValueError: if `steps` is negative or not a whole number.
+      ValueError: if `steps` is negative or not a whole number; for an invalid threshold.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import thresholds

@@ -94,8 +94,8 @@ def learned(
         needed with a feed that does not let the statistic follow; else the block is locked forever.
 
     Raises:
-      ValueError: for numbers out of range; for `update_first` with another feed than `feeds.raw`:
-        there is no bound yet.
+      ValueError: for anything but a `Statistic`; for numbers out of range; for `update_first` with
+        another feed than `feeds.raw`: there is no bound yet.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import feeds, thresholds
@@ -107,7 +107,7 @@ def learned(
     >>> float(bound), float(threshold.update(jnp.array(100.0), state)[0])
     (inf, 6.0)
     """
-    _check(feed, update_first, warmup_steps, relearn_after)
+    _check(statistic, feed, update_first, warmup_steps, relearn_after)
     warmup = as_threshold(warmup=warmup)
     start = BlockState(statistic.start, 0, 0)
 
@@ -138,8 +138,11 @@ def learned(
     return new_threshold(init_fn, update_fn, warmup)
 
 
-def _check(feed, update_first, warmup_steps, relearn_after) -> None:
+def _check(statistic, feed, update_first, warmup_steps, relearn_after) -> None:
     """Raises for arguments of `learned` that are out of range."""
+    if not isinstance(statistic, Statistic):
+        must = "statistic must be a thresholds.Statistic(start, learn, bound)"
+        raise validate.fail(must, statistic)
     validate.feed(feed=feed)
     validate.flag(update_first=update_first)
     validate.steps(warmup_steps=warmup_steps)

@@ -149,6 +149,7 @@ def window_zscore(
     """
     validate.nonnegative(z=z)
     validate.size(window=window)
+    validate.flag(signed=signed)
     if warmup_steps is not None:
         validate.steps(1, warmup_steps=warmup_steps)
 
