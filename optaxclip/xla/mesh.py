@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -110,14 +110,17 @@ def _across(x: jax.Array, axes: tuple[str, ...], how: str) -> jax.Array:
 
 def hold_everywhere(condition: jax.Array) -> jax.Array:
     """Whether a condition holds on all devices among which it varies by type."""
-    axes = tuple(sorted(varying_axes(condition) - _APART.get()))
-    return lax.pmin(condition.astype(jnp.int32), axes) > 0 if axes else condition
+    return _meet(condition, lax.pmin)
 
 
 def hold_somewhere(condition: jax.Array) -> jax.Array:
     """Whether a condition holds on any of the devices among which it varies by type."""
+    return _meet(condition, lax.pmax)
+
+
+def _meet(condition: jax.Array, how: Callable[..., jax.Array]) -> jax.Array:
     axes = tuple(sorted(varying_axes(condition) - _APART.get()))
-    return lax.pmax(condition.astype(jnp.int32), axes) > 0 if axes else condition
+    return how(condition.astype(jnp.int32), axes) > 0 if axes else condition
 
 
 def is_names(x) -> bool:
