@@ -36,12 +36,15 @@ class Span(NamedTuple):
       explicit: whether the caller named the axes.
       mesh: all mesh axes along which code runs per device, with their sizes. Blocks may depend on
         both, and layouts are cached by the span.
+      unnamed: the axes for each leaf over which its type varies and that the caller did not name:
+        devices along these hold copies of a leaf, or leaves of their own.
     """
 
     leaves: tuple[frozenset[str], ...] = ()
     axes: tuple[str, ...] = ()
     explicit: bool = False
     mesh: tuple[tuple[Any, int], ...] = ()
+    unnamed: tuple[frozenset[str], ...] = ()
 
     def parts(self, leaf: int) -> int:
         """How many devices share leaf `leaf`."""
@@ -173,6 +176,7 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
         tuple(sorted(frozenset().union(*said, *typed))),
         axis_names is not None,
         tuple((axis, lax.axis_size(axis)) for axis in axes),
+        tuple(own - names for own, names in zip(typed, said, strict=True)),
     )
 
 
