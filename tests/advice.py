@@ -61,6 +61,11 @@ def in_shard_map(tx, change=lambda grads: grads, **options):
     return jax.eval_shape(jax.shard_map(clip, mesh=mesh, **options), jnp.ones((4, 2)))
 
 
+def clip_layers_in_parts(**over):
+    tx = oc.clip_by(1.0, scope=oc.scopes.stacked("", **over), axis_names=())
+    return in_shard_map(tx, in_specs=P("data"), out_specs=P("data"))
+
+
 def in_pmap(tx, **options):
     def clip(grads):
         return tx.update(grads, tx.init(grads))[0]
@@ -401,6 +406,11 @@ ADVICE = {
             in_specs=P("data"),
             out_specs=P("data"),
         ),
+    ),
+    "layers in parts": Advice(
+        lambda: clip_layers_in_parts(),
+        "scopes.stacked(..., over=...) with the axes over which layers are cut, or over=() if each",
+        lambda: [clip_layers_in_parts(over=axes) for axes in ("data", ())],
     ),
     "matrices in parts": Advice(
         lambda: in_shard_map(oc.spectral_clip(1.0), in_specs=P("data"), out_specs=P("data")),

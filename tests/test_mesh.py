@@ -222,6 +222,22 @@ def test_units_in_shard_map_need_names_and_then_are_right():
         chex.assert_trees_all_close(got, want, rtol=1e-6)
 
 
+def test_units_of_each_device_leave_shared_ones_the_same_by_type():
+    """A replicated vector beside leaves of which each device holds its own, as experts."""
+    specs = {"bias": P(), "expert": P("x")}
+    grads = {"bias": GRADS["bias"], "expert": GRADS["dense"]}
+    tx = optaxclip.clip_by(1.0, scope=optaxclip.scopes.units(...), axis_names=())
+
+    def clip(grads):
+        return tx.update(grads, tx.init(grads))[0]
+
+    run = jax.shard_map(clip, mesh=mesh_of(8), in_specs=(specs,), out_specs=specs)
+    apart = {"bias": grads["bias"], "expert": list(grads["expert"])}
+    got, want = jax.jit(run)(grads), clip(apart)
+    np.testing.assert_allclose(got["bias"], want["bias"], rtol=1e-6)
+    np.testing.assert_allclose(got["expert"], np.stack(want["expert"]), rtol=1e-6)
+
+
 def test_elements_are_clipped_without_a_collective():
     tx = optaxclip.zclip(scope=optaxclip.scopes.element)
     spec = NamedSharding(mesh_of(4, 2), P("x", "y"))

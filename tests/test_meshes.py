@@ -157,26 +157,63 @@ ROWS |= {case.name: case.make() for case in ADAPTIVE}
 ROWS |= {name: make() for name, make in (OTHERS | HOLDERS).items()}
 
 
+def shapes_on(mesh, layout):
+    shapes = jax.eval_shape(lambda: GRADS)
+    return {
+        name: shapes[name].update(sharding=NamedSharding(mesh, spec))
+        for name, spec in layout.items()
+    }
+
+
+def state_on(mesh, tx, params):
+    """The state of `init` under `jit`, as shapes that lie on the mesh by their types."""
+    # JAX 0.12 makes zeros that lie nowhere outside a context.
+    with jax.set_mesh(mesh):
+        made = jax.jit(tx.init).trace(params)
+    shapes, structure = jax.tree.flatten(made.out_info)
+    lie = [NamedSharding(mesh, x.sharding.spec) for x in made.jaxpr.out_avals]
+    return structure.unflatten([x.update(sharding=s) for x, s in zip(shapes, lie, strict=True)])
+
+
+WHOLE = dict.fromkeys(GRADS, P())
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_states_that_lie_on_a_mesh_need_no_context(kind):
-    """All rows, with a state that an earlier step left on the mesh, outside `jax.set_mesh`."""
-    mesh = mesh_of("2x4", kind)
-
-    def lie(tree, specs):
-        return jax.tree.map(
-            lambda x, spec: x.update(sharding=NamedSharding(mesh, spec)), tree, specs
-        )
-
-    shapes = jax.eval_shape(lambda: GRADS)
-    for layout in (dict.fromkeys(GRADS, P()), LAYOUTS["2x4"]):
-        grads = lie(shapes, layout)
+    """All rows, outside `jax.set_mesh`: also where a state is cut and gradients are not."""
+    mesh, cut = mesh_of("2x4", kind), LAYOUTS["2x4"]
+    for layout, others in ((cut, [cut, WHOLE]), (WHOLE, [cut])):
+        params = shapes_on(mesh, layout)
         for tx in ROWS.values():
-            # JAX 0.12 makes zeros that lie nowhere outside a context.
-            with jax.set_mesh(mesh):
-                made = jax.jit(tx.init).trace(grads)
-            specs = [x.sharding.spec for x in made.jaxpr.out_avals]
-            state = lie(made.out_info, jax.tree.unflatten(jax.tree.structure(made.out_info), specs))
-            jax.jit(tx.update).trace(grads, state, grads)
+            state = state_on(mesh, tx, params)
+            for other in others:
+                jax.jit(tx.update).trace(shapes_on(mesh, other), state, params)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_shard_map_may_leave_axes_to_jit(kind):
+    """All rows that need no names of axes, in a `shard_map` over one of two axes."""
+    mesh, inside = mesh_of("2x4", kind), {"bias": P(), "experts": P("x"), "kernel": P("x")}
+    named = re.compile("unit|adaptive_grad_clip|at_most$|stacked|spectral")
+    for tx in [tx for name, tx in ROWS.items() if not named.search(name)]:
+
+        def step(grads, tx=tx):
+            return tx.update(grads, tx.init(grads), grads)[0]
+
+        run = jax.shard_map(step, mesh=mesh, in_specs=(inside,), out_specs=inside, axis_names={"x"})
+        jax.jit(run).trace(shapes_on(mesh, LAYOUTS["2x4"]))
+
+
+def test_updates_without_jit_need_no_context():
+    """With Explicit axes, where an operation must know its devices from its arguments."""
+    mesh, grad = mesh_of("2x4", AxisType.Explicit), GRADS["kernel"]
+    for spec, tx in ((P("x", "y"), oc.clip(0.5)), (P(), oc.zclip(scope=oc.scopes.leaf))):
+        lies = NamedSharding(mesh, spec)
+        spread = jax.device_put(grad, lies)
+        # The second update is the first whose state lies on the mesh.
+        got, want = (tx.update(g, tx.update(g, tx.init(g))[1])[0] for g in (spread, grad))
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        assert got.sharding.is_equivalent_to(lies, 2)
 
 
 def test_explicit_sharding(alone):

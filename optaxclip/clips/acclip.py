@@ -85,6 +85,7 @@ def scale_by_acclip(
 def _step(g, m, size, *numbers):
     """Computes the update of a leaf, and its new m and τ."""
     rest, pace, power, least = (xla.like(x, size) for x in numbers)
+    g, m, size = xla.lie_alike(g, m, size)
     wide, fine = xla.widen(g), jnp.isfinite(g)
     # `where` on the results: replacing what is not finite by zeros would learn them as gradients.
     moved = jnp.where(fine, m + xla.times(wide - m, rest), m)

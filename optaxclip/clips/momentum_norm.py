@@ -108,5 +108,5 @@ def clip_by_momentum_norm(
 
 def _move(momentum: list, gradients: list, rest: jax.Array, fine: jax.Array) -> list:
     """Updates the momentum with one more gradient, if it is fine."""
-    pairs = zip(gradients, momentum, strict=True)
+    pairs = map(xla.lie_alike, gradients, momentum)
     return [jnp.where(fine, m + xla.times(xla.widen(g) - m, rest), m) for g, m in pairs]

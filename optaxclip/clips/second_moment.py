@@ -50,6 +50,7 @@ def _clip_by_rms(
 
     def learn(x, rms, step):
         """Computes the bound of each element of a leaf, and the new √v."""
+        x, rms = xla.lie_alike(x, rms)
         # A select, not a `cond`: counters are tracers, and a reset costs no more than the read.
         old = rms if every is None else jnp.where(step == 0, 0, rms)
         bound, rest = bound_of(old, step), xla.like(1 - decay, rms)

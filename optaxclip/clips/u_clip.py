@@ -46,7 +46,7 @@ def _remember(clip, exclude: Exclude, step) -> optax.GradientTransformationExtra
         fine = can_learn(clip_state)
         # One NaN in the carry would stay there forever, because the carry is added to every later
         # gradient.
-        kept = [jnp.where(fine, a, b) for a, b in zip(carry, old.arrays, strict=True)]
+        kept = [jnp.where(fine, a, b) for a, b in map(xla.lie_alike, carry, old.arrays)]
         out = list(map(xla.as_dtype_of, leaves.arrays, out))
         return leaves.rebuild(out), CarryState(old.rebuild(kept), clip_state)
 

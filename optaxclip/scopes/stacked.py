@@ -40,8 +40,9 @@ def stacked(
         blocks such as `blocks/attn[3]`.
       over: inside `shard_map`, the mesh axes that cut the (first) axis of layers, so that each
         device holds some of the layers: a name, a tuple of names, or a function of the path; ()
-        where every device holds a part of all layers. A device measures its own layers, and all
-        devices have the norms of all: the state is the same on each, and the same as under `jit`.
+        where every device holds all layers, or a part of each. A device measures its own layers,
+        and all devices have the norms of all: the state is the same on each, and the same as under
+        `jit`.
 
     Raises:
       ValueError: for a bad `where` or `over`, or a scope without names; where a tree is cut, if no

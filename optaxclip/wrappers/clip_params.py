@@ -80,6 +80,6 @@ def clip_params(clip: optax.GradientTransformation) -> optax.GradientTransformat
 
 def _way_to(step: jax.Array, own: jax.Array, end: jax.Array, clipped: jax.Array) -> Any:
     """Computes the step from the parameters of a leaf to the clipped ones."""
-    wide = xla.widen(step, own.dtype)
+    wide, change = xla.lie_alike(xla.widen(step, own.dtype), clipped - own)
     # If nothing was clipped, not the difference: w + u - w loses the last digits of u.
-    return xla.as_dtype_of(step, jnp.where(clipped == end, wide, clipped - own))
+    return xla.as_dtype_of(step, jnp.where(clipped == end, wide, change))

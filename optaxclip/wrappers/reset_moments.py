@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import validate
+from optaxclip import validate, xla
 from optaxclip.engine import Description, guarded
 from optaxclip.states import explain_leaves, init_inside
 from optaxclip.trees import drop_gradientless
@@ -90,7 +90,7 @@ def reset_moments(
 
 def _select(due, fresh, old):
     # The state may come from an `init` of parameters whose dtype differs from that of the updates.
-    return jnp.where(due, jnp.asarray(fresh).astype(old.dtype), old)
+    return jnp.where(due, *xla.lie_alike(jnp.asarray(fresh).astype(old.dtype), old))
 
 
 def _warmup(step, steps):

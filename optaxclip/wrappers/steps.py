@@ -163,4 +163,4 @@ def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
     each = zip(
         xla.spread(condition, layout), jax.tree.leaves(yes), jax.tree.leaves(no), strict=True
     )
-    return structure.unflatten([jnp.where(chosen, a, b) for chosen, a, b in each])
+    return structure.unflatten([jnp.where(chosen, *xla.lie_alike(a, b)) for chosen, a, b in each])

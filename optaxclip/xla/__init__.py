@@ -28,7 +28,16 @@ from optaxclip.xla.mesh import (
     hold_somewhere,
     is_names,
 )
-from optaxclip.xla.placing import call_in_auto_axes, fill_like, here, is_shared, like, vary, vary_as
+from optaxclip.xla.placing import (
+    call_in_auto_axes,
+    fill_like,
+    here,
+    is_shared,
+    lie_alike,
+    like,
+    vary,
+    vary_as,
+)
 from optaxclip.xla.scaling import as_dtype_of, scale, spread
 from optaxclip.xla.units import place_units
 from optaxclip.xla.widths import accumulator, largest, poison, root, smallest, times, widen
@@ -54,6 +63,7 @@ __all__ = [
     "join_lengths",
     "largest",
     "lay_out",
+    "lie_alike",
     "like",
     "measure",
     "place_units",

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optaxclip import validate
 from optaxclip.base import Blocks
 from optaxclip.xla.mesh import NOWHERE, Span, count_devices
 
@@ -59,6 +60,20 @@ class Layout(NamedTuple):
         """The block of a leaf, or the blocks of the layers that it stacks, on all devices."""
         first = self.blocks.index[leaf]
         return range(first, first + math.prod(self.kept(leaf)) * count_devices(self.over(leaf)))
+
+    def check_layers(self) -> None:
+        """Raises if devices may hold layers of their own, or copies: types do not say which."""
+        if self.blocks.units or self.blocks.over:
+            return
+        for leaf, axes in enumerate(self.span.unnamed):
+            if self.kept(leaf) and count_devices(axes) > 1:
+                name = (self.blocks.names or ())[self.blocks.index[leaf]]
+                raise ValueError(
+                    f"{validate.called()}: by type the leaf of the layer {name!r} differs over the"
+                    f" mesh axes {tuple(sorted(axes))}, which axis_names= does not name. Pass a"
+                    " scope that says what devices hold: scopes.stacked(..., over=...) with the"
+                    " axes over which layers are cut, or over=() if each device has copies of all."
+                )
 
     def among_all(self, x: jax.Array, leaves: Sequence[int]) -> jax.Array:
         """The last axis of `x`, the own layers of leaves, each in its place among those of all.
@@ -101,16 +116,14 @@ def lay_out(blocks: Blocks, paths: Sequence[str], shapes, span: Span = NOWHERE) 
     """The layout of a tree. Rows ignore dtypes, which may differ between `init` and an update."""
     # Tuples throughout: a layout is a static argument of jitted functions and has to be hashable.
     axes = blocks.axes or [None] * len(paths)
-    rows = group(
-        [
-            (re.sub(r"\d+", "#", path), shape, ax)
-            for path, shape, ax in zip(paths, shapes, axes, strict=True)
-        ]
-    )
+    # Norms that differ among devices would, in one array with others, make these differ by type.
+    apart = span.unnamed or [frozenset()] * len(paths)
+    each = zip(paths, shapes, axes, apart, strict=True)
+    rows = group([(re.sub(r"\d+", "#", path), *rest) for path, *rest in each])
     # A unit that is a whole leaf has a scalar norm, whatever the shape of the leaf. One array for
     # all biases and scales takes 28 kernels less on a TPU than one array per row.
     whole = [axes[row[0]] == tuple(range(len(shapes[row[0]]))) for row in rows]
-    arrays = group(["whole" if all_of_it else r for r, all_of_it in enumerate(whole)])
+    arrays = group([apart[row[0]] if whole[r] else r for r, row in enumerate(rows)])
     span = _span_layers(blocks, _span_units(blocks, span))
     return Layout(blocks, tuple(shapes), rows, arrays, span)
 

@@ -51,6 +51,7 @@ def _measure(norm: Norm, layout: Layout, arrays: list[jax.Array]) -> Norms:
     """As `measure`."""
     if layout.blocks.axes is not None:
         layout.span.check_units()
+        layout.check_layers()
     forms = _Forms(norm, layout, accumulator(arrays))
     lengths = lax.platform_dependent(
         arrays, cpu=forms.checked, cuda=forms.stacked, rocm=forms.stacked, default=forms.plain

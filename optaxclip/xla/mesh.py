@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,12 +36,15 @@ class Span(NamedTuple):
       explicit: whether the caller named the axes.
       mesh: all mesh axes along which code runs per device, with their sizes. Blocks may depend on
         both, and layouts are cached by the span.
+      unnamed: the axes for each leaf over which its type varies and that the caller did not name:
+        devices along these hold copies of a leaf, or leaves of their own.
     """
 
     leaves: tuple[frozenset[str], ...] = ()
     axes: tuple[str, ...] = ()
     explicit: bool = False
     mesh: tuple[tuple[Any, int], ...] = ()
+    unnamed: tuple[frozenset[str], ...] = ()
 
     def parts(self, leaf: int) -> int:
         """How many devices share leaf `leaf`."""
@@ -110,14 +113,17 @@ def _across(x: jax.Array, axes: tuple[str, ...], how: str) -> jax.Array:
 
 def hold_everywhere(condition: jax.Array) -> jax.Array:
     """Whether a condition holds on all devices among which it varies by type."""
-    axes = tuple(sorted(varying_axes(condition) - _APART.get()))
-    return lax.pmin(condition.astype(jnp.int32), axes) > 0 if axes else condition
+    return _meet(condition, lax.pmin)
 
 
 def hold_somewhere(condition: jax.Array) -> jax.Array:
     """Whether a condition holds on any of the devices among which it varies by type."""
+    return _meet(condition, lax.pmax)
+
+
+def _meet(condition: jax.Array, how: Callable[..., jax.Array]) -> jax.Array:
     axes = tuple(sorted(varying_axes(condition) - _APART.get()))
-    return lax.pmax(condition.astype(jnp.int32), axes) > 0 if axes else condition
+    return how(condition.astype(jnp.int32), axes) > 0 if axes else condition
 
 
 def is_names(x) -> bool:
@@ -170,6 +176,7 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
         tuple(sorted(frozenset().union(*said, *typed))),
         axis_names is not None,
         tuple((axis, lax.axis_size(axis)) for axis in axes),
+        tuple(own - names for own, names in zip(typed, said, strict=True)),
     )
 
 

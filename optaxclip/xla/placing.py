@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from optaxclip.compat import manual_axes, to_varying, varying_axes
@@ -37,6 +37,13 @@ def fill_like(x: Any, value: ArrayLike, dtype: DTypeLike | None = None) -> jax.A
     filled = jnp.full(x.shape + jnp.shape(value), value, dtype or x.dtype)
     spec = spec_of(x)
     return vary_as(jax.sharding.reshard(filled, spec) if any(spec) else filled, x)
+
+
+def lie_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Arrays of one shape, each cut by Explicit axes as the first one that is cut."""
+    # JAX lets the sum of two lie as the one that is cut, but refuses to select between them.
+    cut = [jax.typeof(x).sharding for x in arrays if any(spec_of(x))]
+    return [jax.sharding.reshard(x, cut[0]) for x in arrays] if cut else list(arrays)
 
 
 def is_shared(x: jax.Array, axes: Sequence[str]) -> bool:
@@ -81,20 +88,31 @@ def call_in_auto_axes(
     With Explicit axes each product, select and vmap would have to be told the sharding of its
     result. The arrays and the state come out sharded as they went in.
     """
-    kinds = [jax.typeof(x).sharding for x in arrays]
-    cut = [kind for kind in kinds if any(kind.spec)]
-    if not cut:
-        return function(arrays, state, rest)
     leaves, structure = jax.tree.flatten((state, rest))
     # Types change inside, so arrays may not be closed over; strings and the like may.
     numbers = {i: x for i, x in enumerate(leaves) if hasattr(x, "dtype")}
+    known = [x for x in (*arrays, *numbers.values()) if isinstance(x, jax.Array)]
+    placed = [x for x in known if jax.typeof(x).sharding.mesh.explicit_axes]
+    if not placed:
+        return function(arrays, state, rest)
+    numbers = {i: _join(x, placed[0]) for i, x in numbers.items()}
 
     def inside(arrays, numbers):
         whole = [numbers.get(i, x) for i, x in enumerate(leaves)]
         return function(arrays, *structure.unflatten(whole))
 
-    results = jax.tree.map(spec_of, (arrays, state))
+    mesh, results = jax.typeof(placed[0]).sharding.mesh, jax.tree.map(spec_of, (arrays, state))
     # The mesh in the types, as the context of `jax.set_mesh` may have ended.
-    with jax.sharding.use_abstract_mesh(cut[0].mesh):
-        run: Any = jax.sharding.auto_axes(inside, out_sharding=results)
+    with jax.sharding.use_abstract_mesh(mesh):
+        # Not all axes: those of a `shard_map` around this stay as they are.
+        axes = mesh.explicit_axes
+        run: Any = jax.sharding.auto_axes(inside, axes=axes, out_sharding=results)
         return run(arrays, numbers)
+
+
+def _join(x: Any, other: Any) -> Any:
+    """`x` on the devices of `other`, if it lies on no mesh and this is no trace."""
+    # A counter that is alone in an operation would not know its devices.
+    if isinstance(other, jax.core.Tracer) or not jax.typeof(x).sharding.mesh.empty:
+        return x
+    return jax.device_put(x, NamedSharding(other.sharding.mesh, PartitionSpec()))
