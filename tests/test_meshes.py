@@ -252,11 +252,22 @@ def test_explicit_sharding(alone):
         )
 
 
+def _clip_until(steps):
+    return oc.clip_by(oc.thresholds.until(steps, oc.thresholds.norm_ratio(decay=steps / 4)))
+
+
+def _clip_by_name(bound):
+    learned = oc.thresholds.running(2.0)
+    return oc.clip_by_leaf_norm({"bias": bound, "experts": learned, "kernel": 2 * bound})
+
+
 WITH_NUMBERS = {
     "adagc": (oc.adagc, {"warmup_steps": 1, "relearn_after": 3}),
     "adaptive_grad_clip": (oc.adaptive_grad_clip, {"clipping": 0.1}),
     "band_clip": (oc.band_clip, {"low": 0.5}),
     "clip": (oc.clip, {"max_delta": 0.5}),
+    "until": (_clip_until, {"steps": 1}),
+    "by name": (_clip_by_name, {"bound": 0.5}),
     "clip_by_global_norm": (oc.clip_by_global_norm, {"max_norm": 1.0}),
     "clip_by_log_zscore": (oc.clip_by_log_zscore, {"z": 2.0}),
     "clippy": (oc.clippy, {}),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import validate
+from optaxclip import validate, xla
 from optaxclip.base import Norms, annotate
 from optaxclip.thresholds.blocks import Fixed, new_threshold, update_all
 from optaxclip.thresholds.convert import as_threshold
@@ -86,7 +86,8 @@ def _fixed(argument: str, bounds: Mapping[str, Any]) -> optax.GradientTransforma
         entries = _entries(argument, bounds, blocks)
         # Not made when the clip is built: an array made inside `jit` would outlive the trace.
         now = {name: bound(step) if callable(bound) else bound for name, bound in bounds.items()}
-        own = [math.inf if validate.is_transformation(now[name]) else now[name] for name in entries]
+        now |= {name: math.inf for name, bound in now.items() if validate.is_transformation(bound)}
+        own = [xla.here(now[name]) for name in entries]
         return jnp.asarray(own, jnp.result_type(float)).astype(norms.dtype)
 
     def fixed_fn(norms, state, params=None, *, block_names=None, **extra_args):

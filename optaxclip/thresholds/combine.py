@@ -152,7 +152,8 @@ def until(
 
     def update_fn(norms, state, params=None, **extra_args):
         each, inner = update_all(both, norms, state.inner, params, **extra_args)
-        bounds = jax.tree.map(lambda a, b: jnp.where(state.clip_step < steps, a, b), *each)
+        early = state.clip_step < xla.here(steps)
+        bounds = jax.tree.map(lambda a, b: jnp.where(early, a, b), *each)
         return bounds, UntilState(advance(state.clip_step), inner)
 
     return new_threshold(init_fn, update_fn, *both)
