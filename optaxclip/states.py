@@ -65,11 +65,10 @@ class StateGuard:
         shapes = jax.tree.map(_shape, updates)
         fresh = jax.eval_shape(lambda: jax.tree.map(_to_array, self._make(shapes)))
         # Compare names first: "new are ['head/bias']" says more than a shape that differs.
-        if hasattr(fresh, "metrics"):
-            new, known = (unpack_names(x.metrics.blocks) for x in (fresh, state))
-            if bool(new) != bool(known):
-                raise self._refuse(_of_another_scope(named_updates=bool(new)), state, updates)
-            check_names(self.what, new, known)
+        new, known = _names_of_blocks(fresh), _names_of_blocks(state)
+        if bool(new) != bool(known):
+            raise self._refuse(_of_another_scope(named_updates=bool(new)), state, updates)
+        _check_names(self.what, new, known)
         want, got = _shapes(fresh), _shapes(state)
         if want != got:
             wrong = next(path for path in (*want, *got) if want.get(path) != got.get(path))
@@ -91,7 +90,7 @@ class StateGuard:
             but = f"{but}. It looks like a state of {' or '.join(sorted(makers))}"
         advice = _ADVICE if makers else f"{_ADVICE} {_CHECKPOINT}"
         if any(map(_is_module, jax.tree.leaves(updates, is_leaf=_is_module))):
-            advice = f"{advice} Of an Equinox model initialise {_FILTER}."
+            advice = f"{advice} For an Equinox model initialise with {_FILTER}."
         return ValueError(f"{self.what}: {but}: {advice}")
 
 
@@ -142,8 +141,8 @@ def explain_leaves(call: str, tree: Any) -> Generator[None, None, None]:
             raise
         raise ValueError(
             f"{call}: the optimizer inside takes arrays of numbers only, and among the leaves are"
-            f" {', '.join(sorted(strange))}. Pass the arrays alone: of an Equinox model"
-            f" tx.init({_FILTER}). Or leave the others out: optax.masked({call}(...), mask)."
+            f" {', '.join(sorted(strange))}. Pass only the arrays: for an Equinox"
+            f" model tx.init({_FILTER}). Or leave the others out: optax.masked({call}(...), mask)."
         ) from error
 
 
@@ -185,7 +184,12 @@ def _of_another_scope(*, named_updates: bool) -> str:
     )
 
 
-def check_names(what: str, new: tuple[str, ...], known: tuple[str, ...]) -> None:
+def _names_of_blocks(state: Any) -> tuple[str, ...]:
+    """The names in the state of a clip or a watch; () for any other."""
+    return unpack_names(getattr(getattr(state, "metrics", state), "blocks", {}))
+
+
+def _check_names(what: str, new: tuple[str, ...], known: tuple[str, ...]) -> None:
     """Raises unless the blocks of the updates are those that `init` saw."""
     added, missing = sorted(set(new) - set(known)), sorted(set(known) - set(new))
     if added or missing:
@@ -231,7 +235,6 @@ def _shape(x: Any) -> Any:
 __all__ = [
     "ParamsMemory",
     "StateGuard",
-    "check_names",
     "explain_leaves",
     "init_inside",
     "kind_of",

@@ -363,6 +363,16 @@ REFUSED = {
         lambda: oc.clip_by(1.0, scope=oc.scopes.units(3)).update(jnp.ones((2, 2)), None),
         "clip_by: the axes 3 do not fit",
     ),
+    "unit by name": (
+        lambda: oc.clip_by(1.0, scope=oc.scopes.units("0")).init(jnp.ones((2, 2))),
+        "clip_by: the axes '0' do not fit .* Pass an axis, a tuple of axes",
+    ),
+    "negative number of layer axes": (
+        lambda: oc.adaptive_grad_clip(0.1, batch_axes=-1).init(jnp.ones((2, 2))),
+        "adaptive_grad_clip: batch_axes must be a number of axes of the leaf '', .*, got -1",
+    ),
+    "view": (lambda: oc.clip_by(1.0, view=1.0), r"clip_by: view must be a function \(leaf"),
+    "exclude of acclip": (lambda: oc.scale_by_acclip(exclude=1), "acclip: exclude must be"),
     "unit from behind": (
         lambda: oc.clip_by(1.0, scope=oc.scopes.units(-3)).update(jnp.ones((2, 2)), None),
         "clip_by: the axes -3 do not fit",
@@ -392,6 +402,8 @@ def test_bad_arguments_are_rejected_at_construction(call, message):
         *("thresholds.zscore(-1.0)", "thresholds.log_zscore(-1.0)", "thresholds.norm_ratio(-1.0)"),
         *("thresholds.window_zscore(-1.0)", "thresholds.percentile(-1.0)", "thresholds.median(-1)"),
         *("thresholds.window_zscore(warmup_steps=0)", "thresholds.running(relearn_after=0)"),
+        *("thresholds.window_zscore(signed=1)", "thresholds.per_block(0.0, 1.0)"),
+        "thresholds.learned(1.0)",
         *("norms.lp(0.5)", "scopes.groups(1)", "scopes.stacked(1)", "actions.band(-1.0)"),
     ],
 )

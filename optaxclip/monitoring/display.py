@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 _BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 24  # bars of a course
 _GAP = "·"  # a step that is not finite, or unknown
 _MOST = 40  # keys, about one screen
 _HEAD = ("key", "last", "smallest", "largest", "course")
@@ -34,7 +35,7 @@ def format_share(share: Any) -> str:
     return f"{float(share):.0%}".replace("%", " %")
 
 
-def sparkline(series: np.ndarray, width: int = 24) -> str:
+def sparkline(series: np.ndarray) -> str:
     """Draws a series as a row of bars, each as high as the largest number in its stretch.
 
     The scale is logarithmic if the numbers are positive and span more than a factor of 100. A dot
@@ -44,7 +45,7 @@ def sparkline(series: np.ndarray, width: int = 24) -> str:
     >>> sparkline(np.array([1.0, 2.0, np.nan, 8.0])), sparkline(10.0 ** np.arange(8))
     ('▁▂·█', '▁▂▃▄▅▆▇█')
     """
-    parts = np.array_split(np.asarray(series, float), min(width, len(series)) or 1)
+    parts = np.array_split(np.asarray(series, float), min(_WIDTH, len(series)) or 1)
     # The largest, because the mean of a stretch would hide a spike.
     known = [part[np.isfinite(part)] for part in parts]
     tops = np.array([part.max() if part.size else np.nan for part in known])

@@ -1,7 +1,8 @@
 """Writes metrics to one line, a progress bar, CSV, TensorBoard, or Weights & Biases.
 
 Each `to_...` returns a function of the step and the scalars of `optaxclip.metrics`, on the device
-or not. Call it in a training loop, or pass it to `optaxclip.report`.
+or not; `to_print` is such a function itself. Call it in a training loop, or pass it to
+`optaxclip.report`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,10 @@ import textwrap
 from typing import Any
 
 from optaxclip import validate
-from optaxclip.monitoring.diagnose import Sign, diagnose
-from optaxclip.monitoring.history import Recorded, RecordedRun, read_run, require_norms
+from optaxclip.monitoring.diagnose import diagnose
+from optaxclip.monitoring.findings import Sign
+from optaxclip.monitoring.recorded import RecordedRun, read_run, require_norms
+from optaxclip.monitoring.tables import Recorded, Table
 from optaxclip.plots.axes import colors_of, import_pyplot
 from optaxclip.plots.distribution import plot_layers
 from optaxclip.plots.steps import plot_clipped_share, plot_loss, plot_norms
@@ -42,7 +44,7 @@ def plot_run(history: Recorded, figure: Any = None, *, clip: int = 0) -> Any:
     run = read_run(history, clip, every_row=True)
     require_norms(run)
     # Read once for all plots: from the device, and from the dicts of all steps.
-    history = run.table | {"step": run.steps}
+    history = Table(run.table | {"step": run.steps})
     rows = _choose(run)
     # A heat map needs room for the names of its rows.
     ratios = [min(1 + 0.09 * len(run.blocks), 3) if r is plot_layers else 1 for r in rows]

@@ -7,7 +7,7 @@ bounds, and its `params` are the norms of the parameters, in the same shape.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import optax
 
 from optaxclip import xla
 from optaxclip.base import Norms, annotate
-from optaxclip.validate import named
+from optaxclip.validate import fail, is_function, named
 
 
 # A type, not an attribute of the function: a chain of thresholds then has Optax's type, and rightly
@@ -62,6 +62,19 @@ def new_threshold(
 def learns(*updates: Callable) -> bool:
     """Whether these update functions belong to thresholds that judge a norm by earlier norms."""
     return any(getattr(update, "learns", False) for update in updates)
+
+
+def update_all(
+    thresholds: Sequence[optax.GradientTransformationExtraArgs],
+    norms: Norms,
+    states: Sequence[Any],
+    params: Any,
+    **extra_args: Any,
+) -> tuple[tuple[Norms, ...], tuple[Any, ...]]:
+    """Updates several thresholds with the same norms: their bounds, and their states."""
+    pairs = zip(thresholds, states, strict=True)
+    done = [t.update(norms, state, params, **extra_args) for t, state in pairs]
+    return tuple(bounds for bounds, _ in done), tuple(state for _, state in done)
 
 
 def start_blocks(start: Any, norms: Norms) -> Any:
@@ -163,6 +176,9 @@ def per_block(
       step: the rule. It is called with norms that are not finite as well, but the clip drops the
         resulting state.
 
+    Raises:
+      ValueError: if `step` is not a function.
+
     Example, the longest norm so far, times 0.9:
 
     >>> import jax.numpy as jnp
@@ -175,6 +191,8 @@ def per_block(
     >>> threshold.update(norms, threshold.init(norms))
     (Array([0.9, 1.8], dtype=float32), Array([1., 2.], dtype=float32))
     """
+    if not is_function(step):
+        raise fail("step must be a function (norm, state) -> (bound, state)", step)
 
     def update_fn(norms, state, params=None, **extra_args):
         return over_blocks(step, init, norms, state)

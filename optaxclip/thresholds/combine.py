@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import feeds, validate, xla
 from optaxclip.base import Feed, Threshold, annotate
-from optaxclip.thresholds.blocks import hold, new_threshold
+from optaxclip.thresholds.blocks import hold, new_threshold, update_all
 from optaxclip.thresholds.convert import as_threshold
 from optaxclip.thresholds.fixed import advance
 
@@ -39,6 +39,9 @@ def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransf
         `feeds.accepted`, or a function `(norms, bounds) -> norms` in which infinity and NaN
         mean "nothing".
 
+    Raises:
+      ValueError: for an invalid threshold or feed.
+
     >>> import jax.numpy as jnp, optax
     >>> from optaxclip import thresholds
     >>> threshold = thresholds.lag(optax.scale(2.0))
@@ -55,7 +58,7 @@ def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransf
 
     def feed_on(norms, bounds):
         # Every multiple of a norm of zero (a frozen leaf, an unused expert) is a bound of zero,
-        # which would freeze the block for ever.
+        # which would freeze the block forever.
         return jnp.where(norms == 0, math.inf, feed(norms, bounds))
 
     def update_fn(norms, state, params=None, **extra_args):
@@ -75,11 +78,9 @@ def _combine(pick: Callable, *both: optax.GradientTransformationExtraArgs):
 
     def update_fn(norms, state, params=None, **extra_args):
         # Both are updated, so both learn, whichever bound is used in the end.
-        (x, one), (y, two) = (
-            t.update(norms, s, params, **extra_args) for t, s in zip(both, state, strict=True)
-        )
+        bounds, state = update_all(both, norms, state, params, **extra_args)
         # `jnp.minimum` keeps NaN, and a bound of NaN makes its block count as not finite.
-        return jax.tree.map(pick, x, y), (one, two)
+        return jax.tree.map(pick, *bounds), state
 
     return new_threshold(lambda norms: tuple(t.init(norms) for t in both), update_fn, *both)
 
@@ -87,6 +88,9 @@ def _combine(pick: Callable, *both: optax.GradientTransformationExtraArgs):
 @validate.named
 def at_most(threshold: Threshold, cap: Threshold) -> optax.GradientTransformationExtraArgs:
     """The smaller of two bounds: an adaptive threshold under an absolute cap.
+
+    Raises:
+      ValueError: for an invalid threshold or cap.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import thresholds
@@ -100,6 +104,9 @@ def at_most(threshold: Threshold, cap: Threshold) -> optax.GradientTransformatio
 @validate.named
 def at_least(threshold: Threshold, floor: Threshold) -> optax.GradientTransformationExtraArgs:
     """The larger of two bounds: an adaptive threshold that cannot shrink to nothing.
+
+    Raises:
+      ValueError: for an invalid threshold or floor.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import thresholds
@@ -128,7 +135,7 @@ def until(
     after 100 updates.
 
     Raises:
-      ValueError: if `steps` is negative or not a whole number.
+      ValueError: if `steps` is negative or not a whole number; for an invalid threshold.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import thresholds
@@ -144,12 +151,9 @@ def until(
         return UntilState(jnp.zeros((), jnp.int32), tuple(t.init(norms) for t in both))
 
     def update_fn(norms, state, params=None, **extra_args):
-        done = [
-            t.update(norms, s, params, **extra_args) for t, s in zip(both, state.inner, strict=True)
-        ]
-        (first, one), (second, two) = done
-        bounds = jax.tree.map(lambda a, b: jnp.where(state.clip_step < steps, a, b), first, second)
-        return bounds, UntilState(advance(state.clip_step), (one, two))
+        each, inner = update_all(both, norms, state.inner, params, **extra_args)
+        bounds = jax.tree.map(lambda a, b: jnp.where(state.clip_step < steps, a, b), *each)
+        return bounds, UntilState(advance(state.clip_step), inner)
 
     return new_threshold(init_fn, update_fn, *both)
 
@@ -170,6 +174,13 @@ def param_relative(
     Raises:
       ValueError: if ratio or floor is negative, NaN, a boolean or a string; at the update, without
         parameters.
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> from optaxclip import thresholds
+    >>> tx = optaxclip.clip_by(thresholds.param_relative(0.1))
+    >>> params = jnp.array([3.0, 4.0])
+    >>> tx.update(jnp.array([0.0, 9.0]), tx.init(params), params)[0]
+    Array([0. , 0.5], dtype=float32)
     """
     ratio = as_threshold(ratio=ratio)
     if floor is not None:

@@ -5,7 +5,7 @@ keeps the two apart: a `Statistic` is a few lines for one block; what it is fed,
 before or after it decides, how it warms up and when it is reset are arguments.
 
 A statistic never learns from a norm that is not finite, nor from zero (a frozen leaf, an unused
-expert): every multiple of zero would be a bound of zero, and the block would stay locked for ever.
+expert): every multiple of zero would be a bound of zero, and the block would stay locked forever.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -41,6 +40,11 @@ class Statistic(NamedTuple):
     learn: Callable[[jax.Array, Any, jax.Array], Any]
     bound: Callable[[jax.Array, Any, jax.Array], jax.Array]
     signed: bool = False
+
+
+def multiple_of(factor: ArrayLike) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The bound factor · value, of a statistic that is one number."""
+    return lambda norm, value, seen: xla.like(factor, norm) * value
 
 
 class BlockState(NamedTuple):
@@ -87,12 +91,11 @@ def learned(
       warmup: the threshold of the warm-up; by default there is none.
       relearn_after: a block that was over its bound on this many consecutive steps has changed for
         good: its statistic is reset to the present norm (and warms up again). None: never. It is
-        needed with a feed that does not let the statistic follow; else the block is locked for
-        ever.
+        needed with a feed that does not let the statistic follow; else the block is locked forever.
 
     Raises:
-      ValueError: for numbers out of range; for `update_first` with another feed than `feeds.raw`:
-        there is no bound yet.
+      ValueError: for anything but a `Statistic`; for numbers out of range; for `update_first` with
+        another feed than `feeds.raw`: there is no bound yet.
 
     >>> import jax.numpy as jnp
     >>> from optaxclip import feeds, thresholds
@@ -104,7 +107,7 @@ def learned(
     >>> float(bound), float(threshold.update(jnp.array(100.0), state)[0])
     (inf, 6.0)
     """
-    _check(feed, update_first, warmup_steps, relearn_after)
+    _check(statistic, feed, update_first, warmup_steps, relearn_after)
     warmup = as_threshold(warmup=warmup)
     start = BlockState(statistic.start, 0, 0)
 
@@ -135,8 +138,11 @@ def learned(
     return new_threshold(init_fn, update_fn, warmup)
 
 
-def _check(feed, update_first, warmup_steps, relearn_after) -> None:
+def _check(statistic, feed, update_first, warmup_steps, relearn_after) -> None:
     """Raises for arguments of `learned` that are out of range."""
+    if not isinstance(statistic, Statistic):
+        must = "statistic must be a thresholds.Statistic(start, learn, bound)"
+        raise validate.fail(must, statistic)
     validate.feed(feed=feed)
     validate.flag(update_first=update_first)
     validate.steps(warmup_steps=warmup_steps)
@@ -165,9 +171,3 @@ def _reset(statistic: Statistic, norm, state: BlockState, relearn_after) -> Bloc
     fresh = BlockState(*_learn(statistic, norm, start.value, start.seen), start.over)
     locked = state.over >= xla.here(relearn_after)
     return jax.tree.map(lambda a, b: jnp.where(locked, a, b), fresh, state)
-
-
-def empty(*shape: int) -> np.ndarray:
-    """Space for norms not seen yet, filled with infinity, which no stored norm can be."""
-    # NumPy, because a JAX constant in a closure would start a backend when a clip is built.
-    return np.full(shape, np.inf, np.float32)
