@@ -162,6 +162,14 @@ def test_parameter_sizes_count_all_shards_and_elements_need_none(make, typed):
     chex.assert_trees_all_close(jax.jit(run)(grad), on_one_device(make(), grad)[0], rtol=1e-6)
 
 
+def test_a_global_norm_of_elements_is_that_of_all_devices():
+    tx = optaxclip.adagc(scope=optaxclip.scopes.element)
+    run = jax.shard_map(
+        lambda grads: steps(tx, grads)[0], mesh=mesh_of(4, 2), in_specs=(SPECS,), out_specs=SPECS
+    )
+    chex.assert_trees_all_close(jax.jit(run)(GRADS), on_one_device(tx)[0], rtol=1e-6)
+
+
 def test_shard_map_without_types_or_names_is_an_error():
     run = jax.shard_map(
         partial(steps, CLIPS["tree"]),

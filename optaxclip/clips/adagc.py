@@ -45,7 +45,8 @@ def adagc(
       max_norm: the global norm during warm-up.
       relearn_after: resets a block that was over its bound on this many consecutive steps; None:
         never. With the defaults, following a tenfold rise takes 2,300 steps.
-      scope: which numbers share one norm; the paper's is `scopes.leaf`.
+      scope: which numbers share one norm; the paper's is `scopes.leaf`. With `scopes.units` inside
+        `shard_map`, keep `check_vma=True`: else the global norm is that of the units of a device.
       exclude, nonfinite, axis_names: as in `optaxclip.clip_by`.
 
     Raises:
@@ -105,10 +106,13 @@ def _share_of_global(max_norm: optax.GradientTransformationExtraArgs):
         rows = jax.tree.leaves(norms)
         if not rows:
             return norms, state
-        largest = jnp.max(jnp.stack([jnp.max(n, initial=0) for n in rows]))
+        # Devices may hold different units.
+        each = [xla.pool_shown(jnp.max(n, initial=0), "max") for n in rows]
+        largest = jnp.max(jnp.stack(each))
         # In units of the largest norm, so that no square overflows.
         unit = jnp.where(largest > 0, largest, 1)
-        whole = unit * xla.root(jnp.asarray(sum(jnp.sum(jnp.square(n / unit)) for n in rows)))
+        squares = [xla.pool_shown(jnp.sum(jnp.square(n / unit)), "sum") for n in rows]
+        whole = unit * xla.root(jnp.asarray(sum(squares)))
         # The norm, not its square, by which a port of AdaGC divides.
         bound, state = max_norm.update(whole, state, params, **extra_args)
         share = rescale(whole, jnp.asarray(bound))

@@ -27,6 +27,7 @@ from optaxclip.xla.mesh import (
     hold_everywhere,
     hold_somewhere,
     is_names,
+    pool_shown,
 )
 from optaxclip.xla.placing import (
     call_in_auto_axes,
@@ -68,6 +69,7 @@ __all__ = [
     "measure",
     "place_units",
     "poison",
+    "pool_shown",
     "root",
     "scale",
     "smallest",

@@ -122,8 +122,17 @@ def hold_somewhere(condition: jax.Array) -> jax.Array:
 
 
 def _meet(condition: jax.Array, how: Callable[..., jax.Array]) -> jax.Array:
-    axes = tuple(sorted(varying_axes(condition) - _APART.get()))
+    axes = _shown(condition)
     return how(condition.astype(jnp.int32), axes) > 0 if axes else condition
+
+
+def pool_shown(x: jax.Array, how: str) -> jax.Array:
+    """`x` pooled over the devices among which it varies by type."""
+    return _across(x, _shown(x), how)
+
+
+def _shown(x: jax.Array) -> tuple[str, ...]:
+    return tuple(sorted(varying_axes(x) - _APART.get()))
 
 
 def is_names(x) -> bool:
