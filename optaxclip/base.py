@@ -178,7 +178,7 @@ class Metrics(NamedTuple):
       clipped_steps: int32, the steps on which the norm was over the bound.
       nonfinite_steps: int32, the steps on which the norm was NaN or infinite.
       total_steps: int32 scalar, all steps.
-      blocks: the names of the blocks, see `optaxclip.record.pack_names`.
+      blocks: the names of the blocks, see `optaxclip.trees.pack_names`.
     """
 
     grad_norm: Any

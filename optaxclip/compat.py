@@ -48,8 +48,8 @@ def manual_axes() -> tuple[Any, ...]:
 
 def _is_of_devices(axis: Any) -> bool:
     """Whether an axis is one of `pmap`, and not of `vmap`."""
-    # Only `vmap` gives its own index as a batch. Of a `vmap` around a `jit` nothing tells: a clip
-    # in there must be told `axis_names=()`.
+    # Only `vmap` gives its own index as a batch. A `vmap` around a `jit` cannot be recognized: a
+    # clip inside it must be told `axis_names=()`.
     return type(lax.axis_index(axis)).__name__ != "BatchTracer"
 
 

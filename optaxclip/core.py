@@ -23,6 +23,9 @@ nowhere else.
 
 from __future__ import annotations
 
+import math
+from typing import get_args
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -105,9 +108,7 @@ def clip_by(
     {'a': Array([0.75], dtype=float32), 'b': Array([0.5], dtype=float32)}
     """
     threshold, norm, action = as_threshold(threshold=threshold), as_norm(norm), as_action(action)
-    validate.choice(("propagate", "zero"), nonfinite=nonfinite)
-    # A Python number: a jax array made here during a trace would leak into later updates.
-    bad = np.nan if nonfinite == "propagate" else 0.0
+    bad = factor_of_bad(nonfinite)
 
     def measure(leaves: Leaves, layout: xla.Layout) -> Norms:
         return xla.measure(norm, leaves.arrays, layout)
@@ -119,6 +120,13 @@ def clip_by(
 
     description = Description(as_scope(scope), norm, threshold, action, view, exclude, nonfinite)
     return build(description, Rule(measure, act), axis_names)
+
+
+def factor_of_bad(nonfinite: Nonfinite) -> float:
+    """What a block that is not finite is multiplied by: NaN or 0."""
+    validate.choice(get_args(Nonfinite), nonfinite=nonfinite)
+    # A Python number: a jax array made here during a trace would leak into later updates.
+    return math.nan if nonfinite == "propagate" else 0.0
 
 
 def decide(norms: Norms, bounds: Norms, action: Action, bad: float) -> Step:

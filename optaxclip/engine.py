@@ -28,11 +28,11 @@ from optaxclip.base import (
     annotate,
 )
 from optaxclip.compat import varying_axes
-from optaxclip.record import Step, fresh_metrics, pack_names, record
+from optaxclip.record import Step, fresh_metrics, record
 from optaxclip.scopes import leaf, tree
 from optaxclip.states import ParamsMemory, StateGuard, explain_leaves, init_inside
 from optaxclip.thresholds.blocks import hold, reads_params
-from optaxclip.trees import Leaves, drop_gradientless, match_params, select
+from optaxclip.trees import Leaves, drop_gradientless, match_params, pack_names, select
 
 
 class Description(NamedTuple):
@@ -124,20 +124,38 @@ def build(
     return optax.GradientTransformationExtraArgs(guard.init, update_fn)
 
 
+def guarded(
+    kind: type, init_fn: Callable[..., Any], update_fn: Callable[..., Any], about: Description
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a transformation that rejects foreign states and describes itself.
+
+    Args:
+      kind: the type of its state.
+      init_fn, update_fn: as in Optax.
+      about: its description, to which the name of the public call is added.
+    """
+    call = validate.called()
+    guard = StateGuard(call, kind, init_fn)
+
+    def check_and_update(updates, state, params=None, **extra_args):
+        guard.check(state, drop_gradientless(params, updates))
+        return update_fn(updates, state, params, **extra_args)
+
+    annotate(check_and_update, description=about._replace(name=call))
+    return optax.GradientTransformationExtraArgs(guard.init, check_and_update)
+
+
 def chain(*parts: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`optax.chain` for a public call that returns the whole chain: errors name that call."""
     call, tx = validate.called(), optax.chain(*parts)
-    init_fn = functools.partial(init_inside, call, tx)
-    guard = StateGuard(call, tuple, init_fn)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        like = drop_gradientless(params, updates)
-        guard.check(state, like)
+    def update_fn(updates, state, params, **extra_args):
+        like = None if params is None else drop_gradientless(params, updates)
         with explain_leaves(call, updates):
-            return tx.update(updates, state, None if params is None else like, **extra_args)
+            return tx.update(updates, state, like, **extra_args)
 
-    annotate(update_fn, description=Description(kind="other", name=call, inner=tx))
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    init_fn = functools.partial(init_inside, call, tx)
+    return guarded(tuple, init_fn, update_fn, Description(kind="other", inner=tx))
 
 
 def description_of(tx: optax.GradientTransformation) -> Description:

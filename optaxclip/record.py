@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from optaxclip import xla
 from optaxclip.base import Metrics, Norms
-from optaxclip.trees import is_variable, pack_names, unpack_names
+from optaxclip.trees import is_variable, unpack_names
 
 
 class Step(NamedTuple):
@@ -33,9 +33,7 @@ class Step(NamedTuple):
     bad: Norms
 
 
-def fresh_metrics(
-    norms: Norms, blocks: Any, *, measured: bool = True, bounded: bool = True
-) -> Metrics:
+def fresh_metrics(norms: Norms, blocks: Any, *, measured: bool, bounded: bool) -> Metrics:
     """The record before the first update. No two fields share a buffer: it may be donated."""
 
     def fill(value, dtype=None):
@@ -83,20 +81,15 @@ def record(old: Metrics, step: Step) -> Metrics:
     )
 
 
-def to_arrays(tree: Any) -> Any:
-    """Unwraps the variables in which Flax's `nnx.Optimizer` holds the arrays of a state."""
-    return jax.tree.map(lambda x: x[...] if is_variable(x) else x, tree, is_leaf=is_variable)
-
-
-def metrics_of(state: Any) -> Metrics:
-    """The record of a `ClipState`, or of what a checkpoint library restored instead of one."""
-    return state.metrics
-
-
 def find_nodes(opt_state: Any, *kinds: type) -> list:
     """All nodes of these types in a state, in order, as plain arrays; not those inside another."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
-    return [to_arrays(x) for x in nodes if isinstance(x, kinds)]
+    return [_to_arrays(x) for x in nodes if isinstance(x, kinds)]
+
+
+def _to_arrays(tree: Any) -> Any:
+    """Unwraps the variables in which Flax's `nnx.Optimizer` holds the arrays of a state."""
+    return jax.tree.map(lambda x: x[...] if is_variable(x) else x, tree, is_leaf=is_variable)
 
 
 # For each key of `metrics` the field, and how the values of several blocks become one.
@@ -154,17 +147,3 @@ def number_keys(found: list, read: Callable[[Any, str], dict], prefix: str) -> d
     return {
         key: value for i, x in enumerate(found) for key, value in read(x, f"{prefix}{i}/").items()
     }
-
-
-__all__ = [
-    "Step",
-    "find_nodes",
-    "fresh_metrics",
-    "metrics_of",
-    "number_keys",
-    "pack_names",
-    "record",
-    "scalars_of",
-    "to_arrays",
-    "unpack_names",
-]

@@ -91,7 +91,7 @@ class StateGuard:
             but = f"{but}. It looks like a state of {' or '.join(sorted(makers))}"
         advice = _ADVICE if makers else f"{_ADVICE} {_CHECKPOINT}"
         if any(map(_is_module, jax.tree.leaves(updates, is_leaf=_is_module))):
-            advice = f"{advice} Of an Equinox model initialise {_FILTER}."
+            advice = f"{advice} For an Equinox model initialise with {_FILTER}."
         return ValueError(f"{self.what}: {but}: {advice}")
 
 
@@ -142,8 +142,8 @@ def explain_leaves(call: str, tree: Any) -> Generator[None, None, None]:
             raise
         raise ValueError(
             f"{call}: the optimizer inside takes arrays of numbers only, and among the leaves are"
-            f" {', '.join(sorted(strange))}. Pass the arrays alone: of an Equinox model"
-            f" tx.init({_FILTER}). Or leave the others out: optax.masked({call}(...), mask)."
+            f" {', '.join(sorted(strange))}. Pass only the arrays: for an Equinox"
+            f" model tx.init({_FILTER}). Or leave the others out: optax.masked({call}(...), mask)."
         ) from error
 
 

@@ -165,7 +165,7 @@ ADVICE = {
     ),
     "a state of a model": Advice(
         lambda: oc.zclip().update(FILTERED, oc.clip_by(1.0).init(FILTERED)),
-        "Of an Equinox model initialise eqx.filter(model, eqx.is_inexact_array)",
+        "For an Equinox model initialise with eqx.filter(model, eqx.is_inexact_array)",
         lambda: run(oc.zclip(), FILTERED, FILTERED),
     ),
     # Parts.
@@ -309,6 +309,11 @@ ADVICE = {
         lambda: oc.clip_by(1.0, scope=UNITS()).init({"x": jnp.ones([2] * 6)}),
         "Pass the axes that a unit spans, for example as a function of the path",
         lambda: oc.clip_by(1.0, scope=UNITS(lambda path: (0, 1))).init({"x": jnp.ones([2] * 6)}),
+    ),
+    "axes that are none": Advice(
+        lambda: run(oc.clip_by(1.0, scope=UNITS("0"))),
+        "Pass an axis, a tuple of axes, ... for all of them, or a function of the path",
+        lambda: [run(oc.clip_by(1.0, scope=UNITS(x))) for x in (0, (0,), ..., lambda path: 0)],
     ),
     # Wrappers.
     "a chain": Advice(

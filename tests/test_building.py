@@ -219,7 +219,7 @@ def test_random_keys_work_or_the_error_names_the_filter(make):
     except ValueError as error:
         why = str(error)
         run(optax.masked(make(), {"key": False, "w": True}))
-    assert why is None or "PRNG keys. Pass the arrays alone: of an Equinox model" in why
+    assert why is None or "PRNG keys. Pass only the arrays: for an Equinox model" in why
 
 
 @each_row

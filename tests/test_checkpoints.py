@@ -24,8 +24,8 @@ from optaxclip.thresholds.fixed import ScheduleState
 from optaxclip.thresholds.learned import BlockState, LearnedState
 from optaxclip.thresholds.window import MedianState, SortedRing
 from optaxclip.wrappers.reset_moments import ResetState
-from optaxclip.wrappers.skip import SkipState
 from optaxclip.wrappers.stable_adamw import StableRmsState
+from optaxclip.wrappers.steps import SkipState
 
 PARAMS = {
     "enc": {"kernel": jnp.ones((3, 2), jnp.bfloat16)},

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optaxclip as oc
-from optaxclip.monitoring.history import read_run
+from optaxclip.monitoring.recorded import read_run
 from tests.catalogue import CASES, SILENT, windows_of
 from tests.catalogue import HEALTHY as RUNS_WELL
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import optaxclip as oc
-from optaxclip.monitoring.fits import is_recorded
-from optaxclip.monitoring.history import read_run
+from optaxclip.monitoring.fits import guess_recorded
+from optaxclip.monitoring.recorded import read_run
 
 N = 200
 RNG = np.random.default_rng(0)
@@ -119,6 +119,24 @@ def test_a_full_history_keeps_a_spike_beside_losses_recorded_now_and_then():
     assert history.steps[history.arrays()["watch/grad_norm"] == 1e4] == [1235]
 
 
+@pytest.mark.parametrize("every", [2, 10])
+def test_a_full_history_keeps_losses_recorded_now_and_then(every):
+    history, steps = oc.History(max_steps=100), 3000
+    for i in range(1, steps + 1):
+        row = {"clip/grad_norm": NOISE[i % N], "clip/bound": 9.0, "clip/clipped": 0.0}
+        history.append(row | {"loss": 3.0 - i / steps} if i % every == 0 else row)
+    losses = history.arrays()["loss"]
+    assert np.isfinite(losses).mean() == pytest.approx(1 / every, rel=0.5)
+    assert oc.diagnose(history) == ()
+
+
+def test_a_loss_that_is_nan_at_every_other_step_is_nan():
+    history = rows(_healthy() | {"loss": np.where(STEPS % 2, FALLING, np.nan)})
+    assert first_sign(history) == ("loss-not-finite", 2)
+    skipped = [row if row["loss"] == row["loss"] else row | {"loss": None} for row in history]
+    assert oc.diagnose(skipped) == ()
+
+
 @pytest.mark.parametrize("counted", [True, False])
 def test_norms_recorded_now_and_then_are_not_nan_in_between(counted):
     keys = ["clip/grad_norm", "clip/bound", "clip/clipped", "clip/steps"][: 3 + counted]
@@ -144,7 +162,7 @@ def test_norms_that_are_nan_at_every_other_step_are_nan_if_a_counter_says_so():
 
 
 def test_what_is_known_too_rarely_is_not_judged():
-    assert is_recorded(np.array([1.0, np.nan, np.nan, 1.0])).all()
+    assert guess_recorded(np.array([1.0, np.nan, np.nan, 1.0])).all()
     lost = np.array([2.3] + [np.nan] * 30)
     assert first_sign({"grad_norm": lost, "loss": lost})[0] == "loss-not-finite"
 

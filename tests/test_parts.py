@@ -363,6 +363,14 @@ REFUSED = {
         lambda: oc.clip_by(1.0, scope=oc.scopes.units(3)).update(jnp.ones((2, 2)), None),
         "clip_by: the axes 3 do not fit",
     ),
+    "unit by name": (
+        lambda: oc.clip_by(1.0, scope=oc.scopes.units("0")).init(jnp.ones((2, 2))),
+        "clip_by: the axes '0' do not fit .* Pass an axis, a tuple of axes",
+    ),
+    "negative number of layer axes": (
+        lambda: oc.adaptive_grad_clip(0.1, batch_axes=-1).init(jnp.ones((2, 2))),
+        "adaptive_grad_clip: batch_axes must be a number of axes of the leaf '', .*, got -1",
+    ),
     "unit from behind": (
         lambda: oc.clip_by(1.0, scope=oc.scopes.units(-3)).update(jnp.ones((2, 2)), None),
         "clip_by: the axes -3 do not fit",

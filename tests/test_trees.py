@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 import optaxclip as oc
-from optaxclip.record import find_nodes, unpack_names
+from optaxclip.record import find_nodes
+from optaxclip.trees import unpack_names
 from tests.cases import ADAPTIVE, CASES, ROWS, program_lines
 
 each_row = pytest.mark.parametrize("name", ROWS)

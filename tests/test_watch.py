@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import optaxclip as oc
 from optaxclip import scopes, thresholds
 from optaxclip.monitoring.state import read_numbers, read_quantiles, read_top
-from optaxclip.record import unpack_names
+from optaxclip.trees import unpack_names
 from tests.conftest import AS_USERS
 from tests.series import POISONS, factors
 

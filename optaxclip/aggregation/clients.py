@@ -12,12 +12,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
-from optaxclip.base import annotate
 from optaxclip.compat import write_to_varying
-from optaxclip.engine import Description
-from optaxclip.states import StateGuard, init_inside
+from optaxclip.engine import Description, guarded
+from optaxclip.states import init_inside
 from optaxclip.thresholds.convert import is_of_gradients
-from optaxclip.trees import Leaves, drop_gradientless, select
+from optaxclip.trees import Leaves, select
 
 Arrays = list[jax.Array]
 
@@ -100,10 +99,7 @@ def aggregate(
             own = state.clients._replace(clip=init_inside(call, clip, params))
             return state._replace(clients=_with_axis(own, axes))
 
-    guard = StateGuard(call, AggregateState, init_fn)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, drop_gradientless(params, updates))
+    def update_fn(updates, state, params, **extra_args):
         with validate.speak_for(call):
             # Nothing is excluded here: the mean is also taken of leaves that the clip leaves alone.
             leaves = select(updates)
@@ -115,8 +111,8 @@ def aggregate(
         out = list(map(xla.as_dtype_of, leaves.arrays, out))
         return leaves.rebuild(out), new._replace(clients=_with_axis(new.clients, axes))
 
-    annotate(update_fn, description=Description(kind="other", name=call, inner=clip))
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    about = Description(kind="other", inner=clip)
+    return guarded(AggregateState, init_fn, update_fn, about)
 
 
 def keep_finite(x: jax.Array, other: jax.Array) -> jax.Array:

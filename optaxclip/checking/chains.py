@@ -92,7 +92,7 @@ def read_chain(tx: optax.GradientTransformation, params: Any) -> list[Node]:
 
 def _walk(tx, params: Any, path: str, holders: tuple[Node, ...], places) -> Iterator[Node]:
     tx = _strip(tx)
-    about, leaves = find_description(tx.update), _find_paths(params)
+    about, leaves = _find_description(tx.update), _find_paths(params)
     module, name = find_module(tx.update), find_maker(tx.update) if about is None else about.name
     name = "threshold" if module.startswith("optaxclip.thresholds.") else name
     facts: dict[str, Any] = {}
@@ -112,7 +112,7 @@ def find_shared(a: Node, b: Node) -> tuple[Node, ...]:
     return tuple(x for x, _ in itertools.takewhile(lambda pair: pair[0] is pair[1], pairs))
 
 
-def find_description(update: Callable) -> Description | None:
+def _find_description(update: Callable) -> Description | None:
     """The description that an update function carries; None if it is not one of ours."""
     update = unwrap(update)
     # `functools.wraps` copies the description to a foreign wrapper, where it may not be true.

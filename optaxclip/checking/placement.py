@@ -107,9 +107,9 @@ def _zeroes(node: Node) -> bool:
     return node.name == "set_to_zero" or by_zero
 
 
-def _list_some(paths: frozenset[str], most: int = 3) -> str:
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(sorted(paths)[:most]) + more
+def _list_some(paths: frozenset[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(sorted(paths)[:3]) + more
 
 
 def clip_after_normaliser(nodes: list[Node]) -> Found:

@@ -9,12 +9,10 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
-from optaxclip.base import Exclude, annotate
+from optaxclip.base import Exclude
 from optaxclip.clips.carry import start_carry
-from optaxclip.engine import Description
-from optaxclip.states import StateGuard
+from optaxclip.engine import Description, guarded
 from optaxclip.trees import select
-from optaxclip.xla import like
 
 
 class ACClipState(NamedTuple):
@@ -71,32 +69,28 @@ def scale_by_acclip(
         # steps are short.
         return ACClipState(start_carry(params, exclude), start_carry(params, exclude, real=True))
 
-    call, numbers = validate.called(), (1 - b1, 1 - b2, alpha, eps)
-    guard = StateGuard(call, ACClipState, init_fn)
+    numbers = 1 - b1, 1 - b2, alpha, eps
 
-    def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, updates)
+    def update_fn(updates, state, params, **extra_args):
         leaves, m, size = (select(tree, exclude) for tree in (updates, *state))
         each = zip(leaves.arrays, m.arrays, size.arrays, strict=True)
         done = [_step(*leaf, *numbers) for leaf in each]
         out, momentum, grown = ([each[i] for each in done] for i in range(3))
         return leaves.rebuild(out), ACClipState(m.rebuild(momentum), size.rebuild(grown))
 
-    about = Description(exclude=exclude, kind="other", name=call)
-    annotate(update_fn, description=about)
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    return guarded(ACClipState, init_fn, update_fn, Description(exclude=exclude, kind="other"))
 
 
 def _step(g, m, size, *numbers):
     """Computes the update of a leaf, and its new m and τ."""
-    rest, pace, power, least = (like(x, size) for x in numbers)
+    rest, pace, power, least = (xla.like(x, size) for x in numbers)
     wide, fine = xla.widen(g), jnp.isfinite(g)
     # `where` on the results: replacing what is not finite by zeros would learn them as gradients.
     moved = jnp.where(fine, m + xla.times(wide - m, rest), m)
     grown = jnp.where(fine, _mean_of_powers(size, jnp.abs(wide), pace, power), size)
     # Otherwise eps = 0 and all zeros would give 0 / 0.
-    longest = jnp.maximum(jnp.abs(moved) + least, jnp.finfo(size.dtype).tiny)
-    out = xla.times(moved, jnp.minimum(1, grown / longest))
+    divisor = jnp.maximum(jnp.abs(moved) + least, jnp.finfo(size.dtype).tiny)
+    out = xla.times(moved, jnp.minimum(1, grown / divisor))
     # Per element, not per block: NaN reports a fault that m and τ have already left out.
     return xla.as_dtype_of(g, xla.poison(fine, out)), moved, grown
 

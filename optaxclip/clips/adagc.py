@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import feeds, scopes, validate, xla
+from optaxclip import feeds, scopes, thresholds, validate, xla
 from optaxclip.actions import rescale
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
 from optaxclip.thresholds.blocks import new_threshold
 from optaxclip.thresholds.convert import as_threshold
-from optaxclip.thresholds.learned import Statistic, learned
-from optaxclip.xla import like
+from optaxclip.thresholds.learned import multiple_of
 
 
 @validate.named
@@ -77,11 +76,11 @@ def adagc(
         # Starts at the first norm even without warm-up: an average with infinity would be NaN, and
         # a mean that started at 0 would hold the leaf there forever.
         old = jnp.where(seen == 0, norm, mean)
-        moved = old + like(1 - xla.here(decay), norm) * (norm - old)
+        moved = old + xla.like(1 - xla.here(decay), norm) * (norm - old)
         return jnp.where(seen < xla.here(warmup_steps), jnp.minimum(old, norm), moved)
 
-    threshold = learned(
-        Statistic(math.inf, learn, lambda norm, mean, seen: like(ratio, norm) * mean),
+    threshold = thresholds.learned(
+        thresholds.Statistic(math.inf, learn, multiple_of(ratio)),
         # The paper's order: the warm-up clip comes before the minimum. The authors' code learns the
         # norms before that clip.
         feed=feeds.clipped,

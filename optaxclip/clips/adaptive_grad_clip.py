@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate, xla
+from optaxclip import scopes, thresholds, validate, xla
 from optaxclip.actions import rescale
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Norm, Threshold
 from optaxclip.core import clip_by
 from optaxclip.norms import l2
-from optaxclip.thresholds.combine import param_relative
 from optaxclip.thresholds.convert import as_threshold
 
 
@@ -76,7 +75,7 @@ def adaptive_grad_clip(
     return clip_by(
         # A floor under ‖w‖ but not under ‖g‖, where Optax's 1e-6 makes a tiny gradient that is
         # over its bound shorter than the bound.
-        param_relative(as_threshold(clipping=clipping), eps),
+        thresholds.param_relative(as_threshold(clipping=clipping), eps),
         # If layers are stacked along axis 0, Optax's rule by rank mixes their norms without an
         # error.
         scope=scopes.units(axis, batch_axes=batch_axes),
@@ -122,6 +121,9 @@ def unitwise_clip(
     """Scales `grad` by max_norm / max(g_norm, div_eps) where `g_norm` is over `max_norm`.
 
     The three arrays have the same shape.
+
+    Raises:
+      ValueError: if they do not.
 
     >>> import jax.numpy as jnp, optaxclip
     >>> norms = jnp.array([5.0, 0.5])

@@ -10,7 +10,6 @@ from jax.typing import ArrayLike
 from optaxclip import scopes, thresholds, validate
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
-from optaxclip.thresholds.combine import at_most
 from optaxclip.thresholds.convert import as_threshold
 
 
@@ -77,7 +76,7 @@ def autoclip(
     )
     return clip_by(
         # The cap also bounds the warm-up, during which the percentile is infinite.
-        at_most(threshold, as_threshold(max_norm=max_norm)),
+        thresholds.at_most(threshold, as_threshold(max_norm=max_norm)),
         scope=scope,
         exclude=exclude,
         nonfinite=nonfinite,

@@ -6,13 +6,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate, xla
+from optaxclip import scopes, thresholds, validate, xla
 from optaxclip.actions import band
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
 from optaxclip.core import clip_by
-from optaxclip.thresholds.learned import Statistic, learned
-from optaxclip.thresholds.running import debiased_weight
-from optaxclip.xla import like
+from optaxclip.thresholds.learned import multiple_of
+from optaxclip.thresholds.running import debiased_mean
 
 
 @validate.named
@@ -65,19 +64,16 @@ def band_clip(
     validate.above(1, high=high)
     validate.share(decay=decay)
 
-    def learn(norm, mean, seen):
-        # Debiased: the authors' mean starts at 0, and so does the band.
-        return mean + debiased_weight(decay, norm, seen) * (norm - mean)
-
-    def hold(norms, bounds):
+    def keep_in_band(norms, bounds):
         # Before the first norm the bound is infinite, and a share of infinity is not a floor.
-        share = like(xla.here(low) / xla.here(high), norms)
+        share = xla.like(xla.here(low) / xla.here(high), norms)
         lowest = jnp.where(jnp.isinf(bounds), 0, bounds * share)
         return jnp.clip(norms, lowest, bounds)
 
-    statistic = Statistic(0.0, learn, lambda norm, mean, seen: like(high, norm) * mean)
+    # Debiased: the authors' mean starts at 0, and so does the band.
+    statistic = thresholds.Statistic(0.0, debiased_mean(decay), multiple_of(high))
     return clip_by(
-        learned(statistic, feed=hold),
+        thresholds.learned(statistic, feed=keep_in_band),
         scope=scopes.groups() if scope is None else scope,
         # The floor is a share of the bound, high · S, because actions do not know the mean.
         action=band(low / high),

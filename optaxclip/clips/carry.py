@@ -6,11 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from optaxclip import trees, xla
 from optaxclip.base import Exclude
-from optaxclip.record import metrics_of
 
 
 def start_carry(params: Any, exclude: Exclude, *, real: bool = False) -> Any:
@@ -37,12 +35,12 @@ def _zeros(x: Any) -> Any:
     return jnp.zeros_like(x) if numeric or trees.is_measured(x) else x
 
 
-def can_learn(state: optax.OptState, *, zeros: bool = True) -> jax.Array:
+def can_learn(state: Any, *, zeros: bool = True) -> jax.Array:
     """Checks whether all norms of a clip were finite and, without `zeros`, not all zero.
 
     The whole tree on all devices gets one decision, so a step is learned as a whole or not at all.
     """
-    norms = jax.tree.leaves(metrics_of(state).grad_norm)
+    norms = jax.tree.leaves(state.metrics.grad_norm)
     finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(n)) for n in norms]))
     zero = jnp.all(jnp.array([jnp.all(n == 0) for n in norms]))
     # Norms of units differ between devices that hold different units.

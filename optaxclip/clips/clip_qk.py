@@ -10,7 +10,6 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
-from optaxclip.xla import like
 
 
 @validate.named
@@ -76,7 +75,7 @@ def clip_qk(
     gamma = _scales(xla.widen(jnp.asarray(max_logits)), threshold)
     if validate.is_static(alpha) and alpha == 1:
         return jax.tree.map(lambda x: _scale(x, gamma, head_axis), query), key
-    own, shared = _share_out(gamma, like(alpha, gamma), _count_heads(key, head_axis))
+    own, shared = _share_out(gamma, xla.like(alpha, gamma), _count_heads(key, head_axis))
     new_query = jax.tree.map(lambda x: _scale(x, own, head_axis, content_size, gamma), query)
     return new_query, jax.tree.map(lambda x: _scale(x, shared, head_axis, content_size), key)
 
@@ -103,7 +102,7 @@ def _share_out(gamma: jax.Array, alpha: jax.Array, groups: int) -> tuple[jax.Arr
 
 def _scales(largest: jax.Array, threshold: ArrayLike) -> jax.Array:
     """γ for each head."""
-    bound = like(threshold, largest)
+    bound = xla.like(threshold, largest)
     over = jnp.isfinite(largest) & (largest > bound)
     return jnp.where(over, bound / jnp.where(over, largest, 1), 1)
 

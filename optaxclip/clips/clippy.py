@@ -6,11 +6,10 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate
+from optaxclip import scopes, validate, xla
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
 from optaxclip.core import clip_by
 from optaxclip.norms import linf
-from optaxclip.xla import like
 
 
 @validate.named
@@ -61,7 +60,7 @@ def clippy(
     def ratio(update, param):
         size = jnp.abs(param)
         # Cast instead of `float(...)`, because under `inject_hyperparams` both are tracers.
-        share, least = (like(x, size) for x in (relative, absolute))
+        share, least = (xla.like(x, size) for x in (relative, absolute))
         # The inverse of the paper's ratio, so that an element that does not move gives 0, not 0/0.
         return jnp.abs(update) / (share * size + least).astype(update.real.dtype)
 

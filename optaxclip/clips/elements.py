@@ -36,15 +36,15 @@ def clip_elements(
       measure: whether to record the largest modulus and the share of elements clipped.
       exclude, axis_names: as in `clip_by`.
     """
+    measured = measure or not isinstance(threshold, Fixed)
 
     def act(leaves, layout, norm, limits):
-        clipped = clip_all(leaves.arrays, [limits] * len(leaves.arrays))
-        bound = _size(limits).astype(norm.dtype)
+        bound, each = _size(limits).astype(norm.dtype), [limits] * len(leaves.arrays)
+        clipped = _clip_all(leaves.arrays, each)
         if not measured:
             return clipped, Step(None, bound, None, None, None)
-        return clipped, _observe(leaves.arrays, [limits] * len(leaves.arrays), layout, norm, bound)
+        return clipped, _observe(leaves.arrays, each, layout, norm, bound)
 
-    measured = measure or not isinstance(threshold, Fixed)
     description = Description(scopes.tree, linf, threshold, exclude=exclude, kind="elements")
     return build(description, Rule(_largest if measured else None, act), axis_names)
 
@@ -59,7 +59,7 @@ def clip_each(
     """
 
     def act(leaves, layout, norm, limits):
-        clipped = clip_all(leaves.arrays, limits)
+        clipped = _clip_all(leaves.arrays, limits)
         if not measure:
             return clipped, Step(None, None, None, None, None)
         # The largest limit overall, the same on all devices, like the norm.
@@ -84,7 +84,7 @@ def _size(limits: Limits) -> jax.Array:
 
 
 @functools.partial(jax.jit, inline=True)
-def clip_all(arrays: list[jax.Array], limits: list[Limits]) -> list[jax.Array]:
+def _clip_all(arrays: list[jax.Array], limits: list[Limits]) -> list[jax.Array]:
     """Clips real numbers to limits, and the modulus of complex ones to the upper. NaN stays NaN."""
     return [_clip(x, *pair) for x, pair in zip(arrays, limits, strict=True)]
 
@@ -113,6 +113,5 @@ def _outside(x: jax.Array, lower: jax.Array, upper: jax.Array) -> jax.Array:
     """Returns 1 for each element that limits change, else 0."""
     # Not `x != clipped`, which holds for a rounded bfloat16 result and for every NaN.
     size = jnp.abs(x) if jnp.iscomplexobj(x) else x
-    return ((size > upper.astype(size.dtype)) | (size < lower.astype(size.dtype))).astype(
-        size.dtype
-    )
+    lower, upper = (limit.astype(size.dtype) for limit in (lower, upper))
+    return ((size > upper) | (size < lower)).astype(size.dtype)

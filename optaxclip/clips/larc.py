@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate
+from optaxclip import scopes, validate, xla
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
 from optaxclip.engine import chain
 from optaxclip.thresholds.blocks import new_threshold
 from optaxclip.thresholds.convert import as_threshold
-from optaxclip.xla import like
 
 
 @validate.named
@@ -73,7 +72,7 @@ def larc(
             _share_of_params(rate, trust_coefficient, decay, eps),
             scope=scope,
             # Measures the gradient alone, as it was before the decay.
-            view=lambda update, param: update - like(decay, param.real) * param,
+            view=lambda update, param: update - xla.like(decay, param.real) * param,
             exclude=exclude,
             nonfinite=nonfinite,
             axis_names=axis_names,
@@ -97,7 +96,7 @@ def _share_of_params(
     """The bound that makes `rescale` multiply by t·‖w‖ / ((‖g‖ + λ‖w‖ + ε) · η)."""
 
     def bound(norm, size, rate):
-        trust, decay, least = (like(x, norm) for x in (trust_coefficient, weight_decay, eps))
+        trust, decay, least = (xla.like(x, norm) for x in (trust_coefficient, weight_decay, eps))
         whole = (norm + decay * size + least) * rate
         # As in apex, except that there such a layer also misses its weight decay.
         free = (size == 0) | (norm == 0) | (whole == 0)

@@ -8,12 +8,10 @@ from typing import Literal
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import feeds, scopes, validate
+from optaxclip import feeds, scopes, thresholds, validate
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
-from optaxclip.thresholds.combine import at_most
 from optaxclip.thresholds.convert import as_threshold
-from optaxclip.thresholds.running import log_zscore
 
 
 @validate.named
@@ -73,7 +71,7 @@ def clip_by_log_zscore(
     2.0
     """
     # Nothing is added inside the logarithm (1e-8 in the authors' code): zeros are not learned.
-    threshold = log_zscore(
+    threshold = thresholds.log_zscore(
         z,
         decay,
         warmup_steps=warmup_steps,
@@ -86,7 +84,7 @@ def clip_by_log_zscore(
     )
     return clip_by(
         # Outside the statistic, which learns what it clipped itself, not what the cap clipped.
-        at_most(threshold, as_threshold(max_norm=max_norm)),
+        thresholds.at_most(threshold, as_threshold(max_norm=max_norm)),
         scope=scope,
         exclude=exclude,
         nonfinite=nonfinite,

@@ -8,13 +8,11 @@ import jax
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate
+from optaxclip import scopes, thresholds, validate
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, SizedView, Threshold
 from optaxclip.core import clip_by
 from optaxclip.norms import rms
-from optaxclip.thresholds.combine import at_most
 from optaxclip.thresholds.convert import as_threshold
-from optaxclip.thresholds.window import median
 
 
 @validate.named
@@ -68,9 +66,10 @@ def clip_by_median(
     """
     # A flag, not an array, because it decides whether `update` needs parameters.
     validate.flag(scale_by_params=scale_by_params)
+    bound = thresholds.median(scale, window, every)
     return clip_by(
         # The rule has no bound before its tenth norm, so only a cap can limit the first steps.
-        at_most(median(scale, window, every), as_threshold(max_norm=max_norm)),
+        thresholds.at_most(bound, as_threshold(max_norm=max_norm)),
         # Only the norm is that of g · rms(w); the factor is applied to g, as in ScaledAdam.
         view=_BY_RMS if scale_by_params else None,
         scope=scope,

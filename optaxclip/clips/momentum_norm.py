@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate, xla
-from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, annotate
+from optaxclip import scopes, thresholds, validate, xla
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope
 from optaxclip.clips.carry import can_learn, start_carry
 from optaxclip.core import clip_by
-from optaxclip.engine import description_of
-from optaxclip.states import StateGuard
-from optaxclip.thresholds.combine import param_relative
+from optaxclip.engine import description_of, guarded
+from optaxclip.thresholds.running import weight_so_far
 from optaxclip.trees import select
 
 
@@ -83,20 +82,18 @@ def clip_by_momentum_norm(
     # `param_relative` bounds a block by the norm of whatever tree it gets as `params`. Here
     # `update_fn` passes it the momentum instead.
     shared = {"exclude": exclude, "nonfinite": nonfinite, "axis_names": axis_names}
-    clip = clip_by(param_relative(ratio, floor=None), scope=scope, **shared)
+    clip = clip_by(thresholds.param_relative(ratio, floor=None), scope=scope, **shared)
 
     def init_fn(params):
         momentum = start_carry(params, exclude)
         return MomentumNormState(jnp.zeros((), jnp.int32), momentum, clip.init(params))
 
-    guard = StateGuard(validate.called(), MomentumNormState, init_fn)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, updates)
+    def update_fn(updates, state, params, **extra_args):
         old = select(state.momentum, exclude)
         rest = jnp.asarray(1 - decay).astype(jnp.float32)
         # Corrected for the bound only: the next gradient goes into the momentum as it is stored.
-        scale = 1 / _seen(state.clip_step, rest)
+        steps = jnp.maximum(state.clip_step, 1).astype(rest.dtype)
+        scale = 1 / weight_so_far(rest, steps)
         momentum = old.rebuild([xla.times(m, scale) for m in old.arrays])
         clipped, clip_state = clip.update(updates, state.clip, momentum, **extra_args)
         # Zeros would pull the momentum, and with it every later bound, to zero forever.
@@ -105,16 +102,11 @@ def clip_by_momentum_norm(
         step = jnp.where(fine, optax.safe_increment(state.clip_step), state.clip_step)
         return clipped, MomentumNormState(step, old.rebuild(new), clip_state)
 
-    annotate(update_fn, description=description_of(clip)._replace(kind="other"))
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    about = description_of(clip)._replace(kind="other")
+    return guarded(MomentumNormState, init_fn, update_fn, about)
 
 
 def _move(momentum: list, gradients: list, rest: jax.Array, fine: jax.Array) -> list:
     """Updates the momentum with one more gradient, if it is fine."""
     pairs = zip(gradients, momentum, strict=True)
     return [jnp.where(fine, m + xla.times(xla.widen(g) - m, rest), m) for g, m in pairs]
-
-
-def _seen(step, rest):
-    """Computes the bias correction of a mean of decay 1 - `rest`; step 0 counts as 1."""
-    return -jnp.expm1(jnp.maximum(step, 1).astype(rest.dtype) * jnp.log1p(-rest))

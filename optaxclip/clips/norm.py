@@ -27,14 +27,13 @@ from optaxclip.core import clip_by
 from optaxclip.norms import as_norm, l2
 from optaxclip.thresholds.by_name import each_by_name
 from optaxclip.thresholds.convert import as_threshold
-from optaxclip.xla import like
 
 
 @validate.named
 def global_norm(
     tree: Any,
     *,
-    norm: Norm | float = 2,
+    norm: Norm | float = l2,
     exclude: Exclude = None,
     axis_names: AxisNames | None = None,
 ) -> jax.Array:
@@ -71,7 +70,7 @@ def global_norm(
     return xla.measure(norm, leaves.arrays, xla.lay_out(blocks, leaves.paths, leaves.shapes, span))
 
 
-def _action(eps: ArrayLike, min_norm: ArrayLike) -> Action:
+def _make_action(eps: ArrayLike, min_norm: ArrayLike) -> Action:
     """Makes a `rescale` that adds `eps` to the norm and lengthens updates to `min_norm`."""
     validate.nonnegative(eps=eps, min_norm=min_norm)
     # The plain action if possible, because `check` recognizes a hard clip by it. A tracer may be 0
@@ -83,7 +82,7 @@ def _action(eps: ArrayLike, min_norm: ArrayLike) -> Action:
     # Added before the comparison, as in PyTorch, whose factor is just below 1 at the bound.
     name = f"{action!r} of norms + {eps}"
     # A `Part` has a name; otherwise a reader of the chain would see only a bare lambda.
-    return Part(name, lambda norms, bounds: action(norms + like(eps, norms), bounds))
+    return Part(name, lambda norms, bounds: action(norms + xla.like(eps, norms), bounds))
 
 
 @validate.named
@@ -131,7 +130,7 @@ def clip_by_global_norm(
         # Here, because errors from `clip_by` would name its own argument, `threshold`.
         as_threshold(max_norm=max_norm),
         norm=norm,
-        action=_action(eps, min_norm),
+        action=_make_action(eps, min_norm),
         exclude=exclude,
         nonfinite=nonfinite,
         axis_names=axis_names,
@@ -178,7 +177,7 @@ def clip_by_leaf_norm(
         bound_leaves(exclude, max_norm=max_norm),
         scope=scopes.leaf if stacked is None else scopes.stacked(stacked),
         norm=norm,
-        action=_action(eps, min_norm),
+        action=_make_action(eps, min_norm),
         exclude=exclude,
         nonfinite=nonfinite,
         axis_names=axis_names,
@@ -237,7 +236,7 @@ def clip_by_group_norm(
         threshold,
         scope=scope if stacked is None else scopes.stacked(stacked, scope),
         norm=norm,
-        action=_action(eps, min_norm),
+        action=_make_action(eps, min_norm),
         exclude=exclude,
         nonfinite=nonfinite,
         axis_names=axis_names,

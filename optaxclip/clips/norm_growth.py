@@ -5,12 +5,10 @@ from __future__ import annotations
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate
+from optaxclip import scopes, thresholds, validate
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
-from optaxclip.thresholds.combine import at_least
 from optaxclip.thresholds.convert import as_threshold
-from optaxclip.thresholds.running import previous
 
 
 @validate.named
@@ -58,7 +56,7 @@ def limit_norm_growth(
     return clip_by(
         # In Fira and APOLLO the only floor is the 1e-8 that is added to the last norm: after one
         # batch of zeros, growth of 1 % per step starts from there.
-        at_least(previous(ratio), as_threshold(min_norm=min_norm)),
+        thresholds.at_least(thresholds.previous(ratio), as_threshold(min_norm=min_norm)),
         scope=scope,
         exclude=exclude,
         nonfinite=nonfinite,

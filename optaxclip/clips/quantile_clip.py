@@ -10,7 +10,6 @@ from jax.typing import ArrayLike
 from optaxclip import scopes, thresholds, validate
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
-from optaxclip.thresholds.combine import at_most
 from optaxclip.thresholds.convert import as_threshold
 
 
@@ -59,7 +58,7 @@ def quantile_clip(
     return clip_by(
         # Geometric steps, not C - η(b - q), which the authors also give: that needs an η in the
         # units of the norm and can make C negative.
-        at_most(
+        thresholds.at_most(
             thresholds.quantile(quantile, learning_rate, init), as_threshold(max_norm=max_norm)
         ),
         scope=scope,

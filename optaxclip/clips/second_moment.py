@@ -12,13 +12,12 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import trees, validate, xla
-from optaxclip.base import AxisNames, Exclude, annotate
+from optaxclip.base import AxisNames, Exclude
 from optaxclip.clips.carry import start_carry
 from optaxclip.clips.elements import clip_each
-from optaxclip.engine import description_of
-from optaxclip.states import StateGuard
+from optaxclip.engine import description_of, guarded
 from optaxclip.thresholds.fixed import advance
-from optaxclip.xla import like
+from optaxclip.thresholds.running import weight_so_far
 
 
 class SecondMomentState(NamedTuple):
@@ -49,21 +48,18 @@ def _clip_by_rms(
         rms = start_carry(params, exclude, real=True)
         return SecondMomentState(jnp.zeros((), jnp.int32), rms, clip.init(params))
 
-    guard = StateGuard(validate.called(), SecondMomentState, init_fn)
-
     def learn(x, rms, step):
         """Computes the bound of each element of a leaf, and the new √v."""
         # A select, not a `cond`: counters are tracers, and a reset costs no more than the read.
         old = rms if every is None else jnp.where(step == 0, 0, rms)
-        bound, rest = bound_of(old, step), like(1 - decay, rms)
+        bound, rest = bound_of(old, step), xla.like(1 - decay, rms)
         # The size after the clip, as in both codes: a spike enters v at its bound.
         size = jnp.minimum(jnp.abs(xla.widen(x)), bound)
         # √(β·v + (1 - β)·x²) without a square, which would overflow.
         new = jnp.hypot(jnp.sqrt(1 - rest) * old, jnp.sqrt(rest) * size)
         return bound, jnp.where(jnp.isfinite(x), new, old)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, updates)
+    def update_fn(updates, state, params, **extra_args):
         due = every is not None and state.clip_step >= every
         step = jnp.where(due, 0, state.clip_step)
         leaves, kept = trees.select(updates, exclude), trees.select(state.rms, exclude)
@@ -74,8 +70,7 @@ def _clip_by_rms(
         rms = kept.rebuild([rms for _, rms in done])
         return clipped, SecondMomentState(advance(step), rms, clip_state)
 
-    annotate(update_fn, description=description_of(clip))
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    return guarded(SecondMomentState, init_fn, update_fn, description_of(clip))
 
 
 @validate.named
@@ -134,7 +129,7 @@ def spam_clip(
     def bound(rms, step):
         # In the authors' code v = 0 makes a bound of 0, and elements clipped to 0 keep v at 0.
         free = (step < warmup_steps) | (rms == 0)
-        return jnp.where(free, math.inf, jnp.sqrt(like(threshold, rms)) * rms)
+        return jnp.where(free, math.inf, jnp.sqrt(xla.like(threshold, rms)) * rms)
 
     clip = clip_each(measure=measure, exclude=exclude, axis_names=axis_names)
     return _clip_by_rms(bound, decay, every, exclude, clip)
@@ -144,8 +139,8 @@ def spam_clip(
 def adamw_clip(
     ratio: ArrayLike = 3.0,
     decay: ArrayLike = 0.999,
-    floor: ArrayLike = 1e-10,
     warmup_steps: ArrayLike = 0,
+    floor: ArrayLike = 1e-10,
     *,
     measure: bool = False,
     exclude: Exclude = None,
@@ -156,8 +151,8 @@ def adamw_clip(
     Args:
       ratio: k. Elements can grow by a factor of √(β + (1 - β)·k²) per step, 1.004 by default.
       decay: β, the decay of v; that of Adam.
-      floor: the smallest bound, in the units of the gradient.
       warmup_steps: how many updates pass unchanged.
+      floor: the smallest bound, in the units of the gradient.
       measure, exclude, axis_names: as in `spam_clip`.
 
     Raises:
@@ -188,10 +183,9 @@ def adamw_clip(
 
     def bound(rms, step):
         # At least 1, to avoid 0/0 at step 0, where v = 0 and nothing is bounded.
-        seen = like(jnp.maximum(step, 1), rms)
-        # 1 - βᵗ by `expm1`: in float32 the difference loses its digits for β near 1 and small t.
-        corrected = rms / jnp.sqrt(-jnp.expm1(seen * jnp.log1p(-like(1 - decay, rms))))
-        most = jnp.maximum(like(ratio, rms) * corrected, like(floor, rms))
+        seen = xla.like(jnp.maximum(step, 1), rms)
+        corrected = rms / jnp.sqrt(weight_so_far(xla.like(1 - decay, rms), seen))
+        most = jnp.maximum(xla.like(ratio, rms) * corrected, xla.like(floor, rms))
         return jnp.where((step < warmup_steps) | (rms == 0), math.inf, most)
 
     clip = clip_each(measure=measure, exclude=exclude, axis_names=axis_names)

@@ -1,14 +1,14 @@
 """Functions of singular values, without a decomposition.
 
-Everything is computed by matrix products, which suit accelerators.  The polar factor of X = U·Σ·Vᵀ,
-which is U·Vᵀ, comes from an iteration that drives all singular values to 1.  The polar factor of X
+Everything is computed by matrix products, which suit accelerators. The polar factor of X = U·Σ·Vᵀ,
+which is U·Vᵀ, comes from an iteration that drives all singular values to 1. The polar factor of X
 stacked on the identity has two blocks, and both clips at 1 follow from them:
 
     Y = X·(XᵀX + I)^-½     singular values y = σ / √(1 + σ²), the soft clip
     Z =   (XᵀX + I)^-½     singular values z = 1 / √(1 + σ²)
     Y / max(Z, Y)          min(σ, 1), the hard clip, because σ = y / z
 
-Here nothing is larger than 1, and no divisor is smaller than √½.  The usual form of the hard clip,
+Here nothing is larger than 1, and no divisor is smaller than √½. The usual form of the hard clip,
 ½(O + X - A·polar(A)ᵀ·O) with O = polar(X) and A = O - X, needs the polar factor of X itself, which
 does not converge if X is nearly singular, and subtracts numbers as large as the largest singular
 value.
@@ -78,9 +78,8 @@ def _size(x: jax.Array) -> jax.Array:
 
 def _polar(x: jax.Array, steps: int) -> jax.Array:
     """The polar factor of (..., m, n) matrices with m ≥ n and σ from 0.03 · 4^(5 - steps) to 1."""
-    rows = np.concatenate(
-        [_POLYNOMIALS[:1].repeat(steps - len(_POLYNOMIALS), axis=0), _POLYNOMIALS]
-    )
+    first = _POLYNOMIALS[:1].repeat(steps - len(_POLYNOMIALS), axis=0)
+    rows = np.concatenate([first, _POLYNOMIALS])
 
     def step(x, row):
         a, b, c = row
@@ -93,9 +92,8 @@ def _polar(x: jax.Array, steps: int) -> jax.Array:
 
 def _identity(x: jax.Array) -> jax.Array:
     """An identity for each matrix, with the same number of columns."""
-    return jnp.broadcast_to(
-        jnp.eye(x.shape[-1], dtype=x.dtype), (*x.shape[:-2], x.shape[-1], x.shape[-1])
-    )
+    n = x.shape[-1]
+    return jnp.broadcast_to(jnp.eye(n, dtype=x.dtype), (*x.shape[:-2], n, n))
 
 
 def _blocks(x: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
@@ -134,10 +132,8 @@ def _at_one(x: jax.Array, method: Method, solver: Solver, steps: int) -> jax.Arr
     if x.shape[-2] < x.shape[-1]:
         return _adjoint(_at_one(_adjoint(x), method, solver, steps))
     if x.shape[-1] == 1:
-        length = _size(x)
-        return times(
-            x, (rescale if method == "hard" else smooth(2.0))(length, jnp.ones_like(length))
-        )
+        length, action = _size(x), rescale if method == "hard" else smooth(2.0)
+        return times(x, action(length, jnp.ones_like(length)))
     if solver == "svd":
         return _by_svd(x, method)
     return _hard(x, steps) if method == "hard" else _blocks(x, steps)[0]
@@ -152,9 +148,8 @@ def clip_matrices(
     scaled, own = _per(x, entry), bound / jnp.where(entry > 0, entry, 1)
     size = _size(scaled)
     unit = jnp.where(jnp.isinf(own), 1, jnp.maximum(own, lax.stop_gradient(size / far)))
-    out = times(
-        _at_one(_per(scaled, unit), method, solver, steps), jnp.where(jnp.isinf(bound), 0, bound)
-    )
+    out = _at_one(_per(scaled, unit), method, solver, steps)
+    out = times(out, jnp.where(jnp.isinf(bound), 0, bound))
     same = jnp.isinf(own) | (size == 0) | ((size <= own) & (method == "hard"))
     return jnp.where(same, x, out)
 
@@ -175,10 +170,9 @@ def largest_singular_values(x: jax.Array) -> jax.Array:
         v = _dot(_adjoint(scaled), _dot(scaled, v))
         return _per(v, _size(v)), None
 
-    v, _ = lax.scan(
-        step, step(jnp.broadcast_to(start, (*x.shape[:-2], *start.shape)), None)[0], None, length=15
-    )
-    found = jnp.minimum(
-        _size(_dot(scaled, lax.stop_gradient(v))) * entry, jnp.finfo(entry.dtype).max
-    )
+    v = jnp.broadcast_to(start, (*x.shape[:-2], *start.shape))
+    # The first step apart, as its result may vary over devices where the start does not.
+    v, _ = lax.scan(step, step(v, None)[0], None, length=15)
+    found = _size(_dot(scaled, lax.stop_gradient(v))) * entry
+    found = jnp.minimum(found, jnp.finfo(entry.dtype).max)
     return jnp.where(jnp.isfinite(entry), found, entry)[:, 0, 0]

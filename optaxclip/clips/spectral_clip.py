@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -18,7 +17,7 @@ from optaxclip.clips import singular
 from optaxclip.clips.bounds import bound_leaves
 from optaxclip.clips.matrices import as_cuts, find_forms, names_of
 from optaxclip.clips.singular import FEWEST_STEPS, Method, Solver
-from optaxclip.core import decide
+from optaxclip.core import decide, factor_of_bad
 from optaxclip.engine import Description, Rule, build
 from optaxclip.trees import Leaves
 
@@ -97,11 +96,10 @@ def spectral_clip(
     threshold = bound_leaves(exclude, max_singular_value=max_singular_value)
     validate.choice(get_args(Method), method=method)
     validate.choice(get_args(Solver), solver=solver)
-    validate.choice(get_args(Nonfinite), nonfinite=nonfinite)
     _check_arguments(steps, axis_names)
     cuts = as_cuts(specs)
     # All of the matrix becomes NaN or 0, because a matrix with one NaN has no singular values.
-    bad = math.nan if nonfinite == "propagate" else 0.0
+    bad = factor_of_bad(nonfinite)
 
     def matrices(leaves: Leaves, layout: xla.Layout) -> list[jax.Array]:
         forms = find_forms(leaves, layout, cuts)

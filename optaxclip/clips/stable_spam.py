@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from typing import get_args
-
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate, xla
+from optaxclip import scopes, thresholds, validate, xla
 from optaxclip.actions import normalize, rescale
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Norms, Scope
-from optaxclip.core import clip_by, decide
+from optaxclip.core import clip_by, decide, factor_of_bad
 from optaxclip.engine import Description, Rule, build
 from optaxclip.norms import linf
-from optaxclip.thresholds.learned import Statistic, learned
-from optaxclip.thresholds.running import debiased_weight
+from optaxclip.thresholds.running import debiased_mean, debiased_weight
 from optaxclip.trees import Leaves
-from optaxclip.xla import like
 
 
 @validate.named
@@ -57,13 +52,7 @@ def clip_by_running_max(
     [3.0, 1.0]
     """
     validate.share(decay=decay)
-    validate.choice(get_args(Nonfinite), nonfinite=nonfinite)
-    bad = math.nan if nonfinite == "propagate" else 0.0
-
-    def learn(largest, mean, seen):
-        # Its own count of maxima: the authors' code divides by 1 - βᵗ with a t that is reset with
-        # the moments, although the mean is not.
-        return mean + debiased_weight(decay, largest, seen) * (largest - mean)
+    bad = factor_of_bad(nonfinite)
 
     def measure(leaves: Leaves, layout: xla.Layout) -> Norms:
         return xla.measure(linf, leaves.arrays, layout)
@@ -75,8 +64,10 @@ def clip_by_running_max(
         limits = xla.spread(jnp.where(step.bad, -1, step.bounds), layout)
         return list(map(_pick, leaves.arrays, short, limits)), step
 
-    statistic = Statistic(0.0, learn, lambda largest, mean, seen: mean)
-    threshold = learned(statistic, update_first=True)
+    # Its own count of maxima: the authors' code divides by 1 - βᵗ with a t that is reset with the
+    # moments, although the mean is not.
+    statistic = thresholds.Statistic(0.0, debiased_mean(decay), lambda largest, mean, seen: mean)
+    threshold = thresholds.learned(statistic, update_first=True)
     description = Description(scopes.leaf, linf, threshold, exclude=exclude, kind="other")
     return build(description, Rule(measure, act), axis_names)
 
@@ -139,10 +130,10 @@ def normalize_by_moments(
 
     def length(norm, value, seen):
         mean, size = value
-        return mean / (size + like(eps, norm))
+        return mean / (size + xla.like(eps, norm))
 
     return clip_by(
-        learned(Statistic((0.0, 0.0), learn, length), update_first=True),
+        thresholds.learned(thresholds.Statistic((0.0, 0.0), learn, length), update_first=True),
         scope=scope,
         action=normalize,
         exclude=exclude,

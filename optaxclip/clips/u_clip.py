@@ -10,15 +10,13 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import scopes, validate, xla
-from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold, annotate
+from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.clips.carry import can_learn, start_carry
 from optaxclip.core import clip_by
-from optaxclip.engine import description_of
-from optaxclip.states import StateGuard
+from optaxclip.engine import description_of, guarded
 from optaxclip.thresholds.blocks import Fixed, new_threshold
 from optaxclip.thresholds.convert import as_threshold
 from optaxclip.trees import Leaves, select
-from optaxclip.xla import like
 
 
 class CarryState(NamedTuple):
@@ -42,10 +40,7 @@ def _remember(clip, exclude: Exclude, step) -> optax.GradientTransformationExtra
     def init_fn(params):
         return CarryState(start_carry(params, exclude), clip.init(params))
 
-    guard = StateGuard(validate.called(), CarryState, init_fn)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, updates)
+    def update_fn(updates, state, params, **extra_args):
         leaves, old = select(updates, exclude), select(state.carry, exclude)
         out, carry, clip_state = step(leaves, old.arrays, state.clip, params, **extra_args)
         fine = can_learn(clip_state)
@@ -56,8 +51,8 @@ def _remember(clip, exclude: Exclude, step) -> optax.GradientTransformationExtra
         return leaves.rebuild(out), CarryState(old.rebuild(kept), clip_state)
 
     # Its update is not a rescaled gradient, so `check` must not reason about its length.
-    annotate(update_fn, description=description_of(clip)._replace(kind="other"))
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    about = description_of(clip)._replace(kind="other")
+    return guarded(CarryState, init_fn, update_fn, about)
 
 
 def _clip(clip, leaves: Leaves, arrays: list[jax.Array], exclude: Exclude, *rest, **extra_args):
@@ -111,7 +106,7 @@ def u_clip(
     clip = clip_by(as_threshold(max_norm=max_norm), scope=scope, **shared)
 
     def limit(norms, state, params=None, *, carry_bound, **extra_args):
-        return jax.tree.map(lambda bound: like(max_carry, bound) * bound, carry_bound), state
+        return jax.tree.map(lambda bound: xla.like(max_carry, bound) * bound, carry_bound), state
 
     # Built once, and given the bound at each update: a new clip would compile at each update.
     limits = new_threshold(lambda norms: optax.EmptyState(), limit, kind=Fixed)

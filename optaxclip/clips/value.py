@@ -59,7 +59,7 @@ def clip(
         bound = jnp.maximum(jnp.asarray(bound), 0)
         return (-bound, bound), state
 
-    # Of the same kind, because the kind says what a threshold reads.
+    # The same kind, because the kind says what a threshold reads.
     limits = new_threshold(threshold.init, update_fn, threshold, kind=type(threshold))
     tx = clip_elements(limits, measure=measure, exclude=exclude, axis_names=axis_names)
     # A reader of the chain wants to see the threshold as it was given.

@@ -7,12 +7,11 @@ import math
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate
+from optaxclip import scopes, thresholds, validate
 from optaxclip.base import AxisNames, Exclude, Nonfinite, Scope, Threshold
 from optaxclip.core import clip_by
-from optaxclip.thresholds.combine import at_most
 from optaxclip.thresholds.convert import as_threshold
-from optaxclip.thresholds.running import Target, zscore
+from optaxclip.thresholds.running import Target
 
 
 @validate.named
@@ -70,13 +69,13 @@ def zclip(
     """
     # No `clip_factor`: the authors' code documents it as a multiple of z·σ, but it also multiplies
     # the mean, and a factor below 1 clips to below the mean. Here z alone sets the tightness.
-    threshold = zscore(
+    threshold = thresholds.zscore(
         z, decay, warmup_steps=warmup_steps, target=target, eps=eps, relearn_after=relearn_after
     )
     return clip_by(
         # Outside the statistic: a norm that only the cap shortens is learned unclipped, as in the
         # authors' code.
-        at_most(threshold, as_threshold(max_norm=max_norm)),
+        thresholds.at_most(threshold, as_threshold(max_norm=max_norm)),
         scope=scope,
         exclude=exclude,
         nonfinite=nonfinite,

@@ -13,7 +13,7 @@ from optaxclip.monitoring.findings import Findings
 from optaxclip.monitoring.reading import check_is_state, find_parts
 from optaxclip.monitoring.state import WatchState, read_numbers
 from optaxclip.monitoring.summary import AFTER, KEPT
-from optaxclip.record import unpack_names
+from optaxclip.trees import unpack_names
 
 _BROKEN = 5.0  # a block counts as broken above this many times its norm before the episode
 

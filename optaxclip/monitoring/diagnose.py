@@ -6,13 +6,14 @@ from typing import Any
 
 from optaxclip import validate
 from optaxclip.monitoring.findings import Findings, Sign
-from optaxclip.monitoring.history import Recorded, RecordedRun, read_run, require_norms
+from optaxclip.monitoring.recorded import RecordedRun, read_run, require_norms
 from optaxclip.monitoring.signs.clips import averaging, clipping
 from optaxclip.monitoring.signs.explosions import rising
 from optaxclip.monitoring.signs.lost import forgetting, losing, skipping
 from optaxclip.monitoring.signs.progress import growing, moving
 from optaxclip.monitoring.signs.small import depth, vanishing, zero
 from optaxclip.monitoring.signs.spikes import spiking
+from optaxclip.monitoring.tables import Recorded
 
 _RULES = (
     rising,
@@ -88,6 +89,3 @@ def _find_signs(run: RecordedRun) -> list[Sign]:
     found: list[Sign] = [sign for rule in _RULES for sign in rule(run)]
     explained = {name for sign in found for name in _EXPLAINS.get(sign.name, ())}
     return [sign for sign in found if sign.name not in explained]
-
-
-__all__ = ["Sign", "diagnose"]

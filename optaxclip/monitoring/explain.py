@@ -15,7 +15,7 @@ from optaxclip.monitoring.reading import check_is_state, find_parts, total_steps
 from optaxclip.monitoring.state import WatchState, read_numbers
 from optaxclip.states import kind_of
 from optaxclip.wrappers.loss_scale import LossScaleState
-from optaxclip.wrappers.skip import SkipState
+from optaxclip.wrappers.steps import SkipState
 
 
 def explain(opt_state: Any, params: Any = None) -> str:

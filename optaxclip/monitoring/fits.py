@@ -8,6 +8,11 @@ import numpy as np
 
 from optaxclip.monitoring import limits
 
+# Stands for a key that a row lacks. It is a NaN like any other except for its bits, so that a loss
+# that was NaN can be told from one that was not recorded. R marks NA in the same way.
+_BITS = np.uint64(0x7FF80000000007A2)
+MISSING = float(_BITS.view(np.float64))
+
 
 class Fit(NamedTuple):
     """An exponential fit: its growth over the steps, and the share of the variance it explains."""
@@ -36,11 +41,21 @@ def is_known(x: np.ndarray) -> np.ndarray:
 
 
 def is_recorded(x: np.ndarray) -> np.ndarray:
-    """Returns where a number was recorded, NaN or not: everywhere, or at every k-th row only.
+    """Returns where a number was recorded, NaN or not.
 
-    A row without a key has NaN there, too. What is known only k rows apart was not NaN in between.
+    >>> is_recorded(np.array([1.0, np.nan, MISSING]))
+    array([ True,  True, False])
+    """
+    return np.ascontiguousarray(x).view(np.uint64) != _BITS
 
-    >>> is_recorded(np.array([1.0, np.nan, 2.0, np.nan, 3.0, np.nan, np.nan]))
+
+def guess_recorded(x: np.ndarray) -> np.ndarray:
+    """Guesses where a number was recorded: everywhere, or at every k-th row only.
+
+    In a column from elsewhere a NaN may be a number or a gap. What is known only k rows apart was
+    not NaN in between.
+
+    >>> guess_recorded(np.array([1.0, np.nan, 2.0, np.nan, 3.0, np.nan, np.nan]))
     array([ True, False,  True, False,  True, False,  True])
     """
     known = np.flatnonzero(np.isfinite(x))

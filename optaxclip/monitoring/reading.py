@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from optaxclip import validate
 from optaxclip.base import Metrics
 from optaxclip.monitoring.state import WatchState, read_numbers, watch_scalars
-from optaxclip.record import find_nodes, number_keys, scalars_of, unpack_names
+from optaxclip.record import find_nodes, number_keys, scalars_of
 from optaxclip.states import kind_of
+from optaxclip.trees import unpack_names
 from optaxclip.wrappers.loss_scale import LossScaleState
-from optaxclip.wrappers.skip import SkipState
+from optaxclip.wrappers.steps import SkipState
 
 
 def metrics(

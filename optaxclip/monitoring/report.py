@@ -12,13 +12,11 @@ import optax
 from jax import lax
 
 from optaxclip import validate
-from optaxclip.base import annotate
 from optaxclip.compat import manual_axes
-from optaxclip.engine import Description
+from optaxclip.engine import Description, guarded
 from optaxclip.monitoring.history import History
 from optaxclip.monitoring.loggers import to_print
 from optaxclip.monitoring.reading import count_blocks, find_parts, metrics
-from optaxclip.states import StateGuard
 from optaxclip.wrappers.steps import find_loss
 
 Callback = Callable[[int, dict[str, Any]], Any]
@@ -65,7 +63,7 @@ def report(
         nothing to report.
 
     Reports are asynchronous: `jax.effects_barrier()` waits for the last. Under `vmap` there is one
-    for each run, and `row["run"]` is its number, counted from 0. Of several devices the first one
+    for each run, and `row["run"]` is its number, counted from 0. On several devices the first one
     reports. Put it around `optax.MultiSteps`, which runs its inside at every small step.
 
     >>> import jax, jax.numpy as jnp, optaxclip
@@ -96,18 +94,14 @@ def report(
             )
         return ReportState(jnp.zeros((), jnp.int32), state)
 
-    guard = StateGuard(call, ReportState, init_fn)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, updates if params is None else params)
+    def update_fn(updates, state, params, **extra_args):
         updates, new = inner.update(updates, state.inner, params, **extra_args)
         step = jnp.asarray(optax.safe_increment(state.total_steps))
         due = (step == 1) | (step % jnp.int32(every) == 0)
         _send(deliver, due & _is_first_device(), step, new, find_loss(extra_args))
         return updates, ReportState(step, new)
 
-    annotate(update_fn, description=Description(kind="other", name=call, inner=inner))
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    return guarded(ReportState, init_fn, update_fn, Description(kind="other", inner=inner))
 
 
 def _as_callback(callback: Any) -> Callback:

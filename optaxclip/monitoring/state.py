@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from optaxclip.monitoring.summary import Episodes, NotFinite, fresh_episodes, rank_blocks
-from optaxclip.record import unpack_names
+from optaxclip.trees import unpack_names
 
 Packed = dict[str, jax.Array]
 
@@ -68,7 +68,7 @@ class WatchState(NamedTuple):
       histogram: int32 (B, 15), the number of elements of each block between powers of ten; None
         without `histogram=True`.
       blocks, ranks, episodes, quantiles, candidates: names of the entries of these arrays, packed
-        by `optaxclip.record.pack_names`.
+        by `optaxclip.trees.pack_names`.
     """
 
     packed: Packed

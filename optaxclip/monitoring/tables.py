@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from optaxclip import validate
-from optaxclip.monitoring.collect import History
+from optaxclip.monitoring.fits import MISSING, guess_recorded, is_recorded
+from optaxclip.monitoring.history import History
 from optaxclip.states import kind_of
 
 Recorded = History | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -44,7 +45,7 @@ def require_steps(table: Columns) -> None:
 
 
 def read_table(history: Recorded) -> Columns:
-    """Returns one array per key, on the host, with NaN where a step lacks the key."""
+    """Returns one array per key, on the host, with `MISSING` where a step lacks the key."""
     if isinstance(history, History):
         return history.arrays()
     if isinstance(history, Mapping):
@@ -71,15 +72,19 @@ def _to_numbers(key: str, column: Any) -> np.ndarray:
     array = np.asarray(column)
     if array.dtype.kind in "USO":
         array = np.array([_to_number(key, x) for x in array.ravel()], object).reshape(array.shape)
-    return array.astype(np.float64)
+    array = array.astype(np.float64)
+    # Gaps in what a `History` or `read_table` returned are known, and not guessed.
+    if array.ndim == 1 and is_recorded(array).all():
+        array[~guess_recorded(array)] = MISSING
+    return array
 
 
 def _to_number(key: str, x: Any) -> Any:
-    """Reads text as a number, NaN if it is empty; anything else stays as it is."""
+    """Reads text as a number, `MISSING` if it is empty; anything else stays as it is."""
     if not isinstance(x, str):
         return x
     try:
-        return float(x or "nan")
+        return float(x) if x else MISSING
     except ValueError:
         raise ValueError(
             f"{validate.called()}: {key!r} is text, '{x}': a history is of numbers only, so"

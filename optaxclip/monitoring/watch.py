@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import validate, xla
+from optaxclip import thresholds, validate, xla
 from optaxclip.actions import keep
 from optaxclip.base import AxisNames, Exclude, Norms, Scope, annotate
 from optaxclip.core import decide
@@ -21,16 +21,14 @@ from optaxclip.monitoring.histograms import BINS, count_elements
 from optaxclip.monitoring.state import Numbers, WatchState, fresh_numbers, pack, unpack
 from optaxclip.monitoring.summary import Summary, summarize, update_episodes, update_nonfinite
 from optaxclip.norms import l2
-from optaxclip.record import metrics_of, pack_names, unpack_names
 from optaxclip.scopes.leaves import as_scope, leaf, tree
 from optaxclip.states import StateGuard, check_names
 from optaxclip.thresholds.blocks import reads_params
 from optaxclip.thresholds.fixed import unchecked
-from optaxclip.thresholds.running import zscore
-from optaxclip.trees import match_params, select
+from optaxclip.trees import match_params, pack_names, select, unpack_names
 
 # The names are keys in users' dashboards.
-_TYPICAL = {"0.1": 0.1, "0.5": 0.5, "1": 1.0, "5": 5.0, "z2.5": zscore(2.5)}
+_TYPICAL = {"0.1": 0.1, "0.5": 0.5, "1": 1.0, "5": 5.0, "z2.5": thresholds.zscore(2.5)}
 _KNOWN = 10  # norms needed for a median
 
 
@@ -107,6 +105,12 @@ def watch(
     blocks = _meter(as_scope(scope, named=True), exclude, axis_names)
     whole = _meter(tree, exclude, axis_names)
 
+    def size_of(params, updates):
+        """Returns the norm of all parameters that have an update."""
+        leaves = select(updates, exclude)
+        own = match_params(leaves, params, exclude, "watch")
+        return _measure(whole, leaves.rebuild(own))[0]
+
     def start(norms):
         """Returns the numbers before the first step, and the states of the candidates."""
         rooms = {"episodes": bad_steps, "quantiles": len(levels), "candidates": len(trials)}
@@ -149,16 +153,12 @@ def watch(
         numbers, shadows = unpack(state.packed, shapes_of(state.block_norms))
         size = None
         if params is not None and reads_params(*trials.values()):
-            # As in a clip, parameters without a gradient do not count.
-            leaves = select(updates, exclude)
-            matched = leaves.rebuild(match_params(leaves, params, exclude, "watch"))
-            size = _measure(whole, matched)[0].astype(dtype)
+            size = size_of(params, updates).astype(dtype)
         over, shadows = trackers.try_candidates(trials, now.total, shadows, size, extra_args)
-        numbers = _advance(numbers, now, spike_factor, as_tag(tag))._replace(
+        counted = optax.safe_increment(numbers.would_clip)
+        numbers = _advance(numbers, now, spike_factor, _as_tag(tag))._replace(
             trackers=trackers.update_trackers(levels, now.total, numbers.trackers),
-            would_clip=jnp.where(
-                over, optax.safe_increment(numbers.would_clip), numbers.would_clip
-            ),
+            would_clip=jnp.where(over, counted, numbers.would_clip),
         )
         return updates, state._replace(
             packed=pack((numbers, shadows)),
@@ -188,8 +188,8 @@ def _meter(
 
 def _start(meter: optax.GradientTransformationExtraArgs, params: Any) -> tuple[jax.Array, Any]:
     """Returns a zero norm for each block, and the packed names of the blocks."""
-    metrics = metrics_of(meter.init(params))
-    return metrics.grad_norm, metrics.blocks
+    state: Any = meter.init(params)
+    return state.metrics.grad_norm, state.metrics.blocks
 
 
 def _measure(
@@ -197,9 +197,8 @@ def _measure(
 ) -> tuple[jax.Array, tuple[str, ...]]:
     """Returns the norms of the blocks of a tree, and their names."""
     # The fresh state costs nothing under `jit`, because the counters of a meter are not read.
-    _, state = meter.update(updates, meter.init(updates))
-    metrics = metrics_of(state)
-    return metrics.grad_norm, unpack_names(metrics.blocks)
+    state: Any = meter.update(updates, meter.init(updates))[1]
+    return state.metrics.grad_norm, unpack_names(state.metrics.blocks)
 
 
 def _advance(old: Numbers, now: Summary, limit: ArrayLike, tag: jax.Array) -> Numbers:
@@ -219,7 +218,7 @@ def _advance(old: Numbers, now: Summary, limit: ArrayLike, tag: jax.Array) -> Nu
     )
 
 
-def as_tag(tag: Any) -> jax.Array:
+def _as_tag(tag: Any) -> jax.Array:
     """Converts a tag to int32; None becomes -1.
 
     Raises:

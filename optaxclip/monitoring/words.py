@@ -12,9 +12,9 @@ from optaxclip.monitoring.bad import read_episodes
 from optaxclip.monitoring.display import format_number, format_share
 from optaxclip.monitoring.reading import total_steps
 from optaxclip.monitoring.state import WatchState, read_numbers, read_quantiles, read_top
-from optaxclip.record import scalars_of, unpack_names
-from optaxclip.trees import select
-from optaxclip.wrappers.skip import LOSS, NORM, SkipState
+from optaxclip.record import scalars_of
+from optaxclip.trees import select, unpack_names
+from optaxclip.wrappers.steps import LOSS, NORM, SkipState
 
 
 def describe_watched_norm(w: WatchState) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optaxclip.monitoring.display import format_share
-from optaxclip.monitoring.fits import find_runs
+from optaxclip.monitoring.fits import find_runs, is_known
 
 GREY, DARK = "0.55", "black"
 _BINS = 200  # of a band; more are not visible
@@ -64,7 +64,7 @@ def draw_over_steps(ax: Any, steps: np.ndarray, values: np.ndarray, **style: Any
 
 def positive(values: np.ndarray) -> np.ndarray:
     """Returns what has a place on a log axis, and NaN for everything else."""
-    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
+    return np.where(is_known(values), values, np.nan)
 
 
 def draw_dashed(ax: Any, steps: np.ndarray, values: np.ndarray, label: str) -> None:
@@ -85,7 +85,7 @@ def draw_legend_above(ax: Any, columns: int = 4, **what: Any) -> None:
     ax.legend(fontsize=8, framealpha=0.9, ncols=columns, **where, **what)
 
 
-def draw_bad(ax: Any, steps: np.ndarray, bad: np.ndarray, what: str = "NaN or infinite") -> None:
+def draw_bad(ax: Any, steps: np.ndarray, bad: np.ndarray) -> None:
     """Marks runs of bad steps: shaded and hatched, with a triangle where each begins."""
     if not bad.any():
         return
@@ -93,7 +93,7 @@ def draw_bad(ax: Any, steps: np.ndarray, bad: np.ndarray, what: str = "NaN or in
     starts, ends = steps[runs[:, 0]], steps[runs[:, 1] - 1]
     spans = np.stack([starts - 0.5, ends - starts + 1.0], axis=1)
     style = {"hatch": "////", "linewidth": 0.8, "edgecolor": color, "facecolor": "none"}
-    label, over = f"{what}: {_count(bad.sum())}", ax.get_xaxis_transform()
+    label, over = f"NaN or infinite: {_count(bad.sum())}", ax.get_xaxis_transform()
     # The edge is always drawn: one step of 10,000 is narrower than a pixel.
     ax.broken_barh(spans, (0, 1), transform=over, zorder=0.5, alpha=0.6, **style)
     mark = {"color": color, "markersize": 6, "linestyle": "", "clip_on": False, "label": label}

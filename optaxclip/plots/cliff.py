@@ -15,6 +15,7 @@ from optaxclip.clips.norm import clip_by_global_norm
 from optaxclip.plots.axes import DARK, axes_or_new, draw_legend_above
 
 Loss = Callable[[jax.Array], jax.Array]
+_ARROWS = 16  # along each side
 
 
 def unit_loss(point: jax.Array, steps: int = 50) -> jax.Array:
@@ -128,11 +129,9 @@ def _draw_surface(
     ax.figure.colorbar(filled, ax=ax, label="loss", format="%.2f")
 
 
-def _draw_arrows(
-    ax: Any, loss: Loss, window: tuple[float, float, float, float], count: int = 16
-) -> None:
+def _draw_arrows(ax: Any, loss: Loss, window: tuple[float, float, float, float]) -> None:
     """Draws arrows downhill, whose length grows with the logarithm of the gradient's length."""
-    x, y, points = _make_grid(window, count + 2)
+    x, y, points = _make_grid(window, _ARROWS + 2)
     slopes = -np.asarray(jax.jit(jax.vmap(jax.grad(loss)))(points))
     length = np.linalg.norm(slopes, axis=1, keepdims=True)
     length = np.where(length > 0, length, 1.0)

@@ -9,18 +9,13 @@ from typing import Any
 import numpy as np
 
 from optaxclip import validate
-from optaxclip.monitoring.fits import find_runs
+from optaxclip.monitoring.fits import find_runs, is_known
 from optaxclip.monitoring.histograms import Histograms, log_edges
-from optaxclip.monitoring.history import (
-    Recorded,
-    RecordedRun,
-    read_run,
-    require_norms,
-)
-from optaxclip.monitoring.tables import is_history
+from optaxclip.monitoring.recorded import RecordedRun, read_run, require_norms
+from optaxclip.monitoring.tables import Recorded, is_history
 from optaxclip.plots.axes import axes_or_new, colors_of, draw_legend_above, format_ticks, name_axes
 
-LINES = ("-", "--", "-.", ":")
+_LINES = ("-", "--", "-.", ":")
 _NAMES, _LETTERS = 40, 36  # how many names at an axis, and letters of each, are readable
 
 
@@ -86,7 +81,7 @@ def _draw_heat_map(ax: Any, edges: np.ndarray, cells: np.ndarray) -> None:
     """Draws the cells on a log scale with a colour bar, hatched where there is no number."""
     from matplotlib.colors import LogNorm
 
-    known, rows = np.isfinite(cells) & (cells > 0), np.arange(len(cells) + 1)
+    known, rows = is_known(cells), np.arange(len(cells) + 1)
     low, high = (cells[known].min(), cells[known].max()) if known.any() else (1.0, 1.0)
     # If all norms are equal, colours still need a range.
     scale, shown = LogNorm(low, max(high, low * 1.01)), np.where(known, cells, np.nan)
@@ -151,33 +146,37 @@ def plot_histogram(
     if is_history(norms):
         norms = require_norms(read_run(norms, 0))
     array = np.asarray(norms, float)
-    known = array[np.isfinite(array) & (array > 0)]
+    known = array[is_known(array)]
     if not known.size:
         raise ValueError("plot_histogram: no norm is finite and positive.")
     ax, low, high = axes_or_new(ax), known.min(), known.max()
     # Rounding of exact limits could exclude the smallest or the largest norm.
     edges = np.geomspace(low * 0.99, high * 1.01, bins + 1)
-    colors = colors_of(ax)
-    ax.hist(known, edges, color=colors.line, alpha=0.45, edgecolor=colors.line, linewidth=0.5)
-    for line, q in zip(itertools.cycle(LINES), quantiles, strict=False):
-        at = np.quantile(known, q)
-        ax.axvline(
-            at,
-            color=colors.ink,
-            linewidth=1.0,
-            linestyle=line,
-            label=f"{100 * q:.3g}% are below {at:.3g}",
-        )
-    for marker, bound in zip(itertools.cycle("os^Dv"), thresholds, strict=False):
-        # Among all finite norms: zeros are steps, too, which are never clipped.
-        share = np.mean(array[np.isfinite(array)] > bound)
-        label = f"{bound:.3g} would clip {share:.0%}"
-        style = {"linewidth": 2.0, "marker": marker, "markevery": [1], "markersize": 7}
-        ax.axvline(bound, ymax=0.93, color=colors.bad, label=label, **style)
+    color = colors_of(ax).line
+    ax.hist(known, edges, color=color, alpha=0.45, edgecolor=color, linewidth=0.5)
+    _mark_quantiles(ax, known, quantiles)
+    # Among all finite norms: zeros are steps, too, which are never clipped.
+    _mark_thresholds(ax, array[np.isfinite(array)], thresholds)
     ax.set(xscale="log", xlabel="gradient norm", ylabel="steps")
     format_ticks(ax.xaxis)
     draw_legend_above(ax, 3)
     return ax
+
+
+def _mark_quantiles(ax: Any, norms: np.ndarray, quantiles: Sequence[float]) -> None:
+    """Draws a line at each quantile, whose label is a share of norms."""
+    for line, q in zip(itertools.cycle(_LINES), quantiles, strict=False):
+        at = np.quantile(norms, q)
+        label = f"{100 * q:.3g}% are below {at:.3g}"
+        ax.axvline(at, color=colors_of(ax).ink, linewidth=1.0, linestyle=line, label=label)
+
+
+def _mark_thresholds(ax: Any, norms: np.ndarray, thresholds: Sequence[float]) -> None:
+    """Draws a line at each threshold, whose label is how many norms it would clip."""
+    for marker, bound in zip(itertools.cycle("os^Dv"), thresholds, strict=False):
+        label = f"{bound:.3g} would clip {np.mean(norms > bound):.0%}"
+        style = {"linewidth": 2.0, "marker": marker, "markevery": [1], "markersize": 7}
+        ax.axvline(bound, ymax=0.93, color=colors_of(ax).bad, label=label, **style)
 
 
 def _draw_counts(found: Histograms, ax: Any) -> Any:

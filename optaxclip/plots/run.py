@@ -6,8 +6,10 @@ import textwrap
 from typing import Any
 
 from optaxclip import validate
-from optaxclip.monitoring.diagnose import Sign, diagnose
-from optaxclip.monitoring.history import Recorded, RecordedRun, read_run, require_norms
+from optaxclip.monitoring.diagnose import diagnose
+from optaxclip.monitoring.findings import Sign
+from optaxclip.monitoring.recorded import RecordedRun, read_run, require_norms
+from optaxclip.monitoring.tables import Recorded
 from optaxclip.plots.axes import colors_of, import_pyplot
 from optaxclip.plots.distribution import plot_layers
 from optaxclip.plots.steps import plot_clipped_share, plot_loss, plot_norms

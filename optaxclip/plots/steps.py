@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from optaxclip import validate
-from optaxclip.monitoring.fits import is_recorded
-from optaxclip.monitoring.history import Recorded, read_run, require_norms
+from optaxclip.monitoring.fits import is_known, is_recorded
+from optaxclip.monitoring.recorded import read_run, require_norms
+from optaxclip.monitoring.tables import Recorded
 from optaxclip.plots.axes import (
     axes_or_new,
     colors_of,
@@ -191,7 +192,7 @@ def plot_bound(history: Recorded, ax: Any = None, *, clip: int = 0) -> Any:
     color, window = colors_of(ax).line, max(len(norms) // 40, 10)
     # Separate stretches, because a running window over NaN has no quantiles.
     parts = np.array_split(np.arange(len(norms)), max(len(norms) // window, 1))
-    kept = [part[np.isfinite(norms[part]) & (norms[part] > 0)] for part in parts]
+    kept = [part[is_known(norms[part])] for part in parts]
     middle = [run.steps[part].mean() for part in kept if part.size]
     # Not from the smallest to the largest: a single spike would hide everything else.
     ranges = [np.quantile(norms[part], (0.05, 0.5, 0.95)) for part in kept if part.size]

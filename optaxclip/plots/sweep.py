@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from optaxclip.plots.axes import GREY, axes_or_new, colors_of, draw_legend_above, format_ticks
-from optaxclip.tuning.sweep import Sweep
+from optaxclip.tuning.sweep import Sweep, median_loss
 
 
 def plot_sweep(sweep: Sweep, ax: Any = None) -> Any:
@@ -63,13 +63,10 @@ def _summarize_seeds(sweep: Sweep, i: int) -> tuple[float, float, float]:
     The best and the worst are those of the runs that did not diverge.
     """
     diverged, final = sweep.diverged[i], sweep.final[i]
-    # Interpolation halfway between a number and infinity would give NaN.
-    median = np.quantile(
-        np.where(diverged, np.inf, final), 0.5, method="higher" if diverged.any() else "linear"
-    )
+    median = median_loss(np.where(diverged, np.inf, final))
     if not np.isfinite(median):
         return np.nan, np.nan, np.nan
-    return final[~diverged].min(), float(median), final[~diverged].max()
+    return final[~diverged].min(), median, final[~diverged].max()
 
 
 def _draw_clip_rate(ax: Any, values: np.ndarray, rates: np.ndarray) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from optaxclip.base import Blocks, Scope
-from optaxclip.validate import called, makes_part
+from optaxclip.validate import called, fail, makes_part
 
 # Optax's rule by rank: the input axes of a dense layer (IO) or of a convolution (HWIO, DHWIO). For
 # rank 3 Optax's code uses axis 0, as here; its documentation says otherwise.
@@ -26,26 +28,23 @@ def _follow_convention(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return _INPUTS[len(shape)]
 
 
-def unit_axes(
-    path: str, shape: tuple[int, ...], axes: Any = None, batch_axes: int = 0
-) -> tuple[int, ...]:
+def _unit_axes(path: str, shape: tuple[int, ...], axes: Any, batch_axes: int) -> tuple[int, ...]:
     """The axes of a leaf that one unit spans, counted from 0. See `units`."""
+    if not isinstance(batch_axes, int) or not 0 <= batch_axes <= len(shape):
+        must = f"batch_axes must be a number of axes of the leaf {path!r}, whose shape is {shape}"
+        raise fail(must, batch_axes)
     rank = len(shape) - batch_axes
-    if rank < 0:
-        raise ValueError(
-            f"{called()}: batch_axes={batch_axes}, but the leaf {path!r} has only {len(shape)}"
-            f" axes, {shape}."
-        )
     if axes is Ellipsis or (rank <= 1 and axes != ()):
         chosen = tuple(range(rank))
     elif axes is None:
         chosen = _follow_convention(path, shape[batch_axes:])
     else:
-        chosen = (axes,) if isinstance(axes, int) else tuple(axes)
-    if any(not -rank <= axis < rank for axis in chosen):
+        chosen = axes if isinstance(axes, list | tuple) else (axes,)
+    if not all(isinstance(axis, int | np.integer) and -rank <= axis < rank for axis in chosen):
         raise ValueError(
             f"{called()}: the axes {axes!r} do not fit the leaf {path!r} of shape {shape},"
-            f" batch_axes={batch_axes}."
+            f" batch_axes={batch_axes}. Pass an axis, a tuple of axes, ... for all of them, or a"
+            " function of the path that returns one of these."
         )
     return tuple(sorted({axis % rank + batch_axes for axis in chosen}))
 
@@ -69,6 +68,14 @@ def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = N
     Raises:
       ValueError: where a tree is cut, naming the leaf, if the axes do not fit or the rank has no
         convention.
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> from optaxclip import scopes
+    >>> kernel = jnp.array([[3.0, 0.3], [4.0, 0.4]])  # two units, which are its columns
+    >>> tx = optaxclip.clip_by(1.0, scope=scopes.units())
+    >>> tx.update(kernel, tx.init(kernel))[0]
+    Array([[0.6, 0.3],
+           [0.8, 0.4]], dtype=float32)
     """
 
     def at(rule: Any, path: str) -> Any:
@@ -76,7 +83,7 @@ def units(axes: Any = None, *, batch_axes: int | Callable[[str], int] | None = N
 
     def cut(paths, shapes):
         pairs = zip(paths, shapes, strict=True)
-        spans = tuple(unit_axes(p, s, at(axes, p), at(batch_axes, p) or 0) for p, s in pairs)
+        spans = tuple(_unit_axes(p, s, at(axes, p), at(batch_axes, p) or 0) for p, s in pairs)
         # No names: a model has thousands of units, and the state would hold a key for each.
         return Blocks(None, (), spans)
 

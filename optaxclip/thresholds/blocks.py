@@ -7,7 +7,7 @@ bounds, and its `params` are the norms of the parameters, in the same shape.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +62,19 @@ def new_threshold(
 def learns(*updates: Callable) -> bool:
     """Whether these update functions belong to thresholds that judge a norm by earlier norms."""
     return any(getattr(update, "learns", False) for update in updates)
+
+
+def update_all(
+    thresholds: Sequence[optax.GradientTransformationExtraArgs],
+    norms: Norms,
+    states: Sequence[Any],
+    params: Any,
+    **extra_args: Any,
+) -> tuple[tuple[Norms, ...], tuple[Any, ...]]:
+    """Updates several thresholds with the same norms: their bounds, and their states."""
+    pairs = zip(thresholds, states, strict=True)
+    done = [t.update(norms, state, params, **extra_args) for t, state in pairs]
+    return tuple(bounds for bounds, _ in done), tuple(state for _, state in done)
 
 
 def start_blocks(start: Any, norms: Norms) -> Any:

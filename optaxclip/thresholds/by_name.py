@@ -13,7 +13,7 @@ import optax
 
 from optaxclip import validate
 from optaxclip.base import Norms, annotate
-from optaxclip.thresholds.blocks import Fixed, new_threshold
+from optaxclip.thresholds.blocks import Fixed, new_threshold, update_all
 from optaxclip.thresholds.convert import as_threshold
 from optaxclip.thresholds.fixed import ScheduleState, advance, start_schedule
 
@@ -58,12 +58,12 @@ def each_by_name(**argument: Mapping[str, Any]) -> optax.GradientTransformationE
     for name, bound in bounds.items():
         what = f"{argument_name}[{name!r}]"
         if validate.is_transformation(bound) or callable(bound):
-            bounds[name] = bound if _is_schedule(bound) else as_threshold(**{what: bound})
+            bounds[name] = bound if validate.is_function(bound) else as_threshold(**{what: bound})
         else:
             validate.nonnegative(**{what: bound})
     fixed = _fixed(argument_name, bounds)
     learners = {name: x for name, x in bounds.items() if validate.is_transformation(x)}
-    return _beside(argument_name, bounds, fixed, learners) if learners else fixed
+    return _add_learners(argument_name, bounds, fixed, learners) if learners else fixed
 
 
 def _by_layer(name: str, bound: Any) -> Iterator[tuple[str, Any]]:
@@ -74,10 +74,6 @@ def _by_layer(name: str, bound: Any) -> Iterator[tuple[str, Any]]:
         return
     for layer, of_layer in enumerate(bound):
         yield from _by_layer(f"{name}/{layer}", of_layer)
-
-
-def _is_schedule(bound: Any) -> bool:
-    return validate.is_function(bound)
 
 
 def _fixed(argument: str, bounds: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
@@ -101,13 +97,13 @@ def _fixed(argument: str, bounds: Mapping[str, Any]) -> optax.GradientTransforma
         return bounds, ScheduleState(advance(state.clip_step))
 
     init, update = (lambda norms: optax.EmptyState()), fixed_fn
-    if any(map(_is_schedule, bounds.values())):
+    if any(map(validate.is_function, bounds.values())):
         init, update = start_schedule, scheduled_fn
     # Read by `check`, which compares bounds without running the clip.
     return new_threshold(init, annotate(update, bound=tuple(bounds.values())), kind=Fixed)
 
 
-def _beside(
+def _add_learners(
     argument: str,
     bounds: Mapping[str, Any],
     fixed: optax.GradientTransformationExtraArgs,
@@ -123,14 +119,11 @@ def _beside(
 
     def update_fn(norms, state, params=None, *, block_names=None, **extra_args):
         extra_args |= {"block_names": block_names}
-        done: list[Any] = [
-            t.update(norms, s, params, **extra_args) for t, s in zip(inside, state, strict=True)
-        ]
+        (out, *learned), state = update_all(inside, norms, state, params, **extra_args)
         entries = _entries(argument, bounds, block_names)
-        (out, _), *learned = done
-        for name, (own, _) in zip(learners, learned, strict=True):
+        for name, own in zip(learners, learned, strict=True):
             out = jnp.where(np.array([entry == name for entry in entries], bool), own, out)
-        return out, tuple(new for _, new in done)
+        return out, state
 
     return new_threshold(init_fn, update_fn, *inside)
 

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import feeds, validate, xla
 from optaxclip.base import Feed, Threshold, annotate
-from optaxclip.thresholds.blocks import hold, new_threshold
+from optaxclip.thresholds.blocks import hold, new_threshold, update_all
 from optaxclip.thresholds.convert import as_threshold
 from optaxclip.thresholds.fixed import advance
 
@@ -55,7 +55,7 @@ def lag(threshold: Threshold, *, feed: Feed = feeds.raw) -> optax.GradientTransf
 
     def feed_on(norms, bounds):
         # Every multiple of a norm of zero (a frozen leaf, an unused expert) is a bound of zero,
-        # which would freeze the block for ever.
+        # which would freeze the block forever.
         return jnp.where(norms == 0, math.inf, feed(norms, bounds))
 
     def update_fn(norms, state, params=None, **extra_args):
@@ -75,11 +75,9 @@ def _combine(pick: Callable, *both: optax.GradientTransformationExtraArgs):
 
     def update_fn(norms, state, params=None, **extra_args):
         # Both are updated, so both learn, whichever bound is used in the end.
-        (x, one), (y, two) = (
-            t.update(norms, s, params, **extra_args) for t, s in zip(both, state, strict=True)
-        )
+        bounds, state = update_all(both, norms, state, params, **extra_args)
         # `jnp.minimum` keeps NaN, and a bound of NaN makes its block count as not finite.
-        return jax.tree.map(pick, x, y), (one, two)
+        return jax.tree.map(pick, *bounds), state
 
     return new_threshold(lambda norms: tuple(t.init(norms) for t in both), update_fn, *both)
 
@@ -144,12 +142,9 @@ def until(
         return UntilState(jnp.zeros((), jnp.int32), tuple(t.init(norms) for t in both))
 
     def update_fn(norms, state, params=None, **extra_args):
-        done = [
-            t.update(norms, s, params, **extra_args) for t, s in zip(both, state.inner, strict=True)
-        ]
-        (first, one), (second, two) = done
-        bounds = jax.tree.map(lambda a, b: jnp.where(state.clip_step < steps, a, b), first, second)
-        return bounds, UntilState(advance(state.clip_step), (one, two))
+        each, inner = update_all(both, norms, state.inner, params, **extra_args)
+        bounds = jax.tree.map(lambda a, b: jnp.where(state.clip_step < steps, a, b), *each)
+        return bounds, UntilState(advance(state.clip_step), inner)
 
     return new_threshold(init_fn, update_fn, *both)
 
@@ -170,6 +165,13 @@ def param_relative(
     Raises:
       ValueError: if ratio or floor is negative, NaN, a boolean or a string; at the update, without
         parameters.
+
+    >>> import jax.numpy as jnp, optaxclip
+    >>> from optaxclip import thresholds
+    >>> tx = optaxclip.clip_by(thresholds.param_relative(0.1))
+    >>> params = jnp.array([3.0, 4.0])
+    >>> tx.update(jnp.array([0.0, 9.0]), tx.init(params), params)[0]
+    Array([0. , 0.5], dtype=float32)
     """
     ratio = as_threshold(ratio=ratio)
     if floor is not None:

@@ -47,10 +47,10 @@ def is_of_gradients(tx: optax.GradientTransformation) -> bool:
     """Whether this transforms gradients, as a clip or an optimizer does, and not norms."""
     if hasattr(tx.update, "learns"):  # a threshold of ours
         return False
-    return any(map(_is_of_gradients, _functions_in(tx.update))) or _has_moments(tx)
+    return any(map(_acts_on_gradients, _functions_in(tx.update))) or _has_moments(tx)
 
 
-def _is_of_gradients(function: Callable[..., Any]) -> bool:
+def _acts_on_gradients(function: Callable[..., Any]) -> bool:
     """Whether this function belongs to a clip or an optimizer."""
     if not _is_of_optax(function):
         return hasattr(function, "description")  # ours

@@ -36,6 +36,13 @@ def constant(bound: ArrayLike) -> optax.GradientTransformationExtraArgs:
 
     Raises:
       ValueError: if the bound is a negative number, NaN, a boolean or a string.
+
+    >>> import jax.numpy as jnp
+    >>> from optaxclip import thresholds
+    >>> threshold = thresholds.constant(2.0)
+    >>> norms = jnp.array([1.0, 3.0])
+    >>> threshold.update(norms, threshold.init(norms))[0]
+    Array([2., 2.], dtype=float32)
     """
     validate.threshold(bound=bound)
     return unchecked(bound)

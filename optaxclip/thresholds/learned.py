@@ -5,7 +5,7 @@ keeps the two apart: a `Statistic` is a few lines for one block; what it is fed,
 before or after it decides, how it warms up and when it is reset are arguments.
 
 A statistic never learns from a norm that is not finite, nor from zero (a frozen leaf, an unused
-expert): every multiple of zero would be a bound of zero, and the block would stay locked for ever.
+expert): every multiple of zero would be a bound of zero, and the block would stay locked forever.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -41,6 +40,11 @@ class Statistic(NamedTuple):
     learn: Callable[[jax.Array, Any, jax.Array], Any]
     bound: Callable[[jax.Array, Any, jax.Array], jax.Array]
     signed: bool = False
+
+
+def multiple_of(factor: ArrayLike) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The bound factor · value, of a statistic that is one number."""
+    return lambda norm, value, seen: xla.like(factor, norm) * value
 
 
 class BlockState(NamedTuple):
@@ -87,8 +91,7 @@ def learned(
       warmup: the threshold of the warm-up; by default there is none.
       relearn_after: a block that was over its bound on this many consecutive steps has changed for
         good: its statistic is reset to the present norm (and warms up again). None: never. It is
-        needed with a feed that does not let the statistic follow; else the block is locked for
-        ever.
+        needed with a feed that does not let the statistic follow; else the block is locked forever.
 
     Raises:
       ValueError: for numbers out of range; for `update_first` with another feed than `feeds.raw`:
@@ -165,9 +168,3 @@ def _reset(statistic: Statistic, norm, state: BlockState, relearn_after) -> Bloc
     fresh = BlockState(*_learn(statistic, norm, start.value, start.seen), start.over)
     locked = state.over >= xla.here(relearn_after)
     return jax.tree.map(lambda a, b: jnp.where(locked, a, b), fresh, state)
-
-
-def empty(*shape: int) -> np.ndarray:
-    """Space for norms not seen yet, filled with infinity, which no stored norm can be."""
-    # NumPy, because a JAX constant in a closure would start a backend when a clip is built.
-    return np.full(shape, np.inf, np.float32)

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import feeds, validate
-from optaxclip.thresholds.learned import Statistic, learned
-from optaxclip.xla import like
+from optaxclip import feeds, validate, xla
+from optaxclip.thresholds.learned import Statistic, learned, multiple_of
 
 
 @validate.named
@@ -34,7 +33,7 @@ def norm_ratio(
         1).
 
     Deviations: a norm of zero is not learned (in OLMo a mean that starts at zero stays there, and
-    holds the parameter for ever), nor one that is not finite. No 1e-6 is added to the norm. OLMo
+    holds the parameter forever), nor one that is not finite. No 1e-6 is added to the norm. OLMo
     starts from the norm of the second step.
 
     References:
@@ -55,8 +54,9 @@ def norm_ratio(
     def learn(norm, mean, seen):
         # Starts from the first norm. With a debiased mean, as in `running`, the second norm would
         # weigh as much as the first, and an early spike would raise the bound at once.
-        return jnp.where(seen == 0, norm, mean + like(1 - decay, norm) * (norm - mean))
+        moved = mean + xla.like(1 - xla.here(decay), norm) * (norm - mean)
+        return jnp.where(seen == 0, norm, moved)
 
-    statistic = Statistic(0.0, learn, lambda norm, mean, seen: like(ratio, norm) * mean)
+    statistic = Statistic(0.0, learn, multiple_of(ratio))
     # Fed clipped norms: with raw ones the spike that was just clipped would raise the next bound.
     return learned(statistic, feed=feeds.clipped, relearn_after=relearn_after)

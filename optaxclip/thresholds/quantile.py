@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import validate
+from optaxclip import validate, xla
 from optaxclip.thresholds.learned import Statistic, learned
-from optaxclip.xla import like
 
 
 @validate.named
@@ -42,7 +41,7 @@ def quantile(
 
     def learn(norm, value, seen):
         within = (norm <= value).astype(norm.dtype)
-        moved = value * jnp.exp(like(learning_rate, norm) * (like(quantile, norm) - within))
+        moved = value * jnp.exp(xla.like(learning_rate, norm) * (xla.like(quantile, norm) - within))
         if init is None:
             return jnp.where(seen == 0, norm, moved)
         # `init` may be 0 or infinity, and multiplying would never change those.

@@ -15,8 +15,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import feeds, validate, xla
 from optaxclip.base import Feed, annotate
-from optaxclip.thresholds.learned import Statistic, learned
-from optaxclip.xla import like
+from optaxclip.thresholds.learned import Statistic, learned, multiple_of
 
 Target = Literal["adaptive", "mean", "threshold"]
 
@@ -25,9 +24,20 @@ def debiased_weight(decay, norm, seen):
     """The weight of the t-th norm in an average with decay β: (1 - β) / (1 - βᵗ), at most 1."""
     # 1 - β is taken before rounding to float32, and 1 - βᵗ by logarithms: a float32 difference of
     # two numbers close to 1 loses half its digits.
-    log = jnp.log1p(-like(1 - xla.here(decay), norm))
+    log = jnp.log1p(-xla.like(1 - xla.here(decay), norm))
     # Plus 1 after the cast: `seen` stops at the largest int32, and one more would be negative.
-    return jnp.minimum(jnp.expm1(log) / jnp.expm1((like(seen, norm) + 1) * log), 1)
+    return jnp.minimum(jnp.expm1(log) / jnp.expm1((xla.like(seen, norm) + 1) * log), 1)
+
+
+def weight_so_far(rest, steps):
+    """1 - βᵗ, with 1 - β = `rest`: the weight of t steps in a mean that began at 0."""
+    # By logarithms, for the same reason.
+    return -jnp.expm1(steps * jnp.log1p(-rest))
+
+
+def debiased_mean(decay):
+    """The `learn` of a running mean with decay β: m ← m + w·(n - m), with the weight above."""
+    return lambda norm, mean, seen: mean + debiased_weight(decay, norm, seen) * (norm - mean)
 
 
 @validate.named
@@ -65,11 +75,7 @@ def running(
         raise validate.fail(
             "factor must be larger than 1 with the feed clipped (or use feeds.raw)", factor
         )
-
-    def learn(norm, mean, seen):
-        return mean + debiased_weight(decay, norm, seen) * (norm - mean)
-
-    statistic = Statistic(0.0, learn, lambda norm, mean, seen: like(factor, norm) * mean)
+    statistic = Statistic(0.0, debiased_mean(decay), multiple_of(factor))
     return learned(statistic, feed=feed, relearn_after=relearn_after)
 
 
@@ -88,11 +94,8 @@ def previous(ratio: ArrayLike = 1.01) -> optax.GradientTransformationExtraArgs:
     6.0
     """
     validate.at_least(1, ratio=ratio)
-
-    def bound(norm, value, seen):
-        return like(ratio, norm) * value
-
-    threshold = learned(Statistic(0.0, lambda norm, value, seen: norm, bound), feed=feeds.clipped)
+    statistic = Statistic(0.0, lambda norm, value, seen: norm, multiple_of(ratio))
+    threshold = learned(statistic, feed=feeds.clipped)
     # It limits growth and does not look for spikes, so `optaxclip.check` must not judge it as such.
     annotate(threshold.update, learns=False)
     return threshold
@@ -150,7 +153,7 @@ def zscore(
 
     def learn(norm, value, seen):
         warm = seen < xla.here(warmup_steps)
-        weight = jnp.where(warm, 1 / like(seen + 1, norm), like(1 - xla.here(decay), norm))
+        weight = jnp.where(warm, 1 / xla.like(seen + 1, norm), xla.like(1 - xla.here(decay), norm))
         # After the warm-up the deviation is taken from the updated mean, as in the paper: hence the
         # square.
         return _move(norm, value, weight, weight * (1 - weight) * jnp.where(warm, 1, 1 - weight))
@@ -158,8 +161,8 @@ def zscore(
     def bound(norm, value, seen):
         mean, deviation = value
         # Relative to the mean: a fixed eps would dominate the deviation of norms around 1e-8.
-        unit = jnp.maximum(deviation, like(eps, norm) * mean)
-        most = like(z, norm)
+        unit = jnp.maximum(deviation, xla.like(eps, norm) * mean)
+        most = xla.like(z, norm)
         spike = norm > mean + most * unit
         far = jnp.where(spike, norm - mean, 1)
         # Multiplied in this order, because σ² would overflow from 1e19 on.
@@ -213,13 +216,14 @@ def log_zscore(
     validate.choice(("mean", "threshold"), target=target)
 
     def learn(norm, value, seen):
-        weight = jnp.maximum(like(1 - xla.here(decay), norm), 1 / like(seen + 1, norm))
+        weight = jnp.maximum(xla.like(1 - xla.here(decay), norm), 1 / xla.like(seen + 1, norm))
         # The logarithm of a zero is infinite, but a zero is not learned.
         return _move(jnp.log(norm), value, weight, weight * (1 - weight))
 
     def bound(norm, value, seen):
         mean, deviation = value
-        longest = jnp.exp(mean + like(z, norm) * jnp.maximum(deviation, jnp.sqrt(like(eps, norm))))
+        least = jnp.sqrt(xla.like(eps, norm))
+        longest = jnp.exp(mean + xla.like(z, norm) * jnp.maximum(deviation, least))
         if target == "threshold":
             return longest
         # Not `>`: as in TensorFlow's code a norm exactly at the limit counts as a spike.

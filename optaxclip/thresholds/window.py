@@ -13,8 +13,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
 from optaxclip.base import Threshold
-from optaxclip.thresholds.learned import Statistic, empty, learned
-from optaxclip.xla import like
+from optaxclip.thresholds.learned import Statistic, learned
 
 
 class SortedRing(NamedTuple):
@@ -30,8 +29,14 @@ class SortedRing(NamedTuple):
     ordered: jax.Array | np.ndarray
 
 
+def _make_room(window: int) -> np.ndarray:
+    """Room for norms not seen yet, filled with infinity, which no stored norm can be."""
+    # NumPy, because a JAX constant in a closure would start a backend when a clip is built.
+    return np.full(window, np.inf, np.float32)
+
+
 def _start_ring(window: int) -> SortedRing:
-    return SortedRing(empty(window), empty(window))
+    return SortedRing(_make_room(window), _make_room(window))
 
 
 def _find_oldest(window: int, seen: jax.Array) -> jax.Array:
@@ -107,7 +112,7 @@ def percentile(
     validate.size(window=window)
 
     def bound(norm, value, seen):
-        return _percentile(value, like(percentile, norm), seen)
+        return _percentile(value, xla.like(percentile, norm), seen)
 
     statistic = Statistic(_start_ring(window), _push, bound)
     return learned(statistic, update_first=update_first, warmup_steps=warmup_steps, warmup=warmup)
@@ -165,10 +170,10 @@ def window_zscore(
         # its root NaN.
         squares = jnp.sum(jnp.where(known, jnp.square(shares - mean), 0))
         variance = squares / jnp.maximum(count - 1, 1)
-        return (mean + like(z, norm) * xla.root(variance)) * unit
+        return (mean + xla.like(z, norm) * xla.root(variance)) * unit
 
     steps = max(window // 2, 2) - 1 if warmup_steps is None else warmup_steps
-    return learned(Statistic(empty(window), learn, bound, signed), warmup_steps=steps)
+    return learned(Statistic(_make_room(window), learn, bound, signed), warmup_steps=steps)
 
 
 class MedianState(NamedTuple):
@@ -204,7 +209,7 @@ def median(
 
     def learn(norm, value, seen):
         pushed, count = _push(norm, value.window, seen), seen + 1
-        middle = like(scale, norm) * _percentile(pushed, jnp.full_like(norm, 50), count)
+        middle = xla.like(scale, norm) * _percentile(pushed, jnp.full_like(norm, 50), count)
         # The early refreshes, and their factor of 2, are those of icefall's ScaledAdam.
         early = ((count == 10) | (count == 20) | (count == 40)) & (count < every)
         due = early | (jnp.mod(count, every) == 0)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from optaxclip import validate
-from optaxclip.monitoring.history import read_run
+from optaxclip.monitoring.fits import is_known
+from optaxclip.monitoring.recorded import read_run
 from optaxclip.monitoring.tables import is_history
 from optaxclip.states import kind_of
 from optaxclip.tuning.recommendation import Reason, Recommendation
@@ -190,7 +191,7 @@ def _write_code(
     """Writes the line of code, which aims at the middle one of the shares."""
     names = {reason.name for reason in reasons}
     small, middle = min(shares), sorted(shares)[len(shares) // 2]
-    known = norms[np.isfinite(norms) & (norms > 0)]
+    known = norms[is_known(norms)]
     percentile = f"optaxclip.thresholds.percentile({100 * (1 - middle):.3g})"
     scope = ", scope=optaxclip.scopes.leaf" if "layer-scales" in names else ""
     # Drift comes first: a fixed bound, or a percentile of old norms, fits only one end of the run.

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from optaxclip.monitoring.fits import is_known
+
 # With fewer steps, a tail or a drift cannot be told from noise.
 FEWEST = 20
 
@@ -43,13 +45,9 @@ class Numbers(NamedTuple):
 def measure_series(norms: np.ndarray, layers: Mapping[str, np.ndarray]) -> Numbers:
     """Computes the statistics of the norms of the whole gradient and of its layers."""
     # Zeros have no logarithm and are counted separately.
-    known = np.isfinite(norms) & (norms > 0)
+    known = is_known(norms)
     counts = len(norms), int(np.sum(~np.isfinite(norms))), int(np.sum(norms == 0))
-    scales = [
-        np.median(x[np.isfinite(x) & (x > 0)])
-        for x in layers.values()
-        if np.any(np.isfinite(x) & (x > 0))
-    ]
+    scales = [np.median(x[is_known(x)]) for x in layers.values() if is_known(x).any()]
     scale_ratio = float(max(scales) / min(scales)) if scales else np.nan
     if known.sum() < FEWEST:
         median = float(np.median(norms[known])) if known.any() else np.nan
@@ -98,5 +96,5 @@ def _estimate_tail(logs: np.ndarray) -> float:
 
 def log_known(norms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Takes logs of the norms that are finite and not zero, with the time of each from 0 to 1."""
-    logs = np.log(norms[np.isfinite(norms) & (norms > 0)])
+    logs = np.log(norms[is_known(norms)])
     return np.arange(len(logs)) / max(len(logs) - 1, 1), logs

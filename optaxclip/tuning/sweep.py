@@ -94,7 +94,7 @@ class Sweep(NamedTuple):
 
 def final_loss(losses: np.ndarray) -> np.ndarray:
     """Takes the median of the last tenth of the steps; NaN counts as infinite."""
-    # Of many steps, because the loss of a single one depends on its batch.
+    # Many steps, because the loss of a single one depends on its batch.
     last = losses[..., -max(losses.shape[-1] // 10, 1) :]
     # One NaN would make the median NaN, and runs could not be compared.
     return np.median(np.where(np.isnan(last), np.inf, last), axis=-1)
@@ -120,15 +120,16 @@ def _format_row(sweep: Sweep, i: int) -> list[str]:
     rate = "" if np.isnan(sweep.clip_rate[i]) else f"{sweep.clip_rate[i]:.0%}"
     return [
         sweep.name_of(sweep.values[i]),
-        f"{_median(final):.4g}",
+        f"{median_loss(final):.4g}",
         f"{final.min():.4g} to {final.max():.4g}",
         rate,
         f"{sweep.diverged[i].mean():.0%}",
     ]
 
 
-def _median(final: np.ndarray) -> float:
+def median_loss(final: np.ndarray) -> float:
     """Takes the median; if some losses are infinite, the upper of the middle two."""
+    # Interpolation halfway between a number and infinity would give NaN.
     return float(np.quantile(final, 0.5, method="higher" if np.isinf(final).any() else "linear"))
 
 

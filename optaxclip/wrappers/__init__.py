@@ -3,10 +3,11 @@
 from optaxclip.wrappers.clip_params import clip_params
 from optaxclip.wrappers.loss_scale import LossScaleState, dynamic_loss_scale
 from optaxclip.wrappers.reset_moments import reset_moments
-from optaxclip.wrappers.skip import SkipState, skip_nonfinite, skip_spikes
+from optaxclip.wrappers.skip import skip_nonfinite, skip_spikes
 from optaxclip.wrappers.spectra import spectra
 from optaxclip.wrappers.stable_adamw import scale_by_stable_rms, stable_adamw
 from optaxclip.wrappers.stable_spam import stable_spam
+from optaxclip.wrappers.steps import SkipState
 
 __all__ = [
     "LossScaleState",

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from optaxclip import validate
-from optaxclip.base import AxisNames, annotate
-from optaxclip.engine import Description
-from optaxclip.states import StateGuard
-from optaxclip.trees import drop_gradientless
+from optaxclip.base import AxisNames
+from optaxclip.engine import Description, guarded
 from optaxclip.wrappers.skip import skip_nonfinite
 from optaxclip.wrappers.steps import SkipState, multiply
 
@@ -69,7 +67,7 @@ def dynamic_loss_scale(
 
     Raises:
       ValueError: for an `inner` that is not an optimizer, a scale that is not above 0, a `factor`
-        of at most 1, or an interval below 1.
+        of at most 1, or an interval that is not a whole number of at least 1.
 
     References:
       Micikevicius et al., `Mixed Precision Training <https://arxiv.org/abs/1710.03740>`_, 2018
@@ -89,23 +87,18 @@ def dynamic_loss_scale(
     0.0 8192.0
     -0.5 8192.0
     """
-    validate.above(0, initial_scale=initial_scale, min_scale=min_scale, max_scale=max_scale)
+    validate.positive(initial_scale=initial_scale, min_scale=min_scale, max_scale=max_scale)
     validate.above(1, factor=factor)
-    validate.at_least(1, growth_interval=growth_interval)
-    guarded: Any = skip_nonfinite(inner, axis_names=axis_names)
-    call = validate.called()
+    validate.steps(1, growth_interval=growth_interval)
+    skipping: Any = skip_nonfinite(inner, axis_names=axis_names)
 
     def init_fn(params):
         start = jnp.array(initial_scale, jnp.float32)
-        return LossScaleState(start, jnp.zeros((), jnp.int32), guarded.init(params))
+        return LossScaleState(start, jnp.zeros((), jnp.int32), skipping.init(params))
 
-    guard = StateGuard(call, LossScaleState, init_fn)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, drop_gradientless(params, updates))
-        steps, new = guarded.update(
-            multiply(updates, 1 / state.loss_scale), state.inner, params, **extra_args
-        )
+    def update_fn(updates, state, params, **extra_args):
+        unscaled = multiply(updates, 1 / state.loss_scale)
+        steps, new = skipping.update(unscaled, state.inner, params, **extra_args)
         taken = new.consecutive_skips == 0
         count = jnp.where(taken, state.finite_steps + 1, 0)
         due = count >= growth_interval
@@ -114,5 +107,5 @@ def dynamic_loss_scale(
         scale = jnp.clip(scale, min_scale, max_scale)
         return steps, LossScaleState(scale, jnp.where(due, 0, count), new)
 
-    annotate(update_fn, description=Description(kind="other", name=call, inner=guarded))
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    about = Description(kind="other", inner=skipping)
+    return guarded(LossScaleState, init_fn, update_fn, about)

@@ -10,9 +10,8 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import validate
-from optaxclip.base import annotate
-from optaxclip.engine import Description
-from optaxclip.states import StateGuard, explain_leaves, init_inside
+from optaxclip.engine import Description, guarded
+from optaxclip.states import explain_leaves, init_inside
 from optaxclip.trees import drop_gradientless
 from optaxclip.wrappers.steps import multiply
 
@@ -46,8 +45,8 @@ def reset_moments(
         and at the start; 0: no warm-up.
 
     Raises:
-      ValueError: if `inner` is not an optimizer, `every` is a number below 1, or `warmup_steps` is
-        negative.
+      ValueError: if `inner` is not an optimizer, `every` is not a whole number of at least 1, or
+        `warmup_steps` not one of at least 0.
 
     Deviations: all of `inner`'s state is reset, including the counter of its bias correction (which
     goes on in the authors' code, where the first update after a reset is three times too long).
@@ -66,33 +65,27 @@ def reset_moments(
     1.5
     1.0
     """
-    validate.at_least(1, every=every)
-    validate.nonnegative(warmup_steps=warmup_steps)
+    validate.steps(1, every=every)
+    validate.steps(warmup_steps=warmup_steps)
     inner, call = validate.as_optimizer(inner), validate.called()
 
     def init_fn(params):
         return ResetState(jnp.zeros((), jnp.int32), init_inside(call, inner, params))
 
-    guard = StateGuard(call, ResetState, init_fn)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        like = drop_gradientless(params, updates)
-        guard.check(state, like)
+    def update_fn(updates, state, params, **extra_args):
         # Decided before the optimizer runs, so that the fresh moments see the gradient of the step
         # at which the reset is due.
         due = state.reset_step >= every
         step = jnp.where(due, 0, state.reset_step)
         # Computed here and not kept in the state, which would double the memory for moments.
-        fresh = inner.init(like)
+        fresh = inner.init(drop_gradientless(params, updates))
         with explain_leaves(call, updates):
             start = jax.tree.map(lambda a, b: _select(due, a, b), fresh, state.inner)
             updates, new = inner.update(updates, start, params, **extra_args)
         warm = _warmup(step, jnp.asarray(warmup_steps).astype(jnp.float32))
         return multiply(updates, warm), ResetState(jnp.asarray(optax.safe_increment(step)), new)
 
-    about = Description(kind="other", name=call, inner=inner)
-    annotate(update_fn, description=about)
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    return guarded(ResetState, init_fn, update_fn, Description(kind="other", inner=inner))
 
 
 def _select(due, fresh, old):

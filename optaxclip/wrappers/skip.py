@@ -13,15 +13,14 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import validate
+from optaxclip import thresholds, validate
 from optaxclip.actions import keep
 from optaxclip.base import AxisNames, Exclude, Norm, Threshold
 from optaxclip.core import clip_by
 from optaxclip.norms import l2
 from optaxclip.thresholds.convert import as_threshold, is_of_gradients
 from optaxclip.thresholds.fixed import unchecked
-from optaxclip.thresholds.window import window_zscore
-from optaxclip.wrappers.steps import LOSS, NONFINITE, NORM, SkipState, skip_by
+from optaxclip.wrappers.steps import skip_by
 
 
 @validate.named
@@ -94,11 +93,11 @@ def skip_spikes(
     """
     _refuse_chain(inner, threshold)
     inner = validate.as_optimizer(inner)
-    validate.at_least(1, max_consecutive_skips=max_consecutive_skips)
-    rule = window_zscore() if threshold is None else as_threshold(threshold=threshold)
+    validate.steps(1, max_consecutive_skips=max_consecutive_skips)
+    rule = thresholds.window_zscore() if threshold is None else as_threshold(threshold=threshold)
     # Signed, because a loss such as a log-likelihood may be negative. Made even if no loss is ever
     # passed, because `init` cannot know that.
-    loss_rule = window_zscore(signed=True)
+    loss_rule = thresholds.window_zscore(signed=True)
     if loss_threshold is not None:
         loss_rule = as_threshold(loss_threshold=loss_threshold)
     # A clip that changes nothing, so that norms, thresholds and the record need no second engine.
@@ -155,6 +154,3 @@ def _refuse_chain(inner: Any, threshold: Any) -> None:
             f" gradients. {call} wraps one optimizer: put the clip into a chain with it,"
             f" {call}(optax.chain(clip, optimizer), threshold)."
         )
-
-
-__all__ = ["LOSS", "NONFINITE", "NORM", "SkipState", "skip_nonfinite", "skip_spikes"]

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import scopes, validate
-from optaxclip.base import AxisNames, annotate
+from optaxclip import scopes, validate, xla
+from optaxclip.base import AxisNames
 from optaxclip.core import clip_by
-from optaxclip.engine import chain, description_of
+from optaxclip.engine import chain, description_of, guarded
 from optaxclip.norms import rms
-from optaxclip.states import StateGuard, explain_leaves, init_inside
-from optaxclip.trees import drop_gradientless
-from optaxclip.xla import like, root, widen
+from optaxclip.states import explain_leaves, init_inside
+from optaxclip.thresholds.running import weight_so_far
 
 
 class StableRmsState(NamedTuple):
@@ -74,10 +73,7 @@ def scale_by_stable_rms(
     def init_fn(params):
         return StableRmsState(init_inside(call, inner, params), clip.init(params))
 
-    guard = StateGuard(call, StableRmsState, init_fn)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        guard.check(state, drop_gradientless(params, updates))
+    def update_fn(updates, state, params, **extra_args):
         # Adam first, because its second moment must include this gradient. At the first step the
         # previous one is zero, compared with which every gradient is a spike.
         with explain_leaves(call, updates):
@@ -85,8 +81,8 @@ def scale_by_stable_rms(
         clipped, record = clip.update(steps, state.clip, _shares(call, updates, new, b2, eps))
         return clipped, StableRmsState(new, record)
 
-    annotate(update_fn, description=description_of(clip)._replace(inner=inner))
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    about = description_of(clip)._replace(inner=inner)
+    return guarded(StableRmsState, init_fn, update_fn, about)
 
 
 def _shares(call: str, updates: Any, state: optax.OptState, b2: ArrayLike, eps: ArrayLike) -> Any:
@@ -96,14 +92,14 @@ def _shares(call: str, updates: Any, state: optax.OptState, b2: ArrayLike, eps: 
         raise ValueError(
             f"{call}: inner must keep Adam's `nu` and `count`: wrap optax.scale_by_adam()."
         )
-    # As in `debiased_weight`: 1 - b2 is computed before rounding, and 1 - b2ᵗ through logarithms.
+    # 1 - b2 is computed before rounding, as a float32 near 1 has only half the digits of it.
     rest = jnp.asarray(1 - b2).astype(jnp.float32)
-    seen = -jnp.expm1(count.astype(jnp.float32) * jnp.log1p(-rest))
+    weight = weight_so_far(rest, count.astype(jnp.float32))
 
     # Moments of bfloat16 gradients are bfloat16, and a ratio in that dtype would have 8 bits.
     def share(g, v):
-        corrected = root(widen(v) / like(seen, widen(v)))
-        return jnp.abs(widen(jnp.asarray(g))) / jnp.maximum(corrected, like(eps, corrected))
+        corrected = xla.root(xla.widen(v) / xla.like(weight, xla.widen(v)))
+        return jnp.abs(xla.widen(jnp.asarray(g))) / jnp.maximum(corrected, xla.like(eps, corrected))
 
     return jax.tree.map(share, updates, moments)
 

@@ -15,10 +15,9 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import validate, xla
-from optaxclip.base import annotate
-from optaxclip.engine import description_of, lay_out
+from optaxclip.engine import description_of, guarded, lay_out
 from optaxclip.scopes import tree
-from optaxclip.states import StateGuard, explain_leaves, init_inside
+from optaxclip.states import explain_leaves, init_inside
 from optaxclip.thresholds.blocks import hold
 from optaxclip.trees import drop_gradientless, is_measured, path_string
 
@@ -116,11 +115,7 @@ def skip_by(
         inside = init_inside(call, inner, params)
         return SkipState(skipped, row, reason, *thresholds(params), inside)
 
-    guard = StateGuard(call, SkipState, init_fn)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        like = drop_gradientless(params, updates)
-        guard.check(state, like)
+    def update_fn(updates, state, params, **extra_args):
         loss = find_loss(extra_args)
         if needs_loss and loss is None:
             raise ValueError(
@@ -132,13 +127,13 @@ def skip_by(
         with explain_leaves(call, updates):
             steps, new = inner.update(updates, state.inner, params, **extra_args)
         # Computed here and not kept: otherwise every checkpoint would hold the thresholds twice.
-        fresh = thresholds(like)
+        fresh = thresholds(drop_gradientless(params, updates))
         skip, state = _decide(verdict, state, new, fresh, most)
         # A select, not a product with 0: the updates of a gradient that contains NaN are NaN.
         return _select(skip, optax.tree.zeros_like(steps), steps), state
 
-    annotate(update_fn, description=description_of(watch)._replace(inner=inner))
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    about = description_of(watch)._replace(inner=inner)
+    return guarded(SkipState, init_fn, update_fn, about)
 
 
 def find_loss(passed: Mapping[str, Any]) -> Any:

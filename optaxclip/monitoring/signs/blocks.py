@@ -6,7 +6,7 @@ import numpy as np
 
 from optaxclip.monitoring import limits
 from optaxclip.monitoring.fits import is_known
-from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.recorded import RecordedRun
 from optaxclip.monitoring.summary import natural_key
 
 
@@ -45,7 +45,8 @@ def first_large(run: RecordedRun, at: int, end: int) -> str:
 def first_lost(run: RecordedRun, at: int) -> str:
     """Finds the block that is not finite at a step; "" if all are, so that none is to blame.
 
-    Of several it is the last in natural order: gradients are computed from the loss backwards.
+    If there are several, it is the last in natural order: gradients are computed from the loss
+    backwards.
     """
     lost = [name for name, x in run.blocks.items() if not np.isfinite(x[at])]
     return max(lost, key=natural_key) if 0 < len(lost) < len(run.blocks) else ""

@@ -9,7 +9,7 @@ import numpy as np
 from optaxclip.monitoring import limits
 from optaxclip.monitoring.display import format_number, format_share
 from optaxclip.monitoring.findings import Sign
-from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.recorded import RecordedRun
 
 
 def clipping(run: RecordedRun) -> Iterator[Sign]:

@@ -10,7 +10,7 @@ from optaxclip.monitoring import limits
 from optaxclip.monitoring.display import format_number
 from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import find_runs, is_known
-from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.recorded import RecordedRun
 from optaxclip.monitoring.signs.blocks import first_large, in_block, step_at
 from optaxclip.monitoring.signs.rises import Rise, find_rise, is_lost
 

@@ -10,9 +10,10 @@ from optaxclip.monitoring import limits
 from optaxclip.monitoring.display import format_share
 from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import find_runs, zeros_at_end
-from optaxclip.monitoring.history import Columns, RecordedRun
+from optaxclip.monitoring.recorded import RecordedRun
 from optaxclip.monitoring.signs.blocks import first_lost, in_block, step_at
-from optaxclip.wrappers.skip import LOSS, NONFINITE, NORM
+from optaxclip.monitoring.tables import Columns
+from optaxclip.wrappers.steps import LOSS, NONFINITE, NORM
 
 _WRAP = "Meanwhile use optaxclip.skip_nonfinite(optimizer), so that such a step changes nothing."
 

@@ -10,7 +10,7 @@ from optaxclip.monitoring import limits
 from optaxclip.monitoring.display import format_number
 from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import compare_parts, fit_growth, is_known
-from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.recorded import RecordedRun
 
 
 def moving(run: RecordedRun) -> Iterator[Sign]:

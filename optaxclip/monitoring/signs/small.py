@@ -17,7 +17,7 @@ from optaxclip.monitoring.fits import (
     is_known,
     zeros_at_end,
 )
-from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.recorded import RecordedRun
 from optaxclip.monitoring.signs.blocks import step_at
 from optaxclip.monitoring.summary import natural_key
 
@@ -77,7 +77,7 @@ def _list(names: list[str]) -> str:
 
 def _dead(run: RecordedRun, deaths: dict[str, int]) -> Sign:
     first = min(deaths.values())
-    # Of the blocks that died first, the nearest to the loss: it lets no gradient through.
+    # The one nearest to the loss of those that died first: it lets no gradient through.
     block = max((name for name, death in deaths.items() if death == first), key=natural_key)
     step, share = step_at(run, first), float(np.mean(run.blocks[block][first:] == 0))
     return Sign(

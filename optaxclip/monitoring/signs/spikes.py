@@ -10,7 +10,7 @@ from optaxclip.monitoring import limits
 from optaxclip.monitoring.display import format_number
 from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import is_known, large_ratio, over_neighbours, tail_index
-from optaxclip.monitoring.history import RecordedRun
+from optaxclip.monitoring.recorded import RecordedRun
 from optaxclip.monitoring.signs.blocks import first_large, in_block, step_at
 
 
