@@ -146,4 +146,4 @@ def decide(norms: Norms, bounds: Norms, action: Action, bad: float) -> Step:
     stays = (bounds <= 0) | (bounds >= norms * jnp.finfo(norms.dtype).tiny)
     fine = finite & jnp.isfinite(factors) & stays
     factors = xla.poison(fine, factors) if np.isnan(bad) else jnp.where(fine, factors, 0)
-    return Step(norms, bounds, factors, norms > bounds, ~fine)
+    return Step(norms, bounds, factors, (norms > bounds).astype(norms.dtype), ~fine)

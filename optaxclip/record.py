@@ -22,7 +22,7 @@ class Step(NamedTuple):
       norms: of the blocks.
       bounds: what the norms were compared with.
       factors: what the blocks were multiplied by.
-      over: whether a norm was over its bound; for value clipping the share of elements.
+      over: 1 where a norm was over its bound, else 0; for value clipping the share of elements.
       bad: whether a block counted as not finite.
     """
 
