@@ -306,6 +306,40 @@ def test_gradients_of_any_size(size, method):
     assert examples.nonfinite == 0 and length <= 1.00001 and (size < 1 or length > 0.01)
 
 
+# Under `vmap` the gradient of a grouped convolution multiplies other examples by zero: no NaN here.
+@pytest.mark.parametrize(
+    ("make", "odd"), [(in_dicts, jnp.nan), (tables, jnp.nan), (convolutions, 2.0)]
+)
+def test_the_form_for_a_gpu_gives_the_same_numbers(make, odd, monkeypatch):
+    """It runs on a CPU here. Examples of all sizes, with NaN in each factor, one of weight 0."""
+    loss, params, batch, _ = make()
+    spoil = lambda x: x if x.dtype == jnp.int32 else x.at[4].multiply(odd)  # noqa: E731
+    batch = jax.tree.map(spoil, batch), jnp.array([1.0, 1e-30, 1e25, odd, 0.5])
+
+    def sized(p, example):
+        x, size = example
+        # If the size is NaN, so is the gradient, and the loss is finite.
+        return jnp.where(jnp.isnan(size), 0.0, size * loss(p, x))
+
+    def run(params, batch):
+        step = oc.clipped_value_and_grad(sized, 0.5, method="ghost")
+        (_, examples), grads = step(params, batch, weights=jnp.array([1.0, 2.0, 1.0, 1.0, 0.0]))
+        return grads, examples.norms, examples.nonfinite
+
+    want, chosen = jax.jit(run)(params, batch), []
+
+    def form_of(*operands, default, cuda=None, **forms):
+        chosen.append(cuda)
+        return (cuda or default)(*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", form_of)
+    got = jax.jit(functools.partial(run))(params, batch)
+    jax.clear_caches()  # its traces have the forms for a GPU
+    assert any(chosen) and got[2] == int(np.isnan(odd)) and optax.tree.norm(got[0]) > 0.01
+    for x, y in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("way", ["ghost", "microbatch of 2"])
 def test_keys_shared_arguments_and_auxiliary_outputs(way):
     def loss(w, example, scale):

@@ -18,17 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip.base import Blocks
+from optaxclip.per_example.at_sites import find_units, site_norms, site_sum
 from optaxclip.per_example.bounds import count_blocks
 from optaxclip.per_example.losses import Loss, vary_like
 from optaxclip.per_example.sites import Site, find_sites
 from optaxclip.per_example.walk import Program, flatten, get_aval
-from optaxclip.per_example.weights import (
-    align,
-    block_norms,
-    drop_unweighted,
-    weighted_sum,
-)
-from optaxclip.trees import is_measured, select
+from optaxclip.per_example.weights import block_norms, weighted_sum
+from optaxclip.trees import select
 from optaxclip.xla import accumulator, widen
 
 
@@ -120,24 +116,6 @@ def _run(traced: Traced, probes: list[jax.Array], arguments: list[Any]):
     return loss, (aux, seen)
 
 
-def _site_sum(site: Site, param: jax.Array, operands, dy: jax.Array, weights: jax.Array):
-    """Computes Σᵢ weightsᵢ · Gᵢ of one site, by transposing its operation for all examples."""
-    wide = widen(dy)
-    weighted = wide * align(weights.astype(wide.dtype), dy)
-    # Weighted in float32 and rounded once, because the transpose needs the dtype of the result.
-    weighted = drop_unweighted(weighted, weights).astype(dy.dtype)
-    # The operands too: the transpose multiplies them by dy, and 0 · NaN is NaN.
-    clean = [drop_unweighted(x, weights) if is_measured(x) else x for x in operands]
-
-    def forward(param):
-        value = site.origin(param)
-        results = jax.vmap(lambda *xs: site.op(*xs[: site.side], value, *xs[site.side + 1 :])[0])
-        return results(*clean)
-
-    (total,) = jax.linear_transpose(forward, param)(weighted)
-    return widen(total)
-
-
 def is_mostly_ghost(traced: Traced, params: Any) -> bool:
     """Whether the parameters at sites have at least half of all elements.
 
@@ -167,18 +145,19 @@ def by_ghost(
     (losses, (aux, operands)), (grads, dys) = each([leaves[i] for i in traced.rest], probes, batch)
     formed = dict(zip(traced.rest, grads, strict=True))
     places = [site.origin.parameter for site in traced.sites]
-    at_sites = dict(zip(places, zip(traced.sites, operands, dys, strict=True), strict=True))
+    found = map(find_units, traced.sites, operands, dys)
+    at_sites = dict(zip(places, found, strict=True))
 
     def sums(weights):
         # Zeros for parameters that the loss does not use, which have neither a site nor a gradient.
         total = [jnp.zeros(x.shape, widen(x).dtype) for x in leaves]
         for i, g in formed.items():
             total[i] = weighted_sum(g, weights[:, blocks.index[i]])
-        for i, (site, seen, dy) in at_sites.items():
-            total[i] = _site_sum(site, leaves[i], seen, dy, weights[:, blocks.index[i]])
+        for i, at in at_sites.items():
+            total[i] = site_sum(at, leaves[i], weights[:, blocks.index[i]])
         return total
 
-    lengths = {i: site.norms(seen, dy) for i, (site, seen, dy) in at_sites.items()}
+    lengths = {i: site_norms(at) for i, at in at_sites.items()}
     norms = _norms_by_block(blocks, select(params).paths, formed, lengths, losses)
     return Backward(losses, aux, norms, sums)
 

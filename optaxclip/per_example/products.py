@@ -1,6 +1,6 @@
 """Norms of sums of outer products, Σₜ xₜ ⊗ dyₜ, without forming the sums.
 
-Each example is measured in its own unit, so that squares neither overflow nor vanish.
+Each example comes in its own unit (`in_unit`), so that squares neither overflow nor vanish.
 """
 
 from __future__ import annotations
@@ -15,20 +15,28 @@ from optaxclip.per_example.weights import align
 from optaxclip.xla import accumulator
 
 
-def in_unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns `x` in units of 2ᵉ, with one e per example, and e."""
+def in_unit(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns `x` in units of 2ᵉ, with one e per example, e, and which examples are finite."""
     largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0)
+    finite = jnp.isfinite(largest)
     # Keeps 2ᵉ and its inverse normal numbers: XLA flushes subnormal ones to zero.
     limit = jnp.finfo(x.dtype).maxexp - 2
     exponents = jnp.clip(jnp.frexp(largest.astype(accumulator([x])))[1], -limit, limit)
     # A power of two, so the product is exact.
-    return x * align(jnp.ldexp(jnp.ones((), x.dtype), -exponents), x), exponents
+    scaled = x * align(jnp.ldexp(jnp.ones((), x.dtype), -exponents), x)
+
+    def clean(scaled):
+        return jnp.where(align(finite, x), scaled, jnp.zeros_like(x))
+
+    # On a GPU the weighted sum reads the same copy. On a CPU a select would make one.
+    scaled = lax.platform_dependent(scaled, cuda=clean, rocm=clean, default=lambda x: x)
+    return scaled, exponents, finite
 
 
-def length(squares: jax.Array, exponents: jax.Array) -> jax.Array:
-    """Computes √squares, converted from units of 2ᵉ. NaN stays NaN."""
+def length(squares: jax.Array) -> jax.Array:
+    """Computes √squares. NaN stays NaN."""
     # If the products cancel, rounding can make their sum negative.
-    return jnp.ldexp(jnp.sqrt(jnp.maximum(squares, 0)), exponents)
+    return jnp.sqrt(jnp.maximum(squares, 0))
 
 
 def total(products: jax.Array) -> jax.Array:
@@ -52,8 +60,7 @@ def product_squares(parts: list[jax.Array], dy: jax.Array, pairs: bool) -> jax.A
 
 def row_norms(ids: jax.Array, dy: jax.Array) -> jax.Array:
     """Computes ‖Σₜ onehot(idₜ) ⊗ dyₜ‖ for ids: (B, T) and dy: (B, T, p)."""
-    dy, e = in_unit(dy)
-    return length(total(jnp.where(ids[:, :, None] == ids[:, None, :], _gram(dy), 0)), e)
+    return length(total(jnp.where(ids[:, :, None] == ids[:, None, :], _gram(dy), 0)))
 
 
 def _gram(x: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from optaxclip.per_example.products import in_unit, length, product_squares, row_norms, total
+from optaxclip.per_example.products import length, product_squares, row_norms, total
 from optaxclip.per_example.walk import Op, Origin, Program, get_aval
 from optaxclip.xla import accumulator
 
@@ -37,7 +37,7 @@ class Site(NamedTuple):
       op: the operation, with one result.
       side: which of its operands is the parameter.
       norms: `norms(operands, dy)`, one norm per example; operands and dy have a leading axis that
-        numbers examples.
+        numbers examples, and their squares must neither overflow nor vanish.
     """
 
     origin: Origin
@@ -76,10 +76,9 @@ def _dense(eqn: core.JaxprEqn, side: int):
     columns = range(outputs) if side == 0 else range(y.ndim - outputs, y.ndim)
 
     def norms(operands, dy):
-        (x, e), (dy, f) = in_unit(operands[1 - side]), in_unit(dy)
-        part = _as_rows(x, free, contracted[1 - side])
+        part = _as_rows(operands[1 - side], free, contracted[1 - side])
         rows = _as_rows(dy, _rest(y.ndim, columns), columns)
-        return length(product_squares([part], rows, pairs=True), e + f)
+        return length(product_squares([part], rows, pairs=True))
 
     return norms
 
@@ -115,10 +114,9 @@ def _convolution(eqn: core.JaxprEqn, side: int):
     pairs = _pays(y.size // outputs, w.size // outputs + outputs, w.size)
 
     def norms(operands, dy):
-        (x, e), (dy, f) = in_unit(operands[0]), in_unit(dy)
         order = [p["dimension_numbers"][2][0], *p["dimension_numbers"][2][2:]]
         rows = _as_rows(dy, order, [channel])
-        return length(product_squares(_list_taps(x, eqn), rows, pairs), e + f)
+        return length(product_squares(_list_taps(operands[0], eqn), rows, pairs))
 
     return norms
 
@@ -154,8 +152,7 @@ def _table(eqn: core.JaxprEqn, side: int):
 
 def _slice(eqn: core.JaxprEqn, side: int):
     def norms(operands, dy):
-        dy, e = in_unit(dy)
-        return length(total(jnp.square(dy.astype(accumulator([dy])))), e)
+        return length(total(jnp.square(dy.astype(accumulator([dy])))))
 
     return None if side else norms
 

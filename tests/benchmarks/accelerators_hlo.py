@@ -72,7 +72,8 @@ def _add(totals: dict[str, int], instruction: Instruction, others: dict, launche
     moves = opcode in COLLECTIVES or not opcode.endswith(("-start", "-done"))
     if moves and opcode not in NAMES | CALLS:
         totals["kernels"] += 1
-        read = re.findall(r"[\w.\-]+", instruction.operands)
+        # A product of an array with itself names it twice, unless it is in a fusion.
+        read = set(re.findall(r"[\w.\-]+", instruction.operands))
         totals["bytes"] += measure(instruction.result)
         totals["bytes"] += sum(measure(others[name].result) for name in read if name in others)
 

@@ -18,7 +18,7 @@ def count_bytes(compiled: jax.stages.Compiled) -> int:
     def count(instruction: Instruction, others: dict[str, Instruction]) -> int:
         if instruction.opcode in NAMES | CALLS:
             return 0
-        names = re.findall(r"[\w.\-]+", instruction.operands)
+        names = set(re.findall(r"[\w.\-]+", instruction.operands))
         read = sum(measure(others[name].result) for name in names if name in others)
         return measure(instruction.result) + read
 
