@@ -72,10 +72,15 @@ def _add(totals: dict[str, int], instruction: Instruction, others: dict, launche
     moves = opcode in COLLECTIVES or not opcode.endswith(("-start", "-done"))
     if moves and opcode not in NAMES | CALLS:
         totals["kernels"] += 1
-        # A product of an array with itself names it twice, unless it is in a fusion.
-        read = set(re.findall(r"[\w.\-]+", instruction.operands))
-        totals["bytes"] += measure(instruction.result)
-        totals["bytes"] += sum(measure(others[name].result) for name in read if name in others)
+        totals["bytes"] += bytes_moved(instruction, others)
+
+
+def bytes_moved(instruction: Instruction, others: dict[str, Instruction]) -> int:
+    """Bytes that one instruction reads and writes, given all of its computation."""
+    # A product of an array with itself names it twice, unless it is in a fusion.
+    names = set(re.findall(r"[\w.\-]+", instruction.operands))
+    read = sum(measure(others[name].result) for name in names if name in others)
+    return measure(instruction.result) + read
 
 
 def _undone(opcode: str) -> str:

@@ -4,23 +4,25 @@
 clip the other branch runs only for norms whose square overflows or underflows.
 """
 
-import re
 from collections.abc import Callable
 
 import jax
 
-from tests.benchmarks.accelerators_hlo import CALLS, NAMES, Instruction, called_by, measure, parse
+from tests.benchmarks.accelerators_hlo import (
+    CALLS,
+    NAMES,
+    Instruction,
+    bytes_moved,
+    called_by,
+    parse,
+)
 
 
 def count_bytes(compiled: jax.stages.Compiled) -> int:
     """Counts the bytes that the kernels of a program read and write."""
 
     def count(instruction: Instruction, others: dict[str, Instruction]) -> int:
-        if instruction.opcode in NAMES | CALLS:
-            return 0
-        names = set(re.findall(r"[\w.\-]+", instruction.operands))
-        read = sum(measure(others[name].result) for name in names if name in others)
-        return measure(instruction.result) + read
+        return 0 if instruction.opcode in NAMES | CALLS else bytes_moved(instruction, others)
 
     return _sum_weights(compiled, count)
 
