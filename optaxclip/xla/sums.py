@@ -78,13 +78,13 @@ def plain(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool = 
       stacked: whether to stack small alike leaves of several blocks, and to sum large ones one by
         one.
     """
-    pools, first = [], []
+    pools, owners = [], []
 
     def add(x, parts, axis):
         """Pools of one array, or of a stack of them."""
         sums = [REDUCE[norm.pool](x(s), axis=axis).astype(dtype) for s in scales]
         pools.append([jnp.atleast_1d(of_scale).ravel() for of_scale in sums])
-        first.extend(parts)
+        owners.append(list(parts))
 
     for row in layout.rows:
         for same in same_types(layout, row, arrays):
@@ -99,7 +99,7 @@ def plain(norm: Norm, layout: Layout, arrays, scales, dtype, *, stacked: bool = 
                 leaves = [arrays[i] for i in part]
                 pooled = layout.axes_of(part[0])
                 add(lambda s, xs=leaves: _together(norm, xs, s), part[:1], pooled)
-    return _joined(pools, first, len(scales), dtype)
+    return _joined(layout, pools, owners, len(scales), dtype)
 
 
 def stacking(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
@@ -117,11 +117,11 @@ def variadic(norm: Norm, layout: Layout, arrays, scales, dtype) -> Pools:
     def contribute(x: jax.Array) -> list[jax.Array]:
         return [lifted(norm, x, scale) for scale in scales]
 
-    pools, first = [], []
+    pools, owners = [], []
     for leaves, sums in reduce_alike(contribute, norm.pool, layout, arrays, STACKED):
         pools.append([x.astype(dtype).ravel() for x in sums])
-        first.extend(leaves)
-    return _joined(pools, first, len(scales), dtype)
+        owners.append(list(leaves))
+    return _joined(layout, pools, owners, len(scales), dtype)
 
 
 def reduce_alike(
@@ -150,9 +150,13 @@ def _reduce(operands: list[jax.Array], how: str, axes: tuple[int, ...]) -> list[
     return list(lax.reduce(tuple(operands), zeros, step, axes))
 
 
-def _joined(pools, first: list[int], scales: int, dtype) -> Pools:
-    """Joins all pools in one concatenation, as XLA:TPU runs each small operation as a kernel."""
+def _joined(layout: Layout, pools, owners: list[list[int]], scales: int, dtype) -> Pools:
+    """Joins all pools in one concatenation, as XLA:TPU runs each small operation as a kernel.
+
+    They are joined in the order of blocks as far as can be, so that little is left to gather.
+    """
     if not pools:
-        return jnp.zeros((scales, 0), dtype), first
-    joined = jnp.concatenate([x for at in zip(*pools, strict=True) for x in at])
-    return joined.reshape(scales, -1), first
+        return jnp.zeros((scales, 0), dtype), []
+    order = sorted(range(len(pools)), key=lambda i: layout.blocks.index[owners[i][0]])
+    joined = jnp.concatenate([pools[i][scale] for scale in range(scales) for i in order])
+    return joined.reshape(scales, -1), [leaf for i in order for leaf in owners[i]]
