@@ -13,7 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optaxclip as oc
-from optaxclip import scopes
+from optaxclip import scopes, xla
+from optaxclip.xla.scaling import _number_copies
 from tests.conftest import AS_USERS
 
 LAYERS = 3
@@ -187,6 +188,16 @@ def test_only_norms_travel_between_devices(spec):
     got = compiled(jax.device_put(grads, shardings))
     chex.assert_trees_all_close(got, step(grads), rtol=1e-6)
     assert got[0]["blocks"].sharding.is_equivalent_to(shardings["blocks"], 3)
+
+
+def test_leaves_of_one_shape_and_block_read_factors_of_their_own():
+    """They may be cut in different ways. XLA:TPU moved the factors of the layers from one to the
+    other on a mesh of 64 x 8, a copy as large as a leaf; no simulated device does.
+    """
+    paths, shapes = ["h/q", "h/o", "h/up"], [(6, 8, 8), (6, 8, 8), (6, 8, 32)]
+    for scope, copies in [(scopes.groups({"h": "all"}), [0, 1, 0]), (scopes.leaf, [0, 0, 0])]:
+        blocks = scopes.stacked("h", scope).cut(paths, shapes)
+        assert _number_copies(xla.lay_out(blocks, paths, shapes)) == copies
 
 
 def test_in_shard_map_names_say_what_is_cut():

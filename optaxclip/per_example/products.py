@@ -1,6 +1,6 @@
 """Norms of sums of outer products, Σₜ xₜ ⊗ dyₜ, without forming the sums.
 
-Each example comes in its own unit (`in_unit`), so that squares neither overflow nor vanish.
+Each example comes in its own unit (`xla.in_unit`), so that squares neither overflow nor vanish.
 """
 
 from __future__ import annotations
@@ -11,26 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip.per_example.weights import align
 from optaxclip.xla import accumulator
-
-
-def in_unit(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns `x` in units of 2ᵉ, with one e per example, e, and which examples are finite."""
-    largest = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0)
-    finite = jnp.isfinite(largest)
-    # Keeps 2ᵉ and its inverse normal numbers: XLA flushes subnormal ones to zero.
-    limit = jnp.finfo(x.dtype).maxexp - 2
-    exponents = jnp.clip(jnp.frexp(largest.astype(accumulator([x])))[1], -limit, limit)
-    # A power of two, so the product is exact.
-    scaled = x * align(jnp.ldexp(jnp.ones((), x.dtype), -exponents), x)
-
-    def clean(scaled):
-        return jnp.where(align(finite, x), scaled, jnp.zeros_like(x))
-
-    # On a GPU the weighted sum reads the same copy. On a CPU a select would make one.
-    scaled = lax.platform_dependent(scaled, cuda=clean, rocm=clean, default=lambda x: x)
-    return scaled, exponents, finite
 
 
 def length(squares: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ Gradients are a list of arrays, one per parameter, with a leading axis that numb
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -18,9 +19,6 @@ from optaxclip.base import Action
 from optaxclip.norms import l2
 
 _EXAMPLES = scopes.units(..., batch_axes=1)
-# On a CPU, units treat an array whose squares all underflow as zeros. Next to an array with a norm
-# above this, that makes no difference.
-_LOST = 1e-10
 _LIFT = 2.0**80
 
 
@@ -39,22 +37,9 @@ def block_norms(
       index: the block of each array.
       count: K.
     """
-
-    def checked(arrays):
-        norms = _norms(arrays, paths, index, count)
-        # NaN counts as fine: it is NaN at any scale.
-        fine = ~(norms <= _LOST)
-        return lax.cond(
-            jnp.all(fine),
-            lambda: norms,
-            lambda: jnp.where(fine, norms, _tiny_norms(arrays, index, count)),
-        )
-
-    # Other platforms already measure units at two scales, and a branch would make a GPU wait for
-    # its host.
-    return lax.platform_dependent(
-        list(arrays), cpu=checked, default=lambda x: _norms(x, paths, index, count)
-    )
+    measure = functools.partial(_norms, paths=paths, index=index, count=count)
+    lifted = functools.partial(_tiny_norms, index=index, count=count)
+    return xla.measure_small(measure, lifted, arrays)
 
 
 def _by_block(each: Sequence[jax.Array], index: Sequence[int], count: int) -> list[list[jax.Array]]:
@@ -109,16 +94,6 @@ def weigh(action: Action, norms: jax.Array, bounds: ArrayLike) -> jax.Array:
     return jnp.where(finite, factors.astype(norms.dtype), 0)
 
 
-def align(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """Gives weights as many axes as `x`, to multiply it example by example."""
-    return weights.reshape(weights.shape + (1,) * (x.ndim - 1))
-
-
-def drop_unweighted(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Replaces the examples of weight 0 by zeros, because 0 · NaN is NaN."""
-    return jnp.where(align(weights, x) == 0, jnp.zeros_like(x), x)
-
-
 def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
     """Computes Σᵢ weightsᵢ · xᵢ in float32 at least, ignoring examples of weight 0."""
     wide = xla.widen(x)
@@ -126,7 +101,7 @@ def weighted_sum(x: jax.Array, weights: jax.Array) -> jax.Array:
     (over, *rest) = jax.typeof(wide).sharding.spec
     return jnp.tensordot(
         weights,
-        drop_unweighted(wide, weights),
+        xla.drop_unweighted(wide, weights),
         axes=1,
         precision=lax.Precision.HIGHEST,
         # If the type of an array says that examples are spread (on an explicit mesh), a dot over

@@ -2,12 +2,13 @@
 
 The mathematics of a clip is one sum of squares and one multiply per leaf. How these are written
 decides whether XLA reads the gradients once or four times, launches 40 kernels or 800, and whether
-a GPU waits for its host. This package holds those forms behind four functions:
+a GPU waits for its host. This package holds those forms behind these functions:
 
     measure(norm, arrays, layout)          the norms of all blocks, in one read
     count_reaching(arrays, layout, sizes)  how many elements of each block are how large
     scale(arrays, factors, layout, ...)    each leaf times the factor of its block
     find_span(arrays, paths, axis_names)   over which devices each leaf is spread
+    weigh_factors(factors, scaled, ...)    what a weighted sum over examples reads
 
 Nothing here asks the host which devices it has, because a program may be compiled for others. Forms
 that differ by platform are chosen by `lax.platform_dependent`, and none needs to know whether
@@ -16,6 +17,13 @@ reproduces them.
 """
 
 from optaxclip.xla.counts import count_reaching
+from optaxclip.xla.examples import (
+    align,
+    drop_unweighted,
+    in_unit,
+    measure_small,
+    weigh_factors,
+)
 from optaxclip.xla.layout import Layout, lay_out
 from optaxclip.xla.lengths import counts_of, join_lengths, measure
 from optaxclip.xla.mesh import (
@@ -49,6 +57,7 @@ __all__ = [
     "Layout",
     "Span",
     "accumulator",
+    "align",
     "apart",
     "as_dtype_of",
     "call_in_auto_axes",
@@ -56,9 +65,11 @@ __all__ = [
     "count_devices",
     "count_reaching",
     "counts_of",
+    "drop_unweighted",
     "fill_like",
     "find_span",
     "here",
+    "in_unit",
     "is_names",
     "is_shared",
     "hold_everywhere",
@@ -69,6 +80,7 @@ __all__ = [
     "lie_alike",
     "like",
     "measure",
+    "measure_small",
     "place_units",
     "poison",
     "pool_shown",
@@ -79,5 +91,6 @@ __all__ = [
     "times",
     "vary",
     "vary_as",
+    "weigh_factors",
     "widen",
 ]

@@ -185,7 +185,8 @@ def load(path: pathlib.Path) -> dict[Key, dict[str, Any]]:
 def measure_all(tasks: dict[str, Training], keys: list[Key], path: pathlib.Path) -> None:
     """Measures each task and method, and appends each line to the file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tasks = {key.task: prepare(tasks[key.task], PICKING + key.seeds) for key in keys}
+    seeds = {key.task: PICKING + key.seeds for key in keys}
+    tasks = {name: prepare(tasks[name], count) for name, count in seeds.items()}
     with tqdm(total=2 * sum(key.steps for key in keys), unit="step") as bar:
         for key in keys:
             bar.set_description(f"{key.task}: {key.method}")
