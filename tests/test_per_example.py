@@ -13,7 +13,7 @@ from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optaxclip as oc
-from optaxclip import per_example
+from optaxclip import per_example, xla
 from optaxclip.per_example.weights import weigh
 from tests.benchmarks import per_example as benchmark
 from tests.conftest import AS_USERS
@@ -328,10 +328,8 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("method", ["ghost", "microbatch"])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_examples_that_are_not_finite_leave_the_others_as_they_are(layer, method):
-    """Whatever JAX and XLA make of the layer for many examples."""
+def assert_examples_are_apart(layer, method):
+    """Examples that are not finite leave the others as they are."""
     apply, weights, example = LAYERS[layer]
 
     def loss(w, x):
@@ -350,6 +348,54 @@ def test_examples_that_are_not_finite_leave_the_others_as_they_are(layer, method
     np.testing.assert_allclose(got[0][1].norms[mask], want[0][1].norms[mask], rtol=1e-6)
     lengths = jnp.linalg.norm(alone.reshape(B, -1), axis=1)
     np.testing.assert_allclose(want[0][1].norms, lengths, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ghost", "microbatch"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_examples_that_are_not_finite_leave_the_others_as_they_are(layer, method):
+    """Whatever JAX and XLA make of the layer for many examples."""
+    assert_examples_are_apart(layer, method)
+
+
+@pytest.mark.parametrize("method", ["ghost", "microbatch"])
+@pytest.mark.parametrize("layer", ["convolution", "grouped", "grouped inside others"])
+def test_the_form_for_a_tpu_leaves_the_others_as_they_are(layer, method, monkeypatch):
+    """It runs on a CPU here, with convolutions that multiply other examples by 0, as on a TPU."""
+
+    def spoil(function):
+        return lambda *operands: function(*operands) + 0 * sum(map(jnp.sum, operands))
+
+    def form_of(*operands, default, tpu=None, **forms):
+        return (tpu or default)(*operands)
+
+    keep_apart = xla.keep_apart
+    spoiled = lambda function, *operands: keep_apart(spoil(function), *operands)  # noqa: E731
+    monkeypatch.setattr(per_example.convolutions, "keep_apart", spoiled)
+    monkeypatch.setattr(jax.lax, "platform_dependent", form_of)
+    assert_examples_are_apart(layer, method)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("method", ["ghost", "microbatch"])
+def test_a_step_with_convolutions_can_be_differentiated(method):
+    """One of them is of parameters alone, and has no examples to keep apart."""
+
+    def loss(w, x):
+        kernel = grouped(jnp.ones((3, 3, 1)), w, feature_group_count=1)
+        return jnp.sum(jnp.sin(grouped(kernel, x)))
+
+    def by_hand(w, x):
+        grads = jax.vmap(jax.grad(loss), (None, 0))(w, x)
+        lengths = jnp.sqrt(jnp.sum(jnp.square(grads), axis=(1, 2, 3), keepdims=True))
+        return jnp.sum(grads * jnp.minimum(1, 1 / lengths), axis=0)
+
+    step = oc.clipped_value_and_grad(loss, 1.0, reduce="sum", method=method)
+    w, x = normal(4, 3, 3), normal(B, 1, 6, 5, seed=1)
+    got, want = (
+        jax.jit(jax.grad(lambda w, total=total: jnp.sum(jnp.cos(total(w, x)))))(w)
+        for total in (lambda w, x: step(w, x)[1], by_hand)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["ghost", "microbatch"])

@@ -1,9 +1,12 @@
-"""Convolutions by groups, for many examples at once.
+"""Functions of many examples whose convolutions keep the examples apart.
 
-The gradient of a kernel by groups of features is a convolution by groups of its batch. For many
-examples JAX makes of it one with as many times the groups, which XLA for CPUs computes along one
-more axis, filled up with zeros. That takes up to a thousand times as long as the same sums by
-groups of features, and zeros times the NaN of one example are NaN for all others.
+The gradient of a kernel is a convolution of two arrays of an example; for many examples JAX makes
+one by groups of them. XLA may compute it with zeros in place of the other groups. That is slow, and
+as 0 · NaN is NaN, one example would spoil all others.
+
+If the kernel has groups of features, it is a convolution by groups of a batch. XLA for CPUs fills
+one more axis with zeros then, which takes up to a thousand times as long as the same sums by groups
+of features, and for these it puts no zeros anywhere. XLA for TPUs does: see `xla.keep_apart`.
 """
 
 from __future__ import annotations
@@ -15,21 +18,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.extend import core
 
 from optaxclip.compat import bind
 from optaxclip.per_example.walk import get_aval
+from optaxclip.trees import is_measured
+from optaxclip.xla import keep_apart
 
 
-def by_features(each: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Returns the same function of a batch, without convolutions by groups of a batch."""
+def map_examples(each: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Makes a function of a batch from one of an example, like `vmap`."""
 
-    def run(batch):
-        closed, shapes = jax.make_jaxpr(each, return_shape=True)(batch)
-        results = core.jaxpr_as_fun(_rewrite(closed))(*jax.tree.leaves(batch))
+    def run(example):
+        closed, shapes = jax.make_jaxpr(each, return_shape=True)(example)
+        results = core.jaxpr_as_fun(_rewrite(closed))(*jax.tree.leaves(example))
         return jax.tree.structure(shapes).unflatten(results)
 
-    return run
+    return jax.vmap(run)
 
 
 def _rewrite(x: Any) -> Any:
@@ -46,9 +52,9 @@ def _rewrite(x: Any) -> Any:
 
 
 def _rewrite_op(eqn: core.JaxprEqn) -> core.JaxprEqn:
-    if eqn.params.get("batch_group_count", 1) > 1:
+    if eqn.primitive.name == "conv_general_dilated" and is_measured(get_aval(eqn.outvars[0])):
         # As a jitted function it is again one operation, in the place of the other.
-        convolve = jax.jit(functools.partial(_convolve, eqn))
+        convolve = jax.jit(_map_apart(functools.partial(_convolve, eqn)))
         with eqn.ctx.manager:
             (call,) = jax.make_jaxpr(convolve)(*map(get_aval, eqn.invars)).jaxpr.eqns
         return call.replace(invars=eqn.invars, outvars=eqn.outvars, source_info=eqn.source_info)
@@ -56,9 +62,31 @@ def _rewrite_op(eqn: core.JaxprEqn) -> core.JaxprEqn:
     return eqn if params == eqn.params else eqn.replace(params=params)
 
 
+def _map_apart(convolve: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Returns the same convolution, which `vmap` maps in another way."""
+    mapped_apart = custom_vmap(convolve)
+
+    @mapped_apart.def_vmap
+    def _(size, mapped, *operands):
+        many = jax.vmap(convolve, [0 if own else None for own in mapped])
+        # Only if both are of an example JAX makes groups of them.
+        return keep_apart(many, *operands) if all(mapped) else many(*operands), True
+
+    # Where nothing is mapped, JAX cannot differentiate a `custom_vmap`.
+    smooth = jax.custom_jvp(mapped_apart)
+
+    @smooth.defjvp
+    def _(operands, tangents):
+        return smooth(*operands), jax.jvp(convolve, operands, tangents)[1]
+
+    return smooth
+
+
 def _convolve(eqn: core.JaxprEqn, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Computes a convolution by groups of the batch by groups of features."""
+    """Computes a convolution, one by groups of the batch by groups of features."""
     groups = eqn.params["batch_group_count"]
+    if groups == 1:
+        return bind(eqn, [lhs, rhs])
     batch, feature, *_ = eqn.params["dimension_numbers"].lhs_spec
     shape = list(lhs.shape)
     shape[batch : batch + 1] = groups, shape[batch] // groups
