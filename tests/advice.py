@@ -600,6 +600,11 @@ ADVICE = {
             for names in ("data", ("data",), lambda path: "data", ["data"])
         ],
     ),
+    "axes outside of a mesh": Advice(
+        lambda: run(oc.zclip(axis_names="data")),
+        "Under plain jit leave axis_names= out",
+        lambda: run(oc.zclip()),
+    ),
     "axes of matrices": Advice(
         lambda: oc.spectral_clip(1.0, axis_names="data"),
         "axis_names must be () or None",

@@ -15,6 +15,15 @@ from tests.cases import CASES, HARD
 from tests.conftest import AS_USERS, allow
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# The bounds of these parts are checked where a part is built: test_parts.
+PARTS = ("scheduled", "per_block", "until", "at_least")
+each_case_with_a_bound, each_case_of_blocks = (
+    pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    for cases in (
+        [case for case in CASES if case.name not in PARTS],
+        [case for case in CASES if case.block != "element"],
+    )
+)
 each_hard_case = pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
 DTYPES = ["float32", "float16", "float64", "complex64", "mixed"]  # bfloat16 is in the mixed
 
@@ -144,21 +153,18 @@ def test_a_bound_of_zero_or_less_and_gradients_of_zero_give_zeros(case):
     assert any(np.any(x) for x in sizes(1.0, grads).values())
 
 
-@each_case
+@each_case_with_a_bound
 @pytest.mark.parametrize(
     "bound", [-1.0, float("nan"), "1.0", True, None, np.float32(-1), jnp.array(-1.0)], ids=repr
 )
 def test_an_invalid_bound_is_rejected(case, bound):
-    if case.name in ("scheduled", "per_block", "until", "at_least"):
-        pytest.skip("checked where the part is built: test_parts")
     with pytest.raises(ValueError, match=r"must be a number from 0 to inf"):
         case.make(bound)
 
 
-@each_case
+@each_case_of_blocks
 def test_a_block_that_is_not_finite_follows_the_policy(case):
-    if case.block == "element":
-        pytest.skip("elements are clipped one by one: test_parts")
+    """Elements are clipped one by one: test_parts."""
 
     def clipped(grads, policy):
         updates, state = update(case.make(100.0, nonfinite=policy), grads)

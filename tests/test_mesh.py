@@ -269,3 +269,60 @@ def test_pmap_and_vmap_take_the_name_of_their_axis():
 def test_pmap_without_a_name_is_an_error():
     with pytest.raises(ValueError, match=r"axis_names=\(\) if .* axis_names=\('i',\) if"):
         jax.pmap(lambda g: CLIPS["tree"].update(g, None)[0], axis_name="i")(GRADS["dense"])
+
+
+def in_x(update, grads):
+    """In `shard_map` over the axis x, of which each device has a part."""
+    return jax.shard_map(update, mesh=mesh_of(2), in_specs=P("x"), out_specs=P("x"))(grads)
+
+
+ABSENT = {  # what binds the axes, the clip, and what the error says
+    "shard_map": (in_x, lambda axis: optaxclip.zclip(axis_names=axis), "zclip: axis_names="),
+    "for each leaf": (
+        in_x,
+        lambda axis: optaxclip.clip_by_global_norm(1.0, axis_names=lambda path: ("x", axis)),
+        "clip_by_global_norm: axis_names=",
+    ),
+    "specs": (
+        in_x,
+        lambda axis: optaxclip.spectral_clip(1.0, specs=P(axis)),
+        "spectral_clip: specs=",
+    ),
+    "layers": (
+        in_x,
+        lambda axis: optaxclip.clip_by(1.0, scope=optaxclip.scopes.stacked("", over=axis)),
+        "clip_by: over=",
+    ),
+    "pmap": (
+        lambda update, grads: jax.pmap(update, axis_name="x", devices=jax.devices()[:2])(grads),
+        lambda axis: optaxclip.zclip(axis_names=axis),
+        "zclip: axis_names=",
+    ),
+    "vmap": (
+        lambda update, grads: jax.vmap(update, axis_name="x")(grads),
+        lambda axis: optaxclip.zclip(axis_names=axis),
+        "zclip: axis_names=",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_an_axis_that_is_not_there_is_an_error(name):
+    """Which names the axes that are there, where JAX says which; of `vmap` it does not."""
+    bind, clip, start = ABSENT[name]
+
+    def run(axis):
+        tx = clip(axis)
+        return bind(lambda g: tx.update(g, tx.init(g))[0], jnp.ones((2, 3, 4)))
+
+    there = "make axes" if name == "vmap" else r"axes \('x',\)"
+    with pytest.raises(ValueError, match=f"{start} names 'ex', but .*{there}"):
+        run("ex")
+    run("x")
+
+
+@pytest.mark.parametrize("names", [1, ["x", "x"], ["x", 1], lambda path: None])
+def test_what_is_no_name_of_an_axis_is_an_error(names):
+    tx = optaxclip.zclip(axis_names=names)
+    with pytest.raises(ValueError, match=r"^zclip: axis_names must be one axis name or .* got"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))

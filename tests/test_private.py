@@ -389,6 +389,8 @@ def test_invalid_numbers_of_the_private_quantile_are_rejected():
     tracker = per_example.private_quantile(init=[0.1, 0.2], batch_size=2)
     with pytest.raises(ValueError, match="private_quantile: norms must have a leading axis"):
         tracker.update(jnp.ones(2), tracker.init(jax.random.key(0)))
+    with pytest.raises(ValueError, match="private_quantile: weights must be 2 real numbers"):
+        tracker.update(jnp.ones((2, 2)), tracker.init(jax.random.key(0)), weights=jnp.ones(3))
 
 
 def dice(stacks, bound, cap):

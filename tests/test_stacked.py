@@ -252,7 +252,7 @@ def test_in_shard_map_a_device_may_hold_some_of_the_layers(specs, over, inside, 
 TREE = {"blocks": jnp.ones((2, 3)), "wide": jnp.ones((3, 3)), "gain": jnp.ones(())}
 
 
-def test_meshes_of_one_size_and_other_names_have_their_own_layouts():
+def test_axes_of_one_size_and_other_names_have_their_own_layouts():
     tx = oc.clip_by(1.0, scope=scopes.stacked("blocks", over="x"), axis_names=())
 
     def clip(grads):
@@ -260,8 +260,10 @@ def test_meshes_of_one_size_and_other_names_have_their_own_layouts():
 
     for name, layers in {"x": 4, "y": 2}.items():  # only "x" cuts them: two on a device, either way
         grads = {"blocks": jnp.arange(6.0 * layers).reshape(layers, 6)}
-        spec, mesh = {"blocks": P("x") if name == "x" else P()}, Mesh(jax.devices()[:2], (name,))
-        run = jax.shard_map(clip, mesh=mesh, in_specs=(spec,), out_specs=spec, check_vma=False)
+        spec = {"blocks": P("x") if name == "x" else P()}
+        mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+        form = {"mesh": mesh, "axis_names": {name}, "check_vma": False}
+        run = jax.shard_map(clip, in_specs=(spec,), out_specs=spec, **form)
         chex.assert_trees_all_close(jax.jit(run)(grads), clip(grads), rtol=1e-6)
 
 

@@ -52,7 +52,6 @@ class Node:
       about: how it describes itself; None if it is not one of our transformations.
       facts: the variables of its closures, including the arguments that it was made with; empty
         for our own code.
-      module: the module that defines its update function.
       leaves: the paths of the floating-point leaves that it gets; None if they are unknown.
       holders: the nodes around it, outermost first.
       place: how many nodes come before it.
@@ -62,7 +61,6 @@ class Node:
     where: str
     about: Description | None
     facts: dict[str, Any]
-    module: str
     leaves: frozenset[str] | None
     holders: tuple[Node, ...]
     place: int
@@ -99,7 +97,7 @@ def _walk(tx, params: Any, path: str, holders: tuple[Node, ...], places) -> Iter
     # Checked per function, because a foreign wrapper may pass on the `init` of one of ours.
     for fn in (tx.init, tx.update):
         facts |= {} if find_module(fn).startswith("optaxclip.") else read_closure(fn)
-    node = Node(name, path + name, about, facts, module, leaves, holders, next(places))
+    node = Node(name, path + name, about, facts, leaves, holders, next(places))
     yield node
     if len(holders) < _MAX_DEPTH and node.place < _MAX_NODES:
         for key, inner, seen in _open(node, params):

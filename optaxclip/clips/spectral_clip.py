@@ -132,8 +132,14 @@ def spectral_clip(
 
     scope = scopes.leaf if stacked is None else scopes.stacked(stacked)
     description = Description(scope, None, threshold, exclude=exclude, kind="other")
+
+    def cut_over(path: str) -> tuple[str, ...]:
+        names = names_of(cuts(path))
+        xla.check_axes(names, "specs=")
+        return names
+
     # With specs the types are not needed, and `shard_map` may not keep any.
-    spread = axis_names if specs is None else lambda path: names_of(cuts(path))
+    spread = axis_names if specs is None else cut_over
     return build(description, Rule(measure, act), spread)
 
 

@@ -198,7 +198,7 @@ def _advance(old: Numbers, now: Summary, limit: ArrayLike, tag: jax.Array) -> Nu
     median, known = old.trackers.median, old.trackers.seen
     # Divides by 1 at first, because `checkify` reports a division by zero even if it is unused.
     ratio = jnp.where(known > 0, now.total / jnp.where(known > 0, median, 1), 1)
-    bad = (now.hit > 0) | ((known >= _KNOWN) & (ratio > jnp.asarray(limit).astype(ratio.dtype)))
+    bad = (now.hit > 0) | ((known >= _KNOWN) & (ratio > xla.like(limit, ratio)))
     step = jnp.asarray(optax.safe_increment(old.total_steps))
     return old._replace(
         total_steps=step,

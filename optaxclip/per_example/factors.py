@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optaxclip import validate
+from optaxclip import validate, xla
 from optaxclip.base import Action, Part
 
 
@@ -23,7 +23,7 @@ def _divide_by(longer: Callable[[jax.Array, jax.Array], jax.Array], name: str, g
         # Zeros stay zeros, and no bound means no change, as in `optaxclip.actions`. Both are
         # replaced before the division to keep derivatives finite.
         some = (norms > 0) & ~jnp.isinf(bounds)
-        lengths = longer(norms, jnp.asarray(given).astype(norms.dtype))
+        lengths = longer(norms, xla.like(given, norms))
         return jnp.where(some, bounds, 1) / jnp.where(some, lengths, 1)
 
     return Part(f"per_example.{name}({given})", rule)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from optaxclip import validate, xla
 from optaxclip.clips.carry import start_carry
 from optaxclip.core import clip_by
-from optaxclip.states import StateGuard
+from optaxclip.engine import Description, guarded
 from optaxclip.trees import select
 
 
@@ -77,10 +77,7 @@ def error_feedback(max_error: ArrayLike) -> optax.GradientTransformationExtraArg
     def init_fn(params):
         return FeedbackState(start_carry(params, None))
 
-    guard = StateGuard(validate.called(), FeedbackState, init_fn)
-
     def update_fn(updates, state, params=None, *, unclipped=None, **extra_args):
-        guard.check(state, updates)
         _check_unclipped(unclipped, updates)
         leaves, whole, error = select(updates), select(unclipped), select(state.error)
         # With a fresh state, which is dropped: this clip learns nothing, and its metrics would be
@@ -92,7 +89,7 @@ def error_feedback(max_error: ArrayLike) -> optax.GradientTransformationExtraArg
         out = list(map(xla.as_dtype_of, leaves.arrays, out))
         return leaves.rebuild(out), FeedbackState(error.rebuild(kept))
 
-    return optax.GradientTransformationExtraArgs(guard.init, update_fn)
+    return guarded(FeedbackState, init_fn, update_fn, Description(kind="other"))
 
 
 def _check_unclipped(unclipped: Any, updates: Any) -> None:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from optaxclip.base import Blocks
 from optaxclip.per_example.at_sites import find_units, site_norms, site_sum
 from optaxclip.per_example.bounds import count_blocks
+from optaxclip.per_example.convolutions import map_examples
 from optaxclip.per_example.losses import Loss, vary_like
 from optaxclip.per_example.sites import Site, find_sites
 from optaxclip.per_example.walk import Program, flatten, get_aval
@@ -47,8 +48,11 @@ class Backward(NamedTuple):
 
 def by_vmap(loss: Loss, blocks: Blocks, params: Any, batch: Any, shared: Sequence[Any]) -> Backward:
     """Forms the gradient of every example."""
-    each = jax.vmap(jax.value_and_grad(loss, has_aux=True), (None, 0, *(None for _ in shared)))
-    (losses, aux), grads = each(params, batch, *shared)
+
+    def each(example):
+        return jax.value_and_grad(loss, has_aux=True)(params, example, *shared)
+
+    (losses, aux), grads = map_examples(each)(batch)
     leaves = select(grads)
 
     def sums(weights):
@@ -141,8 +145,11 @@ def by_ghost(
             arguments[i] = x
         return _run(traced, probes, arguments)
 
-    each = jax.vmap(jax.value_and_grad(probed, argnums=(0, 1), has_aux=True), (None, None, 0))
-    (losses, (aux, operands)), (grads, dys) = each([leaves[i] for i in traced.rest], probes, batch)
+    def each(example):
+        rest = [leaves[i] for i in traced.rest]
+        return jax.value_and_grad(probed, argnums=(0, 1), has_aux=True)(rest, probes, example)
+
+    (losses, (aux, operands)), (grads, dys) = map_examples(each)(batch)
     formed = dict(zip(traced.rest, grads, strict=True))
     places = [site.origin.parameter for site in traced.sites]
     found = map(find_units, traced.sites, operands, dys)

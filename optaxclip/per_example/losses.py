@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import validate
+from optaxclip import validate, xla
 from optaxclip.compat import varying_axes
 from optaxclip.trees import flatten_with_paths, is_measured
-from optaxclip.xla import accumulator
-from optaxclip.xla.placing import vary
 
 Loss = Callable[..., tuple[jax.Array, Any]]
 
@@ -150,7 +148,7 @@ def as_weights(weights: Any, size: int) -> jax.Array:
             f"{validate.called()}: weights must be {size} real numbers or booleans, one per"
             f" example; got {weights.dtype} of shape {weights.shape}."
         )
-    dtype = accumulator([weights]) if is_measured(weights) else jnp.float32
+    dtype = xla.accumulator([weights]) if is_measured(weights) else jnp.float32
     weights = jnp.asarray(weights).astype(dtype)
     # A comparison, which is false for NaN; `maximum` would propagate NaN.
     return jnp.where(weights > 0, weights, 0)
@@ -178,4 +176,4 @@ def vary_like(params: Any, examples: Any) -> Any:
     example would be a sum of one example per device, and would be clipped as such.
     """
     axes = sorted(frozenset().union(*map(varying_axes, jax.tree.leaves(examples))))
-    return jax.tree.map(lambda x: vary(x, axes), params) if axes else params
+    return jax.tree.map(lambda x: xla.vary(x, axes), params) if axes else params

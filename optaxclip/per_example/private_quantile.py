@@ -115,27 +115,27 @@ def private_quantile(
         counts = xla.find_span([counts], [""], axis_names).pool(counts, "sum")
         # After the sum over devices, with one key for all: otherwise each would add its own noise.
         key, drawn = jax.random.split(state.key)
-        counts = counts + _as(deviation, bound) * jax.random.normal(drawn, bound.shape, bound.dtype)
-        share = jnp.clip(0.5 + counts / _as(batch_size, bound), 0, 1)
-        moved = bound * jnp.exp(_as(learning_rate, bound) * (_as(quantile, bound) - share))
+        drawn = jax.random.normal(drawn, bound.shape, bound.dtype)
+        counts = counts + xla.like(deviation, bound) * drawn
+        share = jnp.clip(0.5 + counts / xla.like(batch_size, bound), 0, 1)
+        rate, aim = xla.like(learning_rate, bound), xla.like(quantile, bound)
+        moved = bound * jnp.exp(rate * (aim - share))
         # No factor can move 0 or infinity, which noise alone could reach in a long run.
         limits = jnp.finfo(bound.dtype)
         return QuantileState(jnp.clip(moved, limits.tiny, limits.max), key)
 
-    return PrivateQuantile(init_fn, update_fn)
+    # Names the errors of an update after the public call.
+    update_fn.__name__ = "private_quantile"
+    return PrivateQuantile(init_fn, validate.named(update_fn))
 
 
 def _check_norms(norms: jax.Array, bound: jax.Array) -> None:
     # Norms (B,) would silently be compared with each of K bounds.
     if jnp.ndim(norms) != 1 + bound.ndim or norms.shape[1:] != bound.shape:
         raise ValueError(
-            f"private_quantile: norms must have a leading axis of examples, followed by the shape"
-            f" of the bound, {bound.shape}; got shape {jnp.shape(norms)}."
+            f"{validate.called()}: norms must have a leading axis of examples, followed by the"
+            f" shape of the bound, {bound.shape}; got shape {jnp.shape(norms)}."
         )
-
-
-def _as(number: ArrayLike, like: jax.Array) -> jax.Array:
-    return jnp.asarray(number).astype(like.dtype)
 
 
 def _count(norms: jax.Array, bound: jax.Array, weights: jax.Array, quantile: ArrayLike) -> Any:
@@ -143,7 +143,7 @@ def _count(norms: jax.Array, bound: jax.Array, weights: jax.Array, quantile: Arr
 
     def count(norm, weight):
         within = (norm <= bound.astype(norm.dtype)).astype(bound.dtype)
-        counted = jnp.where(jnp.isfinite(norm), within, _as(quantile, bound)) - 0.5
+        counted = jnp.where(jnp.isfinite(norm), within, xla.like(quantile, bound)) - 0.5
         return jnp.where(weight > 0, counted, 0)
 
     return jnp.sum(jax.vmap(count)(norms, weights), axis=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from optaxclip.base import Blocks, Scope, Stacked
@@ -12,7 +13,7 @@ from optaxclip.compat import manual_axes
 from optaxclip.scopes.leaves import as_scope, leaf
 from optaxclip.trees import matcher
 from optaxclip.validate import called, fail, is_function, makes_part, named
-from optaxclip.xla import count_devices, is_names
+from optaxclip.xla import check_axes, count_devices, is_names
 
 
 @makes_part
@@ -98,8 +99,14 @@ def _mesh_axes(over: Any) -> Callable[[str], tuple[str, ...]]:
     def axes_of(path: str) -> tuple[str, ...]:
         names = over(path) if callable(over) else over or ()
         names = (names,) if isinstance(names, str) else names
+        axes = manual_axes()
+        # Axes of the mesh that are not of a `shard_map` around this cut no array here. A misspelt
+        # one would silently do the same.
+        if axes:
+            known = jax.sharding.get_abstract_mesh().axis_names
+            check_axes(set(names) - set(known), "over=")
         # Outside of `shard_map`, as where `init` is called, arrays are whole.
-        return tuple(name for name in names if name in manual_axes())
+        return tuple(name for name in names if name in axes)
 
     return axes_of
 

@@ -9,6 +9,7 @@ a GPU waits for its host. This package holds those forms behind these functions:
     scale(arrays, factors, layout, ...)    each leaf times the factor of its block
     find_span(arrays, paths, axis_names)   over which devices each leaf is spread
     weigh_factors(factors, scaled, ...)    what a weighted sum over examples reads
+    keep_apart(function, *operands)        a function of examples, none of which spoils another
 
 Nothing here asks the host which devices it has, because a program may be compiled for others. Forms
 that differ by platform are chosen by `lax.platform_dependent`, and none needs to know whether
@@ -21,6 +22,7 @@ from optaxclip.xla.examples import (
     align,
     drop_unweighted,
     in_unit,
+    keep_apart,
     measure_small,
     weigh_factors,
 )
@@ -30,6 +32,7 @@ from optaxclip.xla.mesh import (
     NOWHERE,
     Span,
     apart,
+    check_axes,
     count_devices,
     find_span,
     hold_everywhere,
@@ -60,6 +63,7 @@ __all__ = [
     "apart",
     "as_dtype_of",
     "call_in_auto_axes",
+    "check_axes",
     "count_devices",
     "count_reaching",
     "counts_of",
@@ -73,6 +77,7 @@ __all__ = [
     "hold_everywhere",
     "hold_somewhere",
     "join_lengths",
+    "keep_apart",
     "largest",
     "lay_out",
     "lie_alike",

@@ -10,6 +10,8 @@ CPU it would take 758 instead of 673.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip.xla.widths import accumulator, widen
+from optaxclip.xla.widths import accumulator, poison, widen
 
 # On a CPU, units treat an array whose squares all underflow as zeros. Next to an array with a norm
 # above this, that makes no difference.
@@ -78,6 +80,24 @@ def weigh_factors(
         return [*clean, _weigh(last, weights)]
 
     return lax.platform_dependent(cuda=shared, rocm=shared, default=apart)
+
+
+def keep_apart(function: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    """Calls a function of arrays of examples, whose results are NaN for those that are not finite.
+
+    For a convolution by groups, one for each example, XLA for TPUs puts zeros in place of the other
+    groups and multiplies by all of them: one example with NaN would spoil all others.
+    """
+
+    def clean(*operands):
+        axes = [tuple(range(1, x.ndim)) for x in operands]
+        each = [jnp.all(jnp.isfinite(x), own) for x, own in zip(operands, axes, strict=True)]
+        fine = functools.reduce(operator.and_, each)
+        out = function(*(jnp.where(align(fine, x), x, jnp.zeros_like(x)) for x in operands))
+        return poison(align(fine, out), out)
+
+    # On a GPU these selects would write copies of all operands.
+    return lax.platform_dependent(*operands, tpu=clean, default=function)
 
 
 def measure_small(

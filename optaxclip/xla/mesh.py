@@ -135,6 +135,25 @@ def _shown(x: jax.Array) -> tuple[str, ...]:
     return tuple(sorted(varying_axes(x) - _APART.get()))
 
 
+def check_axes(names: Iterable[str], argument: str) -> None:
+    """Raises ValueError, naming the argument that has these names, if one is no axis here."""
+    for axis in sorted(names):
+        try:
+            lax.axis_size(axis)
+        except NameError:
+            raise ValueError(_absent(axis, argument)) from None
+
+
+def _absent(axis: str, argument: str) -> str:
+    start = f"{validate.called()}: {argument} names {axis!r}, but here is no axis of this name."
+    if axes := manual_axes():
+        return f"{start} This code runs in shard_map or pmap, over the mesh axes {axes}."
+    return (
+        f"{start} Only shard_map, pmap and vmap(axis_name=...) make axes. Under plain jit leave"
+        f" {argument} out."
+    )
+
+
 def is_names(x) -> bool:
     """Whether `x` is one axis name or a tuple of them."""
     return isinstance(x, str) or (isinstance(x, tuple) and all(isinstance(name, str) for name in x))
@@ -144,16 +163,17 @@ def _named(axis_names: AxisNames, paths: Sequence[str]) -> list:
     """`axis_names`, one entry per leaf."""
     if is_names(axis_names):
         return [axis_names] * len(paths)
-    if callable(axis_names):
-        return [axis_names(path) for path in paths]
     # `()` is an entry and means "no axis", but to JAX it is a node without leaves.
-    names = jax.tree.leaves(axis_names, is_leaf=is_names)
-    if len(names) != len(paths) or not all(map(is_names, names)):
-        raise ValueError(
-            "axis_names= must be one axis name or tuple of names, a function of the path, or a"
-            f" tree with one such entry for each of the {len(paths)} measured leaves; got"
-            f" {axis_names!r}."
-        )
+    names = (
+        [axis_names(path) for path in paths]
+        if callable(axis_names)
+        else jax.tree.leaves(axis_names, is_leaf=is_names)
+    )
+    strange = [name for name in names if not is_names(name)]
+    if strange or len(names) != len(paths):
+        must = "one axis name or tuple of names, a function of the path, or a tree with one such"
+        count = f"entry for each of the {len(paths)} measured leaves"
+        raise validate.fail(f"axis_names must be {must} {count}", (strange or [axis_names])[0])
     return names
 
 
@@ -161,7 +181,8 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
     """Over which mesh axes each leaf varies: as `axis_names` says, else as the types say.
 
     Raises:
-      ValueError: inside a `shard_map` or `pmap` whose types are silent, if `axis_names` is None.
+      ValueError: inside a `shard_map` or `pmap` whose types are silent, if `axis_names` is None;
+        anywhere, if it names what is no axis there.
     """
     own = _APART.get()
     axes = tuple(axis for axis in manual_axes() if axis not in own)
@@ -171,6 +192,7 @@ def find_span(arrays: Sequence[Any], paths: Sequence[str], axis_names: AxisNames
     if axis_names is not None:
         names = _named(axis_names, paths)
         said = [frozenset((n,) if isinstance(n, str) else n) - own for n in names]
+        check_axes(frozenset().union(*said), "axis_names=")
     elif types_are_kept():
         said = typed
     elif all(lax.axis_size(axis) == 1 for axis in axes):
