@@ -50,6 +50,18 @@ class CNN(linen.Module):
         return linen.Dense(10)(jax.nn.relu(linen.Dense(4 * self.width)(x.reshape(-1))))
 
 
+class Depthwise(linen.Module):
+    width: int
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Conv(self.width, (3, 3), strides=2)(x)
+        for _ in range(2):
+            x = linen.Conv(self.width, (3, 3), feature_group_count=self.width)(jax.nn.relu(x))
+            x = linen.Conv(self.width, (1, 1))(x)
+        return linen.Dense(10)(jnp.mean(x, (0, 1)))
+
+
 class MLP(linen.Module):
     width: int
 
@@ -104,6 +116,9 @@ def list_models(small: bool) -> dict:
     def make_cnn():
         return make_model(CNN(width // 32 or 4), draw(few, side, side, 3), choose(10, few))
 
+    def make_depthwise():
+        return make_model(Depthwise(width // 32 or 4), draw(few, side, side, 3), choose(10, few))
+
     def make_transformer():
         text = choose(letters, few, length)
         return make_model(Transformer(letters, width // 4), text, choose(letters, few, length))
@@ -111,7 +126,7 @@ def list_models(small: bool) -> dict:
     def make_embedding():
         return make_model(Bag(words, width // 8), choose(words, n, length), choose(10, n))
 
-    models = {"mlp": make_mlp, "cnn": make_cnn}
+    models = {"mlp": make_mlp, "cnn": make_cnn, "depthwise": make_depthwise}
     return models | {"transformer": make_transformer, "embedding": make_embedding}
 
 
@@ -159,14 +174,15 @@ def main(argv=None) -> None:
     """Prints the table, and writes it into a document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="tiny models, to see that it runs")
-    parser.add_argument("--models", nargs="+", default=["mlp", "cnn", "transformer", "embedding"])
+    models = ["mlp", "cnn", "depthwise", "transformer", "embedding"]
+    parser.add_argument("--models", nargs="+", default=models)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--into", help="document to write the table into: docs/performance.md")
     args = parser.parse_args(argv)
     rows = []
     for name in args.models:
         model = list_models(args.small)[name]()
-        count = f"{sum(x.size for x in jax.tree.leaves(model.params)) / 1e6:.2f} M"
+        count = f"{sum(x.size for x in jax.tree.leaves(model.params)):,}"
         rows += [[name, count, *row] for row in measure(model, 2 if args.small else args.rounds)]
     head = ["model", "parameters", "step", "speed", "time / no clip", "temporaries, MB"]
     text = f"Measured with {describe_device()}.\n\n{table(head, rows)}"
