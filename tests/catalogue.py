@@ -151,10 +151,42 @@ def scale_grows(rng):
     return change(run, scale) | clip | skips | {"loss_scale": scale}
 
 
+def vary_losses(rng, loss, much=0.2) -> np.ndarray:
+    """Losses with noise as runs have it: little or much, with outliers, with the order of data."""
+    steps = len(loss)
+    kinds = {
+        "none": lambda: np.ones(steps),
+        "little": lambda: 1 + 0.02 * rng.normal(size=steps),
+        "much": lambda: 1 + much * rng.normal(size=steps),
+        "log-normal": lambda: np.exp(much * rng.normal(size=steps)),
+        "outliers": lambda: 1 + 0.02 * rng.standard_t(3, size=steps),
+        "order of data": lambda: _follow(rng, steps),
+    }
+    return loss * kinds[str(rng.choice(list(kinds)))]()
+
+
+def _follow(rng, steps):
+    """The same cycle in each epoch, and a little noise."""
+    epoch = int(rng.integers(5, 25))
+    return (
+        1 + 0.03 * rng.normal(size=epoch)[np.arange(steps) % epoch] + 0.01 * rng.normal(size=steps)
+    )
+
+
 def converged(rng):
+    """The loss falls within a thousandth to a tenth of the run, and stays there."""
+    steps = int(rng.integers(200, 1000))
+    fall = np.exp(-np.arange(steps) / (10 ** rng.uniform(-3, -1.3) * steps))
+    loss = 0.5 + rng.uniform(0.5, 5) * fall
+    return healthy(rng, steps, loss=loss) | {"loss": vary_losses(rng, loss)}
+
+
+def full_batch(rng):
+    """Without noise the gradient falls with the loss, and goes on falling when that is still."""
     steps = int(rng.integers(200, 600))
-    loss = 0.5 + 2 * np.exp(-np.arange(steps) / (0.05 * steps))
-    return healthy(rng, steps, loss=loss)
+    fall = np.exp(-np.arange(steps) / steps * rng.uniform(8, 40))
+    loss = 0.5 + rng.uniform(0.5, 5) * fall**2
+    return healthy(rng, steps, np.maximum(fall, 1e-7), noise=0.01) | {"loss": loss}
 
 
 def rare_expert(rng):
@@ -339,6 +371,12 @@ def rate_too_low(rng):
     return finish(blocks_of(run), run["loss"], weights)
 
 
+def stuck(rng):
+    """Nothing changes, apart from noise, in which 2 % would be seen."""
+    run = healthy(rng, int(rng.integers(150, 600)))
+    return run | {"loss": vary_losses(rng, np.full(len(run["loss"]), 2.3), much=0.03)}
+
+
 # Clips and wrappers.
 
 
@@ -394,6 +432,7 @@ HEALTHY = {
     "float16, loss scale": loss_scale,
     "float16, growing scale": scale_grows,
     "converged": converged,
+    "full batch": full_batch,
     "rare expert": rare_expert,
 }
 
@@ -447,6 +486,7 @@ CASES = {
     "learning rate too high": Case(rate_too_high, "learning-rate-too-high", VANISHING | BROKEN),
     "unstable steps": Case(unstable, "learning-rate-too-high", VANISHING | BROKEN),
     "learning rate too low": Case(rate_too_low, "learning-rate-too-low", EXPLODING | BROKEN),
+    "stuck": Case(stuck, "loss-not-moving", EXPLODING | BROKEN),
     "bound too low": Case(bound_too_low, "clip-always-active", EXPLODING | VANISHING | BROKEN),
     "bound too high": Case(bound_too_high, "clip-never-active", EXPLODING | VANISHING | BROKEN),
     "clip before the mean": Case(clip_before_mean, "clip-before-averaging", EXPLODING | VANISHING),

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import optaxclip as oc
+from optaxclip.monitoring import fits
 from optaxclip.monitoring.recorded import read_run
 from tests.catalogue import CASES, SILENT, windows_of
 from tests.catalogue import HEALTHY as RUNS_WELL
@@ -97,6 +98,17 @@ def test_a_steep_explosion_began_at_its_first_step(fold, end):
         )
         x[before + 5 :] *= fold**5 if end is None else end
         assert oc.diagnose(norms(x))[0].step == before + 1
+
+
+@pytest.mark.parametrize("large", [slice(0, 1), slice(0, 3), slice(50, 51)], ids=str)
+def test_a_jump_is_found_behind_single_steps_as_large_as_the_new_level(large):
+    """First steps are large in many runs."""
+    x = NOISE[:N] ** 0.5
+    x[120:] *= 100
+    x[large] *= 300
+    (sign,) = oc.diagnose(norms(x))
+    assert (sign.name, sign.step) == ("norms-jumped", 121)
+    assert 50 < sign.evidence["growth"] < 200
 
 
 def run_clip(steps, *, keep=True, old=False, wrap=lambda tx: tx, every=1):
@@ -244,6 +256,13 @@ def test_the_catalogue(case):
             assert found[0].block == "layers/3", f"seed {seed}: {found}"
 
 
+@pytest.mark.parametrize("seed", [29, 60, 65, 85, 132])
+def test_a_slow_rise_to_a_level_is_found_with_the_block_that_was_first(seed):
+    """Most of it lies before the step that best splits the run, or it ends shortly before."""
+    found = oc.diagnose(CASES["explosion, 200 steps, plateau"].draw(np.random.default_rng(seed)))
+    assert (found[0].name, found[0].block) == ("norms-exploding", "layers/3")
+
+
 @pytest.mark.parametrize("case", RUNS_WELL)
 def test_a_window_of_a_healthy_run_is_not_spoken_of(case):
     """Wherever it is cut out; the rates over many seeds are in the docs."""
@@ -255,11 +274,41 @@ def test_a_window_of_a_healthy_run_is_not_spoken_of(case):
 def test_a_record_that_begins_late_does_not_tell_whether_the_loss_ever_moved():
     run = norms(NOISE) | {"loss": 2.3 + 0.01 * RNG.normal(size=N)}
     steps = np.arange(1.0, N + 1)
-    for stuck in (run, run | {"step": steps + 10}, run | {"step": 100 * steps}):
+    for stuck in (run, run | {"step": steps + 2}, run | {"step": 100 * steps}):
         assert names(stuck) == ["loss-not-moving"]
-    assert names(run | {"step": steps + 500}) == []
+    # A loss may have converged within ten steps.
+    for late in (10, 500):
+        assert names(run | {"step": steps + late}) == []
     still = run | {"param_norm": np.ones(N)}
     assert names(still) == ["learning-rate-too-low"] and names(still | {"step": steps + 500}) == []
+    fading = norms(NOISE * 0.95 ** np.arange(N)) | {"loss": np.ones(N)}
+    assert "norms-vanishing" in names(fading) and names(fading | {"step": steps + 500}) == []
+    # The norms are there from the first step on, but the losses are not.
+    assert names(run | {"loss": np.where(steps > 100, run["loss"], fits.MISSING)}) == []
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.2])
+def test_a_loss_that_fell_within_the_first_rows_has_converged(rows, noise):
+    loss = (0.5 + 2.0 * (np.arange(N) < rows)) * (
+        1 + noise * np.random.default_rng(rows).normal(size=N)
+    )
+    assert names(norms(NOISE) | {"loss": loss}) == []
+    still = {"param_norm": np.ones(N)}  # a small change of large weights
+    assert names(norms(NOISE) | {"loss": loss} | still) == []
+    vanishing = norms(0.95 ** np.arange(N)) | {"loss": loss}
+    assert names(vanishing) == []
+    # What fell is gone, so that the rest is that of a run that is stuck.
+    rest = {key: x[rows:] for key, x in vanishing.items()}
+    assert "norms-vanishing" in names(rest)
+
+
+def test_norms_that_fade_are_not_said_to_leave_a_loss_that_nobody_recorded():
+    fading = norms(0.9 ** np.arange(N))
+    (alone,) = oc.diagnose(fading)
+    assert "the loss does not" not in alone.what and "Record loss=" in alone.fix
+    (judged, *_) = oc.diagnose(fading | {"loss": np.ones(N)})
+    assert "the loss does not" in judged.what and "Record loss=" not in judged.fix
 
 
 def test_of_skipped_steps_the_block_is_named_that_was_first():

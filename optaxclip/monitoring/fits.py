@@ -131,12 +131,36 @@ def find_shift(y: np.ndarray) -> int:
 
 def compare_parts(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """Returns the medians of two parts of a series, and the standard error of their difference."""
-    # Medians, because one spike moves a mean by more than the difference that is sought. For normal
-    # noise 1.4826 times the median absolute deviation is the standard deviation, and a median has
-    # 1.25 times the error of a mean.
-    spread = 1.4826 * np.mean([np.median(np.abs(part - np.median(part))) for part in (a, b)])
-    error = 1.25 * spread * np.sqrt(1 / max(len(a), 1) + 1 / max(len(b), 1))
-    return float(np.median(a)), float(np.median(b)), float(error)
+    # Medians, because one spike moves a mean by more than the difference that is sought.
+    spread = float(np.mean([_spread(a), _spread(b)]))
+    return float(np.median(a)), float(np.median(b)), _error(spread, len(a), len(b))
+
+
+def _spread(x: np.ndarray) -> float:
+    """Returns the standard deviation of normal noise that has the same median deviation."""
+    return 1.4826 * float(np.median(np.abs(x - np.median(x))))
+
+
+def _error(spread: float, *counts: int) -> float:
+    """Returns the standard error of a difference of medians: 1.25 times that of means."""
+    return 1.25 * spread * float(np.sqrt(sum(1 / max(n, 1) for n in counts)))
+
+
+def fell_early(x: np.ndarray) -> bool:
+    """Whether a series was higher at first than in its second half.
+
+    >>> fell_early(np.r_[3.0, 2.0, 1.5, np.ones(60)]), fell_early(np.ones(63))
+    (True, False)
+    """
+    late = x[len(x) // 2 :]
+    usual, spread = float(np.median(late)), _spread(late)
+    for first in (3, max(len(x) // 20, 3)):
+        start, error = float(np.median(x[:first])), _error(spread, first, len(late))
+        if start - usual > max(limits.UNMOVED * abs(start), limits.RISEN_ERRORS * error):
+            return True
+    # It may have fallen within a row: then the first stands out farther than noise ever does.
+    farthest = max(limits.UNMOVED * abs(x[0]), limits.ALONE * (late.max() - usual))
+    return bool(x[0] - usual > farthest)
 
 
 def tail_index(ratios: np.ndarray) -> float:

@@ -67,9 +67,9 @@ FADED, FADED_UNKNOWN = 1e-2, 1e-4
 # Ratio of the norms of the first and last of at least four layers; healthy models often have 30.
 DEPTH, DEPTH_LAYERS = 100.0, 4
 
-# A record begins late if it lacks more than this many of the steps that it covers: a loss that
-# converges within the first tenth of a run still falls visibly after it.
-LATE = 0.1
+# A record begins late if its first row should be later than this one: the step that compiles is
+# often left out, but a loss may have converged within ten steps.
+LATE = 3.0
 
 # What is known only at every k-th row, with this share of exceptions, was not recorded in between:
 # rows that are NaN for a reason are not evenly apart.
@@ -78,6 +78,9 @@ REGULAR = 0.9
 # Losses: below 2 % and three standard errors a change is invisible; 10 % and four are a change.
 UNMOVED, UNMOVED_ERRORS = 0.02, 3.0
 RISEN, RISEN_ERRORS = 0.1, 4.0
+# A first loss is no noise if it is this many times as far above the usual one as any later loss:
+# with a tail index of 2 this happens by chance in one of 80 runs of 40 steps, or 400 of 200.
+ALONE = 2.0
 
 # Overflows in a row: the usual loss scale of 2^16 is 1 after 16 halvings.
 HALVINGS = 16

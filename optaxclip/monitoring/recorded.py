@@ -63,16 +63,27 @@ class RecordedRun(NamedTuple):
     @property
     def begins_late(self) -> bool:
         """Whether the first steps of the run are missing, so that nothing shows how it began."""
-        if len(self.steps) < 2:
-            return False
-        # With every hundredth step recorded, the first of them may be step 100.
-        allowed = max(2 * np.median(np.diff(self.steps)), limits.LATE * np.ptp(self.steps))
-        return bool(self.steps[0] > allowed)
+        return lacks_start(self.steps)
+
+    @property
+    def losses_begin_late(self) -> bool:
+        """The same for the losses, which may be logged now and then."""
+        return len(self.losses) > 0 and lacks_start(self.steps[np.isfinite(self.losses)])
 
     def measuring_clips(self) -> dict[str, Columns]:
         """Returns the clips that measure: the others have a bound but no norm for it."""
         fields = {"grad_norm", "bound", "clipped"}
         return {head: clip for head, clip in self.clips.items() if fields <= clip.keys()}
+
+
+def lacks_start(steps: np.ndarray) -> bool:
+    """Whether rows before the first are missing, given the numbers of their steps.
+
+    >>> lacks_start(np.array([100, 200, 300])), lacks_start(np.array([100, 101, 102]))
+    (False, True)
+    """
+    # In rows, because with every hundredth step recorded the first of them may be step 100.
+    return len(steps) > 1 and bool(steps[0] > limits.LATE * np.median(np.diff(steps)))
 
 
 def read_run(

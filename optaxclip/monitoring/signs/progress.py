@@ -9,7 +9,7 @@ import numpy as np
 from optaxclip.monitoring import limits
 from optaxclip.monitoring.display import format_number
 from optaxclip.monitoring.findings import Sign
-from optaxclip.monitoring.fits import compare_parts, fit_growth, is_known
+from optaxclip.monitoring.fits import compare_parts, fell_early, fit_growth, is_known
 from optaxclip.monitoring.recorded import RecordedRun
 
 
@@ -19,18 +19,14 @@ def moving(run: RecordedRun) -> Iterator[Sign]:
     if len(x) < 2 * limits.ENOUGH:
         return
     before, after, error = compare_parts(*np.array_split(x, 2))
-    start, rest, start_error = compare_parts(x[: max(len(x) // 20, 3)], x[len(x) // 2 :])
     change = (after - before) / max(abs(before), 1e-30)
     evidence = {"before": before, "after": after, "change": change, "standard_error": error}
-    still = abs(change) < limits.UNMOVED and abs(after - before) <= limits.UNMOVED_ERRORS * error
-    # The loss of a run that has converged did move at first.
-    still &= start - rest <= max(limits.UNMOVED * abs(start), limits.UNMOVED_ERRORS * start_error)
-    # A record that lacks the start of a run cannot tell whether it has converged.
-    whole = not run.begins_late
+    # The loss of a run that has converged did move at first, which a late record does not show.
+    stuck = abs(change) < limits.UNMOVED and not (fell_early(x) or run.losses_begin_late)
     # Full-batch losses have no noise: a small fall is still many standard errors.
-    if whole and _weights_are_still(run) and abs(change) < limits.UNMOVED:
+    if stuck and _weights_are_still(run):
         yield _too_low(run, evidence)
-    elif whole and still:
+    elif stuck and abs(after - before) <= limits.UNMOVED_ERRORS * error:
         yield _not_moving(evidence)
     elif change > limits.RISEN and after - before > limits.RISEN_ERRORS * error:
         yield _loss_rising(evidence)

@@ -48,7 +48,11 @@ def find_rise(x: np.ndarray) -> Rise | None:
             return found
     # After norms are lost for good, the weights are broken, and later norms mean nothing.
     where = np.flatnonzero(is_known(x[: lost[-1][0]] if lost and lost[-1][1] == len(x) else x))
-    return _shift(x, where) or _growing(x, where)
+    level = _shift(x, where)
+    if level and not _is_steep_after(x[where[where >= level.end - 1]]):
+        return level
+    # If it slows down before the last step, it has reached a level after all.
+    return _growing(x, where) or level
 
 
 def is_lost(x: np.ndarray) -> np.ndarray:
@@ -97,16 +101,17 @@ def _shift(x: np.ndarray, where: np.ndarray) -> Rise | None:
     y = np.log(x[where])
     split = find_shift(y)
     before, after = y[:split], y[split:]
-    low, high = np.median(before), np.median(after)
-    apart = np.quantile(after, 0.1) > np.quantile(before, 0.9)
-    if high - low < np.log(limits.JUMP) or not apart or min(len(before), len(after)) < 5:
+    high, apart = np.median(after), np.quantile(after, 0.1) > np.quantile(before, 0.9)
+    small = high - np.median(before) < np.log(limits.JUMP)
+    if small or not apart or min(len(before), len(after)) < 5:
         return None
-    # Noise does not matter between a quarter and three quarters of the way.
-    top = int(np.argmax(y >= low + 0.75 * (high - low)))
-    if len(y) - top >= limits.RISE_STEPS and _is_steep(fit_growth(np.exp(y[top:] - y[top]))):
-        return None
-    start = int(np.flatnonzero(y[: top + 1] <= low + 0.25 * (high - low))[-1]) + 1
-    usual, peak = float(np.exp(low)), float(np.exp(high))
+    # A quartile, as above: much of a slow rise lies before the split.
+    low = np.quantile(before, 0.25)
+    # Noise does not matter between a quarter and three quarters of the way. From the split on
+    # outwards, because single steps before it may be as large as the level after it.
+    start = int(np.flatnonzero(before <= low + 0.25 * (high - low))[-1]) + 1
+    top = start + int(np.argmax(y[start:] >= low + 0.75 * (high - low)))
+    usual, peak = float(np.exp(np.median(y[:start]))), float(np.exp(high))
     return Rise(int(where[_foot(x[where], start)]), int(where[top]) + 1, usual, peak, "stays")
 
 
@@ -126,6 +131,10 @@ def _growing(x: np.ndarray, where: np.ndarray) -> Rise | None:
     fit = max(steep, key=lambda fit: fit.r2)
     peak = float(y[-1])
     return Rise(int(where[-fit.steps]), len(x), peak / fit.growth, peak, "grows")
+
+
+def _is_steep_after(y: np.ndarray) -> bool:
+    return len(y) >= limits.RISE_STEPS and _is_steep(fit_growth(y))
 
 
 def _is_steep(fit: Fit) -> bool:

@@ -12,6 +12,7 @@ from optaxclip.monitoring.display import format_number, format_share
 from optaxclip.monitoring.findings import Sign
 from optaxclip.monitoring.fits import (
     compare_parts,
+    fell_early,
     find_runs,
     fit_growth,
     is_known,
@@ -111,21 +112,26 @@ def vanishing(run: RecordedRun) -> Iterator[Sign]:
         return
     fit, least = fit_growth(x), limits.FADED_UNKNOWN
     known = run.losses[np.isfinite(run.losses)]
-    if len(known) >= limits.ENOUGH:
-        before, after, error = compare_parts(*np.array_split(known, 2))
-        # If the loss falls, the norms may fall, too.
-        falls = before - after > max(limits.UNMOVED_ERRORS * error, limits.UNMOVED * abs(before))
-        least = 0.0 if falls else limits.FADED
+    if judged := len(known) >= limits.ENOUGH:
+        # If the loss falls, or fell before, the norms may fall, too.
+        least = 0.0 if run.losses_begin_late or _falls(known) else limits.FADED
     if fit.growth <= least and fit.r2 >= limits.RISE_R2:
         yield Sign(
             "norms-vanishing",
             f"the norm falls exponentially, to {fit.growth:.1g} of its value {fit.steps} steps"
-            " earlier, but the loss does not.",
+            f" earlier{', but the loss does not' if judged else ''}.",
             {"growth": fit.growth, "r2": fit.r2, "steps": fit.steps},
             "gates or residual connections over time and depth (LSTM, GRU), and units that do not"
-            " saturate; in float16 a loss scale. A clip cannot help: it never makes norms larger.",
+            " saturate; in float16 a loss scale. A clip cannot help: it never makes norms larger."
+            f"{'' if judged else ' Record loss=: if it falls as well, the run just converges.'}",
             step_at(run, 0),
         )
+
+
+def _falls(losses: np.ndarray) -> bool:
+    before, after, error = compare_parts(*np.array_split(losses, 2))
+    falls = before - after > max(limits.UNMOVED_ERRORS * error, limits.UNMOVED * abs(before))
+    return falls or fell_early(losses)
 
 
 def _by_depth(blocks: dict[str, np.ndarray]) -> dict[str, dict[int, np.ndarray]]:
