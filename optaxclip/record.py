@@ -66,11 +66,10 @@ def record(old: Metrics, step: Step) -> Metrics:
     seen = jax.tree.map(lambda new, old: xla.vary_as(new.astype(old.dtype), old), step[:4], old[:4])
     # An infinite norm exceeds every bound, but was not clipped: it only counts as not finite.
     clipped = jax.tree.map(lambda over, bad: over.astype(bool) & ~bad, step.over, step.bad)
+    # At the largest int32 all counters stop: none is ahead of that of the steps.
+    more = old.total_steps < jnp.iinfo(jnp.int32).max
 
-    # Each counter stops at the largest int32 by itself, so that none is ahead of that of the steps.
-    # If it looked at that one, XLA would copy it for them, since it is donated and moves on.
     def count(counter, happened):
-        more = counter < jnp.iinfo(jnp.int32).max
         return counter + (happened & more).astype(counter.dtype)
 
     return Metrics(

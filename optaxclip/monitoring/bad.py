@@ -128,15 +128,15 @@ def read_episodes(w: WatchState) -> list[Episode]:
     seen = jax.device_get(read_numbers(w))
     check_one_run(seen.total_steps)
     # In a tree without blocks the culprit is -1, which indexes the last name: the empty one.
-    kept, names = seen.kept, (*unpack_names(w.blocks), "")
+    kept, names = seen.bad, (*unpack_names(w.blocks), "")
 
     def read(place, size):
         (step, block, tag, *_), (norm, ratio, share) = place.tolist(), size.tolist()
         return BadStep(step, norm, ratio, names[block], share, None if tag < 0 else tag)
 
-    # Positions in the ring do not give the order.
-    found, numbers = [], kept.places[:, 2, 4]
-    for row in np.argsort(numbers):
+    # Row 0 is a copy of the last episode. Positions in the ring do not give the order.
+    found, numbers = [], kept.places[1:, 2, 4]
+    for row in 1 + np.argsort(numbers):
         if kept.places[row, 2, 4] > 0:
             first, worst, last = map(read, kept.places[row], kept.sizes[row])
             found.append(Episode(first, worst, last, int(kept.places[row, 2, 3]), {}))

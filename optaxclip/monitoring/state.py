@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optaxclip.monitoring.summary import (
-    Kept,
-    Latest,
-    NotFinite,
-    fresh_kept,
-    fresh_latest,
-    rank_blocks,
-)
+from optaxclip.monitoring.summary import Episodes, NotFinite, fresh_episodes, rank_blocks
 from optaxclip.trees import unpack_names
 
 Packed = dict[str, jax.Array]
@@ -46,22 +38,20 @@ class Numbers(NamedTuple):
     """The numbers of a watch, before they are packed.
 
     Attributes:
-      kept: see `Kept`; None where only what decides about the next step is wanted.
       total_steps: int32, all steps.
       total_norm: the norm of all blocks together at the last step.
       median_ratio: that norm divided by the median of the steps before; 1 at the first step.
       nonfinite: see `NotFinite`.
-      latest: see `Latest`.
+      bad: see `Episodes`.
       trackers: see `Trackers`.
       would_clip: int32 (c,), how many steps each candidate threshold would have clipped.
     """
 
-    kept: Any
     total_steps: jax.Array
     total_norm: jax.Array
     median_ratio: jax.Array
     nonfinite: NotFinite
-    latest: Latest
+    bad: Episodes
     trackers: Trackers
     would_clip: jax.Array
 
@@ -74,16 +64,16 @@ class WatchState(NamedTuple):
 
     Attributes:
       packed: `Numbers` and the states of the candidate thresholds, see `pack`.
+      block_norms: (B,), in tree order.
       histogram: int32 (B, 15), the number of elements of each block between powers of ten; None
         without `histogram=True`.
-      dtype: the name of the dtype of norms, and
       blocks, ranks, episodes, quantiles, candidates: names of the entries of these arrays, packed
         by `optaxclip.trees.pack_names`.
     """
 
     packed: Packed
+    block_norms: jax.Array
     histogram: Any
-    dtype: Any
     blocks: Any
     ranks: Any
     episodes: Any
@@ -96,63 +86,15 @@ class WatchState(NamedTuple):
 def pack(tree: Any) -> Packed:
     """Packs the numbers of a tree into one vector per dtype, in the order of the leaves.
 
-    float32 numbers are stored as bits among the int32: a second array would be another kernel.
+    float32 numbers are stored as bits among the int32: a second array would be two more kernels,
+    its update and, since it is donated and read out of order, a copy of it.
     """
-    leaves = list(map(jnp.asarray, jax.tree.leaves(tree)))
-    return _join([(_home(x), _to_bits(x)) for x in leaves])
-
-
-def _home(x: Any) -> str:
-    """Returns the name of the vector that a number is in."""
-    return "int32" if x.dtype == jnp.float32 else str(x.dtype)
-
-
-def _to_bits(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.int32) if x.dtype == jnp.float32 else x
-
-
-def _join(parts: list[tuple[str, jax.Array]]) -> Packed:
     vectors: dict[str, list[jax.Array]] = {}
-    for name, x in parts:
-        vectors.setdefault(name, []).append(x.ravel())
-    return {name: jnp.concatenate(vector) for name, vector in vectors.items()}
-
-
-@functools.partial(jax.jit, static_argnames="kept", inline=True)
-def read_first(packed: Packed, norms: jax.Array, kept: Kept) -> tuple[Packed, jax.Array]:
-    """Reads all numbers but those that are kept, before any is replaced; and returns the norms.
-
-    XLA replaces the numbers of a donated array in place only if each depends on none of the others,
-    and otherwise copies it. These few are copied along with the norms, which takes no kernel.
-    """
-    start = Counter()
-    for x in jax.tree.leaves(kept):
-        start[_home(x)] += x.size
-    parts = [(_home(norms), _to_bits(norms))]
-    parts += [(name, vector[start[name] :]) for name, vector in packed.items()]
-    read, home = lax.optimization_barrier(_join(parts)), _home(norms)
-    bits, read[home] = jnp.split(read[home], [len(norms)])
-    return read, lax.bitcast_convert_type(bits, norms.dtype)
-
-
-@functools.partial(jax.jit, static_argnames="like", inline=True)
-def replace(packed: Packed, like: Kept, kept: Kept, here: Kept, others: Any) -> Packed:
-    """Replaces what is kept, where it says so, and all other numbers.
-
-    Args:
-      packed: the numbers, of which those that are kept come first.
-      like: the shapes of what is kept.
-      kept, here: the new numbers, and where they go; both are broadcast to these shapes.
-      others: all other numbers.
-    """
-
-    def fill(numbers):
-        return [jnp.broadcast_to(x, to.shape) for x, to in zip(numbers, like, strict=True)]
-
-    leaves = list(map(jnp.asarray, [*fill(kept), *jax.tree.leaves(others)]))
-    masks = [*fill(here), *(jnp.ones(x.shape, bool) for x in leaves[len(like) :])]
-    where = _join([(_home(x), mask) for x, mask in zip(leaves, masks, strict=True)])
-    return jax.tree.map(lax.select, where, pack(leaves), packed)
+    for x in map(jnp.asarray, jax.tree.leaves(tree)):
+        if x.dtype == jnp.float32:
+            x = lax.bitcast_convert_type(x, jnp.int32)
+        vectors.setdefault(str(x.dtype), []).append(x.ravel())
+    return {name: jnp.concatenate(parts) for name, parts in vectors.items()}
 
 
 @functools.partial(jax.jit, static_argnames="like", inline=True)
@@ -164,7 +106,8 @@ def unpack(packed: Packed, like: Any) -> Any:
     leaves, structure = jax.tree.flatten(like)
     read, starts = [], dict.fromkeys(packed, 0)
     for x in leaves:
-        floats, name = x.dtype == jnp.float32, _home(x)
+        floats = x.dtype == jnp.float32
+        name = "int32" if floats else str(x.dtype)
         start, vector = starts[name], packed[name]
         starts[name] = stop = start + x.size
         x = vector[..., start:stop].reshape(vector.shape[:-1] + x.shape)
@@ -176,12 +119,11 @@ def fresh_numbers(dtype, *, blocks: int, episodes: int, quantiles: int, candidat
     """Returns the numbers before the first step, given how many entries there are of each kind."""
     zero, count, none = jnp.zeros((), dtype), jnp.int32(0), jnp.int32(-1)
     return Numbers(
-        kept=fresh_kept(dtype, blocks, episodes),
         total_steps=count,
         total_norm=zero,
         median_ratio=jnp.ones((), dtype),
         nonfinite=NotFinite(count, none, none, none, count),
-        latest=fresh_latest(dtype),
+        bad=fresh_episodes(dtype, blocks, episodes),
         trackers=Trackers(zero, count, count, jnp.zeros(quantiles, dtype), count),
         would_clip=jnp.zeros(candidates, jnp.int32),
     )
@@ -190,8 +132,7 @@ def fresh_numbers(dtype, *, blocks: int, episodes: int, quantiles: int, candidat
 def read_numbers(w: WatchState) -> Numbers:
     """Reads the numbers of a watch; for a batch of runs each has the batch's axes in front."""
     rooms = ("blocks", "episodes", "quantiles", "candidates")
-    (dtype,) = unpack_names(w.dtype)
-    return unpack(w.packed, _shapes(dtype, *(len(getattr(w, x)) for x in rooms)))
+    return unpack(w.packed, _shapes(w.block_norms.dtype, *(len(getattr(w, x)) for x in rooms)))
 
 
 # Cached, because tracing would take longer than the rest of the reading.
@@ -206,7 +147,7 @@ def read_top(w: WatchState, seen: Numbers) -> tuple[jax.Array, jax.Array]:
 
     Blocks are -1 before the first step. If some blocks are not finite, they have equal shares.
     """
-    blocks, shares = rank_blocks(seen.kept.block_norms, len(w.ranks))
+    blocks, shares = rank_blocks(w.block_norms, len(w.ranks))
     return jnp.where(seen.total_steps[..., None] > 0, blocks, -1), shares
 
 
@@ -229,12 +170,12 @@ def watch_scalars(w: WatchState, prefix: str) -> dict[str, jax.Array]:
         "nonfinite_steps": seen.nonfinite.bad_total,
         "nonfinite_step": seen.nonfinite.at_step,
         "nonfinite_block": seen.nonfinite.first,
-        "bad_steps": seen.latest.places[..., 2, 5],
+        "bad_steps": seen.bad.places[..., 0, 2, 5],
     }
     # Indices count from the last axis, because a batch of runs adds axes in front.
     rates = seen.would_clip / jnp.maximum(seen.total_steps, 1)[..., None]
     several = {
-        "grad_norm": (w.blocks, seen.kept.block_norms),
+        "grad_norm": (w.blocks, w.block_norms),
         "top_block": (w.ranks, top_blocks),
         "top_share": (w.ranks, top_shares),
         "quantile": (w.quantiles, read_quantiles(w, seen)),

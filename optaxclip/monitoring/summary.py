@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,7 +18,6 @@ from optaxclip.norms import l2
 KEPT = 8  # steps whose norms are kept; also the good steps that end an episode
 AFTER = 4  # how many of the kept steps come after the first bad one
 LONG_AGO = -KEPT - 1  # stands for the last bad step while there is none
-_NOTHING = np.array([LONG_AGO, -1, -1, 0, 0, 0], np.int32)  # the place of a step that was not
 
 
 class NotFinite(NamedTuple):
@@ -126,67 +124,50 @@ def update_nonfinite(old: NotFinite, now: Summary, step: jax.Array) -> NotFinite
     return jax.tree.map(lambda a, b: jnp.where(now.hit > 0, a, b), new, old)
 
 
-class Latest(NamedTuple):
-    """The first, the worst and the last step of the last episode of bad steps, in this order.
+class Episodes(NamedTuple):
+    """The last n episodes of bad steps: those not finite, or far above the median.
 
-    An episode of bad steps (not finite, or far above the median) ends with eight good steps.
-
-    Attributes:
-      places: int32 (3, 6), for each of them: its number, counted from 1; its culprit, the first
-        block that was not finite, or the one with the largest share; the `tag=` that `update` was
-        called with, -1 for none; how many bad steps there were in this episode, how many episodes,
-        and how many bad steps in all.
-      sizes: (3, 3), for each of them: its norm, its norm over the median, and the culprit's share
-        of the squared norm; if not finite, one over the number of such blocks.
-    """
-
-    places: jax.Array
-    sizes: jax.Array
-
-
-class Kept(NamedTuple):
-    """Numbers that are kept for readers: at each step some of them are replaced, by new ones.
+    An episode ends with eight good steps. Its first, worst and last step are kept, in this order.
+    Row 0 is the last episode; rows 1 to n are a ring of all episodes.
 
     Attributes:
-      block_norms: (B,), the norms of the blocks at the last step, in tree order.
-      places, sizes: (n, 3, 6) and (n, 3, 3), a ring of the last n episodes, each as in `Latest`.
+      places: int32 (n + 1, 3, 6), for each kept step: its number, counted from 1; its culprit, the
+        first block that was not finite, or the one with the largest share; the `tag=` that `update`
+        was called with, -1 for none; how many bad steps there were in this episode, how many
+        episodes, and how many bad steps in all.
+      sizes: (n + 1, 3, 3), for each kept step: its norm, its norm over the median, and the
+        culprit's share of the squared norm; if not finite, one over the number of such blocks.
       recent: (2, 8, B), the norms of all blocks at the last 8 steps, step t in row t % 8. Ring
         n % 2 belongs to episode n and stops once it broke: after its first step that was not
         finite, and at the latest four steps after it began. The other ring continues.
     """
 
-    block_norms: jax.Array
     places: jax.Array
     sizes: jax.Array
     recent: jax.Array
 
 
-def fresh_kept(dtype, blocks: int, room: int) -> Kept:
-    """Returns what is kept before the first step."""
-    return Kept(
-        block_norms=jnp.zeros(blocks, dtype),
-        places=jnp.array(np.broadcast_to(_NOTHING, (room, 3, 6))),
-        sizes=jnp.zeros((room, 3, 3), dtype),
+def fresh_episodes(dtype, blocks: int, room: int) -> Episodes:
+    """Returns the record before the first episode."""
+    nothing = np.array([LONG_AGO, -1, -1, 0, 0, 0], np.int32)
+    return Episodes(
+        places=jnp.array(np.broadcast_to(nothing, (room + 1, 3, 6))),
+        sizes=jnp.zeros((room + 1, 3, 3), dtype),
         recent=jnp.zeros((2, KEPT, blocks), dtype),
     )
 
 
-def fresh_latest(dtype) -> Latest:
-    """Returns the record before the first episode."""
-    return Latest(jnp.array(np.broadcast_to(_NOTHING, (3, 6))), jnp.zeros((3, 3), dtype))
-
-
 def update_episodes(
-    old: Latest, bad: jax.Array, step: jax.Array, now: Summary, ratio: jax.Array, tag: jax.Array
-) -> tuple[Latest, Callable[[Kept], tuple[Kept, Kept]]]:
-    """Returns the last episode after one more step, and what to keep.
+    old: Episodes, bad: jax.Array, step: jax.Array, now: Summary, ratio: jax.Array, tag: jax.Array
+) -> Episodes:
+    """Returns the episodes after one more step.
 
-    The latter is a function of the shapes of what is kept. It returns numbers, and where in it they
-    replace others. All of this uses few arrays and no reduction: on a GPU each array, however
-    small, is a kernel, and each sum is another. That is why the counts are stored with the places.
+    It uses few arrays and no reduction: on a GPU each array, however small, is a kernel, and each
+    sum is another. That is why the counts are stored with the places, and row 0 repeats the last
+    episode.
     """
-    first_step, last = old.places[0, 0], old.places[2]
-    worst_norm, worst_ratio = old.sizes[1, 0], old.sizes[1, 1]
+    first_step, last = old.places[0, 0, 0], old.places[0, 2]
+    worst_norm, worst_ratio = old.sizes[0, 1, 0], old.sizes[0, 1, 1]
     begins = bad & (step - last[0] > KEPT)
     # No step is worse than the first that was not finite.
     broken = ~begins & ~jnp.isfinite(worst_norm)
@@ -194,28 +175,23 @@ def update_episodes(
     length = jnp.where(begins, 1, optax.safe_increment(last[3]))
     episode = jnp.where(begins, optax.safe_increment(last[4]), last[4])
     place = jnp.stack([step, now.culprit, tag, length, episode, optax.safe_increment(last[5])])
-    size = jnp.stack([now.total, ratio, now.share])
-    moments = (bad & jnp.stack([begins, worse, jnp.bool_(True)]))[:, None]
+    rows = jnp.arange(len(old.places), dtype=jnp.int32)
+    # A select over all rows: an update at a traced index would be a scatter.
+    here = bad & ((rows == 0) | (rows == 1 + jnp.mod(episode - 1, len(rows) - 1)))
+    moments = here[:, None, None] & jnp.stack([begins, worse, jnp.bool_(True)])[None, :, None]
     # Only up to the first NaN: after it every block is NaN, which says nothing about the cause.
     moves = begins | (~broken & (step - first_step <= AFTER))
-
-    def keep(like: Kept) -> tuple[Kept, Kept]:
-        rows = jnp.arange(len(like.places), dtype=jnp.int32)
-        # A select over all rows: an update at a traced index would be a scatter.
-        row = (rows == jnp.mod(episode - 1, len(rows)))[:, None, None] & moments[None]
-        ring = _here(step, moves, jnp.mod(episode, 2))
-        return Kept(now.norms, place, size, now.norms), Kept(jnp.bool_(True), row, row, ring)
-
-    new = Latest(
-        jnp.where(moments, place[None], old.places), jnp.where(moments, size[None], old.sizes)
+    return Episodes(
+        places=jnp.where(moments, place[None, None], old.places),
+        sizes=jnp.where(moments, jnp.stack([now.total, ratio, now.share])[None, None], old.sizes),
+        recent=_push(old.recent, step, now.norms, moves, jnp.mod(episode, 2)),
     )
-    return new, keep
 
 
-def _here(step: jax.Array, moves: jax.Array, own: jax.Array) -> jax.Array:
-    """Returns where the norms of this step go, in both rings; in ring `own` only if it moves."""
+def _push(recent, step: jax.Array, norms: jax.Array, moves: jax.Array, own: jax.Array) -> jax.Array:
+    """Writes the norms of this step to both rings; to ring `own` only if it moves."""
     # Two rings take turns, instead of copying one when an episode breaks: the copy would read out
     # of order, and XLA copies the whole of a donated array that is read that way.
     rows, rings = jnp.arange(KEPT, dtype=jnp.int32), jnp.arange(2, dtype=jnp.int32)
     here = (rows == jnp.mod(step, KEPT))[None] & (moves | (rings != own))[:, None]
-    return here[..., None]
+    return jnp.where(here[..., None], norms, recent)

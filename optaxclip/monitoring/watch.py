@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -18,15 +18,7 @@ from optaxclip.core import decide
 from optaxclip.engine import Description, Rule, build, guarded
 from optaxclip.monitoring import trackers
 from optaxclip.monitoring.histograms import BINS, count_elements
-from optaxclip.monitoring.state import (
-    Numbers,
-    WatchState,
-    fresh_numbers,
-    pack,
-    read_first,
-    replace,
-    unpack,
-)
+from optaxclip.monitoring.state import Numbers, WatchState, fresh_numbers, pack, unpack
 from optaxclip.monitoring.summary import Summary, summarize, update_episodes, update_nonfinite
 from optaxclip.norms import l2
 from optaxclip.scopes.leaves import as_scope, leaf, tree
@@ -118,28 +110,28 @@ def watch(
         own = match_params(leaves, params, exclude, "watch")
         return _measure(whole, leaves.rebuild(own))[0]
 
-    def start(dtype, count):
+    def start(norms):
         """Returns the numbers before the first step, and the states of the candidates."""
         rooms = {"episodes": bad_steps, "quantiles": len(levels), "candidates": len(trials)}
-        numbers = fresh_numbers(dtype, blocks=count, **rooms)
-        return numbers, trackers.start_candidates(trials, dtype)
+        numbers = fresh_numbers(norms.dtype, blocks=len(norms), **rooms)
+        return numbers, trackers.start_candidates(trials, norms.dtype)
 
     # Without this an update outside `jit` would trace `start` at every step. Not `lru_cache`, whose
     # wrapper cannot be pickled: some trainers pickle their optimizer.
     traced: dict[Any, Any] = {}
 
-    def shapes_of(dtype, count):
-        key = (dtype, count)
+    def shapes_of(norms):
+        key = (norms.dtype, norms.shape)
         if key not in traced:
-            traced[key] = jax.eval_shape(lambda: start(dtype, count))
+            traced[key] = jax.eval_shape(start, jax.ShapeDtypeStruct(norms.shape, norms.dtype))
         return traced[key]
 
     def init_fn(params):
         norms, names = _start(blocks, params)
         return WatchState(
-            packed=pack(start(norms.dtype, len(norms))),
+            packed=pack(start(norms)),
+            block_norms=norms,
             histogram=jnp.zeros((len(norms), BINS), jnp.int32) if histogram else None,
-            dtype=pack_names((str(norms.dtype),)),
             blocks=names,
             ranks=pack_names(list(map(str, range(min(top, len(norms)))))),
             episodes=pack_names(list(map(str, range(bad_steps)))),
@@ -148,22 +140,21 @@ def watch(
         )
 
     def update_fn(updates, state, params, *, tag=None, **extra_args):
-        (norms, names), (name,) = _measure(blocks, updates), unpack_names(state.dtype)
-        like, shadows = shapes_of(np.dtype(name), len(names))
-        first, norms = read_first(state.packed, norms.astype(name), like.kept)
-        now = summarize(norms, names)
-        old, shadows = unpack(first, (like._replace(kept=None), shadows))
+        (norms, names), dtype = _measure(blocks, updates), state.block_norms.dtype
+        now = summarize(norms.astype(dtype), names)
+        numbers, shadows = unpack(state.packed, shapes_of(state.block_norms))
         size = None
         if params is not None and reads_params(*trials.values()):
-            size = size_of(params, updates).astype(name)
+            size = size_of(params, updates).astype(dtype)
         over, shadows = trackers.try_candidates(trials, now.total, shadows, size, extra_args)
-        numbers, keep = _advance(old, now, spike_factor, _as_tag(tag))
-        numbers = numbers._replace(
-            trackers=trackers.update_trackers(levels, now.total, old.trackers),
-            would_clip=jnp.where(over, optax.safe_increment(old.would_clip), old.would_clip),
+        counted = optax.safe_increment(numbers.would_clip)
+        numbers = _advance(numbers, now, spike_factor, _as_tag(tag))._replace(
+            trackers=trackers.update_trackers(levels, now.total, numbers.trackers),
+            would_clip=jnp.where(over, counted, numbers.would_clip),
         )
         return updates, state._replace(
-            packed=replace(state.packed, like.kept, *keep(like.kept), (numbers, shadows)),
+            packed=pack((numbers, shadows)),
+            block_norms=now.norms,
             histogram=count_elements(updates, scope, exclude, axis_names) if histogram else None,
         )
 
@@ -201,25 +192,21 @@ def _measure(
     return state.metrics.grad_norm, unpack_names(state.metrics.blocks)
 
 
-def _advance(
-    old: Numbers, now: Summary, limit: ArrayLike, tag: jax.Array
-) -> tuple[Numbers, Callable]:
-    """Updates the numbers, except those that learn from norms, and returns what to keep."""
+def _advance(old: Numbers, now: Summary, limit: ArrayLike, tag: jax.Array) -> Numbers:
+    """Updates the numbers, except those that learn from norms."""
     # This is the median of the steps before, so that a spike is judged before it is learned.
     median, known = old.trackers.median, old.trackers.seen
     # Divides by 1 at first, because `checkify` reports a division by zero even if it is unused.
     ratio = jnp.where(known > 0, now.total / jnp.where(known > 0, median, 1), 1)
     bad = (now.hit > 0) | ((known >= _KNOWN) & (ratio > xla.like(limit, ratio)))
     step = jnp.asarray(optax.safe_increment(old.total_steps))
-    latest, keep = update_episodes(old.latest, bad, step, now, ratio, tag)
-    new = old._replace(
+    return old._replace(
         total_steps=step,
         total_norm=now.total,
         median_ratio=ratio,
         nonfinite=update_nonfinite(old.nonfinite, now, step),
-        latest=latest,
+        bad=update_episodes(old.bad, bad, step, now, ratio, tag),
     )
-    return new, keep
 
 
 def _as_tag(tag: Any) -> jax.Array:
