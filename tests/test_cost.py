@@ -3,6 +3,7 @@ read of the gradients fails here. Nothing is timed.
 """
 
 import functools
+import re
 
 import chex
 import jax
@@ -12,6 +13,7 @@ import optax
 import pytest
 
 import optaxclip
+from optaxclip import norms, scopes, xla
 from optaxclip.xla.scaling import _bfloat16
 from tests import conftest as strict
 from tests.benchmarks.speed import OPTIMIZERS, account, compile_step
@@ -168,6 +170,33 @@ def test_the_forms_for_other_platforms_give_the_same_numbers(platform, monkeypat
     assert chosen
     chex.assert_trees_all_close(here[0], there[0], rtol=2e-5, atol=1e-30)
     chex.assert_trees_all_close(here[1], there[1], rtol=2e-5, atol=1e-6)
+
+
+MANY = {f"layer{i}": jnp.eye(3)[i % 3] for i in range(136)}
+
+
+def test_many_leaves_share_their_loops():
+    """A loop for each leaf would be compiled for each leaf."""
+    tx = optaxclip.clip_by_leaf_norm(1.0)
+    step = jax.jit(lambda grads: tx.update(grads, tx.init(grads))[0])
+    text = step.lower(MANY).compile(strict.AS_USERS).as_text()
+    loop = r"^%fused_computation\S* \(.*?\) -> f32\[3\] .*?\n(.*?)^}"
+    loops = re.findall(loop, text, re.DOTALL | re.MULTILINE)
+    names = re.compile(r", metadata=\{[^}]*\}|(?<=%)[\w.-]+")
+    assert len(loops) >= len(MANY)
+    assert len({names.sub("", loop) for loop in loops}) <= 16
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_many_leaves_keep_their_second_derivatives(scale):
+    """If all numbers are 1, they come from another branch."""
+    arrays, paths = [scale * x for x in MANY.values()], list(MANY)
+    shapes = [x.shape for x in arrays]
+    layout = xla.lay_out(scopes.leaf.cut(paths, shapes), paths, shapes)
+    slopes = jax.grad(lambda xs: xla.measure(norms.l2, xs, layout).sum())
+    along = [x + 1 for x in MANY.values()]
+    _, curves = jax.jit(lambda *xs: jax.jvp(slopes, *xs))((arrays,), (along,))
+    chex.assert_trees_all_close(curves, [(1 - x) / scale for x in MANY.values()], rtol=1e-6)
 
 
 def test_rounding_to_bfloat16_matches_a_conversion():

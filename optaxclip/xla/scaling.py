@@ -7,6 +7,8 @@ no copy of the gradients. A division, a select or a `cond` on the tree would not
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optaxclip.base import Blocks
 from optaxclip.xla.layout import Layout, chunks, per_leaf
 from optaxclip.xla.widths import times, widen
 
@@ -21,6 +24,8 @@ from optaxclip.xla.widths import times, widen
 # kernel: 42 kernels for GPT-2 small, where AdamW without a clip has 150. At most eight leaves,
 # because a kernel of 48 takes a third longer to compile and gains nothing.
 SIBLINGS = 8
+# Fewer leaves compile soon enough without a conditional.
+_MANY = 128
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "zeros"), inline=True)
@@ -45,20 +50,22 @@ def _scaled(x: jax.Array, factor: jax.Array, zeros: bool) -> jax.Array:
 
 def spread(values: Any, layout: Layout) -> list[jax.Array]:
     """For each leaf the value of its block, in a shape that broadcasts against the leaf."""
-    blocks = layout.blocks
+    forms = [functools.partial(form, layout=layout) for form in _choose_forms(layout.blocks)]
+    cpu, gpu, other = forms
+    return lax.platform_dependent(values, cpu=cpu, cuda=gpu, rocm=gpu, default=other)
+
+
+def _choose_forms(blocks: Blocks) -> tuple[Callable, Callable, Callable]:
+    """The forms for a CPU, for GPUs, and for all others."""
     if blocks.units:
-        direct, held = _unit_entries, _held_unit_entries
-    elif blocks.axes is not None:
-        direct, held = _layer_entries, _held_layer_entries
-    elif blocks.names is not None:
-        direct, held = _direct_entries, _held_entries
-    else:
+        return _unit_entries, _held_unit_entries, _unit_entries
+    if blocks.axes is not None:
+        return _held_layer_entries, _held_layer_entries, _layer_entries
+    if blocks.names is None:
         # For a single scalar the small vectors gain nothing on a CPU and cost 6 % of the cycles on
         # a TPU mesh.
-        direct, held = _same_for_all, _own_entries
-    direct, held = functools.partial(direct, layout=layout), functools.partial(held, layout=layout)
-    cpu = direct if blocks.names is None else held
-    return lax.platform_dependent(values, cpu=cpu, cuda=held, rocm=held, default=direct)
+        return _same_for_all, _own_entries, _same_for_all
+    return functools.partial(_held_entries, hold=_hold_on_cpu), _held_entries, _direct_entries
 
 
 def _same_for_all(value: jax.Array, layout: Layout) -> list[jax.Array]:
@@ -98,31 +105,41 @@ def _split(values: list[jax.Array], layout: Layout) -> list[jax.Array]:
     return [rows[r] for r in range(len(rows))]
 
 
+def _hold(vectors: list[jax.Array]) -> list[jax.Array]:
+    return [lax.optimization_barrier(x) for x in vectors]
+
+
+def _hold_on_cpu(vectors: list[jax.Array]) -> list[jax.Array]:
+    """As results of a conditional, if there are many.
+
+    XLA:CPU drops barriers before it fuses. So it would read entries of one vector at as many places
+    as there are leaves, in as many loops to compile. Loops that read what a conditional returns are
+    equal, and compiled once: a thousand leaves in a third of the time.
+    """
+    if len(vectors) * SIBLINGS < _MANY:
+        return _hold(vectors)
+    one = jnp.all(jnp.concatenate(vectors) == 1)
+    # Both branches give the same numbers and derivatives; of equal ones XLA would keep none.
+    return lax.cond(one, lambda xs: [x * lax.stop_gradient(x) for x in xs], lambda xs: xs, vectors)
+
+
 def _direct_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:
     return [vector[i] for i in layout.blocks.index]
 
 
-def _held_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:
-    """The entry of each leaf, read from small vectors behind barriers.
+def _held_entries(vector: jax.Array, layout: Layout, hold=_hold) -> list[jax.Array]:
+    """The entry of each leaf, read from small vectors that `hold` keeps apart from their source.
 
     If entries were read directly from the vector of all blocks, XLA:CPU would copy the computation
-    of that vector into the loop of every leaf, and compile a thousand different loops. On a TPU
-    direct reads take 6 % fewer cycles.
+    of that vector into the loop of every leaf. On a TPU direct reads take 6 % fewer cycles.
     """
     order = [layout.blocks.index[leaf] for row in layout.rows for leaf in row]
     in_order = order == list(range(len(layout.blocks.names or ())))
     inner = vector if in_order else vector[np.array(order, int)]
-    starts, held = np.cumsum([0, *map(len, layout.rows)]), {}
-
-    def entry(r, i):
-        start = starts[r] + i - i % SIBLINGS
-        if start not in held:
-            held[start] = lax.optimization_barrier(
-                inner[start : min(start + SIBLINGS, starts[r + 1])]
-            )
-        return held[start][i % SIBLINGS]
-
-    return per_leaf(layout.rows, entry)
+    ends = np.cumsum([len(part) for row in layout.rows for part in chunks(row, SIBLINGS)])
+    held = iter(hold([inner[a:b] for a, b in itertools.pairwise([0, *ends])]))
+    rows = [[next(held) for _ in chunks(row, SIBLINGS)] for row in layout.rows]
+    return per_leaf(layout.rows, lambda r, i: rows[r][i // SIBLINGS][i % SIBLINGS])
 
 
 def _layer_entries(vector: jax.Array, layout: Layout) -> list[jax.Array]:
