@@ -1,11 +1,13 @@
 """The gradients of examples as products of factors, each with a leading axis of examples.
 
 An XLA compiler for a GPU fuses no multiplication or select into a product of matrices, but writes a
-copy. So there the norms and the weighted sum of a product share one copy of its factors, in which
-each example has its own unit, and the weights multiply the smallest factor. On a CPU and a TPU the
-units cost nothing, and each product makes what it needs. Per-example clipping of a block of a
-transformer takes 582 bytes a parameter on an H100 in this form, and 646 with separate copies; on a
-CPU it would take 758 instead of 673.
+copy. So there the norms and the weighted sum of a product share one copy of its factors, in which each
+example has its own unit, and the weights multiply the smallest factor. On a CPU and a TPU the units
+cost nothing, and each product makes what it needs. Bytes per parameter, for a transformer block:
+
+           one copy   separate copies
+    H100   582        646
+    CPU    758        673
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optaxclip.trees import is_measured
 from optaxclip.xla.widths import accumulator, poison, widen
 
 # On a CPU, units treat an array whose squares all underflow as zeros. Next to an array with a norm
@@ -76,7 +79,7 @@ def weigh_factors(
 
     def apart():
         # All of them, because 0 · NaN is NaN.
-        *clean, last = [drop_unweighted(x, weights) if _is_float(x) else x for x in factors]
+        *clean, last = [drop_unweighted(x, weights) if is_measured(x) else x for x in factors]
         return [*clean, _weigh(last, weights)]
 
     return lax.platform_dependent(cuda=shared, rocm=shared, default=apart)
@@ -124,14 +127,10 @@ def measure_small(
     return lax.platform_dependent(list(arrays), cpu=checked, default=measure)
 
 
-def _is_float(x: Any) -> bool:
-    return x is not None and jnp.issubdtype(x.dtype, jnp.inexact)
-
-
 def _find_smallest(factors: Sequence[Any]) -> int:
     """Finds the smallest factor of those in the widest dtype."""
     # In float32 weights round nothing; next to it a factor may be bfloat16.
-    numbers = {i: x for i, x in enumerate(factors) if _is_float(x)}
+    numbers = {i: x for i, x in enumerate(factors) if is_measured(x)}
     return min(numbers, key=lambda i: (-numbers[i].dtype.itemsize, numbers[i].size))
 
 
