@@ -163,7 +163,7 @@ COMMENTS = {
     "base": 5, "closures": 5, "compat": 5, "validate": 5, "trees": 5, "states": 5, "xla": 5,
     "norms": 5, "scopes": 5,
     "actions": 5, "feeds": 5, "thresholds": 5, "record": 5, "engine": 5, "core": 5, "clips": 5,
-    "wrappers": 5, "per_example": 4, "aggregation": 5, "monitoring": 4,
+    "wrappers": 5, "per_example": 5, "aggregation": 5, "monitoring": 4,
     "tuning": 4, "checking": 5, "plots": 4,
 }  # fmt: skip
 

@@ -39,6 +39,7 @@ class AtSite(NamedTuple):
 
 def find_units(site: Site, operands: list[Any], dy: jax.Array) -> AtSite:
     """Finds a unit for each example in each factor of a site."""
+    # With dy first a v5e takes a third more temporaries.
     factors = [*operands, dy]
     places = [i for i, x in enumerate(factors) if is_measured(x)]
     units, exponents, fine = zip(*[in_unit(factors[i]) for i in places], strict=True)

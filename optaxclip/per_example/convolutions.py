@@ -31,6 +31,7 @@ def map_examples(each: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Makes a function of a batch from one of an example, like `vmap`."""
 
     def run(example):
+        # Traced inside `vmap`: only there does an example have the type that operations will see.
         closed, shapes = jax.make_jaxpr(each, return_shape=True)(example)
         results = core.jaxpr_as_fun(_rewrite(closed))(*jax.tree.leaves(example))
         return jax.tree.structure(shapes).unflatten(results)
@@ -52,9 +53,11 @@ def _rewrite(x: Any) -> Any:
 
 
 def _rewrite_op(eqn: core.JaxprEqn) -> core.JaxprEqn:
+    # Integers hold no NaN.
     if eqn.primitive.name == "conv_general_dilated" and is_measured(get_aval(eqn.outvars[0])):
         # As a jitted function it is again one operation, in the place of the other.
         convolve = jax.jit(_map_apart(functools.partial(_convolve, eqn)))
+        # In the settings of the other: 64-bit types, for example, may be enabled only there.
         with eqn.ctx.manager:
             (call,) = jax.make_jaxpr(convolve)(*map(get_aval, eqn.invars)).jaxpr.eqns
         return call.replace(invars=eqn.invars, outvars=eqn.outvars, source_info=eqn.source_info)
@@ -87,6 +90,7 @@ def _convolve(eqn: core.JaxprEqn, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     groups = eqn.params["batch_group_count"]
     if groups == 1:
         return bind(eqn, [lhs, rhs])
+    # Group i of the batch meets group i of the kernels in both forms.
     batch, feature, *_ = eqn.params["dimension_numbers"].lhs_spec
     shape = list(lhs.shape)
     shape[batch : batch + 1] = groups, shape[batch] // groups

@@ -1,9 +1,10 @@
 """The gradients of examples as products of factors, each with a leading axis of examples.
 
 An XLA compiler for a GPU fuses no multiplication or select into a product of matrices, but writes a
-copy. So there the norms and the weighted sum of a product share one copy of its factors, in which each
-example has its own unit, and the weights multiply the smallest factor. On a CPU and a TPU the units
-cost nothing, and each product makes what it needs. Bytes per parameter, for a transformer block:
+copy. So there the norms and the weighted sum of a product share one copy of its factors, in which
+each example has its own unit, and the weights multiply the smallest factor. On a CPU and a TPU the
+units cost nothing, and each product makes what it needs. Bytes per parameter, for a transformer
+block:
 
            one copy   separate copies
     H100   582        646
